@@ -1,0 +1,40 @@
+"""Packaging: the folders at the top of the repository are the modules ``ssast.<folder>``."""
+
+from setuptools import setup
+
+FOLDERS = ("engine", "kernels", "pipelines", "benchmarks", "configs")
+
+setup(
+    name="ssast-engine",
+    version="0.1.0",
+    description="Fast pretraining and fine-tuning of audio spectrogram transformers (SSAST, MSPM)",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.15",
+    # Namespace packages: no folder has an __init__.py, so none can shadow a package of its name.
+    packages=[f"ssast.{folder}" for folder in FOLDERS],
+    package_dir={f"ssast.{folder}": folder for folder in FOLDERS},
+    package_data={"ssast.configs": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.13,<2.15",
+        "triton>=3.7; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "deepspeed>=0.19.8,<0.20",
+        "nvidia-dali-cuda130>=2.4,<3",
+        "numpy>=2.0",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "soundfile>=0.13",
+        "soxr>=0.5",
+        "scikit-learn>=1.6",
+        "matplotlib>=3.9",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "types-pyyaml"],
+    },
+    entry_points={"console_scripts": ["ssast = ssast.engine.cli:main"]},
+)
