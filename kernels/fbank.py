@@ -1,0 +1,302 @@
+"""Kaldi log-mel filterbanks from waveforms: what the published spectrogram transformers were fed.
+
+For every window of 25 ms, each 10 ms (``snip_edges``: only windows that lie inside the clip):
+
+    x <- x - mean(x)                      (the window's own mean)
+    x[k] <- x[k] - 0.97 x[k-1]            (pre-emphasis; x[-1] = x[0])
+    x <- x * hann                         (symmetric: its first and last weights are 0)
+    p = |rfft(x, n_fft)|^2
+    y[m] = log(max(sum_f p[f] mel[f, m], eps))     (natural log, eps of float32)
+
+The triangles of ``mel`` are linear on the mel scale 1127 ln(1 + f / 700), from ``low_hz`` to the
+Nyquist frequency. No dither, no energy. Frames after a clip's end are 0.
+Source: Kaldi's feature-fbank.cc and mel-computations.cc, as called by the published SSAST code.
+
+On a CPU one clip is worked through in blocks that stay in the cache, every intermediate in a
+buffer that is kept: no allocation, no page faults. The mel matrix is cut into bands of
+neighbouring filters, whose product runs over the bins that feed them alone: 4 times fewer
+multiplications than the whole product. On other devices the batch goes through
+:func:`fbank_reference` at once.
+"""
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PREEMPHASIS = 0.97
+EPS = float(np.finfo(np.float32).eps)  # floor of the mel power, as in Kaldi
+WINDOW_MS, HOP_MS = 25, 10
+BLOCK = 256  # frames at a time on a CPU: 0.5 MiB of windows and as much of spectrum
+NUM_BANDS = 4
+
+Count = TypeVar("Count", int, Tensor)
+
+
+@dataclass(frozen=True)
+class FbankSpec:
+    """The settings of a filterbank on which a model depends.
+
+    Attributes:
+        sample_rate_hz: Rate of the waveforms.
+        n_mels: F, mel bins of a frame.
+        num_frames: T, frames of a clip: longer clips are cut at the end, shorter ones padded.
+        low_hz: Lower edge of the first triangle; the upper edge of the last is the Nyquist
+            frequency.
+
+    Raises:
+        ValueError: For a setting out of range.
+    """
+
+    sample_rate_hz: int = 16000
+    n_mels: int = 128
+    num_frames: int = 1024
+    low_hz: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("sample_rate_hz", 1000), ("n_mels", 1), ("num_frames", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        if not 0 <= self.low_hz < self.sample_rate_hz / 2:
+            raise ValueError(
+                f"low_hz is {self.low_hz}, it must be in [0, {self.sample_rate_hz / 2}), below "
+                "the Nyquist frequency"
+            )
+
+    @property
+    def window(self) -> int:
+        """Samples of a frame (25 ms)."""
+        return self.sample_rate_hz * WINDOW_MS // 1000
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next (10 ms)."""
+        return self.sample_rate_hz * HOP_MS // 1000
+
+    @property
+    def n_fft(self) -> int:
+        """Length of the Fourier transform: the next power of two."""
+        return 1 << (self.window - 1).bit_length()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that fill all T frames; what follows them in a clip has no effect."""
+        return (self.num_frames - 1) * self.hop + self.window
+
+
+def num_frames(num_samples: Count, spec: FbankSpec) -> Count:
+    """Frames that hold sound: the windows that lie inside the clip, at most ``spec.num_frames``.
+
+    Args:
+        num_samples: Length of a clip, or an integer tensor of lengths.
+        spec: Filterbank settings.
+
+    Returns:
+        The count, of the argument's kind.
+    """
+    if isinstance(num_samples, Tensor):
+        whole = torch.div(num_samples - spec.window, spec.hop, rounding_mode="floor") + 1
+        return whole.clamp(0, spec.num_frames)
+    return min(max((num_samples - spec.window) // spec.hop + 1, 0), spec.num_frames)
+
+
+@lru_cache(maxsize=16)
+def mel_matrix(spec: FbankSpec) -> np.ndarray:
+    """Weights of the mel filters.
+
+    Args:
+        spec: Filterbank settings.
+
+    Returns:
+        [n_fft / 2 + 1, F] float64. The row of the Nyquist frequency is 0, as in Kaldi. A filter
+        that is narrower than the spacing of the FFT bins may be all 0.
+    """
+
+    def mel(hz: np.ndarray) -> np.ndarray:
+        return 1127.0 * np.log1p(hz / 700.0)
+
+    nyquist = spec.sample_rate_hz / 2
+    low, high = mel(np.array([spec.low_hz, nyquist]))
+    edges = np.linspace(low, high, spec.n_mels + 2)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    bins = mel(np.linspace(0.0, nyquist, spec.n_fft // 2 + 1))[:, None]
+    weights = np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+    weights = np.maximum(weights, 0.0)
+    weights[-1] = 0.0
+    weights.setflags(write=False)
+    return weights
+
+
+def fbank_reference(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
+    """The definition of :func:`fbank` in plain torch; also its implementation off the CPU.
+
+    The product with the mel matrix is in float64 whatever the input: it is small, and TF32, which
+    a training run may have switched on, would cost three digits.
+
+    Args:
+        waveforms: [B, S] float32 or float64, on any device.
+        num_samples: [B] integer, samples of each clip.
+        spec: Filterbank settings.
+
+    Returns:
+        [B, T, F] of the dtype of ``waveforms``.
+    """
+    device, dtype = waveforms.device, waveforms.dtype
+    wanted = spec.num_samples
+    waves = torch.nn.functional.pad(waveforms, (0, max(0, wanted - waveforms.shape[1])))
+    frames = waves[:, :wanted].unfold(1, spec.window, spec.hop)  # [B, T, window]
+    frames = frames - frames.mean(-1, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], -1)
+    hann = torch.hann_window(spec.window, periodic=False, dtype=torch.float64)
+    frames = (frames - PREEMPHASIS * before) * hann.to(device, dtype)
+    power = torch.view_as_real(torch.fft.rfft(frames, n=spec.n_fft)).square().sum(-1)
+    mel = torch.tensor(mel_matrix(spec), device=device)
+    features = (power.double() @ mel).clamp(min=EPS).log().to(dtype)
+    sound = num_frames(num_samples.to(device), spec)
+    past_end = torch.arange(spec.num_frames, device=device) >= sound[:, None]
+    return features.masked_fill(past_end[..., None], 0.0)
+
+
+class _Workspace:
+    """Constants and buffers of one thread for one spec."""
+
+    def __init__(self, spec: FbankSpec) -> None:
+        block = min(BLOCK, spec.num_frames)
+        num_bins = spec.n_fft // 2 + 1
+        self.hop = spec.hop
+        self.hann = torch.hann_window(spec.window, periodic=False, dtype=torch.float64).float()
+        self.centred = torch.empty(block, spec.window)
+        self.padded = torch.zeros(block, spec.n_fft)  # column 0 and the tail are never written
+        self.spectrum = torch.empty(block, num_bins, dtype=torch.complex64)
+        self.squares = torch.view_as_real(self.spectrum).view(block, 2 * num_bins)
+        self.bands = []  # (columns of the squares, columns of the output, weights)
+        mel = mel_matrix(spec)
+        for filters in np.array_split(np.arange(spec.n_mels), min(NUM_BANDS, spec.n_mels)):
+            first, last = int(filters[0]), int(filters[-1]) + 1
+            (fed,) = mel[:, first:last].any(axis=1).nonzero()
+            low, high = (int(fed[0]), int(fed[-1]) + 1) if len(fed) else (0, 1)
+            # Every row twice: the product adds the squares of real and imaginary parts as well.
+            weights = torch.tensor(mel[low:high, first:last].repeat(2, axis=0)).float()
+            self.bands.append((slice(2 * low, 2 * high), slice(first, last), weights))
+
+    def run(self, waveform: Tensor, out: Tensor) -> None:
+        """Fill ``out`` [n, F] with the frames of ``waveform``, which holds n windows or more."""
+        count = out.shape[0]
+        frames = waveform.unfold(0, self.hann.shape[0], self.hop)[:count]
+        means = frames.mean(1, keepdim=True)
+        for start in range(0, count, self.centred.shape[0]):
+            size = min(self.centred.shape[0], count - start)
+            stop = start + size
+            centred, padded, squares = self.centred[:size], self.padded[:size], self.squares[:size]
+            torch.sub(frames[start:stop], means[start:stop], out=centred)
+            emphasised = padded[:, 1 : centred.shape[1]]  # the window's first weight is 0
+            torch.sub(centred[:, 1:], centred[:, :-1], alpha=PREEMPHASIS, out=emphasised)
+            emphasised.mul_(self.hann[1:])
+            torch.fft.rfft(padded, out=self.spectrum[:size])
+            squares.square_()
+            for bins, filters, weights in self.bands:
+                torch.mm(squares[:, bins], weights, out=out[start:stop, filters])
+        out.clamp_(min=EPS).log_()
+
+
+class _Workspaces(threading.local):
+    """One workspace per thread and spec: pipelines call the op from several threads."""
+
+    def __init__(self) -> None:
+        self.by_spec: dict[FbankSpec, _Workspace] = {}
+
+    def get(self, spec: FbankSpec) -> _Workspace:
+        if spec not in self.by_spec:
+            self.by_spec[spec] = _Workspace(spec)
+        return self.by_spec[spec]
+
+
+_workspaces = _Workspaces()
+
+
+@torch.library.custom_op("ssast::fbank", mutates_args=())
+def _fbank(
+    waveforms: Tensor,
+    num_samples: Tensor,
+    sample_rate_hz: int,
+    n_mels: int,
+    frames: int,
+    low_hz: float,
+) -> Tensor:
+    spec = FbankSpec(sample_rate_hz, n_mels, frames, low_hz)
+    return fbank_reference(waveforms, num_samples, spec)
+
+
+@_fbank.register_kernel("cpu")
+def _fbank_cpu(
+    waveforms: Tensor,
+    num_samples: Tensor,
+    sample_rate_hz: int,
+    n_mels: int,
+    frames: int,
+    low_hz: float,
+) -> Tensor:
+    spec = FbankSpec(sample_rate_hz, n_mels, frames, low_hz)
+    workspace = _workspaces.get(spec)
+    out = torch.empty(waveforms.shape[0], frames, n_mels)
+    for waveform, length, features in zip(waveforms, num_samples.tolist(), out, strict=True):
+        count = num_frames(min(length, waveforms.shape[1]), spec)
+        features[count:] = 0.0
+        if count:
+            workspace.run(waveform, features[:count])
+    return out
+
+
+@_fbank.register_fake
+def _fbank_fake(
+    waveforms: Tensor,
+    num_samples: Tensor,
+    sample_rate_hz: int,
+    n_mels: int,
+    frames: int,
+    low_hz: float,
+) -> Tensor:
+    return waveforms.new_empty(waveforms.shape[0], frames, n_mels)
+
+
+def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
+    """Log-mel filterbanks of a batch of clips, before normalisation.
+
+    Args:
+        waveforms: [B, S] float32 in [-1, 1] at ``spec.sample_rate_hz``, each clip's mean removed;
+            what lies beyond a clip's end is not read.
+        num_samples: [B] int64, samples of each clip, on the device of ``waveforms``.
+        spec: Filterbank settings.
+
+    Returns:
+        [B, T, F] float32, 0 in frames after a clip's end. No gradient: this is data.
+
+    Raises:
+        ValueError: For another shape, dtype or device.
+    """
+    if waveforms.ndim != 2 or waveforms.dtype != torch.float32:
+        raise ValueError(
+            f"waveforms must be [B, S] float32, got {list(waveforms.shape)} {waveforms.dtype}"
+        )
+    if num_samples.shape != waveforms.shape[:1] or num_samples.dtype != torch.int64:
+        raise ValueError(
+            f"num_samples must be [{waveforms.shape[0]}] int64, got "
+            f"{list(num_samples.shape)} {num_samples.dtype}"
+        )
+    if num_samples.device != waveforms.device:
+        raise ValueError(
+            f"num_samples is on {num_samples.device}, waveforms are on {waveforms.device}"
+        )
+    with torch.no_grad():
+        return _fbank(
+            waveforms,
+            num_samples,
+            spec.sample_rate_hz,
+            spec.n_mels,
+            spec.num_frames,
+            float(spec.low_hz),
+        )
