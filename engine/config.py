@@ -1,0 +1,382 @@
+"""Every setting of a run: nested frozen dataclasses, filled from one YAML file.
+
+    config = load_config("base_patch", ["data.train=clips.json", "train.steps=1000"])
+
+A key that no dataclass knows, a value of the wrong type and one out of range are errors that
+name the key, what was given and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names the key."""
+
+
+def setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field whose number, or whose numbers, must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width D, depth and number of attention heads of the transformer."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+# tiny, small and base are DeiT's; large, huge and giant carry the same trunk further (ViT).
+SIZES = {
+    "tiny": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
+    "huge": Size(1280, 32, 16),
+    "giant": Size(1536, 40, 24),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    """From a waveform to the spectrogram that the model sees."""
+
+    sample_rate_hz: int = setting(16000, 1000, 192000)
+    n_mels: int = setting(128, 1, 1024)
+    num_frames: int = setting(1024, 1)
+    """Frames (10 ms each) of the input; longer clips are cut, shorter ones are zero-padded."""
+
+    mean: float = -4.2677393
+    """Mean of the log-mel filterbank over the training set."""
+
+    std: float = setting(4.5689974, 1e-6)
+    """Its standard deviation; the model sees (fbank - mean) / (2 std)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The spectrogram transformer."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
+    patch: tuple[int, int] = setting((16, 16), 1)
+    """Mel bins and frames of one patch: [16, 16] is the patch model, [128, 2] the frame model."""
+
+    depth: int | None = setting(None, 1)
+    """Number of blocks, where it is not the size's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Masked spectrogram patch modelling (MSPM)."""
+
+    kind: Literal["joint", "discriminative", "generative"] = "joint"
+    num_masked: int = setting(400, 2)
+    """Patches hidden in each clip."""
+
+    mask: Literal["official", "uniform", "random"] = "official"
+    """Clusters as published, clusters that favour no position, or single random patches."""
+
+    softmax_axis: Literal["official", "paper"] = "official"
+    """InfoNCE over the predictions (published code) or over the targets (equation 1)."""
+
+    two_pass: bool = False
+    """A forward pass and a mask for each of the two losses, as the published code does."""
+
+    mse_weight: float = setting(10.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the clips are and how they are read."""
+
+    train: str | None = None
+    """A manifest (JSON or CSV) or a folder of audio files."""
+
+    valid: str | None = None
+    """The held-out clips; without it a share of the training clips is held out."""
+
+    valid_share: float = setting(0.02, 1e-6, 0.5)
+    num_threads: int | None = setting(None, 1)
+    """DALI's threads; the cores of the process if not given, at most 8."""
+
+    read_ahead: int = setting(3, 1, 64)
+    """Batches read ahead of the decoder."""
+
+    fbank: Literal["auto", "torch", "dali"] = "auto"
+    max_rejected: float = setting(0.05, 0.0, 1.0)
+    """Largest share of clips that may be unreadable before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Adam with L2 regularisation in the gradient, as published, or AdamW."""
+
+    lr: float = setting(1e-4, 0.0)
+    betas: tuple[float, float] = setting((0.95, 0.999), 0.0, 0.999999)
+    eps: float = setting(1e-8, 0.0)
+    weight_decay: float = setting(5e-7, 0.0)
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    warmup_steps: int = setting(1000, 0)
+    plateau_factor: float = setting(0.5, 0.0, 1.0)
+    plateau_patience: int = setting(2, 0)
+    """Validations without a better accuracy that are borne before the rate falls."""
+
+    min_lr: float = setting(0.0, 0.0)
+    """Where the cosine ends."""
+
+    max_grad_norm: float | None = setting(None, 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The run."""
+
+    steps: int = setting(800_000, 1)
+    """Optimizer steps in all."""
+
+    batch_size: int = setting(24, 1)
+    """Clips of one optimizer step, over all processes and accumulated micro-steps."""
+
+    accumulate: int = setting(1, 1)
+    """Micro-steps of one optimizer step."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 weights and activations with fp32 master weights, or fp32; auto: bf16 on a GPU."""
+
+    zero_stage: int = setting(1, 0, 3)
+    """What DeepSpeed shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
+
+    compile: bool = False
+    """Compile each transformer block with torch.compile (needs a C++ compiler on a CPU)."""
+
+    seed: int = setting(0, 0, 2**63 - 1)
+    log_every: int = setting(10, 1)
+    validate_every: int = setting(4000, 1)
+    save_every: int = setting(4000, 1)
+    keep: int = setting(3, 1)
+    """Checkpoints kept, besides the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where the results go."""
+
+    folder: str | None = None
+    """runs/<name of the configuration> if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a pretraining run depends on; stored in its folder as config.yaml."""
+
+    audio: Audio = field(default_factory=Audio)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        """Check what no key can be checked for by itself."""
+        if self.train.zero_stage == 0:
+            raise ConfigError(
+                "train.zero_stage must be 1, 2 or 3, got 0: DeepSpeed's stage 0 starts bf16 training "
+                "with a false step and lets one NaN poison the weights; stage 1 costs nothing more"
+            )
+        rows, columns = self.grid
+        if rows < 1 or columns < 1:
+            raise ConfigError(
+                f"model.patch {list(self.model.patch)} does not fit into "
+                f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
+            )
+        # The published generator never masks the first and the last patch.
+        most = rows * columns - (2 if self.objective.mask == "official" else 1)
+        if self.objective.num_masked > most:
+            raise ConfigError(
+                f"objective.num_masked must be at most {most} of the {rows} x {columns} = "
+                f"{rows * columns} patches, got {self.objective.num_masked}"
+            )
+        if self.objective.two_pass and self.objective.kind != "joint":
+            raise ConfigError(
+                f"objective.two_pass needs objective.kind joint, got {self.objective.kind!r}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows (frequency) and columns (time) of patches."""
+        return self.audio.n_mels // self.model.patch[0], self.audio.num_frames // self.model.patch[
+            1
+        ]
+
+
+def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration and apply ``section.key=value`` overrides.
+
+    Args:
+        name: A YAML file, or the name of one under configs/ without its ending.
+        overrides: Settings that go before the file's, values in YAML.
+
+    Raises:
+        ConfigError: No such file, bad YAML, or a wrong key, type or value.
+    """
+    path = _find(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
+    raw = _mapping({} if raw is None else raw, str(path))
+    for override in overrides:
+        _override(raw, override)
+    config = _build(Config, raw, "")
+    if config.run.folder is None:
+        stem = path.parent.name if path.name == "config.yaml" else path.stem
+        run = dataclasses.replace(config.run, folder=str(Path("runs") / stem))
+        config = dataclasses.replace(config, run=run)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML; ``load_config`` reads the same configuration from it."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Nested dicts and lists of plain values, as YAML and JSON hold them."""
+    plain = {}
+    for key, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            plain[key] = to_plain(value)
+        else:
+            plain[key] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def from_plain(raw: dict[str, Any]) -> Config:
+    """The inverse of :func:`to_plain`, with every check."""
+    return _build(Config, raw, "")
+
+
+def _find(name: str | Path) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise ConfigError(f"{path}: no such configuration file")
+    named = CONFIGS / f"{name}.yaml"
+    if named.is_file():
+        return named
+    names = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+    raise ConfigError(f"no configuration {str(name)!r}{_nearest(str(name), names)}")
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *sections, key = dotted.strip().split(".")
+    if not equals or not key or not all(sections):
+        raise ConfigError(f"expected section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{dotted}: {text!r} is not YAML: {_one_line(error)}") from error
+    node = raw
+    for section in sections:
+        below = node.get(section)
+        node[section] = node = {} if below is None else _mapping(below, section)
+    node[key] = value
+
+
+def _build(cls: Any, raw: Any, prefix: str) -> Any:
+    raw = _mapping(raw, prefix.rstrip(".") or "the configuration")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key not in fields:
+            known = [f"{prefix}{name}" for name in fields] if prefix else _all_keys()
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', known)}")
+        if value is None and dataclasses.is_dataclass(hints[key]):
+            value = {}  # a section whose lines are all commented out
+        values[key] = _convert(hints[key], value, f"{prefix}{key}")
+        _check_range(values[key], fields[key], f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    args = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    if typing.get_origin(hint) is Literal:
+        if value not in args:
+            near = _nearest(str(value), args)
+            raise ConfigError(f"{key} must be one of {', '.join(args)}, got {value!r}{near}")
+        return value
+    if isinstance(hint, types.UnionType):  # every one of ours is "something or nothing"
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else _convert(inner, value, key)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise ConfigError(f"{key} must be a list of {len(args)}, got {value!r}")
+        return tuple(
+            _convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise ConfigError(f"{key} must be {names[hint]}, got {value!r}")
+    return value
+
+
+def _check_range(value: Any, f: "dataclasses.Field[Any]", key: str) -> None:
+    if not f.metadata or value is None:
+        return
+    low, high = f.metadata["low"], f.metadata["high"]
+    for number in value if isinstance(value, tuple) else (value,):
+        if not low <= number <= high:
+            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{key} must be {bounds}, got {number!r}")
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys to values, got {value!r}")
+    return value
+
+
+def _all_keys() -> list[str]:
+    sections = typing.get_type_hints(Config)
+    return [f"{s}.{f.name}" for s, cls in sections.items() for f in dataclasses.fields(cls)]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    by_last = {n.rsplit(".", 1)[-1]: n for n in known}  # "steps" stands for train.steps
+    near = difflib.get_close_matches(name, [*known, *by_last], n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {by_last.get(near[0], near[0])}?"
+    return f"; known: {', '.join(known)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,164 @@
+"""The audio spectrogram transformer of SSAST: patch embedding, blocks, norm.
+
+The trunk is DeiT's (Touvron et al. 2021) with its two extra tokens, as in AST (Gong et al. 2021):
+pre-norm blocks, LayerNorm with eps 1e-6, exact GELU, MLP ratio 4, no dropout.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.config import SIZES, Audio, Model
+from ssast.kernels.attention import attention
+from ssast.kernels.masking import Masks
+from ssast.kernels.patch_embed import patch_embed, patch_grid
+
+NUM_EXTRA_TOKENS = 2  # cls and dist
+
+
+class PatchEmbed(nn.Module):
+    """Filterbanks [B, T, F] to tokens [B, 2 + N, D] and the masked patches [B, M, P]."""
+
+    def __init__(
+        self, patch: tuple[int, int], stride: tuple[int, int], embed_dim: int, audio: Audio
+    ):
+        super().__init__()
+        self.patch, self.stride, self.mean, self.std = patch, stride, audio.mean, audio.std
+        self.grid = patch_grid(audio.n_mels, audio.num_frames, patch, stride)
+        projection = nn.Conv2d(1, embed_dim, patch)  # for its initialisation and shape
+        self.weight, self.bias = projection.weight, projection.bias
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.mask_embed = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        num_tokens = NUM_EXTRA_TOKENS + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.xavier_normal_(self.mask_embed)
+
+    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Tokens and targets; see :func:`ssast.kernels.patch_embed.patch_embed`."""
+        assert self.bias is not None
+        return patch_embed(
+            fbank,
+            self.weight,
+            self.bias,
+            self.mask_embed.flatten(),
+            self.pos_embed,
+            torch.cat((self.cls_token, self.dist_token), 1),
+            masks,
+            mean=self.mean,
+            std=self.std,
+            stride=self.stride,
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        return self.proj(attention(q, k, v).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = Mlp(embed_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SpectrogramTransformer(nn.Module):
+    """The encoder: filterbanks [B, T, F] to hidden states [B, 2 + N, D], cls and dist first."""
+
+    def __init__(self, model: Model, audio: Audio, stride: tuple[int, int] | None = None):
+        """Build it with fresh weights.
+
+        Args:
+            model: Size and patch.
+            audio: Number of mel bins and frames of the input, and its normalisation.
+            stride: Mel bins and frames between two patches; the patch itself (no overlap) if None.
+        """
+        super().__init__()
+        size = SIZES[model.size]
+        self.embed_dim = size.embed_dim
+        self.embed = PatchEmbed(model.patch, stride or model.patch, size.embed_dim, audio)
+        self.blocks = nn.ModuleList(
+            Block(size.embed_dim, size.num_heads) for _ in range(model.depth or size.depth)
+        )
+        self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
+
+    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Encode a batch.
+
+        Args:
+            fbank: [B, T, F] log-mel before normalisation.
+            masks: Which patches are hidden.
+
+        Returns:
+            Hidden states [B, 2 + N, D] and the normalised masked patches [B, M, P].
+        """
+        x, targets = self.embed(fbank, masks)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), targets
+
+
+def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embedding for another patch grid.
+
+    Each axis is cut around its centre where the new grid is shorter and interpolated (bilinear)
+    where it is longer; the extra tokens keep theirs. As in the published fine-tuning.
+
+    Args:
+        pos_embed: [1, 2 + N, D].
+        old: Rows and columns it was made for.
+        new: Rows and columns wanted.
+
+    Returns:
+        [1, 2 + N', D].
+    """
+    extra, image = pos_embed[:, :NUM_EXTRA_TOKENS], pos_embed[:, NUM_EXTRA_TOKENS:]
+    image = image.transpose(1, 2).unflatten(2, old)  # [1, D, rows, columns]
+    for axis in (3, 2):  # time first, as published
+        wanted, have = new[axis - 2], image.shape[axis]
+        if wanted < have:
+            image = image.narrow(axis, have // 2 - wanted // 2, wanted)
+        elif wanted > have:
+            size = (image.shape[2], wanted) if axis == 3 else (wanted, image.shape[3])
+            image = nn.functional.interpolate(
+                image, size=size, mode="bilinear", align_corners=False
+            )
+    return torch.cat((extra, image.flatten(2).transpose(1, 2)), 1)

@@ -1,0 +1,93 @@
+"""Masked spectrogram patch modelling: mask, encode, two heads, losses.
+
+    joint = InfoNCE + 10 MSE                                SSAST, equation 3 and published code
+
+The paper computes both terms on one mask and one forward pass, which is the default; its published
+code runs a whole forward pass with a mask of its own for each (``two_pass``).
+"""
+
+from torch import Tensor, nn
+
+from ssast.engine.config import Config
+from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.kernels.masking import Masks, draw_masks
+from ssast.kernels.mspm_loss import info_nce, mse
+
+
+class MSPM(nn.Module):
+    """The encoder with the heads and losses of its pretraining."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.objective = config.objective
+        self.seed = config.train.seed
+        self.grid = config.grid
+        self.encoder = SpectrogramTransformer(config.model, config.audio)
+        D, P = self.encoder.embed_dim, config.model.patch[0] * config.model.patch[1]
+        self.discriminative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+        self.generative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+        # A head that the objective leaves idle has no gradient: the optimizer need not carry it.
+        self.discriminative_head.requires_grad_(config.objective.kind != "generative")
+        self.generative_head.requires_grad_(config.objective.kind != "discriminative")
+
+    def draw_masks(self, clip_ids: Tensor, epochs: Tensor) -> list[Masks]:
+        """One mask for each forward pass, for these clips in these epochs, both [B] int64."""
+        return [
+            draw_masks(
+                clip_ids,
+                epochs,
+                seed=self.seed,
+                kind=self.objective.mask,
+                grid=self.grid,
+                num_masked=self.objective.num_masked,
+                stream=stream,
+            )
+            for stream in range(2 if self.objective.two_pass else 1)
+        ]
+
+    def masked_states(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the masked tokens [B, M, D], and their targets [B, M, P]."""
+        hidden, targets = self.encoder(fbank, masks)
+        ids = (masks.mask_ids + NUM_EXTRA_TOKENS)[..., None].expand(-1, -1, hidden.shape[2])
+        return hidden.gather(1, ids), targets
+
+    def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
+        """The losses of each clip.
+
+        Args:
+            fbank: [B, T, F] log-mel before normalisation.
+            masks: Of the forward pass; with ``two_pass`` a second one for the generative loss.
+
+        Returns:
+            Those of "nce", "accuracy" and "mse" that belong to the objective, each [B].
+        """
+        kind, losses = self.objective.kind, {}
+        states, targets = self.masked_states(fbank, masks[0])
+        if kind != "generative":
+            predictions = self.discriminative_head(states)
+            losses["nce"], losses["accuracy"] = info_nce(
+                targets, predictions, self.objective.softmax_axis
+            )
+        if len(masks) > 1:
+            states, targets = self.masked_states(fbank, masks[1])
+        if kind != "discriminative":
+            losses["mse"] = mse(targets, self.generative_head(states))
+        return losses
+
+
+def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:
+    """Means over the valid clips of a batch.
+
+    Args:
+        losses: Per clip, as :meth:`MSPM.forward` gives them.
+        valid: [B] bool; the others count nothing.
+        mse_weight: Of the generative loss in the joint one.
+
+    Returns:
+        Scalars: the same losses and "loss", which is to be minimised. It is 0 where no clip is valid.
+    """
+    weights = valid / valid.sum().clamp(min=1)
+    # where, not a product: a clip that counts nothing may hold an infinity.
+    means = {name: (value.where(valid, 0) * weights).sum() for name, value in losses.items()}
+    loss = means.get("nce", 0.0) + means.get("mse", 0.0) * (mse_weight if "nce" in means else 1.0)
+    return {"loss": loss, **means}
