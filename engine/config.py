@@ -6,6 +6,7 @@ A key that no dataclass knows, a value of the wrong type and one out of range ar
 name the key, what was given and what is allowed.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -197,8 +198,8 @@ class Config:
         """Check what no key can be checked for by itself."""
         if self.train.zero_stage == 0:
             raise ConfigError(
-                "train.zero_stage must be 1, 2 or 3, got 0: DeepSpeed's stage 0 starts bf16 training "
-                "with a false step and lets one NaN poison the weights; stage 1 costs nothing more"
+                "train.zero_stage must be 1, 2 or 3, got 0: DeepSpeed's stage 0 starts bf16 runs "
+                "with a false step and lets one NaN poison the weights; stage 1 costs no more"
             )
         rows, columns = self.grid
         if rows < 1 or columns < 1:
@@ -337,10 +338,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             _convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:

@@ -2,7 +2,8 @@
 
 The published code stores the state dict of a DataParallel model: ``module.v.*`` for the trunk with
 timm's names, ``module.cpredlayer.*`` and ``module.gpredlayer.*`` for the two heads,
-``module.mlp_head.*`` for a fine-tuned classifier, and the integers ``p_input_fdim``, ``p_input_tdim``.
+``module.mlp_head.*`` for a fine-tuned classifier, and two integers, ``p_input_fdim`` and
+``p_input_tdim``.
 """
 
 from torch import Tensor

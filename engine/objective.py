@@ -84,7 +84,7 @@ def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> 
         mse_weight: Of the generative loss in the joint one.
 
     Returns:
-        Scalars: the same losses and "loss", which is to be minimised. It is 0 where no clip is valid.
+        Scalars: the same losses and "loss", to be minimised; all 0 where no clip is valid.
     """
     weights = valid / valid.sum().clamp(min=1)
     # where, not a product: a clip that counts nothing may hold an infinity.

@@ -1,4 +1,4 @@
-"""Which patches are hidden: a pure function of (seed, stream, epoch, clip), the same bits everywhere.
+"""Which patches are hidden: a pure function of (seed, stream, epoch, clip) on any device.
 
 Every number comes from Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and the counter
 (block, clip, epoch, stream): the mask of a clip depends on nothing else, neither on the batch it is
@@ -10,9 +10,9 @@ The patch grid has F_p rows (frequency) and T_p columns (time); patch (f, t) has
 - ``official``: the published cluster masks. C in {3, 4, 5} (draw 0); starts (draws 2, 3, ...) cover
   {start + T_p * i + j : 0 <= i, j < C} with 0 < id < N, until MORE than M ids are covered; the M
   smallest stay. Blocks wrap over the end of a row, and low ids are favoured.
-- ``uniform``: clusters that favour no position. The corner of a C x C block is drawn from all places
-  where it touches the grid, so each patch is as likely as any other; what lies outside is cut off.
-  When M or more ids are covered, a contiguous run of the surplus (its place is draw 1) is dropped.
+- ``uniform``: clusters that favour no position. The corner of a C x C block is drawn from all
+  places where it touches the grid, so each patch is as likely as any other; what lies outside is
+  cut off. When M or more ids are covered, a contiguous run of the surplus (its place is draw 1) is dropped.
 - ``random``: M single patches; patch i has draw i as its key, and the M smallest keys win.
 """
 

@@ -47,7 +47,7 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 def _info_nce(
     targets: Tensor, predictions: Tensor, over_targets: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, M, _ = targets.shape
+    M = targets.shape[1]
     t, c = _at_least_fp32(targets), _at_least_fp32(predictions)
     log_p = t @ c.transpose(1, 2)  # [B, i, j]; one buffer becomes scores, log p, p and p - delta
     log_p -= log_p.logsumexp(1 if over_targets else 2, keepdim=True)
@@ -110,7 +110,7 @@ def info_nce(
         softmax_axis: See the module.
 
     Returns:
-        The loss (nats) and the accuracy of each clip, both [B], float32 (float64 for float64 input).
+        The loss (nats) and the accuracy of each clip, [B], float32 (float64 for float64 input).
 
     Raises:
         ValueError: The shapes differ.

@@ -1,13 +1,13 @@
-"""From a filterbank to tokens: normalise, cut into patches, project the visible ones, mask the rest.
+"""From a filterbank to tokens: normalise, cut into patches, project those that are visible.
 
     x       = (fbank - mean) / (2 std)                                    SSAST, published code
     token_n = W patch_n + b     (visible)   or   mask_embed   (masked)    + pos_embed_n
     tokens  = [cls + pos, dist + pos, token_0, ..., token_{N-1}]
     targets = the normalised masked patches
 
-Masked patches cost no arithmetic: with 400 of 512 hidden, the projection works on 22 % of the rows.
-Patches lie on a grid of F_p rows (frequency) and T_p columns (time), numbered row by row; a patch is
-flattened row by row over (mel bin, frame), as a convolution's kernel is.
+Masked patches cost no arithmetic: with 400 of 512 hidden, the projection works on 22 % of the
+rows. Patches lie on a grid of F_p rows (frequency) and T_p columns (time), numbered row by row; a
+patch is flattened row by row over (mel bin, frame), as a convolution's kernel is.
 """
 
 from collections.abc import Sequence
