@@ -12,7 +12,8 @@ The patch grid has F_p rows (frequency) and T_p columns (time); patch (f, t) has
   smallest stay. Blocks wrap over the end of a row, and low ids are favoured.
 - ``uniform``: clusters that favour no position. The corner of a C x C block is drawn from all
   places where it touches the grid, so each patch is as likely as any other; what lies outside is
-  cut off. When M or more ids are covered, a contiguous run of the surplus (its place is draw 1) is dropped.
+  cut off. When M or more ids are covered, a contiguous run of the surplus (its place is draw 1)
+  is dropped.
 - ``random``: M single patches; patch i has draw i as its key, and the M smallest keys win.
 """
 
