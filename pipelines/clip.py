@@ -1,0 +1,186 @@
+"""One clip of a manifest as bytes that DALI decodes exactly: mono, at the wanted rate.
+
+Small FLAC and PCM WAV files that are so already are handed on as they lie on the disk. All the
+rest, whatever libsndfile reads (mp3, Ogg, Opus, AIFF, float WAV, ...), is decoded here, averaged
+to mono, resampled with soxr (DALI resamples without an anti-alias filter) and handed on as a float
+WAV. Of a long recording only the part that the filterbank looks at is decoded.
+"""
+
+import errno
+import math
+import os
+import stat
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.batch import DataError
+
+LOUDEST = 1e9  # full scale is 1; a float file beyond this is no sound (and its power overflows)
+RATES_HZ = (1000, 1_000_000)
+TAIL_S = 0.1  # sound after the part that counts, so that the resampler's edge lies outside of it
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+PAUSES_S = (0.05, 0.5)  # before reading again after such an error
+
+
+def wav_bytes(samples: np.ndarray, rate_hz: int) -> np.ndarray:
+    """A mono WAV file of float samples.
+
+    Args:
+        samples: [S] float32.
+        rate_hz: Sample rate.
+
+    Returns:
+        [44 + 4 S] uint8, the file.
+    """
+    size = 4 * len(samples)
+    header = b"RIFF" + struct.pack("<I", 36 + size) + b"WAVEfmt "
+    header += struct.pack("<IHHIIHH", 16, 3, 1, rate_hz, 4 * rate_hz, 4, 32)
+    header += b"data" + struct.pack("<I", size)
+    return np.concatenate([np.frombuffer(header, np.uint8), samples.astype("<f4").view(np.uint8)])
+
+
+def silence(spec: FbankSpec) -> np.ndarray:
+    """The stand-in for a clip that cannot be read: one sample, no frame. [48] uint8."""
+    return wav_bytes(np.zeros(1, np.float32), spec.sample_rate_hz)
+
+
+def plain_samples(data: bytes, spec: FbankSpec) -> int | None:
+    """How long a file is that DALI can decode as it is.
+
+    Args:
+        data: A whole audio file.
+        spec: Filterbank settings.
+
+    Returns:
+        The number of samples of a mono FLAC or PCM WAV file at the wanted rate; None for every
+        other file, and for one whose header is unusual or does not fit its contents.
+    """
+    if data[:4] == b"fLaC" and len(data) > 42 and data[4] & 0x7F == 0:
+        rate_hz = int.from_bytes(data[18:21], "big") >> 4
+        channels = (data[20] >> 1 & 7) + 1
+        samples = int.from_bytes(data[21:26], "big") & (1 << 36) - 1
+    elif data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        found = _wav_header(data)
+        if found is None:
+            return None
+        rate_hz, channels, samples = found
+    else:
+        return None
+    if channels != 1 or rate_hz != spec.sample_rate_hz:
+        return None
+    # A header may claim anything, and a decoder allocates what it claims.
+    return samples if 0 < samples <= 4 * max(spec.num_samples, spec.sample_rate_hz) else None
+
+
+def _wav_header(data: bytes) -> tuple[int, int, int] | None:
+    """Rate, channels and samples of a PCM WAV file; None if it is of another kind or damaged."""
+    rate_hz = channels = frame_bytes = 0
+    at = 12
+    while at + 8 <= len(data):
+        name, (size,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
+        at += 8
+        if name == b"data":
+            whole = frame_bytes > 0 and at + size <= len(data)
+            return (rate_hz, channels, size // frame_bytes) if whole else None
+        if name == b"fmt " and size >= 16 and at + 16 <= len(data):
+            kind, channels, rate_hz, _, frame_bytes, bits = struct.unpack_from("<HHIIHH", data, at)
+            if kind != 1 or bits not in (8, 16, 24, 32) or frame_bytes != channels * bits // 8:
+                return None
+        at += size + size % 2
+    return None
+
+
+def decode(file: int | str, spec: FbankSpec) -> np.ndarray:
+    """Decode with libsndfile: mono, at the wanted rate, the part that the filterbank looks at.
+
+    Args:
+        file: An open file descriptor, which stays open, or a path.
+        spec: Filterbank settings.
+
+    Returns:
+        [S] float32, S at most ``spec.num_samples``.
+
+    Raises:
+        DataError: The reason why this is no usable sound.
+    """
+    try:
+        with soundfile.SoundFile(file, closefd=False) as sound:
+            rate_hz, frames = sound.samplerate, sound.frames
+            if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
+                raise DataError(f"sample rate of {rate_hz} Hz")
+            same = rate_hz == spec.sample_rate_hz
+            wanted_s = spec.num_samples / spec.sample_rate_hz + (0.0 if same else TAIL_S)
+            wanted = min(frames, math.ceil(wanted_s * rate_hz))
+            samples = sound.read(wanted, dtype="float32", always_2d=True)
+            unknown = frames >= 1 << 48  # a stream that was written without its length
+    except soundfile.SoundFileError as error:
+        raise DataError(f"cannot be decoded: {_last_part(error)}") from error
+    if len(samples) < wanted and not unknown:
+        raise DataError(f"truncated: {len(samples)} of {frames} samples")
+    samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    if len(samples) and not float(np.abs(samples).max()) < LOUDEST:  # true for NaN as well
+        raise DataError("holds samples that are NaN, infinite or absurdly large")
+    if not same and len(samples):
+        samples = soxr.resample(samples, rate_hz, spec.sample_rate_hz, quality="HQ")
+    return np.ascontiguousarray(samples[: spec.num_samples], dtype=np.float32)
+
+
+def _last_part(error: soundfile.SoundFileError) -> str:
+    """What libsndfile says, without the name of the file object that soundfile puts before it."""
+    text = getattr(error, "error_string", None) or str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def read_clip(path: str | Path, spec: FbankSpec, *, trust: bool = True) -> np.ndarray:
+    """The bytes of a clip, ready for DALI.
+
+    Args:
+        path: An audio file.
+        spec: Filterbank settings.
+        trust: Hand on what looks well as it is; False: decode it here to be sure.
+
+    Returns:
+        [n] uint8: a mono FLAC or WAV file at the wanted rate, of at least one window of sound.
+
+    Raises:
+        DataError: The reason why there is no usable sound in the file.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return _read(os.fspath(path), spec, trust)
+        except OSError as error:
+            if pause_s is None or error.errno not in TRANSIENT:
+                raise DataError(error.strerror or str(error)) from error
+        time.sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _read(path: str, spec: FbankSpec, trust: bool) -> np.ndarray:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise DataError("not a regular file")
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise DataError("empty file")
+        data: bytes | None = None
+        num_samples = None
+        if trust and size <= 4 * spec.num_samples + 65536:  # as 32 bit samples, and a long header
+            data = file.readall()
+            num_samples = plain_samples(data, spec)
+            file.seek(0)
+        decoded = None
+        if num_samples is None:
+            decoded = decode(file.fileno(), spec)
+            num_samples = len(decoded)
+    if num_samples < spec.window:
+        raise DataError(f"too short: {num_samples} samples, one window is {spec.window}")
+    if decoded is None:
+        assert data is not None
+        return np.frombuffer(data, np.uint8)
+    return wav_bytes(decoded, spec.sample_rate_hz)

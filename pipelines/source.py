@@ -1,0 +1,153 @@
+"""Feeds DALI with the clips' bytes: reads ahead in threads, never raises for a bad file."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.batch import DataError
+from ssast.pipelines.clip import read_clip, silence
+from ssast.pipelines.order import clips_at, rank_positions
+
+
+class BatchInfo(Protocol):
+    """What DALI tells an external source: which batch it wants."""
+
+    iteration: int
+
+
+class ClipSource:
+    """Callback of an external source: the encoded clips of batch ``iteration``.
+
+    What it returns depends on the start position and the iteration alone; all else it keeps is a
+    cache of batches read ahead. A clip that cannot be read becomes silence, is marked invalid and
+    is noted, with the reason, in ``reasons``.
+
+    Args:
+        paths: The manifest, one audio file a clip.
+        spec: Filterbank settings.
+        batch_size: Clips per batch of this rank.
+        seed: Of the order of the clips.
+        rank: Of this process, from 0.
+        world_size: Number of ranks.
+        start: First position of the stream, over all ranks.
+        epochs: Passes over the manifest in its order; None for the endless shuffled stream.
+        num_threads: Threads that read (and convert what needs it).
+        read_ahead: Batches to read ahead.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        spec: FbankSpec,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        epochs: int | None = None,
+        num_threads: int = 2,
+        read_ahead: int = 3,
+    ) -> None:
+        self.paths, self.spec = paths, spec
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.start, self.epochs, self.read_ahead = seed, start, epochs, read_ahead
+        self.reasons: dict[int, str] = {}  # clip id -> why it was replaced
+        self._doubted: set[int] = set()
+        self._doubt_all = False
+        self._ahead: dict[int, list[Future[np.ndarray | None]]] = {}
+        self._silence = silence(spec)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-read")
+
+    def clips(self, iteration: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which clips make up a batch.
+
+        Args:
+            iteration: Batches since the start position.
+
+        Returns:
+            clip_ids: [B] int64, rows of the manifest.
+            epochs: [B] int64, pass over the manifest.
+            present: [B] bool, False past the end of a finite stream.
+        """
+        positions = rank_positions(
+            self.start, iteration, self.batch_size, self.rank, self.world_size
+        )
+        count = len(self.paths)
+        if self.epochs is None:
+            clip_ids, epochs = clips_at(positions, count, self.seed)
+            return clip_ids, epochs, np.ones(len(positions), bool)
+        epochs, clip_ids = np.divmod(positions, count)
+        return clip_ids, epochs, epochs < self.epochs
+
+    def doubt(self, clip_ids: Iterable[int]) -> None:
+        """Decode these clips here from now on, before DALI sees them."""
+        self._doubted.update(clip_ids)
+
+    def doubt_all(self) -> None:
+        """Decode every clip here from now on."""
+        self._doubt_all = True
+
+    def restart(self, start: int) -> None:
+        """Forget what was read ahead and count iterations from another start position."""
+        self._cancel()
+        self.start = start
+
+    def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """One batch.
+
+        Args:
+            info: Its ``iteration`` counts the batches since the start position.
+
+        Returns:
+            encoded: B arrays [n] uint8, audio files.
+            labels: B arrays [3] int64: clip id, epoch, and 1 or 0 for valid or not.
+        """
+        iteration = info.iteration
+        for later in range(iteration, iteration + 1 + self.read_ahead):
+            if later not in self._ahead:
+                self._ahead[later] = self._submit(later)
+        clip_ids, epochs, _ = self.clips(iteration)
+        encoded, labels = [], []
+        for clip_id, epoch, future in zip(
+            clip_ids, epochs, self._ahead.pop(iteration), strict=True
+        ):
+            data = future.result()
+            encoded.append(self._silence if data is None else data)
+            labels.append(np.array([clip_id, epoch, data is not None], np.int64))
+        return encoded, labels
+
+    def close(self) -> None:
+        """End the threads. The source cannot be used after this."""
+        self._cancel()
+        self._threads.shutdown(wait=True)
+
+    def _cancel(self) -> None:
+        for futures in self._ahead.values():
+            for future in futures:
+                future.cancel()
+        self._ahead.clear()
+
+    def _submit(self, iteration: int) -> list["Future[np.ndarray | None]"]:
+        clip_ids, _, present = self.clips(iteration)
+        nothing: Future[np.ndarray | None] = Future()
+        nothing.set_result(None)
+        return [
+            self._threads.submit(self._load, int(clip_id)) if here else nothing
+            for clip_id, here in zip(clip_ids, present, strict=True)
+        ]
+
+    def _load(self, clip_id: int) -> np.ndarray | None:
+        """The bytes of a clip; None, and a note, if it cannot be read."""
+        if clip_id in self.reasons:
+            return None
+        trust = not (self._doubt_all or clip_id in self._doubted)
+        try:
+            return read_clip(self.paths[clip_id], self.spec, trust=trust)
+        except DataError as error:
+            self.reasons[clip_id] = str(error)
+            return None
