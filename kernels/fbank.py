@@ -177,7 +177,7 @@ class _Workspace:
         mel = mel_matrix(spec)
         for filters in np.array_split(np.arange(spec.n_mels), min(NUM_BANDS, spec.n_mels)):
             first, last = int(filters[0]), int(filters[-1]) + 1
-            (fed,) = mel[:, first:last].any(axis=1).nonzero()
+            fed = np.flatnonzero(mel[:, first:last].any(axis=1))
             low, high = (int(fed[0]), int(fed[-1]) + 1) if len(fed) else (0, 1)
             # Every row twice: the product adds the squares of real and imaginary parts as well.
             weights = torch.tensor(mel[low:high, first:last].repeat(2, axis=0)).float()

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.pipelines.batch import Batch, DataError
-from ssast.pipelines.graph import PREFETCH, FbankThreads, Features, build_pipeline
+from ssast.pipelines.graph import PREFETCH, FbankThreads, build_pipeline
 from ssast.pipelines.source import ClipSource
 
 __all__ = ["AudioStream", "build_pipeline"]
@@ -89,7 +90,9 @@ class AudioStream:
         self._device_id = (device.index or 0) if on_gpu else None
         if fbank == "auto":
             fbank = "dali" if on_gpu else "torch"
-        self._features: Features = "waveform" if fbank == "torch" and on_gpu else fbank
+        self._features: FbankThreads | Literal["dali", "waveform"] = "dali"
+        if fbank == "torch":
+            self._features = "waveform" if on_gpu else FbankThreads(spec, num_threads)
 
         self._done = 0  # batches handed out
         self._base = 0  # batches handed out before the pipeline was last built
@@ -142,10 +145,10 @@ class AudioStream:
                 break
             except RuntimeError as error:
                 self._recover(error)
-        self._account(labels)
-        batch = self._batch(features, lengths, labels)
+        _, _, present = self._source.clips(self._done - self._base)
         self._done += 1
-        return batch
+        self._account(labels, present)
+        return self._batch(features, lengths, labels)
 
     def close(self) -> None:
         """End all threads. A closed stream hands out no more batches."""
@@ -154,8 +157,8 @@ class AudioStream:
         self._closed = True
         self._pipeline = None  # waits for the batches in flight
         self._source.close()
-        if self._fbank_threads is not None:
-            self._fbank_threads.close()
+        if isinstance(self._features, FbankThreads):
+            self._features.close()
 
     def __enter__(self) -> "AudioStream":
         return self
@@ -176,7 +179,6 @@ class AudioStream:
             num_threads=self._num_threads,
             device_id=self._device_id,
             features=self._features,
-            fbank_threads=self._fbank_threads,
         )
 
     def _run(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,9 +204,8 @@ class AudioStream:
             features = fbank(features, lengths, self.spec)
         return Batch(features, frames, clip_ids, epochs, valid.bool())
 
-    def _account(self, labels: Tensor) -> None:
+    def _account(self, labels: Tensor, present: np.ndarray) -> None:
         """Count and report the rejected clips of a batch; raise if they are too many."""
-        _, _, present = self._source.clips(self._done - self._base)
         for (clip_id, _, valid), here in zip(labels.tolist(), present, strict=True):
             self._seen += bool(here)
             if here and not valid:
@@ -215,7 +216,7 @@ class AudioStream:
                         path = str(self._source.paths[clip_id])
                         self._on_reject(clip_id, path, self._source.reasons[clip_id])
         too_many = self._seen >= ENOUGH_SEEN and self._rejected > self._max_rejected * self._seen
-        if too_many or (self._done == 0 and 0 < self._seen == self._rejected):
+        if too_many or (self._done == 1 and 0 < self._seen == self._rejected):
             examples = "; ".join(f"{p} ({r})" for p, r in list(self.rejected.values())[:3])
             raise DataError(
                 f"{self._rejected} of the first {self._seen} clips cannot be used (allowed: "

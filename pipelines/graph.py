@@ -28,7 +28,6 @@ from nvidia.dali import math as dali_math
 from ssast.kernels.fbank import EPS, PREEMPHASIS, FbankSpec, fbank, mel_matrix
 from ssast.pipelines.batch import DataError
 
-Features = Literal["torch", "dali", "waveform"]
 Node = Any  # DALI's DataNode: the operators' types are not declared
 PREFETCH = 2  # batches in flight inside DALI
 
@@ -163,8 +162,7 @@ def build_pipeline(
     batch_size: int,
     num_threads: int,
     device_id: int | None,
-    features: Features,
-    fbank_threads: Callable[[Sequence[np.ndarray]], list[np.ndarray]] | None = None,
+    features: FbankThreads | Literal["dali", "waveform"],
 ) -> Pipeline:
     """Build the graph.
 
@@ -175,9 +173,9 @@ def build_pipeline(
         batch_size: Clips per batch.
         num_threads: DALI's threads on the CPU.
         device_id: GPU that the outputs shall be on; None for a pipeline without one.
-        features: "dali": stock operators, on the GPU if there is one; "torch": ``fbank_threads``
-            on the CPU; "waveform": none, the samples are padded to ``spec.num_samples``.
-        fbank_threads: For "torch": the waveforms of a batch to their filterbanks.
+        features: Threads that compute filterbanks on the CPU, in a pipeline without a GPU;
+            "dali": stock operators, on the GPU if there is one; "waveform": none, the samples
+            are padded to ``spec.num_samples``.
 
     Returns:
         A pipeline with three outputs: features [T, F] float32 or waveform [S] float32; samples
@@ -204,16 +202,14 @@ def build_pipeline(
         )
         num_samples = waveform.shape(dtype=types.INT32)
         device = "cpu" if device_id is None else "gpu"
-        if device == "gpu" and features != "torch":
-            waveform = waveform.gpu()
+        waveform = waveform.gpu() if device == "gpu" else waveform
         waveform = waveform - fn.reductions.mean(waveform)
         if features == "dali":
             output = kaldi_fbank(waveform, num_samples, spec, device)
-        elif features == "torch":
-            output = fn.python_function(waveform, function=fbank_threads, batch_processing=True)
-            output = output.gpu() if device == "gpu" else output
-        else:
+        elif features == "waveform":
             output = fn.pad(waveform, axes=[0], shape=[spec.num_samples])
+        else:
+            output = fn.python_function(waveform, function=features, batch_processing=True)
         pipeline.set_outputs(output, num_samples, labels)
     pipeline.build()
     return pipeline
