@@ -1,0 +1,173 @@
+"""The ``ssast`` command."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssast.engine.config import CONFIGS, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram patch modelling."
+EXAMPLES = """examples:
+  ssast data demo                             fetch real recordings to try things on
+  ssast pretrain demo                         pretrain on them for a few minutes
+  ssast pretrain base_patch data.train=/my/recordings train.steps=10000
+  ssast pretrain base_patch --resume          go on where a run was stopped
+  torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
+  ssast probe runs/demo --tasks data/demo/tasks
+  ssast visualize runs/demo
+"""
+# Exit status: 2 for what the user can mend; 128 + n after signal n, as shells have it.
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    # Imported here, so that --help and a mistyped command answer at once.
+    from ssast.engine.checkpoint import CheckpointError
+    from ssast.engine.loop import TrainingError
+    from ssast.pipelines.batch import DataError
+
+    try:
+        return options.run(options)
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        print(f"ssast: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "ssast", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw
+    )
+    # The deepspeed launcher puts this before everything else; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "pretrain",
+        help="pretrain a model",
+        formatter_class=raw,
+        epilog="configurations: " + ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml"))),
+    )
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a name (see below)")
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="go before the file's"
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="go on from the run's last checkpoint"
+    )
+    command.set_defaults(run=_pretrain)
+
+    command = commands.add_parser("probe", help="score frozen features on labelled tasks")
+    command.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="a run's folder, or a checkpoint"
+    )
+    command.add_argument(
+        "--tasks", type=Path, required=True, metavar="DIR", help="<task>_{train,eval}.json"
+    )
+    command.set_defaults(run=_probe)
+
+    command = commands.add_parser("visualize", help="draw curves and reconstructed spectrograms")
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
+    command.add_argument("--clips", type=int, default=4, help="how many held-out clips (4)")
+    command.set_defaults(run=_visualize)
+
+    data = commands.add_parser("data", help="get and prepare audio")
+    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = kinds.add_parser("demo", help="16 kHz clips, a held-out split and labelled tasks")
+    command.add_argument(
+        "--source", type=Path, metavar="DIR", help="a folder of your own audio instead"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="(data/demo)"
+    )
+    command.set_defaults(run=_data_demo)
+
+    command = commands.add_parser("bench", help="measure this machine", add_help=False)
+    command.add_argument("what", choices=("step", "data"))
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser("env", help="print the machine, versions and backends")
+    command.set_defaults(run=_env)
+    return parser
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from ssast.engine.config import load_config
+    from ssast.engine.pretrain import pretrain
+
+    stopped = pretrain(load_config(options.config, options.overrides), resume=options.resume)
+    return 128 + stopped if stopped else 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from ssast.engine.pretrained import load_pretrained
+    from ssast.engine.probe import find_tasks, format_scores, probe, untrained_encoder
+
+    tasks = find_tasks(options.tasks)
+    model, config = load_pretrained(options.run_folder)
+    encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
+    scores = probe(encoders, tasks, config, _device())
+    print(format_scores(scores))
+    path = options.run_folder / "probe.json"
+    path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n")
+    print(path)
+    return 0
+
+
+def _visualize(options: argparse.Namespace) -> int:
+    from ssast.engine.visualize import visualize
+
+    for path in visualize(options.run_folder, num_clips=options.clips):
+        print(path)
+    return 0
+
+
+def _data_demo(options: argparse.Namespace) -> int:
+    from ssast.pipelines.corpora import fetch_demo
+    from ssast.pipelines.prepare import prepare_folder
+
+    if options.source is not None:
+        prepare_folder(options.source, options.out)
+    else:
+        fetch_demo(options.out)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    return importlib.import_module(f"ssast.benchmarks.{options.what}").main(options.arguments) or 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    import torch
+
+    from ssast.engine.distributed import World
+    from ssast.engine.monitor import environment
+    from ssast.kernels.attention import attention_backend
+
+    device = _device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    world = World(0, 0, 1, "single", device)
+    print(json.dumps(environment(world, attention=attention_backend(device, dtype)), indent=1))
+    return 0
+
+
+def _device() -> "torch.device":
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

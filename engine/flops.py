@@ -1,0 +1,51 @@
+"""Floating point operations of a step, counted as two for each multiply-add.
+
+    block, forward, L tokens of width D: 2 L 12 D^2 (linear layers) + 4 L^2 D (attention)
+    backward = 2 x forward                               Kaplan et al. 2020, Chowdhery et al. 2022
+
+What a clever implementation leaves out (the projection of masked patches, say) is counted all the
+same: the figure measures the model, so that rates of different implementations can be compared.
+"""
+
+from ssast.engine.config import SIZES, Config
+from ssast.engine.model import NUM_EXTRA_TOKENS
+
+# Dense bf16 peak, TFLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "4090": 165.0,
+}
+
+
+def forward_flops(config: Config) -> float:
+    """FLOPs of one forward pass of the encoder over one clip."""
+    size = SIZES[config.model.size]
+    D, depth = size.embed_dim, config.model.depth or size.depth
+    N = config.grid[0] * config.grid[1]
+    P = config.model.patch[0] * config.model.patch[1]
+    L = N + NUM_EXTRA_TOKENS
+    return 2.0 * N * P * D + depth * (24.0 * L * D * D + 4.0 * L * L * D)
+
+
+def step_flops_per_clip(config: Config) -> float:
+    """FLOPs of one training step, forward and backward, divided by its clips."""
+    D, P = SIZES[config.model.size].embed_dim, config.model.patch[0] * config.model.patch[1]
+    head = 2.0 * config.objective.num_masked * (D * D + D * P)
+    num_heads = 2 if config.objective.kind == "joint" else 1
+    num_passes = 2 if config.objective.two_pass else 1
+    return 3 * (num_passes * forward_flops(config) + num_heads * head)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a known accelerator, None for one that is not in the table."""
+    for name, tflops in PEAK_TFLOPS.items():
+        if name in device_name:
+            return tflops * 1e12
+    return None

@@ -1,0 +1,243 @@
+"""Pretraining from a configuration: data, model, engine, loop, checkpoints, pictures."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ssast.engine.checkpoint import Checkpoints
+from ssast.engine.clips import fbank_spec, find_clips
+from ssast.engine.config import Config, ConfigError, dump_config, to_plain
+from ssast.engine.deepspeed_engine import TrainEngine
+from ssast.engine.distributed import World, init_world, run_on_main
+from ssast.engine.flops import peak_flops, step_flops_per_clip
+from ssast.engine.loop import Progress, train, validate
+from ssast.engine.monitor import Monitor, environment
+from ssast.engine.objective import MSPM
+from ssast.engine.optim import Plateau, build_optimizer
+from ssast.engine.visualize import draw_curves
+from ssast.kernels.attention import attention_backend
+from ssast.pipelines.dali import AudioStream
+
+
+def pretrain(config: Config, *, resume: bool = False) -> int:
+    """Run a pretraining, or go on with one.
+
+    Args:
+        config: Everything about it; ``run.folder`` must be set, as ``load_config`` does.
+        resume: Go on from the latest checkpoint in the run's folder, if there is one.
+
+    Returns:
+        0, or the number of the signal that stopped the run after it had saved a checkpoint.
+
+    Raises:
+        ConfigError: Settings that do not fit together or with this machine, or a folder that
+            holds another run.
+        DataError: Wrong manifests, or too many unreadable clips.
+        CheckpointError: A checkpoint cannot be written or read.
+        TrainingError: Training diverged.
+    """
+    if config.run.folder is None:
+        raise ConfigError("run.folder is not set")
+    train_paths, valid_paths = find_clips(config)
+    world = init_world()
+    batch_size = micro_batch_size(config, world)
+    run = Path(config.run.folder)
+    checkpoints = Checkpoints(run / "checkpoints", keep=config.train.keep)
+    found = run_on_main(lambda: _open_run(run, config, checkpoints, train_paths, resume), world)
+
+    cuda = world.device.type == "cuda"
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if cuda else "fp32"
+    torch.manual_seed(config.train.seed)
+    model = MSPM(config)
+    engine = TrainEngine(
+        model.to(world.device),
+        build_optimizer(model, config.optim),
+        world=world,
+        batch_size=batch_size,
+        accumulate=config.train.accumulate,
+        zero_stage=config.train.zero_stage,
+        precision=precision,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    if config.train.compile:
+        for block in model.encoder.blocks:
+            block.compile()
+    progress = Progress()
+    if found is not None:
+        progress = _restore(engine, found)
+
+    def stream(
+        paths: Sequence[str], split: str, start: int = 0, epochs: int | None = None
+    ) -> AudioStream:
+        return AudioStream(
+            paths,
+            fbank_spec(config.audio),
+            batch_size=batch_size,
+            seed=config.train.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            start=start,
+            epochs=epochs,
+            device=world.device,
+            num_threads=config.data.num_threads or _threads(world),
+            read_ahead=config.data.read_ahead,
+            fbank=config.data.fbank,
+            max_rejected=config.data.max_rejected,
+            on_reject=RejectLog(run / "rejected.jsonl", split),
+        )
+
+    def run_validation() -> dict[str, float]:
+        with stream(valid_paths, "valid", epochs=1) as batches:
+            return validate(engine, batches, config)
+
+    def save(best: bool) -> None:
+        tensors, adam_step = engine.state()
+        tensors["rng/cpu"] = torch.get_rng_state()
+        meta = {
+            "progress": vars(progress) | {"plateau": vars(progress.plateau)},
+            "adam_step": adam_step,
+            "clips": _fingerprint(train_paths),
+            "config": to_plain(config),
+        }
+
+        def write() -> None:
+            checkpoints.save(tensors, meta, step=progress.step)
+            if best:
+                checkpoints.mark_best(progress.step, progress.best_loss)
+
+        run_on_main(write, world)
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    facts = environment(
+        world,
+        attention=attention_backend(world.device, dtype),
+        precision=precision,
+        fbank=config.data.fbank,
+    )
+    if world.is_main:
+        (run / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    monitor = Monitor(
+        run,
+        world=world,
+        step=progress.step,
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        flops_per_clip=step_flops_per_clip(config),
+        peak_flops=peak_flops(facts["device"]) if cuda else None,
+    )
+    monitor.say(
+        f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
+        f"{len(train_paths)} training and {len(valid_paths)} held-out clips; "
+        f"{world.world_size} x {facts['device']}, {precision}, attention {facts['attention']}, "
+        f"ZeRO stage {config.train.zero_stage}"
+    )
+    if found is not None:
+        monitor.say(f"resumed from {found} at step {progress.step}")
+    try:
+        with stream(train_paths, "train", start=progress.position) as batches:
+            stopped = train(
+                engine,
+                batches,
+                progress,
+                config,
+                monitor=monitor,
+                validate=run_validation,
+                save=save,
+            )
+    finally:
+        monitor.close()
+        engine.close()
+    if world.is_main:
+        draw_curves(run)
+        what = f"stopped by signal {stopped} after" if stopped else "finished"
+        print(f"{what} step {progress.step} of {config.train.steps}: {run}", flush=True)
+    return stopped
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Clips of one rank in one micro-step.
+
+    Raises:
+        ConfigError: The batch cannot be divided evenly.
+    """
+    parts = world.world_size * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} cannot be divided over "
+            f"{world.world_size} processes x train.accumulate {config.train.accumulate}"
+        )
+    return config.train.batch_size // parts
+
+
+class RejectLog:
+    """Writes clips that could not be read to rejected.jsonl, each once for a run."""
+
+    def __init__(self, path: Path, split: str):
+        self._path, self._split = path, split
+
+    def __call__(self, clip_id: int, path: str, reason: str) -> None:
+        """Write down a clip: its row in the manifest, its path, and what is wrong with it."""
+        line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        if self._path.exists() and text in self._path.read_text().splitlines(keepends=True):
+            return
+        with self._path.open("a") as file:
+            file.write(text)
+
+
+def _open_run(
+    run: Path, config: Config, checkpoints: Checkpoints, paths: Sequence[str], resume: bool
+) -> Path | None:
+    """Make or check the run's folder; the checkpoint to go on from, if any."""
+    found = checkpoints.latest()
+    if found is not None and not resume:
+        raise ConfigError(
+            f"{run} holds a run ({found.name}): add --resume to go on with it, "
+            "or choose another run.folder"
+        )
+    if found is not None:
+        _, meta = Checkpoints.load(found, check=False)
+        old, new = meta["config"], to_plain(config)
+        # What the weights, the masks or the data order depend on must not change on the way.
+        fixed = [(s, k) for s in ("audio", "model", "objective") for k in new[s]]
+        for section, key in [*fixed, ("train", "seed")]:
+            if old[section][key] != new[section][key]:
+                raise ConfigError(
+                    f"{section}.{key} was {old[section][key]!r} when {run} began, now it is "
+                    f"{new[section][key]!r}: choose another run.folder"
+                )
+        if meta["clips"] != _fingerprint(paths):
+            raise ConfigError(
+                f"data.train {config.data.train} lists other clips ({len(paths)}) than when "
+                f"{run} began ({meta['clips']['count']}): choose another run.folder"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(dump_config(config))
+    return found
+
+
+def _restore(engine: TrainEngine, path: Path) -> Progress:
+    # Every rank reads the small meta data; the tensors count on rank 0 alone.
+    tensors, meta = Checkpoints.load(path, check=False)
+    engine.load_state(tensors, meta["adam_step"])
+    torch.set_rng_state(tensors["rng/cpu"])
+    plateau = Plateau(**meta["progress"].pop("plateau"))
+    return Progress(**meta["progress"], plateau=plateau)
+
+
+def _fingerprint(paths: Sequence[str]) -> dict[str, int | str]:
+    # Of the names alone: a data set may move to another folder.
+    names = "\n".join(os.path.basename(path) for path in paths)
+    return {"count": len(paths), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def _threads(world: World) -> int:
+    cores = len(os.sched_getaffinity(0))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    return max(1, min(8, cores // local))

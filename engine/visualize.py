@@ -1,0 +1,139 @@
+"""Pictures of a run: its curves, and held-out spectrograms as the model completes them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")  # no display is needed
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ssast.engine.clips import fbank_spec, find_clips
+from ssast.engine.monitor import read_metrics
+from ssast.engine.objective import MSPM
+from ssast.engine.pretrained import load_pretrained
+from ssast.kernels.masking import Masks
+from ssast.kernels.patch_embed import cut_patches, join_patches
+from ssast.pipelines.batch import Batch
+from ssast.pipelines.dali import AudioStream
+
+
+def visualize(run: Path, num_clips: int = 4) -> list[Path]:
+    """Draw the curves of a run and reconstructions of clips from all over its held-out split.
+
+    Raises:
+        CheckpointError: The run has no whole checkpoint.
+        DataError: The held-out clips cannot be found or read.
+    """
+    model, config = load_pretrained(run)
+    paths = find_clips(config)[1]
+    chosen = [paths[i * len(paths) // num_clips] for i in range(min(num_clips, len(paths)))]
+    spec = fbank_spec(config.audio)
+    device = torch.device("cpu")
+    with AudioStream(
+        chosen, spec, batch_size=len(chosen), epochs=1, device=device, max_rejected=1.0
+    ) as batches:
+        batch = next(batches)
+    titles = [Path(path).name for path in chosen]
+    pictures = [draw_curves(run)]
+    if config.objective.kind != "discriminative":
+        pictures.append(draw_reconstructions(model, batch, run / "reconstructions.png", titles))
+    return pictures
+
+
+def draw_curves(run: Path) -> Path:
+    """Loss, its two parts, accuracy and learning rate over the steps, from metrics.jsonl.
+
+    Returns:
+        The picture, curves.png in the run's folder.
+    """
+    lines = read_metrics(run / "metrics.jsonl")
+    panels = [
+        ("loss", "loss (joint)"),
+        ("nce", "InfoNCE (nats)"),
+        ("mse", "reconstruction MSE"),
+        ("accuracy", "share of patches told apart"),
+        ("lr", "learning rate"),
+        ("clips_per_s", "clips/s"),
+    ]
+    panels = [(key, title) for key, title in panels if any(key in line for line in lines)]
+    rows = -(-len(panels) // 3) or 1
+    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.4 * rows), squeeze=False)
+    for axis, (key, title) in zip(axes.flat, panels, strict=False):
+        for split, style in (
+            ("train", {"lw": 1.2}),
+            ("valid", {"marker": "o", "ms": 4, "lw": 1.5}),
+        ):
+            points = [(li["step"], li[key]) for li in lines if li["split"] == split and key in li]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=split, **style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=9)
+    return _save(figure, run / "curves.png")
+
+
+@torch.inference_mode()
+def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence[str]) -> Path:
+    """Original, masked and completed spectrograms of a few clips, one clip a row.
+
+    Args:
+        model: In evaluation mode, with a trained generative head.
+        batch: The clips.
+        path: Of the PNG.
+        titles: One a clip.
+    """
+    masks = model.draw_masks(batch.clip_ids, torch.full_like(batch.epochs, -1))[-1]
+    original = (batch.fbank - model.encoder.embed.mean) / (2 * model.encoder.embed.std)
+    hidden, completed = complete(model, batch.fbank, masks)
+    figure, axes = plt.subplots(
+        len(titles), 3, figsize=(13, 2.5 * len(titles)), squeeze=False, sharex=True, sharey=True
+    )
+    for row, title in enumerate(titles):
+        end = max(int(batch.num_frames[row]), 1)
+        low, high = original[row, :end].quantile(0.01).item(), original[row, :end].max().item()
+        shown = (
+            (title, original[row]),
+            (
+                f"masked: {masks.mask_ids.shape[1]} of {model.grid[0] * model.grid[1]} patches",
+                hidden[row],
+            ),
+            ("completed by the model", completed[row]),
+        )
+        for axis, (text, image) in zip(axes[row], shown, strict=True):
+            axis.imshow(image.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high)
+            axis.set_facecolor("lightgrey")
+            axis.set_title(text, fontsize=9)
+        axes[row, 0].set_ylabel("mel bin", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("frame (10 ms)", fontsize=9)
+    return _save(figure, path)
+
+
+def complete(model: MSPM, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Normalised spectrograms [B, T', F'] with the masked patches NaN, and with them predicted.
+
+    T' and F' are as many frames and mel bins as whole patches cover.
+    """
+    embed = model.encoder.embed
+    patches = cut_patches((fbank - embed.mean) / (2 * embed.std), embed.patch, embed.stride)
+    ids = masks.mask_ids[..., None].expand(-1, -1, patches.shape[2])
+    predicted = model.reconstruct(fbank, masks)
+    hidden = patches.scatter(1, ids, torch.full_like(predicted, torch.nan))
+    completed = patches.scatter(1, ids, predicted)
+    grid = model.grid
+    return join_patches(hidden, grid, embed.patch), join_patches(completed, grid, embed.patch)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
