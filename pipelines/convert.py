@@ -7,10 +7,12 @@ This module imports no torch, and holds no lock of the interpreter where time is
 soxr and numpy release it, so threads convert in parallel.
 """
 
+import errno
 import hashlib
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +21,9 @@ import numpy as np
 import soundfile
 import soxr
 
-BLOCK_S = 10.0
+BLOCK_SAMPLES = 2**19  # read at once, of all channels together
+LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # a header that states another rate is damaged
+UNKNOWN_FRAMES = 2**62
 FULL_SCALE = 32767.0
 
 
@@ -68,11 +72,13 @@ class Item:
         """Changes when the recording changes: size and time of a file, or a hash of the bytes.
 
         Raises:
-            OSError: The file cannot be found.
+            OSError: The file cannot be found, or is not a regular file.
         """
         if isinstance(self.data, bytes):
             return hashlib.blake2b(self.data, digest_size=8).hexdigest()
         status = self.data.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise OSError(errno.EINVAL, "not a regular file")
         return f"{status.st_size}-{status.st_mtime_ns}"
 
 
@@ -106,6 +112,11 @@ def name_hash(name: str) -> str:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
+def share_of(name: str) -> float:
+    """A number in [0, 1) drawn by a name, the same on every machine."""
+    return int(name_hash(name)[:13], 16) / 16**13
+
+
 def clip_stem(name: str) -> str:
     """A file name in plain ASCII for an item: readable, and unique through a hash of the name."""
     plain = re.sub(r"[^A-Za-z0-9.@+-]+", "_", name)[-80:].strip("_.-")
@@ -126,8 +137,12 @@ def read_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
     """
     source = io.BytesIO(item.data) if isinstance(item.data, bytes) else os.fspath(item.data)
     try:
+        if isinstance(source, str):
+            open(source, "rb").close()  # libsndfile calls all that can go wrong a system error
         with soundfile.SoundFile(source) as sound:
-            block_frames = max(1, int(BLOCK_S * sound.samplerate))
+            if not LOWEST_HZ <= sound.samplerate <= HIGHEST_HZ:
+                raise UnusableError(f"states a sample rate of {sound.samplerate} Hz")
+            block_frames = max(1, BLOCK_SAMPLES // sound.channels)
             frames_read = 0
             while len(block := sound.read(block_frames, dtype="float32", always_2d=True)):
                 frames_read += len(block)
@@ -135,12 +150,15 @@ def read_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
                 if not np.isfinite(mono).all():
                     raise UnusableError("holds NaN or infinite samples")
                 yield mono, sound.samplerate
-            if frames_read < sound.frames and sound.format != "MP3":  # an MP3 states an estimate
+            stated = sound.frames if sound.format != "MP3" else 0  # an MP3 only estimates it
+            if frames_read < stated < UNKNOWN_FRAMES:
                 raise UnusableError(
-                    f"ends after {frames_read} of {sound.frames} samples (a truncated file?)"
+                    f"ends after {frames_read} of {stated} samples (a truncated file?)"
                 )
     except soundfile.LibsndfileError as error:
         raise UnusableError(f"cannot be decoded: {error.error_string.rstrip('.')}") from error
+    except OSError as error:
+        raise UnusableError(f"cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an absurd header
         raise UnusableError(f"cannot be decoded: {error}") from error
 

@@ -10,15 +10,12 @@ Both end as the same files in an output folder::
     licences/                      copyright files of the demo's packages
 """
 
-import json
 import os
 import re
 import shutil
 import struct
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from ssast.pipelines.batch import DataError
@@ -28,7 +25,6 @@ from ssast.pipelines.manifest import (
     audio_files,
     read_manifest,
     write_atomically,
-    write_manifest,
 )
 from ssast.pipelines.packages import (
     OWN_AUDIO,
@@ -36,6 +32,7 @@ from ssast.pipelines.packages import (
     check_tools,
     copyright_file,
     download,
+    is_intact,
     licences,
     package_version,
     unpack,
@@ -45,10 +42,9 @@ from ssast.pipelines.prepare import (
     Report,
     exclusive,
     prepare,
-    split,
-    without_duplicates,
 )
-from ssast.pipelines.tasks import DEMO_TASKS, Label, Task, divide
+from ssast.pipelines.publish import VALID_SHARE, Prepared, finished, publish
+from ssast.pipelines.tasks import DEMO_TASKS, Label, Task
 
 DEMO_PACKAGES = (
     "gcin-voice",  # Mandarin syllables, two speakers
@@ -62,26 +58,6 @@ DEMO_PACKAGES = (
 DEMO_RECIPE = Recipe(trim_db=60.0, level_rms=0.07)
 SYNTHESISED = re.compile(r"fillets-ng/sound/elk/")
 DEMO_VERSION = 1  # raise it when names, tasks or splits change
-VALID_SHARE = 0.03
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A data set on disk.
-
-    Attributes:
-        train: Manifest for pretraining.
-        valid: Manifest of held-out clips.
-        tasks: (training, evaluation) manifests by task.
-        num_clips: Clips in ``train`` and ``valid``.
-        hours: Their length.
-    """
-
-    train: Path
-    valid: Path
-    tasks: dict[str, tuple[Path, Path]]
-    num_clips: int
-    hours: float
 
 
 def fetch_demo(
@@ -172,6 +148,8 @@ def convert_package(
         try:
             unpack(deb, folder)
         except DataError:
+            if is_intact(deb):  # so it is the disk
+                raise
             deb.unlink()
             unpack(download(name, cache), folder)
         licence = copyright_file(name, folder)
@@ -249,6 +227,8 @@ def prepare_folder(
             be written to.
     """
     source, out = Path(source), Path(out)
+    if os.path.realpath(source) == os.path.realpath(out):
+        raise DataError(f"{out}: the clips need a folder of their own, not that of the recordings")
     recipe = Recipe(clip_s=clip_s, min_s=min_s)
     if source.is_dir():
         paths: Sequence[str] = audio_files(source, leave_out=out)
@@ -267,109 +247,13 @@ def prepare_folder(
         label_of = {n: Label(",".join(given), n) for n, given in zip(names, labels, strict=True)}
         task = Task("labels", f"the labels of {source}", label_of.get, 2, len(paths) * 10**6)
     with exclusive(out):
-        report = prepare(items, out, recipe, jobs=jobs, progress=progress, title=source.name)
+        report = prepare(items, out, recipe, jobs=jobs, progress=progress, title="clips")
         if report.rejected:
             log(
                 f"{len(report.rejected)} of {len(items)} recordings cannot be used, "
-                f"see {out / 'rejected.jsonl'}; the first: {report.rejected[0].name}: "
+                f"see {out / 'rejected.jsonl'}; the first: {report.rejected[0].name!r}: "
                 f"{report.rejected[0].reason}"
             )
         settings = {"made_of": str(source), "recipe": recipe.digest()}
         tasks = [task] if task else []
         return publish(out, report.clips, report.rejected, tasks, settings, {}, log, valid_share)
-
-
-def publish(
-    out: Path,
-    clips: Iterable[Clip],
-    rejected: Iterable[Rejected],
-    tasks: Iterable[Task],
-    settings: dict,
-    facts: dict,
-    log: Callable[[str], None],
-    valid_share: float = VALID_SHARE,
-) -> Prepared:
-    """Writes the manifests, and last the report that says that all is done.
-
-    Args:
-        out: Output folder.
-        clips: All clips.
-        rejected: Recordings that cannot be used.
-        tasks: The labelled tasks.
-        settings: What identifies this data set, see :func:`finished`.
-        facts: More for the report.
-        log: Gets one line for each task and for the whole.
-        valid_share: Share to hold out.
-
-    Raises:
-        DataError: Fewer than two clips are left.
-    """
-    lines = [json.dumps({"name": r.name, "reason": r.reason}) + "\n" for r in rejected]
-    write_atomically(out / "rejected.jsonl", "".join(lines))
-    (out / "report.json").unlink(missing_ok=True)
-    all_clips = list(clips)
-    unique = without_duplicates(all_clips)
-    held: set[str] = set()
-    task_files: dict[str, list[str]] = {}
-    for task in tasks:
-        train_part, eval_part = divide(task, unique)
-        if not eval_part:
-            log(f"task {task.name}: left out, too few labelled clips")
-            continue
-        held |= {clip.file for clip, _ in eval_part}
-        task_files[task.name] = []
-        for kind, part in (("train", train_part), ("eval", eval_part)):
-            file = f"tasks/{task.name}_{kind}.json"
-            labels = [label.split(",") for _, label in part]
-            write_manifest(out / file, (f"../{clip.file}" for clip, _ in part), labels)
-            task_files[task.name].append(file)
-        log(
-            f"task {task.name}: {task.what}; {len({label for _, label in eval_part})} classes, "
-            f"{len(train_part)} + {len(eval_part)} clips"
-        )
-    rest = [clip for clip in unique if clip.file not in held]
-    try:
-        train, valid = split(rest, valid_share)
-    except DataError as error:
-        raise DataError(f"{settings['made_of']}: {error}; see {out / 'rejected.jsonl'}") from None
-    write_manifest(out / "train.json", (clip.file for clip in train))
-    write_manifest(out / "valid.json", (clip.file for clip in valid))
-    hours = sum(clip.duration_s for clip in rest) / 3600
-    report = {
-        "settings": settings,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "num_train": len(train),
-        "num_valid": len(valid),
-        "num_held_for_tasks": len(held),
-        "num_duplicates": len(all_clips) - len(unique),
-        "num_rejected": len(lines),
-        "hours": round(hours, 4),
-        "tasks": task_files,
-        **facts,
-    }
-    write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
-    log(f"{out}: {len(train)} clips to train on, {len(valid)} held out, {hours:.2f} h")
-    done = finished(out, settings)
-    assert done is not None
-    return done
-
-
-def finished(out: Path, settings: dict) -> Prepared | None:
-    """The data set in ``out``, if it was made with these settings and every clip is there."""
-    try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if report["settings"] != settings:
-            return None
-        tasks = {name: (out / files[0], out / files[1]) for name, files in report["tasks"].items()}
-        manifests = [
-            out / "train.json",
-            out / "valid.json",
-            *(f for t in tasks.values() for f in t),
-        ]
-        clips = {path for manifest in manifests for path in read_manifest(manifest).paths}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # not finished, or tampered with
-        return None
-    if not all(map(os.path.isfile, clips)):
-        return None
-    count = report["num_train"] + report["num_valid"]
-    return Prepared(out / "train.json", out / "valid.json", tasks, count, report["hours"])

@@ -220,6 +220,6 @@ def write_manifest(
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file in one move: readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

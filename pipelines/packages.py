@@ -4,6 +4,7 @@
 and neither it nor ``dpkg-deb -x`` needs root.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -66,33 +67,39 @@ def download(name: str, cache: Path) -> Path:
         DataError: There is no network, or the download failed for another reason.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    cached = package_file(name, cache)
-    if cached is not None:
-        return cached
-    folder = cache / f"downloading-{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        said = apt("download", name, folder=folder)
-        if said is not None:  # the machine's index is empty or old: fetch one of our own
-            lists = private_index(cache)
-            update_said = apt("update", *lists, folder=folder)
-            if update_said is not None:
-                raise DataError(
-                    f"{name} cannot be downloaded (no network?): {update_said}; {OWN_AUDIO}"
-                )
-            said = apt("download", *lists, name, folder=folder)
-        if said is not None and re.search(
-            r"unable to locate|no installation candidate", said, re.I
-        ):
-            raise UnavailableError(f"{name}: this distribution has no such package")
-        deb = package_file(name, folder)
-        if said is not None or deb is None:
-            raise DataError(f"{name} cannot be downloaded: {said or 'apt-get wrote no file'}")
-        os.replace(deb, cache / deb.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return cache / deb.name
+    with open(cache / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run waits, and then finds the file
+        cached = package_file(name, cache)
+        if cached is not None:
+            return cached
+        folder = cache / "downloading"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
+        try:
+            deb = download_now(name, cache, folder)
+            os.replace(deb, cache / deb.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return cache / deb.name
+
+
+def download_now(name: str, cache: Path, folder: Path) -> Path:
+    """Downloads a package into ``folder``; see :func:`download`."""
+    said = apt("download", name, folder=folder)
+    if said is not None:  # the machine's index is empty or old: fetch one of our own
+        lists = private_index(cache)
+        update_said = apt("update", *lists, folder=folder)
+        if update_said is not None:
+            raise DataError(
+                f"{name} cannot be downloaded (no network?): {update_said}; {OWN_AUDIO}"
+            )
+        said = apt("download", *lists, name, folder=folder)
+    if said is not None and re.search(r"unable to locate|no installation candidate", said, re.I):
+        raise UnavailableError(f"{name}: this distribution has no such package")
+    deb = package_file(name, folder)
+    if said is not None or deb is None:
+        raise DataError(f"{name} cannot be downloaded: {said or 'apt-get wrote no file'}")
+    return deb
 
 
 def apt(command: str, *arguments: str, folder: Path) -> str | None:
@@ -148,6 +155,11 @@ def unpack(deb: Path, folder: Path) -> None:
     if run.returncode:
         lines = run.stderr.strip().splitlines() or ["no message"]
         raise DataError(f"{deb}: cannot be unpacked: {lines[0]}")
+
+
+def is_intact(deb: Path) -> bool:
+    """Whether a package can be read to its end."""
+    return subprocess.run(["dpkg-deb", "--contents", str(deb)], capture_output=True).returncode == 0
 
 
 def copyright_file(name: str, folder: Path) -> Path:

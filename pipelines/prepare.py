@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssast.pipelines.batch import DataError
-from ssast.pipelines.convert import Clip, Item, Recipe, UnusableError, convert, name_hash
+from ssast.pipelines.convert import Clip, Item, Recipe, UnusableError, convert
 
 AHEAD = 8  # recordings in flight per thread
 
@@ -61,7 +61,7 @@ def exclusive(out: Path) -> Iterator[None]:
     """Creates ``out`` and keeps every other run away from it; the lock dies with the process.
 
     Raises:
-        DataError: Another run is at work there, or the folder cannot be written to.
+        DataError: Another run is at work there, or a file cannot be written (a full disk).
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -72,7 +72,11 @@ def exclusive(out: Path) -> Iterator[None]:
             raise DataError(f"{out}: another run is preparing data in this folder") from error
         except OSError as error:
             raise DataError(f"{out}: cannot be written to: {error.strerror}") from error
-        yield
+        try:
+            yield
+        except OSError as error:
+            what = f"{error.filename or out}: {error.strerror or error}"
+            raise DataError(f"preparing the data failed: {what}") from error
 
 
 def prepare(
@@ -98,48 +102,46 @@ def prepare(
         The clips and the rejected recordings.
 
     Raises:
-        DataError: Two recordings have one name, or ``out`` cannot be written to (a full disk).
+        DataError: Two recordings have one name.
+        OSError: A file cannot be written.
     """
     jobs = jobs or usable_cores()
     index = Index(out / "index.jsonl", recipe)
     entries: list[dict] = []
     num_reused = 0
     total = len(items) if isinstance(items, Sequence) else None
-    try:
-        with (
-            index,
-            ThreadPoolExecutor(jobs, "prepare") as pool,
-            tqdm(total=total, desc=title, unit=" files", disable=not progress) as bar,
-        ):
-            running: deque[tuple[int, Future[dict]]] = deque()
+    with (
+        index,
+        ThreadPoolExecutor(jobs, "prepare") as pool,
+        tqdm(total=total, desc=title, unit=" files", disable=not progress) as bar,
+    ):
+        running: deque[tuple[int, Future[dict]]] = deque()
 
-            def finish_first() -> None:
-                place, future = running.popleft()
-                entries[place] = future.result()
-                index.add(entries[place])
-                bar.update()
+        def finish_first() -> None:
+            place, future = running.popleft()
+            entries[place] = future.result()
+            index.add(entries[place])
+            bar.update()
 
-            try:
-                for item, signature in signed(items):
-                    known = index.find(item.name, signature)
-                    if known is not None:
-                        entries.append(known)
-                        num_reused += 1
-                        bar.update()
-                        continue
-                    (out / "flac" / item.folder).mkdir(parents=True, exist_ok=True)
-                    entries.append({})
-                    job = pool.submit(entry_of, item, signature, out, recipe)
-                    running.append((len(entries) - 1, job))
-                    if len(running) >= AHEAD * jobs:
-                        finish_first()
-                while running:
+        try:
+            for item, signature in signed(items):
+                known = index.find(item.name, signature)
+                if known is not None:
+                    entries.append(known)
+                    num_reused += 1
+                    bar.update()
+                    continue
+                (out / "flac" / item.folder).mkdir(parents=True, exist_ok=True)
+                entries.append({})
+                job = pool.submit(entry_of, item, signature, out, recipe)
+                running.append((len(entries) - 1, job))
+                if len(running) >= AHEAD * jobs:
                     finish_first()
-            finally:
-                for _, future in running:
-                    future.cancel()
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written to: {error.strerror or error}") from error
+            while running:
+                finish_first()
+        finally:
+            for _, future in running:
+                future.cancel()
     clips = [Clip(**clip) for entry in entries for clip in entry.get("clips", ())]
     rejected = [Rejected(e["name"], e["rejected"]) for e in entries if "rejected" in e]
     return Report(tuple(clips), tuple(rejected), num_reused)
@@ -221,46 +223,6 @@ class Index:
         self.file.write(json.dumps(entry).encode() + b"\n")
         self.file.flush()
         self.entries[entry["name"]] = entry
-
-
-def without_duplicates(clips: Iterable[Clip]) -> list[Clip]:
-    """The clips, each sequence of samples once: the first stays."""
-    first: dict[str, Clip] = {}
-    for clip in clips:
-        first.setdefault(clip.digest, clip)
-    return list(first.values())
-
-
-def split(clips: Sequence[Clip], valid_share: float) -> tuple[list[Clip], list[Clip]]:
-    """Holds out a share for validation, by a hash of the name: no luck, no order, no overlap.
-
-    The parts of one recording stay together, unless there is only one recording.
-
-    Args:
-        clips: Without duplicates.
-        valid_share: Share of the recordings to hold out, in (0, 1); at least one is.
-
-    Returns:
-        (training clips, validation clips), both in the given order and not empty.
-
-    Raises:
-        DataError: There are fewer than two clips.
-    """
-    if len(clips) < 2:
-        raise DataError(f"only {len(clips)} usable clip, at least 2 are needed: one is held out")
-    one_recording = len({clip.name for clip in clips}) == 1
-    draws = [share_of(clip.file if one_recording else clip.name) for clip in clips]
-    limit = max(valid_share, min(draws))
-    if limit >= max(draws):  # few clips, all of them below the share
-        limit = min(draws)
-    train = [clip for clip, draw in zip(clips, draws, strict=True) if draw > limit]
-    valid = [clip for clip, draw in zip(clips, draws, strict=True) if draw <= limit]
-    return train, valid
-
-
-def share_of(name: str) -> float:
-    """A number in [0, 1) drawn by a name, the same on every machine."""
-    return int(name_hash(name)[:13], 16) / 16**13
 
 
 def usable_cores() -> int:

@@ -10,8 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ssast.pipelines.convert import Clip
-from ssast.pipelines.prepare import share_of
+from ssast.pipelines.convert import Clip, share_of
 
 EVAL_SHARE = 0.2
 # The Bopomofo letters from U+3105 on, 21 initials and 16 finals, as Pinyin would write them
@@ -107,11 +106,14 @@ def speech(name: str) -> tuple[str, str, str] | None:
     for package_pattern, pattern, *templates in SPEECH:
         match = re.search(pattern, "/" + path) if re.fullmatch(package_pattern, package) else None
         if match is not None:
-            language, voice, utterance = (
-                re.sub(r"\\(\d)", lambda d, m=match: m[int(d[1])] or "", t) for t in templates
-            )
+            language, voice, utterance = (filled(template, match) for template in templates)
             return re.split("[@_]", language)[0], voice, utterance
     return None
+
+
+def filled(template: str, match: re.Match[str]) -> str:
+    """Fills in what the numbered groups matched; nothing for a group that took no part."""
+    return re.sub(r"\\(\d)", lambda digit: match[int(digit[1])] or "", template)
 
 
 def voice_label(name: str) -> Label | None:
