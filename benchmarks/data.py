@@ -152,7 +152,7 @@ def measure(
         num_threads=num_threads,
     ) as stream:
         batches = len(paths) // batch_size
-        first_stream = [next(stream) for _ in range(batches)].pop(0)
+        first_stream, *_ = (next(stream) for _ in range(batches))
         times: dict[str, list[tuple[float, float]]] = {"plain": [], "stream": []}
 
         def read_plain() -> None:

@@ -218,6 +218,20 @@ class _Workspaces(threading.local):
 _workspaces = _Workspaces()
 
 
+def fbank_into(out: Tensor, waveform: Tensor, spec: FbankSpec) -> None:
+    """The CPU kernel for one clip, into memory that the caller owns.
+
+    Args:
+        out: [T, F] float32 on the CPU, contiguous; all of it is written.
+        waveform: [S] float32 on the CPU, the mean removed.
+        spec: Filterbank settings.
+    """
+    count = num_frames(waveform.shape[0], spec)
+    out[count:] = 0.0
+    if count:
+        _workspaces.get(spec).run(waveform, out[:count])
+
+
 @torch.library.custom_op("ssast::fbank", mutates_args=())
 def _fbank(
     waveforms: Tensor,
@@ -241,13 +255,9 @@ def _fbank_cpu(
     low_hz: float,
 ) -> Tensor:
     spec = FbankSpec(sample_rate_hz, n_mels, frames, low_hz)
-    workspace = _workspaces.get(spec)
     out = torch.empty(waveforms.shape[0], frames, n_mels)
-    for waveform, length, features in zip(waveforms, num_samples.tolist(), out, strict=True):
-        count = num_frames(min(length, waveforms.shape[1]), spec)
-        features[count:] = 0.0
-        if count:
-            workspace.run(waveform, features[:count])
+    for features, waveform, length in zip(out, waveforms, num_samples.tolist(), strict=True):
+        fbank_into(features, waveform[:length], spec)
     return out
 
 

@@ -92,7 +92,11 @@ class AudioStream:
             fbank = "dali" if on_gpu else "torch"
         self._features: FbankThreads | Literal["dali", "waveform"] = "dali"
         if fbank == "torch":
-            self._features = "waveform" if on_gpu else FbankThreads(spec, num_threads)
+            self._features = (
+                "waveform"
+                if on_gpu
+                else FbankThreads(spec, batch_size=batch_size, num_threads=num_threads)
+            )
 
         self._done = 0  # batches handed out
         self._base = 0  # batches handed out before the pipeline was last built

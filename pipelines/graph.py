@@ -25,7 +25,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
-from ssast.kernels.fbank import EPS, PREEMPHASIS, FbankSpec, fbank, mel_matrix
+from ssast.kernels.fbank import EPS, PREEMPHASIS, FbankSpec, fbank_into, mel_matrix
 from ssast.pipelines.batch import DataError
 
 Node = Any  # DALI's DataNode: the operators' types are not declared
@@ -37,10 +37,18 @@ class FbankThreads:
 
     The threads are ours, each with one OpenMP thread: DALI calls from threads of its own, where
     torch would start a team of OpenMP threads that spin beside those of the training step.
+
+    Args:
+        spec: Filterbank settings.
+        batch_size: Largest number of clips in a call.
+        num_threads: How many threads.
     """
 
-    def __init__(self, spec: FbankSpec, num_threads: int) -> None:
+    def __init__(self, spec: FbankSpec, *, batch_size: int, num_threads: int) -> None:
         self._spec = spec
+        # DALI copies what a Python function returns before it calls the next time, so one output
+        # buffer does: fresh memory for every clip would cost as much in page faults as the FFT.
+        self._out = torch.zeros(batch_size, spec.num_frames, spec.n_mels)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-fbank")
         together = threading.Barrier(num_threads)
 
@@ -55,12 +63,19 @@ class FbankThreads:
         torch.set_num_threads(num_torch_threads)
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Filterbanks of B waveforms [S_b] float32: B arrays [T, F] float32."""
-        return list(self._threads.map(self._one, waveforms))
+        """Filterbanks of up to B waveforms [S_b] float32, their means removed.
 
-    def _one(self, waveform: np.ndarray) -> np.ndarray:
-        length = torch.tensor([len(waveform)])
-        return fbank(torch.from_numpy(waveform)[None], length, self._spec)[0].numpy()
+        Returns:
+            Arrays [T, F] float32, which are valid until the next call.
+        """
+        outs = self._out[: len(waveforms)]
+        wait_for = [
+            self._threads.submit(fbank_into, out, torch.from_numpy(waveform), self._spec)
+            for out, waveform in zip(outs, waveforms, strict=True)
+        ]
+        for future in wait_for:
+            future.result()
+        return list(outs.numpy())
 
     def close(self) -> None:
         """End the threads."""
