@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram patch modelling."
 EXAMPLES = """examples:
-  ssast data demo                             fetch real recordings to try things on
-  ssast pretrain demo                         pretrain on them for a few minutes
+  ssast demo                                  fetch real recordings, pretrain, show the results
+  ssast data demo                             only fetch the recordings
+  ssast pretrain demo                         only pretrain on them
   ssast pretrain base_patch data.train=/my/recordings train.steps=10000
   ssast pretrain base_patch --resume          go on where a run was stopped
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
   ssast probe runs/demo --tasks data/demo/tasks
   ssast visualize runs/demo
 """
+PACKAGE_CACHE = Path("~/.cache/ssast/packages")
 # Exit status: 2 for what the user can mend; 128 + n after signal n, as shells have it.
 USER_ERROR = 2
 
@@ -68,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_pretrain)
 
+    command = commands.add_parser("demo", help="fetch real recordings, pretrain, show the results")
+    command.add_argument("--source", type=Path, metavar="DIR", help="your own audio instead")
+    command.set_defaults(run=_demo)
+
     command = commands.add_parser("probe", help="score frozen features on labelled tasks")
     command.add_argument(
         "run_folder", metavar="RUN", type=Path, help="a run's folder, or a checkpoint"
@@ -91,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="(data/demo)"
     )
+    command.add_argument(
+        "--cache", type=Path, default=PACKAGE_CACHE, metavar="DIR", help=f"default: {PACKAGE_CACHE}"
+    )
     command.set_defaults(run=_data_demo)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
@@ -108,21 +117,29 @@ def _pretrain(options: argparse.Namespace) -> int:
     from ssast.engine.pretrain import pretrain
 
     stopped = pretrain(load_config(options.config, options.overrides), resume=options.resume)
+    return _status(stopped)
+
+
+def _status(stopped: int) -> int:
     return 128 + stopped if stopped else 0
 
 
 def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.pretrained import load_pretrained
-    from ssast.engine.probe import find_tasks, format_scores, probe, untrained_encoder
+    from ssast.engine.probe import (
+        find_tasks,
+        format_scores,
+        probe,
+        untrained_encoder,
+        write_scores,
+    )
 
     tasks = find_tasks(options.tasks)
     model, config = load_pretrained(options.run_folder)
     encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
     scores = probe(encoders, tasks, config, _device())
     print(format_scores(scores))
-    path = options.run_folder / "probe.json"
-    path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n")
-    print(path)
+    print(write_scores(scores, options.run_folder / "probe.json"))
     return 0
 
 
@@ -135,14 +152,19 @@ def _visualize(options: argparse.Namespace) -> int:
 
 
 def _data_demo(options: argparse.Namespace) -> int:
-    from ssast.pipelines.corpora import fetch_demo
-    from ssast.pipelines.prepare import prepare_folder
+    from ssast.pipelines.corpora import fetch_demo, prepare_folder
 
     if options.source is not None:
         prepare_folder(options.source, options.out)
     else:
-        fetch_demo(options.out)
+        fetch_demo(options.out, options.cache.expanduser())
     return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from ssast.engine.demo import demo
+
+    return _status(demo(options.source, PACKAGE_CACHE.expanduser()))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -299,7 +299,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     node = raw
     for section in sections:
         below = node.get(section)
-        node[section] = node = {} if below is None else _mapping(below, section)
+        node[section] = {} if below is None else _mapping(below, section)
+        node = node[section]
     node[key] = value
 
 

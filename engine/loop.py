@@ -40,7 +40,7 @@ class Totals:
     """Sums over clips that stay on the device until they are asked for."""
 
     def __init__(self, device: torch.device):
-        self._device, self._sums, self._names = device, torch.zeros(0), []
+        self._sums, self._names = torch.zeros(0, device=device), list[str]()
 
     def add(self, means: dict[str, Tensor], valid: Tensor) -> None:
         """Add the means over the valid clips of one batch."""
@@ -114,6 +114,9 @@ def train(
     world, stop, settings = engine.world, Stop(), config.train
     totals, skipped, logged = Totals(world.device), engine.skipped_steps, progress.step
     with stop.listening():
+        if progress.step == 0:
+            monitor.log_valid(0, validate())
+            monitor.restart_clock()
         while progress.step < settings.steps:
             lr = step(engine, batches, progress, config, totals, monitor)
             last, saved = progress.step == settings.steps, False
@@ -156,6 +159,7 @@ def step(
 ) -> float:
     """One optimizer step; returns its learning rate. The host never waits for the device here."""
     model, settings = engine.module, config.train
+    assert isinstance(model, MSPM)
     lr = learning_rate(
         progress.step,
         config.optim,
@@ -180,6 +184,7 @@ def step(
 def validate(engine: TrainEngine, batches: Iterator[Batch], config: Config) -> dict[str, float]:
     """Mean losses over held-out clips, with masks that are the same each time. Collective."""
     model, totals = engine.module, Totals(engine.world.device)
+    assert isinstance(model, MSPM)
     engine.train(False)
     for batch in batches:
         # No training epoch has this number, so no training mask is met again.

@@ -1,4 +1,4 @@
-"""What a run tells of itself: progress bar or lines, metrics.jsonl, TensorBoard, environment.json."""
+"""What a run tells of itself: progress bar or lines, metrics.jsonl, TensorBoard, environment."""
 
 import importlib.metadata
 import json
@@ -38,7 +38,7 @@ class Monitor:
         Args:
             folder: Of the run.
             world: This process's place.
-            step: Steps already taken; lines of later ones, from a run that was cut off, are removed.
+            step: Steps already taken; lines of later ones, of a run that was cut off, are removed.
             steps: Of the whole run.
             batch_size: Clips of one step, over all ranks.
             flops_per_clip: Of a training step.
@@ -150,7 +150,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def environment(world: World, **choices: str) -> dict[str, Any]:
     """The machine, the versions and what was chosen for them."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -16,10 +16,14 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     decays matrices only, neither biases, norms nor learned tokens and positions.
     """
     parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    settings = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     if optim.name == "adam":
         return torch.optim.Adam(
-            [p for _, p in parameters], weight_decay=optim.weight_decay, **settings
+            [p for _, p in parameters],
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
         )
     decayed = [p for n, p in parameters if p.ndim > 1 and not n.endswith(("_token", "_embed"))]
     chosen = {id(p) for p in decayed}
@@ -27,7 +31,7 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": [p for _, p in parameters if id(p) not in chosen], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, **settings)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from ssast.engine.objective import MSPM
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: a checkpoint itself, or the best (else the latest) of a run.
+    """The checkpoint that a path means: itself, or the best (else the latest) one of a run.
 
     Raises:
         CheckpointError: There is none.

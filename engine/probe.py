@@ -5,6 +5,7 @@ scored on its evaluation clips, for the pretrained encoder and for the same enco
 untrained weights that its pretraining began from.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +121,17 @@ def probe(
     return scores
 
 
+def write_scores(scores: Sequence[Score], path: Path) -> Path:
+    """Write the scores as a JSON list; returns the path."""
+    path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n")
+    return path
+
+
 def format_scores(scores: Sequence[Score]) -> str:
     """A table, one line for each task and encoder."""
     lines = [
-        f"{'task':14}{'classes':>8}{'train':>7}{'eval':>6}  {'encoder':12}{'linear':>8}{'kNN':>8}{'chance':>8}"
+        f"{'task':14}{'classes':>8}{'train':>7}{'eval':>6}  "
+        f"{'encoder':12}{'linear':>8}{'kNN':>8}{'chance':>8}"
     ]
     for s in scores:
         lines.append(

@@ -1,0 +1,32 @@
+# make demo                    pretrain a tiny model on real recordings, in minutes, and see what came out
+# make demo DATA=/my/folder    the same on your own audio
+# make test                    run all checks and tests
+# make lint                    ruff and mypy alone
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint setup
+
+demo: setup
+	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/ssast
+	for folder in engine kernels pipelines benchmarks; do \
+	  ln -sfn ../../../$$folder build/types/ssast/$$folder; done
+	$(BIN)/mypy -p ssast.engine -p ssast.kernels -p ssast.pipelines -p ssast.benchmarks
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
+	  { echo "Python 3.10 to 3.14 is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	touch $@

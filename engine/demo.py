@@ -1,0 +1,70 @@
+"""The demonstration: real recordings, a short pretraining, and what came out of it."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from ssast.engine.config import load_config
+from ssast.engine.monitor import read_metrics
+from ssast.engine.pretrain import pretrain
+from ssast.engine.pretrained import load_pretrained
+from ssast.engine.probe import find_tasks, format_scores, probe, untrained_encoder, write_scores
+from ssast.engine.visualize import visualize
+from ssast.pipelines.corpora import fetch_demo, prepare_folder
+
+
+def demo(source: Path | None, cache: Path) -> int:
+    """Get audio, pretrain on it as configs/demo.yaml says, draw pictures, score the features.
+
+    Each part goes on where an earlier call was stopped.
+
+    Args:
+        source: A folder of audio files; a few hours of real recordings are fetched if None.
+        cache: Keeps what was fetched.
+
+    Returns:
+        0, or the number of the signal that stopped the training.
+
+    Raises:
+        ValueError: See :func:`ssast.pipelines.corpora.fetch_demo` and
+            :func:`ssast.engine.pretrain.pretrain`.
+    """
+    name = "demo"
+    if source is not None:
+        name = f"demo-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.resolve().name) or 'root'}"
+    folder, run = Path("data") / name, Path("runs") / name
+    if source is None:
+        fetch_demo(folder, cache)
+    else:
+        prepare_folder(source, folder)
+    overrides = [
+        f"data.train={folder / 'train.json'}",
+        f"data.valid={folder / 'valid.json'}",
+        f"run.folder={run}",
+    ]
+    config = load_config("demo", overrides)
+    stopped = pretrain(config, resume=True)
+    if stopped:
+        print("run the same command again to go on")
+        return stopped
+
+    pictures = visualize(run)
+    held_out = [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == "valid"]
+    before, after = held_out[0]["accuracy"], held_out[-1]["accuracy"]
+    hidden = config.objective.num_masked
+    print(
+        f"\nOf the {hidden} patches hidden in a held-out clip, the model tells {after:.1%} apart\n"
+        f"(untrained {before:.1%}, chance {1 / hidden:.1%})."
+    )
+    results = [*pictures, run / "metrics.jsonl"]
+    if (folder / "tasks").is_dir() and any((folder / "tasks").iterdir()):
+        model, config = load_pretrained(run)
+        encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        scores = probe(encoders, find_tasks(folder / "tasks"), config, device)
+        print("\nAccuracy on held-out labelled clips, from frozen features:")
+        print(format_scores(scores))
+        results.append(write_scores(scores, run / "probe.json"))
+    print("\nResults:", *results, sep="\n  ")
+    return 0
