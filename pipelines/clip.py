@@ -21,8 +21,10 @@ import soxr
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 
+UNKNOWN_LENGTH = 0x7FFF0000  # WAV files written as a stream claim this much or more
 LOUDEST = 1e9  # full scale is 1; a float file beyond this is no sound (and its power overflows)
 RATES_HZ = (1000, 1_000_000)
+HEAD = 65536  # bytes in which the header of a file ends
 TAIL_S = 0.1  # sound after the part that counts, so that the resampler's edge lies outside of it
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 PAUSES_S = (0.05, 0.5)  # before reading again after such an error
@@ -50,26 +52,28 @@ def silence(spec: FbankSpec) -> np.ndarray:
     return wav_bytes(np.zeros(1, np.float32), spec.sample_rate_hz)
 
 
-def plain_samples(data: bytes, spec: FbankSpec) -> int | None:
+def plain_samples(data: bytes, size: int, spec: FbankSpec) -> int | None:
     """How long a file is that DALI can decode as it is.
 
     Args:
-        data: A whole audio file.
+        data: The file, or the first part of it.
+        size: Bytes of the whole file.
         spec: Filterbank settings.
 
     Returns:
         The number of samples of a mono FLAC or PCM WAV file at the wanted rate; None for every
-        other file, and for one whose header is unusual or does not fit its contents.
+        other file, and for one with an unusual header.
+
+    Raises:
+        DataError: For a WAV file that ends before its samples do. (libsndfile would shorten it
+            without a word.)
     """
-    if data[:4] == b"fLaC" and len(data) > 42 and data[4] & 0x7F == 0:
+    if data[:4] == b"fLaC" and len(data) >= 42 and data[4] & 0x7F == 0:
         rate_hz = int.from_bytes(data[18:21], "big") >> 4
         channels = (data[20] >> 1 & 7) + 1
         samples = int.from_bytes(data[21:26], "big") & (1 << 36) - 1
     elif data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        found = _wav_header(data)
-        if found is None:
-            return None
-        rate_hz, channels, samples = found
+        rate_hz, channels, samples = _wav_header(data, size)
     else:
         return None
     if channels != 1 or rate_hz != spec.sample_rate_hz:
@@ -78,22 +82,23 @@ def plain_samples(data: bytes, spec: FbankSpec) -> int | None:
     return samples if 0 < samples <= 4 * max(spec.num_samples, spec.sample_rate_hz) else None
 
 
-def _wav_header(data: bytes) -> tuple[int, int, int] | None:
-    """Rate, channels and samples of a PCM WAV file; None if it is of another kind or damaged."""
+def _wav_header(data: bytes, size: int) -> tuple[int, int, int]:
+    """Rate, channels and samples of a PCM WAV file; zeros if it is of another kind."""
     rate_hz = channels = frame_bytes = 0
     at = 12
     while at + 8 <= len(data):
-        name, (size,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
+        name, (length,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
         at += 8
         if name == b"data":
-            whole = frame_bytes > 0 and at + size <= len(data)
-            return (rate_hz, channels, size // frame_bytes) if whole else None
-        if name == b"fmt " and size >= 16 and at + 16 <= len(data):
+            if size - at < length < UNKNOWN_LENGTH:
+                raise DataError(f"truncated: {size - at} of {length} bytes of samples")
+            return rate_hz, channels, length // frame_bytes if frame_bytes else 0
+        if name == b"fmt " and length >= 16 and at + 16 <= len(data):
             kind, channels, rate_hz, _, frame_bytes, bits = struct.unpack_from("<HHIIHH", data, at)
             if kind != 1 or bits not in (8, 16, 24, 32) or frame_bytes != channels * bits // 8:
-                return None
-        at += size + size % 2
-    return None
+                frame_bytes = 0
+        at += length + length % 2
+    return 0, 0, 0
 
 
 def decode(file: int | str, spec: FbankSpec) -> np.ndarray:
@@ -114,14 +119,15 @@ def decode(file: int | str, spec: FbankSpec) -> np.ndarray:
             rate_hz, frames = sound.samplerate, sound.frames
             if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
                 raise DataError(f"sample rate of {rate_hz} Hz")
+            if frames >= 1 << 48:
+                raise DataError("written as a stream, without its length: convert it once more")
             same = rate_hz == spec.sample_rate_hz
             wanted_s = spec.num_samples / spec.sample_rate_hz + (0.0 if same else TAIL_S)
             wanted = min(frames, math.ceil(wanted_s * rate_hz))
             samples = sound.read(wanted, dtype="float32", always_2d=True)
-            unknown = frames >= 1 << 48  # a stream that was written without its length
     except soundfile.SoundFileError as error:
         raise DataError(f"cannot be decoded: {_last_part(error)}") from error
-    if len(samples) < wanted and not unknown:
+    if len(samples) < wanted:
         raise DataError(f"truncated: {len(samples)} of {frames} samples")
     samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if len(samples) and not float(np.abs(samples).max()) < LOUDEST:  # true for NaN as well
@@ -168,19 +174,14 @@ def _read(path: str, spec: FbankSpec, trust: bool) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise DataError("empty file")
-        data: bytes | None = None
-        num_samples = None
-        if trust and size <= 4 * spec.num_samples + 65536:  # as 32 bit samples, and a long header
-            data = file.readall()
-            num_samples = plain_samples(data, spec)
+        # All of it if it is as short as a clip is, with 32 bit samples and a long header.
+        data = file.readall() if size <= 4 * spec.num_samples + HEAD else file.read(HEAD)
+        num_samples = plain_samples(data, size, spec)
+        if num_samples is None or len(data) < size or not trust:
             file.seek(0)
-        decoded = None
-        if num_samples is None:
             decoded = decode(file.fileno(), spec)
             num_samples = len(decoded)
+            data = b""
     if num_samples < spec.window:
         raise DataError(f"too short: {num_samples} samples, one window is {spec.window}")
-    if decoded is None:
-        assert data is not None
-        return np.frombuffer(data, np.uint8)
-    return wav_bytes(decoded, spec.sample_rate_hz)
+    return np.frombuffer(data, np.uint8) if data else wav_bytes(decoded, spec.sample_rate_hz)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ssast.kernels.fbank import FbankSpec, fbank, fbank_reference, mel_matrix, num_frames
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "fbank.pt", weights_only=True)["waves"]

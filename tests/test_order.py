@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ssast.pipelines.order import clips_at, permutation, rank_positions
 
 
