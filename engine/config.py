@@ -311,7 +311,7 @@ def _build(cls: Any, raw: Any, prefix: str) -> Any:
     values = {}
     for key, value in raw.items():
         if key not in fields:
-            known = [f"{prefix}{name}" for name in fields] if prefix else _all_keys()
+            known = [f"{prefix}{name}" for name in fields] if prefix else [*fields, *_all_keys()]
             raise ConfigError(f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', known)}")
         if value is None and dataclasses.is_dataclass(hints[key]):
             value = {}  # a section whose lines are all commented out
@@ -371,11 +371,13 @@ def _all_keys() -> list[str]:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    by_last = {n.rsplit(".", 1)[-1]: n for n in known}  # "steps" stands for train.steps
+    by_last: dict[str, str] = {}  # "steps" stands for train.steps, but "train" for itself
+    for n in known:
+        by_last.setdefault(n.rsplit(".", 1)[-1], n)
     near = difflib.get_close_matches(name, [*known, *by_last], n=1, cutoff=0.5)
     if near:
         return f"; did you mean {by_last.get(near[0], near[0])}?"
-    return f"; known: {', '.join(known)}"
+    return f"; known: {', '.join([n for n in known if '.' not in n] or known)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from ssast.engine.config import Config
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import World, reduce_max, reduce_sum
 from ssast.engine.monitor import Monitor
-from ssast.engine.objective import mean_losses
+from ssast.engine.objective import MSPM, mean_losses
 from ssast.engine.optim import Plateau, learning_rate
 from ssast.pipelines.batch import Batch
 
