@@ -1,6 +1,6 @@
 """The training engine: forward, backward, optimizer step and state over all ranks.
 
-The one file that knows DeepSpeed (written for 0.19). What it guarantees to its callers:
+This file and sharded_state.py are all that knows DeepSpeed (0.19). What they guarantee:
 
 - one code path for 1 to N ranks, ZeRO stages 1 to 3, fp32 and bf16;
 - a gradient that is not finite on any rank skips the step on all ranks;
@@ -24,9 +24,7 @@ from torch import Tensor, nn
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.distributed import World, broadcast_object
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
+from ssast.engine.sharded_state import ShardedState
 
 
 def deepspeed_config(
@@ -143,13 +141,14 @@ class TrainEngine:
             num_params=sum(p.numel() for p in module.parameters()),
             cuda=world.device.type == "cuda",
         )
+        self._linear = nn.functional.linear
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config
         )
         _limit_waiting(world.timeout_s)
-        self._create_adam_state()
+        self._state = ShardedState(module, self._zero, stage=zero_stage, world=world)
         if precision == "bf16":
-            self._write(exact, kinds=("weight",))
+            self._state.write_weights(exact)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the module; at ZeRO stage 3 this gathers the weights it needs.
@@ -197,6 +196,8 @@ class TrainEngine:
     def close(self) -> None:
         """Removes DeepSpeed's hooks from the module and frees the sharded state."""
         self._engine.destroy()
+        # Stage 3 replaces it for the whole process, by one that rounds once more under bf16.
+        nn.functional.linear = self._linear
 
     def state(self) -> tuple[dict[str, Tensor], int]:
         """The whole training state in its portable form. Collective; between optimizer steps only.
@@ -208,16 +209,7 @@ class TrainEngine:
             empty dict. And the number of optimizer steps taken, on every rank.
         """
         self._between_steps()
-        tensors: dict[str, Tensor] = {}
-        for name, param in self.module.named_parameters():
-            for kind in KINDS if param.requires_grad else KINDS[:1]:
-                value = self._gather(param, kind)
-                if self.world.is_main:
-                    tensors[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True)
-        if self.world.is_main:
-            for name, buffer in self._buffers().items():
-                tensors[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True)
-        return tensors, self._adam_step()
+        return self._state.read(), self._state.adam_step
 
     def load_state(self, tensors: Mapping[str, Tensor], adam_step: int) -> None:
         """Continues from a state of any stage, precision and number of ranks. Collective.
@@ -231,141 +223,15 @@ class TrainEngine:
             CheckpointError: on every rank, when the tensors do not fit the module.
         """
         self._between_steps()
-        problem = self._misfit(tensors) if self.world.is_main else None
+        problem = self._state.misfit(tensors) if self.world.is_main else None
         problem, adam_step = broadcast_object((problem, adam_step), self.world)
         if problem is not None:
             raise CheckpointError(f"checkpoint does not fit the model: {problem}")
-        for flat in self._flats():
-            self._zero.optimizer.state[flat]["step"].fill_(adam_step)
-        self._write(tensors, kinds=KINDS)
-        for name, buffer in self._buffers().items():
-            self._receive(tensors.get(f"buffer/{name}"), buffer)
+        self._state.write(tensors, adam_step)
 
     def _between_steps(self) -> None:
         if self._engine.micro_steps % self.accumulate:
             raise RuntimeError("the state is complete only between optimizer steps")
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Buffers that belong to the state dict, by name."""
-        names = {name for name, _ in self.module.named_buffers()} & set(self.module.state_dict())
-        return {name: b for name, b in self.module.named_buffers() if name in names}
-
-    def _flats(self) -> list[Tensor]:
-        """This rank's fp32 partitions, one per group: what the optimizer updates."""
-        if self.zero_stage == 3:
-            return self._zero.fp32_partitioned_groups_flat
-        return self._zero.single_partition_of_fp32_groups
-
-    def _adam_step(self) -> int:
-        return max(int(self._zero.optimizer.state[flat]["step"]) for flat in self._flats())
-
-    def _create_adam_state(self) -> None:
-        """Creates the zero moments that Adam would create in its first step.
-
-        So the state can be read and written before that, and DeepSpeed links it for every group:
-        by itself it links after the first group's first step, when the others have none yet.
-        """
-        adam = self._zero.optimizer
-        on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
-        for flat in self._flats():
-            values = flat.detach()
-            device = values.device if on_device else "cpu"
-            adam.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(values),
-                "exp_avg_sq": torch.zeros_like(values),
-            }
-        if self.zero_stage < 3:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _gather(self, param: nn.Parameter, kind: str) -> Tensor:
-        """The whole weight or moment of a parameter. Collective."""
-        from deepspeed import utils, zero
-
-        if not param.requires_grad:
-            with zero.GatheredParameters([param], enabled=self.zero_stage == 3):
-                return param.detach().clone()
-        if kind == "weight":
-            return utils.safe_get_full_fp32_param(param)
-        return utils.safe_get_full_optimizer_state(param, kind)
-
-    def _misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """How the tensors differ from the module's names and shapes; None if they fit."""
-        expected = {f"buffer/{name}": tuple(b.shape) for name, b in self._buffers().items()}
-        for name, param in self.module.named_parameters():
-            for kind in KINDS if param.requires_grad else KINDS[:1]:
-                expected[f"{kind}/{name}"] = tuple(getattr(param, "ds_shape", param.shape))
-        found = {
-            name: tuple(tensor.shape)
-            for name, tensor in tensors.items()
-            if name.partition("/")[0] in (*KINDS, "buffer")
-        }
-        for what, names in (
-            ("missing", sorted(expected.keys() - found.keys())),
-            ("unknown", sorted(found.keys() - expected.keys())),
-        ):
-            if names:
-                return f"{len(names)} tensors {what}, the first is {names[0]}"
-        for name, shape in expected.items():
-            if found[name] != shape:
-                return f"{name} has shape {list(found[name])}, expected {list(shape)}"
-        return None
-
-    def _receive(self, source: Tensor | None, target: Tensor) -> None:
-        """Copies rank 0's tensor into the target on every rank. Collective."""
-        value = torch.empty_like(target, memory_format=torch.contiguous_format)
-        if self.world.is_main and source is not None:
-            value.copy_(source)
-        if self.world.world_size > 1:
-            dist.broadcast(value, src=0)
-        target.copy_(value)
-
-    @torch.no_grad()
-    def _write(self, tensors: Mapping[str, Tensor], kinds: tuple[str, ...]) -> None:
-        """Sets weights and moments from rank 0's full tensors on every rank. Collective."""
-        from deepspeed import utils, zero
-
-        if self.zero_stage == 3:
-            self._zero._partition_all_parameters()
-        for name, param in self.module.named_parameters():
-            if not param.requires_grad:
-                with zero.GatheredParameters([param], 0, enabled=self.zero_stage == 3):
-                    self._receive(tensors.get(f"weight/{name}"), param.data)
-                continue
-            shape = getattr(param, "ds_shape", param.shape)
-            for kind in kinds:
-                value = torch.empty(shape, dtype=torch.float32, device=self.world.device)
-                self._receive(tensors.get(f"{kind}/{name}"), value)
-                if self.zero_stage == 3:
-                    part = self._partition(param, value)
-                    if kind == "weight":
-                        utils.safe_set_local_fp32_param(param, part)
-                    else:
-                        utils.safe_set_local_optimizer_state(param, part, kind)
-                elif kind == "weight":
-                    utils.safe_set_full_fp32_param(param, value)
-                else:
-                    utils.safe_set_full_optimizer_state(param, value, kind)
-        self._refresh_module()
-
-    def _partition(self, param: nn.Parameter, value: Tensor) -> Tensor:
-        """This rank's padded share at stage 3; DeepSpeed's own setter forgets the padding."""
-        size = param.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = nn.functional.pad(
-            value.flatten(), (0, size * self.world.world_size - value.numel())
-        )
-        return padded[self.world.rank * size : (self.world.rank + 1) * size]
-
-    def _refresh_module(self) -> None:
-        """Copies the master weights into the module, as the end of an optimizer step does."""
-        if self.zero_stage < 3:
-            self._zero.update_lp_params()
-            return
-        for index in range(len(self._flats())):
-            self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        if self._zero.persistent_parameters:  # small ones stay whole on every rank
-            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
 
 def _check(

@@ -63,6 +63,7 @@ class Launch:
 
 _world: World | None = None
 _environment: dict[str, str | None] = {}  # what init_world replaced, for close_world
+_joined = 0  # how often this process has joined a world
 
 
 def _integer(env: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -133,7 +134,7 @@ def init_world(timeout_s: float = 600.0) -> World:
     Raises:
         ConfigError: incomplete launcher variables, or more processes than GPUs.
     """
-    global _world
+    global _world, _joined
     if _world is not None:
         return _world
     launch = read_launch(os.environ)
@@ -153,10 +154,11 @@ def init_world(timeout_s: float = 600.0) -> World:
         store = dist.HashStore()  # no port that another process could hold
     else:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    if launch.launcher == "torchrun":
-        # --max-restarts keeps one store: without a prefix the next attempt dials dead processes.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt{attempt}", store)
+    # torchrun --max-restarts keeps one store: without a prefix of its own, the next attempt (and
+    # the next world of this process) would dial the addresses of the one before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt{attempt}.{_joined}", store)
+    _joined += 1
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
