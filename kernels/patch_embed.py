@@ -10,6 +10,7 @@ rows. Patches lie on a grid of F_p rows (frequency) and T_p columns (time), numb
 patch is flattened row by row over (mel bin, frame), as a convolution's kernel is.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,7 @@ def patch_embed_reference(
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """The definition, as the published code computes it; what the kernels are tested against."""
-    x = (fbank - mean) / (2 * std)
+    x = ((fbank - mean) / (2 * std)).to(weight.dtype)
     image = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
     tokens = (
         torch.nn.functional.conv2d(image, weight, bias, tuple(stride)).flatten(2).transpose(1, 2)
@@ -119,7 +120,8 @@ def _(
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     B, M = mask_ids.shape
-    return weight.new_empty(B, *pos_embed.shape[1:]), weight.new_empty(B, M, weight[0].numel())
+    P = math.prod(weight.shape[1:])
+    return weight.new_empty(B, *pos_embed.shape[1:]), weight.new_empty(B, M, P)
 
 
 @torch.library.custom_op("ssast::patch_embed_backward", mutates_args=())
