@@ -74,6 +74,10 @@ class MSPM(nn.Module):
             losses["mse"] = mse(targets, self.generative_head(states))
         return losses
 
+    def reconstruct(self, fbank: Tensor, masks: Masks) -> Tensor:
+        """What the generative head puts in place of the masked patches, normalised, [B, M, P]."""
+        return self.generative_head(self.masked_states(fbank, masks)[0])
+
 
 def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:
     """Means over the valid clips of a batch.
