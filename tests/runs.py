@@ -1,0 +1,98 @@
+"""Small pretraining runs for tests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sounds import write_clips
+
+SETTINGS = {
+    "model.size": "tiny",
+    "model.depth": 1,
+    "audio.n_mels": 32,
+    "audio.num_frames": 48,
+    "objective.num_masked": 3,
+    "objective.mask": "uniform",
+    "optim.warmup_steps": 2,
+    "optim.lr": 1e-3,
+    "train.steps": 12,
+    "train.batch_size": 4,
+    "train.log_every": 1,
+    "train.save_every": 4,
+    "train.validate_every": 6,
+    "data.num_threads": 1,
+}
+
+
+def make_data(folder: Path, num_train: int = 10, num_valid: int = 3) -> list[str]:
+    """Clips on disk, and the overrides that point to them."""
+    for name, count in (("train", num_train), ("valid", num_valid)):
+        (folder / name).mkdir()
+        write_clips(folder / name, count, samples=9000)
+    return [f"data.train={folder / 'train'}", f"data.valid={folder / 'valid'}"]
+
+
+def overrides(**changed) -> list[str]:
+    """SETTINGS as overrides; ``train__steps=3`` changes train.steps."""
+    settings = SETTINGS | {key.replace("__", "."): value for key, value in changed.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "small.yaml"
+    path.write_text("{}")
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "ssast.engine.cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=cwd,
+        timeout=300,
+        check=False,
+    )
+
+
+def lines(run: Path, split: str) -> list[dict]:
+    """What a run has logged of a split, without what depends on the clock."""
+    path = run / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    left_out = "split time clips_per_s gflops_per_device data_wait_share memory_gib".split()
+    return [
+        {k: v for k, v in line.items() if k not in left_out}
+        for line in found
+        if line["split"] == split
+    ]
+
+
+def stop_at(step: int, number: signal.Signals, run: Path, *arguments: object) -> int:
+    """Start a run, send it a signal once it has logged a step; its exit status."""
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if any(line["step"] >= step for line in lines(run, "train")):
+                process.send_signal(number)
+                break
+        except json.JSONDecodeError:  # a line that is just being written
+            pass
+        time.sleep(0.01)
+    process.communicate(timeout=100)
+    return process.returncode
