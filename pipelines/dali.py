@@ -20,6 +20,7 @@ __all__ = ["AudioStream", "build_pipeline"]
 log = logging.getLogger(__name__)
 
 ENOUGH_SEEN = 50  # clips before the share of rejected ones means something
+HORIZON = 1000  # or the manifest, if it is shorter: bad clips may come early by chance
 MAX_RECOVERIES = 4  # decoding errors after which every clip is decoded before DALI sees it
 
 
@@ -49,7 +50,8 @@ class AudioStream:
         fbank: "torch": the kernel of ``ssast.kernels.fbank``, in the graph on a CPU and on the
             handed-over waveforms on a GPU; "dali": stock DALI operators in the graph; "auto":
             "dali" on a GPU, "torch", which is cheaper there, on a CPU.
-        max_rejected: Share of rejected clips above which the stream stops with an error.
+        max_rejected: Share of rejected clips above which the stream stops with an error. While
+            few clips have been seen, it is taken of the manifest or of 1000 clips.
         on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
 
     Raises:
@@ -219,7 +221,8 @@ class AudioStream:
                     if self._on_reject is not None:
                         path = str(self._source.paths[clip_id])
                         self._on_reject(clip_id, path, self._source.reasons[clip_id])
-        too_many = self._seen >= ENOUGH_SEEN and self._rejected > self._max_rejected * self._seen
+        basis = max(self._seen, min(HORIZON, len(self._source.paths)))
+        too_many = self._seen >= ENOUGH_SEEN and self._rejected > self._max_rejected * basis
         if too_many or (self._done == 1 and 0 < self._seen == self._rejected):
             examples = "; ".join(f"{p} ({r})" for p, r in list(self.rejected.values())[:3])
             raise DataError(

@@ -301,9 +301,19 @@ def test_too_many_rejected_clips(tmp_path: Path) -> None:
     with open_stream(clips, epochs=2) as stream, pytest.raises(DataError) as caught:
         list(stream)
     text = str(caught.value)
-    assert "3 of the first 52 clips" in text and "rejected.jsonl" in text and "\n" not in text
+    assert "6 of the first 52 clips" in text and "rejected.jsonl" in text and "\n" not in text
     assert text.count("missing") == 3 and "No such file or directory" in text
-    assert len(list(open_stream(clips, epochs=2, max_rejected=0.08))) == 20
+    assert len(take(clips, 20, epochs=2, max_rejected=0.12)) == 20
+
+
+def test_a_bad_start_is_forgiven(tmp_path: Path) -> None:
+    """All bad clips of a manifest may come first: what counts is their share of all of it."""
+    clips = 100 * write_clips(tmp_path, 1, samples=4000)
+    clips[1:5] = [tmp_path / "missing.wav"] * 4
+    assert len(take(clips, 25, epochs=1)) == 25
+    clips[50:52] = [tmp_path / "missing.wav"] * 2
+    with pytest.raises(DataError, match="6 of the first 52 clips"):
+        take(clips, 25, epochs=1)
 
 
 def test_nothing_but_rejected_clips(tmp_path: Path) -> None:
