@@ -124,8 +124,7 @@ class Checkpoints:
     def best(self) -> Path | None:
         """The checkpoint named last by `mark_best`; None if there is none."""
         name = self._best_name()
-        path = self.folder / name if name else None
-        return path if path is not None and (path / MANIFEST).is_file() else None
+        return next((path for path in self._all() if path.stem == name), None)
 
     @staticmethod
     def load(path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -173,13 +172,15 @@ class Checkpoints:
         for path in self.folder.glob("step*.old"):
             if (self.folder / path.stem).exists():
                 self._remove(path)
+            else:  # killed between its two renames
+                os.rename(path, self.folder / path.stem)
 
     def _prune(self) -> None:
         """Keeps the newest and the best."""
         self._sweep()
         best = self._best_name()
         for path in self._all()[self.keep :]:
-            if path.name != best:
+            if path.stem != best:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:

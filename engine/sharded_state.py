@@ -74,7 +74,7 @@ class ShardedState:
             ("unknown", sorted(found.keys() - expected.keys())),
         ):
             if names:
-                return f"{len(names)} tensors {what}, the first is {names[0]}"
+                return f"{what}: {names[0]} ({len(names)} in all)"
         for name, shape in expected.items():
             if found[name] != shape:
                 return f"{name} has shape {list(found[name])}, expected {list(shape)}"
