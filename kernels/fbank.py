@@ -173,7 +173,8 @@ class _Workspace:
         self.padded = torch.zeros(block, spec.n_fft)  # column 0 and the tail are never written
         self.spectrum = torch.empty(block, num_bins, dtype=torch.complex64)
         self.squares = torch.view_as_real(self.spectrum).view(block, 2 * num_bins)
-        self.bands = []  # (columns of the squares, columns of the output, weights)
+        self.mel = torch.empty(block, spec.n_mels)
+        self.bands = []  # (columns of the squares, columns of the mel powers, weights)
         mel = mel_matrix(spec)
         for filters in np.array_split(np.arange(spec.n_mels), min(NUM_BANDS, spec.n_mels)):
             first, last = int(filters[0]), int(filters[-1]) + 1
@@ -198,9 +199,12 @@ class _Workspace:
             emphasised.mul_(self.hann[1:])
             torch.fft.rfft(padded, out=self.spectrum[:size])
             squares.square_()
+            # Not straight into ``out``: the last bits of BLAS depend on how memory is aligned,
+            # and a clip must not depend on its place in a batch.
+            mel = self.mel[:size]
             for bins, filters, weights in self.bands:
-                torch.mm(squares[:, bins], weights, out=out[start:stop, filters])
-        out.clamp_(min=EPS).log_()
+                torch.mm(squares[:, bins], weights, out=mel[:, filters])
+            out[start:stop] = mel.clamp_(min=EPS).log_()
 
 
 class _Workspaces(threading.local):
