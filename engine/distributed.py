@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -182,7 +182,7 @@ def close_world() -> None:
     _world = None
     atexit.unregister(close_world)
     if dist.is_initialized():
-        comm = sys.modules.get("deepspeed.comm.comm")
+        comm: Any = sys.modules.get("deepspeed.comm.comm")
         if comm is not None and comm.cdb is not None:
             comm.destroy_process_group()  # DeepSpeed forgets its groups as well
             comm.cdb = None
@@ -271,7 +271,7 @@ def run_on_main(function: Callable[[], T], world: World) -> T:
             outcome = (function(), None)
         except (ValueError, OSError, RuntimeError) as error:
             outcome = (None, error)
-    result, error = broadcast_object(outcome, world)
-    if error is not None:
-        raise error
+    result, failure = broadcast_object(outcome, world)
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
