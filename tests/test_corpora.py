@@ -268,6 +268,25 @@ def test_an_interrupted_demo_ends_the_same(
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_an_interrupted_repair_is_not_taken_for_finished(
+    tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo(tmp_path)
+    whole = manifests(tmp_path / "out")
+    Path(sorted(whole["train.json"])[0]).unlink()
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ssast.pipelines.publish.divide", fail)
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path)
+    assert not (tmp_path / "out/report.json").exists()
+    demo(tmp_path)
+    assert manifests(tmp_path / "out") == whole
+
+
 def queen_archive() -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, sound(0), 22050, format="MP3", subtype="MPEG_LAYER_III")
