@@ -130,7 +130,6 @@ class ShardedState:
                 "exp_avg_sq": torch.zeros_like(values),
             }
         if self.stage < 3:
-            self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _gather(self, param: nn.Parameter, kind: str) -> Tensor:
