@@ -24,7 +24,7 @@ from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
-from ssast.pipelines.manifest import Manifest, read_manifest
+from ssast.pipelines.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,21 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
     return MSPM(config).encoder.eval()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(
-    encoder: SpectrogramTransformer, manifest: Manifest, config: Config, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean patch tokens [num_clips, D] of a manifest, and which clips could be read [num_clips]."""
-    encoder, spec = encoder.to(device), fbank_spec(config.audio)
-    found: list[torch.Tensor] = []
-    valid: list[torch.Tensor] = []
-    with AudioStream(manifest.paths, spec, batch_size=32, epochs=1, device=device) as batches:
+    encoder: SpectrogramTransformer, paths: Sequence[str], config: Config, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Mean patch tokens [D] of each clip, by path, without the clips that cannot be read."""
+    encoder, found = encoder.to(device), {}
+    with AudioStream(
+        paths, fbank_spec(config.audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
+    ) as batches:
         for batch in batches:
-            found.append(embed_clips(encoder, batch.fbank).float().cpu())
-            valid.append(batch.valid.cpu())
-    count = len(manifest)
-    return torch.cat(found)[:count].numpy(), torch.cat(valid)[:count].numpy()
+            vectors = embed_clips(encoder, batch.fbank).float().cpu().numpy()
+            for clip, vector, valid in zip(batch.clip_ids, vectors, batch.valid, strict=True):
+                if valid:
+                    found[paths[int(clip)]] = vector
+    return found
 
 
 def probe(
@@ -88,37 +89,34 @@ def probe(
     """Score each encoder on each task.
 
     Raises:
-        DataError: A manifest is wrong or has no labels.
+        DataError: A manifest is wrong or has no labels, or none of its clips can be read.
     """
+    labels = {task: [_labels(path) for path in pair] for task, pair in tasks.items()}
+    # Tasks share clips: each is encoded once.
+    paths = sorted({path for pair in labels.values() for part in pair for path in part})
     scores = []
-    for task, pair in tasks.items():
-        manifests = [read_manifest(path) for path in pair]
-        labels = [_single_labels(manifest) for manifest in manifests]
-        for weights, encoder in encoders.items():
-            split = [features(encoder, manifest, config, device) for manifest in manifests]
-            (x, y), (x_eval, y_eval) = [
-                (f[valid], named[valid]) for (f, valid), named in zip(split, labels, strict=True)
-            ]
+    for weights, encoder in encoders.items():
+        vectors = features(encoder, paths, config, device)
+        for task, (train, evaluate) in labels.items():
+            x, y = _arrays(train, vectors, tasks[task][0])
+            x_eval, y_eval = _arrays(evaluate, vectors, tasks[task][1])
             # Regularised rather strongly: a few thousand clips against a few hundred features.
-            linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-            knn = make_pipeline(
-                StandardScaler(),
-                KNeighborsClassifier(min(10, len(x)), metric="cosine", weights="distance"),
-            )
+            linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+            vote = KNeighborsClassifier(min(10, len(x)), metric="cosine", weights="distance")
+            knn = make_pipeline(StandardScaler(), vote)
             classes, counts = np.unique(y, return_counts=True)
-            scores.append(
-                Score(
-                    task,
-                    weights,
-                    linear=linear.fit(x, y).score(x_eval, y_eval),
-                    knn=knn.fit(x, y).score(x_eval, y_eval),
-                    chance=float((y_eval == classes[counts.argmax()]).mean()),
-                    num_train=len(y),
-                    num_eval=len(y_eval),
-                    num_classes=len(classes),
-                )
+            score = Score(
+                task,
+                weights,
+                linear=linear.fit(x, y).score(x_eval, y_eval),
+                knn=knn.fit(x, y).score(x_eval, y_eval),
+                chance=float((y_eval == classes[counts.argmax()]).mean()),
+                num_train=len(y),
+                num_eval=len(y_eval),
+                num_classes=len(classes),
             )
-    return scores
+            scores.append(score)
+    return sorted(scores, key=lambda score: list(labels).index(score.task))
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:
@@ -141,10 +139,21 @@ def format_scores(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _single_labels(manifest: Manifest) -> np.ndarray:
+def _labels(path: Path) -> dict[str, str]:
+    """The one label of each clip of a manifest, by path."""
+    manifest = read_manifest(path)
     if manifest.labels is None:
-        raise DataError(f"{manifest.source}: has no labels, a probe needs them")
-    for path, names in zip(manifest.paths, manifest.labels, strict=True):
+        raise DataError(f"{path}: has no labels, a probe needs them")
+    for clip, names in zip(manifest.paths, manifest.labels, strict=True):
         if len(names) != 1:
-            raise DataError(f"{manifest.source}: {path} has {len(names)} labels, a probe needs one")
-    return np.array([names[0] for names in manifest.labels])
+            raise DataError(f"{path}: {clip} has {len(names)} labels, a probe needs one")
+    return {clip: names[0] for clip, names in zip(manifest.paths, manifest.labels, strict=True)}
+
+
+def _arrays(
+    labels: dict[str, str], vectors: dict[str, np.ndarray], path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    clips = [clip for clip in labels if clip in vectors]
+    if not clips:
+        raise DataError(f"{path}: none of its {len(labels)} clips can be read")
+    return np.stack([vectors[clip] for clip in clips]), np.array([labels[clip] for clip in clips])

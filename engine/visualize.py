@@ -76,7 +76,8 @@ def draw_curves(run: Path) -> Path:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    axes.flat[0].legend(fontsize=9)
+    if panels:
+        axes.flat[0].legend(fontsize=9)
     return _save(figure, run / "curves.png")
 
 
@@ -108,7 +109,9 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
             ("completed by the model", completed[row]),
         )
         for axis, (text, image) in zip(axes[row], shown, strict=True):
-            axis.imshow(image.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high)
+            axis.imshow(
+                image.T.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high
+            )
             axis.set_facecolor("lightgrey")
             axis.set_title(text, fontsize=9)
         axes[row, 0].set_ylabel("mel bin", fontsize=9)

@@ -264,7 +264,7 @@ def test_too_many_bad_files_end_a_run(config_file, tmp_path):
     ("changed", "error", "message"),
     [
         ({"data__train": None}, ConfigError, "data.train is not set: give a manifest or a folder"),
-        ({"data__train": "/nowhere.json"}, DataError, "/nowhere.json: expected a folder, a .json"),
+        ({"data__train": "/nowhere.json"}, DataError, "/nowhere.json: cannot be read: No such file"),
         ({"data__train": "/nowhere"}, DataError, "/nowhere"),
         ({"train__accumulate": 3}, ConfigError, "train.batch_size 4 cannot be divided over 1"),
     ],
