@@ -89,7 +89,9 @@ class AudioStream:
         self._max_rejected, self._on_reject = max_rejected, on_reject
         self._num_threads = num_threads
         on_gpu = device.type == "cuda"
-        self._device_id = (device.index or 0) if on_gpu else None
+        self._device_id: int | None = None
+        if on_gpu:
+            self._device_id = torch.cuda.current_device() if device.index is None else device.index
         if fbank == "auto":
             fbank = "dali" if on_gpu else "torch"
         self._features: FbankThreads | Literal["dali", "waveform"] = "dali"
@@ -118,7 +120,6 @@ class AudioStream:
             num_threads=num_threads,
             read_ahead=read_ahead,
         )
-        self._fbank_threads = FbankThreads(spec, num_threads) if self._features == "torch" else None
         self._pipeline = self._build()
 
     @property
@@ -246,8 +247,8 @@ class AudioStream:
             self._source.doubt(self._source.clips(later)[0].tolist())
         if self._recoveries == MAX_RECOVERIES:
             log.warning(
-                "DALI could not decode %d batches: from now on every clip is decoded twice as "
-                "carefully, by libsndfile before DALI",
+                "DALI could not decode %d batches: from now on libsndfile decodes every clip "
+                "before DALI sees it",
                 self._recoveries,
             )
             self._source.doubt_all()
