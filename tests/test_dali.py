@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sounds import bestiary, tone, write, write_clips
 
-from ssast.kernels.fbank import FbankSpec, fbank_reference, num_frames
+from ssast.kernels.fbank import FbankSpec, fbank, fbank_reference, num_frames
 from ssast.pipelines.batch import Batch, DataError
-from ssast.pipelines.dali import MAX_RECOVERIES, AudioStream
+from ssast.pipelines.dali import MAX_RECOVERIES, AudioStream, build_pipeline
 from ssast.pipelines.graph import mel_gains
 from ssast.pipelines.order import clips_at
+from ssast.pipelines.source import ClipSource
 
 CPU = torch.device("cpu")
 SPEC = FbankSpec(num_frames=60, n_mels=32)
@@ -120,6 +121,21 @@ def test_both_filterbanks_agree_at_any_rate(tmp_path: Path, rate_hz: int) -> Non
     settings = {"spec": spec, "batch_size": 1, "epochs": 1}
     by_torch, by_dali = (take([clip], 1, fbank=k, **settings)[0] for k in ("torch", "dali"))
     torch.testing.assert_close(by_torch.fbank, by_dali.fbank, atol=5e-3, rtol=0)
+
+
+def test_waveforms_for_the_kernel(paths: list[Path]) -> None:
+    """What a GPU gets with fbank="torch": padded waveforms, on which the kernel runs."""
+    source = ClipSource(paths, SPEC, batch_size=4)
+    pipeline = build_pipeline(
+        source, SPEC, batch_size=4, num_threads=1, device_id=None, features="waveform"
+    )
+    waves, lengths, labels = (torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
+    assert waves.shape == (4, SPEC.num_samples) and lengths.shape == (4, 1)
+    (batch,) = take(paths, 1)
+    assert torch.equal(labels[:, 0], batch.clip_ids)
+    assert torch.equal(fbank(waves, lengths[:, 0].long(), SPEC), batch.fbank)
+    del pipeline
+    source.close()
 
 
 def test_gains_are_near_one() -> None:
