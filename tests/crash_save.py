@@ -76,7 +76,7 @@ def kill_everywhere(folder: Path, scenario: str) -> list[dict]:
             tensors, meta = Checkpoints.load(path)
             loaded = (meta["step"], tensors["weight/a"][0].item())
         best_step = None if best is None else Checkpoints.load(best)[1]["step"]
-        save(folder, 3, 3.0)  # the next run goes on, and sweeps up
+        save(folder, 2, 3.0)  # the next run comes to the same step, and sweeps up
         left = sorted(p.name for p in folder.iterdir())
         found.append({"loaded": loaded, "best": best_step, "left": left})
         if os.WIFEXITED(status):

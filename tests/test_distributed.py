@@ -200,16 +200,23 @@ def launch(tmp_path, command, *arguments, **env):
     )
 
 
+def output(process):
+    try:
+        return process.communicate(timeout=90)[0]
+    finally:
+        process.terminate()  # a launcher takes its processes with it
+
+
 def test_plain_python_needs_no_launcher_and_no_deepspeed(tmp_path):
     process = launch(tmp_path, [sys.executable])
-    assert process.communicate()[0] == "single 1 1.0 0 False\n"
+    assert output(process) == "single 1 1.0 0 False\n"
 
 
 @pytest.mark.slow
 def test_torchrun_and_its_restarts(tmp_path):
     port = f"--master-port={free_port()}"
     process = launch(tmp_path, [*TORCHRUN, port, "--max-restarts=1"], "--die")
-    assert process.communicate()[0] == "torchrun 2 3.0 1 False\n"
+    assert output(process) == "torchrun 2 3.0 1 False\n"
 
 
 @pytest.mark.slow
@@ -222,7 +229,7 @@ def test_srun_without_torchrun(tmp_path):
         )
         for r in range(2)
     ]
-    assert [p.communicate()[0] for p in processes] == ["slurm 2 3.0 0 False\n", ""]
+    assert [output(p) for p in processes] == ["slurm 2 3.0 0 False\n", ""]
 
 
 @pytest.mark.slow
