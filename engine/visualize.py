@@ -97,21 +97,19 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
     figure, axes = plt.subplots(
         len(titles), 3, figsize=(13, 2.5 * len(titles)), squeeze=False, sharex=True, sharey=True
     )
+    num_patches = model.grid[0] * model.grid[1]
+    style = {"origin": "lower", "aspect": "auto", "cmap": "magma"}
     for row, title in enumerate(titles):
         end = max(int(batch.num_frames[row]), 1)
         low, high = original[row, :end].quantile(0.01).item(), original[row, :end].max().item()
         shown = (
-            (title, original[row]),
-            (
-                f"masked: {masks.mask_ids.shape[1]} of {model.grid[0] * model.grid[1]} patches",
-                hidden[row],
-            ),
+            (title if len(title) < 40 else f"...{title[-36:]}", original[row]),
+            (f"{masks.mask_ids.shape[1]} of {num_patches} patches hidden", hidden[row]),
             ("completed by the model", completed[row]),
         )
         for axis, (text, image) in zip(axes[row], shown, strict=True):
-            axis.imshow(
-                image.T.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high
-            )
+            axis.imshow(image.T.numpy(), vmin=low, vmax=high, **style)
+            axis.axvspan(end - 0.5, len(image) - 0.5, color="white")  # padding
             axis.set_facecolor("lightgrey")
             axis.set_title(text, fontsize=9)
         axes[row, 0].set_ylabel("mel bin", fontsize=9)
