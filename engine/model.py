@@ -52,19 +52,31 @@ class PatchEmbed(nn.Module):
         )
 
 
+class QueryKeyValue(nn.Linear):
+    """The three projections of an attention as one linear layer, a third of its rows for each."""
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Queries [B, K, D] of the tokens ``queries``, those of x if None; keys and values of x."""
+        if queries is None:
+            return super().forward(x).chunk(3, 2)
+        D = self.in_features
+        q = nn.functional.linear(queries, self.weight[:D], self.bias[:D])
+        return q, *nn.functional.linear(x, self.weight[D:], self.bias[D:]).chunk(2, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.qkv = QueryKeyValue(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, D]."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(attention(q, k, v).flatten(2))
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """[B, L, D] to [B, L, D], or to [B, K, D] where only some of the tokens ask."""
+        heads = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries))
+        return self.proj(attention(*heads).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -94,10 +106,18 @@ class Block(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, D]."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """[B, L, D] to [B, L, D], or to the tokens ``wanted`` [B, K] alone: [B, K, D]."""
+        y, queries = self.norm1(x), None
+        if wanted is not None:  # the others are needed as keys and values only
+            x, queries = take(x, wanted), take(y, wanted)
+        x = x + self.attn(y, queries)
         return x + self.mlp(self.norm2(x))
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Tokens [B, K, D] of [B, L, D] at the ids [B, K]."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 class SpectrogramTransformer(nn.Module):
@@ -120,19 +140,26 @@ class SpectrogramTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
 
-    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, fbank: Tensor, masks: Masks, *, masked_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Encode a batch.
 
         Args:
             fbank: [B, T, F] log-mel before normalisation.
             masks: Which patches are hidden.
+            masked_only: The hidden states of the other tokens are not wanted; the last block then
+                leaves out what only they would have needed. The numbers are the same.
 
         Returns:
-            Hidden states [B, 2 + N, D] and the normalised masked patches [B, M, P].
+            Hidden states [B, 2 + N, D], or with ``masked_only`` those of the masked patches
+            [B, M, D], and the normalised masked patches [B, M, P].
         """
         x, targets = self.embed(fbank, masks)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
+        x = last(x, masks.mask_ids + NUM_EXTRA_TOKENS if masked_only else None)
         return self.norm(x), targets
 
 

@@ -9,7 +9,7 @@ code runs a whole forward pass with a mask of its own for each (``two_pass``).
 from torch import Tensor, nn
 
 from ssast.engine.config import Config
-from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.engine.model import SpectrogramTransformer
 from ssast.kernels.masking import Masks, draw_masks
 from ssast.kernels.mspm_loss import info_nce, mse
 
@@ -45,12 +45,6 @@ class MSPM(nn.Module):
             for stream in range(2 if self.objective.two_pass else 1)
         ]
 
-    def masked_states(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-        """Final hidden states of the masked tokens [B, M, D], and their targets [B, M, P]."""
-        hidden, targets = self.encoder(fbank, masks)
-        ids = (masks.mask_ids + NUM_EXTRA_TOKENS)[..., None].expand(-1, -1, hidden.shape[2])
-        return hidden.gather(1, ids), targets
-
     def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
         """The losses of each clip.
 
@@ -62,21 +56,22 @@ class MSPM(nn.Module):
             Those of "nce", "accuracy" and "mse" that belong to the objective, each [B].
         """
         kind, losses = self.objective.kind, {}
-        states, targets = self.masked_states(fbank, masks[0])
+        states, targets = self.encoder(fbank, masks[0], masked_only=True)
         if kind != "generative":
             predictions = self.discriminative_head(states)
             losses["nce"], losses["accuracy"] = info_nce(
                 targets, predictions, self.objective.softmax_axis
             )
         if len(masks) > 1:
-            states, targets = self.masked_states(fbank, masks[1])
+            states, targets = self.encoder(fbank, masks[1], masked_only=True)
         if kind != "discriminative":
             losses["mse"] = mse(targets, self.generative_head(states))
         return losses
 
     def reconstruct(self, fbank: Tensor, masks: Masks) -> Tensor:
         """What the generative head puts in place of the masked patches, normalised, [B, M, P]."""
-        return self.generative_head(self.masked_states(fbank, masks)[0])
+        states, _ = self.encoder(fbank, masks, masked_only=True)
+        return self.generative_head(states)
 
 
 def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssast.engine.classifier import Classifier, embed_clips
 from ssast.engine.config import from_plain
 from ssast.engine.interop import published_name
+from ssast.engine.model import NUM_EXTRA_TOKENS, take
 from ssast.engine.objective import MSPM, mean_losses
 
 KINDS = ["patch", "frame"]
@@ -173,6 +174,22 @@ def test_two_passes_are_two_separate_passes(axis: str) -> None:
     want = gradients(both_heads)
     for name, gradient in gradients(two_pass).items():
         torch.testing.assert_close(gradient, want[name], rtol=1e-10, atol=1e-14)
+
+
+@kinds
+def test_the_cut_of_the_last_block_is_exact(kind: str) -> None:
+    """Forward and all gradients equal those of the whole model, read at the masked tokens."""
+    model, fbank, masks = pretraining_case(kind, torch.float64)
+    encoder, results = model.encoder, []
+    upstream = torch.randn(2, 100, 192, generator=torch.Generator().manual_seed(0)).double()
+    for masked_only in (False, True):
+        hidden, targets = encoder(fbank, masks, masked_only=masked_only)
+        if not masked_only:
+            hidden = take(hidden, masks.mask_ids + NUM_EXTRA_TOKENS)
+        gradients = torch.autograd.grad(hidden, list(encoder.parameters()), upstream)
+        results.append((hidden, targets, *gradients))
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-11, atol=1e-12 * whole.abs().max().item())
 
 
 def test_masks_of_a_model_follow_its_configuration() -> None:
