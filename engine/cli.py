@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("demo", help="fetch real recordings, pretrain, show the results")
     command.add_argument("--source", type=Path, metavar="DIR", help="your own audio instead")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("probe", help="score frozen features on labelled tasks")
@@ -164,7 +165,7 @@ def _data_demo(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from ssast.engine.demo import demo
 
-    return _status(demo(options.source, PACKAGE_CACHE.expanduser()))
+    return _status(demo(options.source, PACKAGE_CACHE.expanduser(), options.overrides))
 
 
 def _bench(options: argparse.Namespace) -> int:

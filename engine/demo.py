@@ -1,6 +1,7 @@
 """The demonstration: real recordings, a short pretraining, and what came out of it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ssast.engine.visualize import visualize
 from ssast.pipelines.corpora import fetch_demo, prepare_folder
 
 
-def demo(source: Path | None, cache: Path) -> int:
+def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int:
     """Get audio, pretrain on it as configs/demo.yaml says, draw pictures, score the features.
 
     Each part goes on where an earlier call was stopped.
@@ -22,6 +23,7 @@ def demo(source: Path | None, cache: Path) -> int:
     Args:
         source: A folder of audio files; a few hours of real recordings are fetched if None.
         cache: Keeps what was fetched.
+        overrides: Settings that go before those of configs/demo.yaml.
 
     Returns:
         0, or the number of the signal that stopped the training.
@@ -38,12 +40,12 @@ def demo(source: Path | None, cache: Path) -> int:
         fetch_demo(folder, cache)
     else:
         prepare_folder(source, folder)
-    overrides = [
+    places = [
         f"data.train={folder / 'train.json'}",
         f"data.valid={folder / 'valid.json'}",
         f"run.folder={run}",
     ]
-    config = load_config("demo", overrides)
+    config = load_config("demo", [*places, *overrides])
     stopped = pretrain(config, resume=True)
     if stopped:
         print("run the same command again to go on")
