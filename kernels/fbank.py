@@ -215,7 +215,8 @@ class _Workspaces(threading.local):
 
     def get(self, spec: FbankSpec) -> _Workspace:
         if spec not in self.by_spec:
-            self.by_spec[spec] = _Workspace(spec)
+            with torch.inference_mode(False):  # else no later call outside of it could write there
+                self.by_spec[spec] = _Workspace(spec)
         return self.by_spec[spec]
 
 

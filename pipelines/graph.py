@@ -48,7 +48,8 @@ class FbankThreads:
         self._spec = spec
         # DALI copies what a Python function returns before it calls the next time, so one output
         # buffer does: fresh memory for every clip would cost as much in page faults as the FFT.
-        self._out = torch.zeros(batch_size, spec.num_frames, spec.n_mels)
+        with torch.inference_mode(False):  # a caller's would not hold in our threads
+            self._out = torch.zeros(batch_size, spec.num_frames, spec.n_mels)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-fbank")
         together = threading.Barrier(num_threads)
 

@@ -167,6 +167,14 @@ def test_every_format_gives_the_same_features(tmp_path: Path) -> None:
         assert (features - batch.fbank[0, :50]).abs().median() < 0.5
 
 
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad])
+def test_a_stream_works_in_and_after_inference(paths: list[Path], inside: Any) -> None:
+    expected = take(paths, 2)
+    with inside():
+        assert same(take(paths, 2), expected)
+    assert same(take(paths, 2), expected)
+
+
 def test_the_order_is_the_seeds(paths: list[Path]) -> None:
     batches = take(paths, 9, seed=3)
     ids, epochs = clips_at(np.arange(36), 14, 3)
