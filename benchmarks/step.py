@@ -146,7 +146,7 @@ def measure(setting: Setting, repeats: int) -> Result:
 
     Args:
         setting: What to compute.
-        repeats: Turns that count; two before them do not.
+        repeats: Turns that count, at least 2; one before them does not.
     """
     context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
@@ -161,10 +161,10 @@ def measure(setting: Setting, repeats: int) -> Result:
         return pipes[name].recv()
 
     turns, peaks = [], []
-    for turn in range(repeats + 2):
+    for turn in range(repeats + 1):
         times = run("baseline", "step"), run("ours", "step")
         peaks += [run("ours", "peak")[0] for _ in range(3)]
-        if turn >= 2:
+        if turn >= 1:
             turns.append(times)
     for pipe, worker in zip(pipes.values(), workers, strict=True):
         pipe.send(None)
@@ -243,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     args = parser.parse_args(argv)
+    if args.repeats < 2 or args.frames < 32:
+        parser.error("needs at least 2 repeats and 32 frames")
     results = []
     for size in args.sizes:
         setting = Setting(size, args.batch, args.frames, args.threads, args.default_memory)
