@@ -9,7 +9,6 @@ names of its parameters are the published ones.
 """
 
 import random
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +72,9 @@ class _Block(nn.Module):
 
 
 class _PatchEmbed(nn.Module):
-    def __init__(self, patch: Sequence[int], embed_dim: int):
+    def __init__(self, patch: tuple[int, int], embed_dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(1, embed_dim, tuple(patch), stride=tuple(patch))
+        self.proj = nn.Conv2d(1, embed_dim, patch, stride=patch)
 
 
 class _Trunk(nn.Module):

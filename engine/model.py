@@ -55,7 +55,9 @@ class PatchEmbed(nn.Module):
 class QueryKeyValue(nn.Linear):
     """The three projections of an attention as one linear layer, a third of its rows for each."""
 
-    def forward(self, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(  # type: ignore[override]  # three results where Linear has one
+        self, x: Tensor, queries: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Queries [B, K, D] of the tokens ``queries``, those of x if None; keys and values of x."""
         if queries is None:
             return super().forward(x).chunk(3, 2)

@@ -88,5 +88,8 @@ def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> 
     weights = valid / valid.sum().clamp(min=1)
     # where, not a product: a clip that counts nothing may hold an infinity.
     means = {name: (value.where(valid, 0) * weights).sum() for name, value in losses.items()}
-    loss = means.get("nce", 0.0) + means.get("mse", 0.0) * (mse_weight if "nce" in means else 1.0)
+    if "nce" in means and "mse" in means:
+        loss = means["nce"] + mse_weight * means["mse"]
+    else:
+        loss = means["nce"] if "nce" in means else means["mse"]
     return {"loss": loss, **means}

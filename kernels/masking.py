@@ -70,8 +70,8 @@ def draw_masks_reference(
     N = rows * columns
 
     def draw(d: int) -> int:
-        counter = (torch.tensor(c) for c in (d // 4, clip, epoch))
-        return int(philox(seed, *counter, stream)[d % 4])
+        block, c, e = (torch.tensor(n) for n in (d // 4, clip, epoch))
+        return int(philox(seed, block, c, e, stream)[d % 4])
 
     if kind == "random":
         return sorted(sorted(range(N), key=lambda i: (draw(i), i))[:M])

@@ -80,13 +80,13 @@ def _(targets: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
     return targets.new_empty(len(targets), dtype=dtype), torch.empty_like(predictions)
 
 
-def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_gradient(ctx, inputs, output) -> None:
     *values, gradient = output
     ctx.save_for_backward(gradient)
     ctx.mark_non_differentiable(*values[1:], gradient)
 
 
-def _scale_gradient(ctx, upstream: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _scale_gradient(ctx, upstream: Tensor) -> Tensor:
     (gradient,) = ctx.saved_tensors
     return gradient * upstream.to(gradient.dtype)[:, None, None]
 

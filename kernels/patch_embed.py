@@ -158,14 +158,14 @@ def _(
     return new(weight.shape), new(D), new(D), new(1, *grad.shape[1:])
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     fbank, weight, _, _, _, prefix, mask_ids, visible_ids, ctx.mean, ctx.std, ctx.stride = inputs
     ctx.extra = prefix.shape[1]
     ctx.save_for_backward(fbank, weight, mask_ids, visible_ids)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad: Tensor, _: Tensor | None):
     dweight, dbias, dmask_embed, dpos = _patch_embed_backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.mean, ctx.std, ctx.stride
     )

@@ -24,10 +24,10 @@ SHAPES = [(3, 40, 16), (2, 7, 5), (1, 2, 1), (4, 1, 3)]
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "infonce.pt", weights_only=True)
 
 
-def in_float32(reference, targets: Tensor, *args):  # type: ignore[no-untyped-def]
+def in_float32(reference, targets: Tensor, *args):
     """The definition as the operations promise it: in float32 even where the inputs are half."""
 
-    def run(predictions: Tensor):  # type: ignore[no-untyped-def]
+    def run(predictions: Tensor):
         dtype = predictions.dtype if predictions.dtype == torch.float64 else torch.float32
         return reference(targets.to(dtype), predictions.to(dtype), *args)
 
@@ -156,7 +156,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 @pytest.mark.parametrize("loss", [info_nce, mse])
-def test_error_messages(loss) -> None:  # type: ignore[no-untyped-def]
+def test_error_messages(loss) -> None:
     message = (
         f"{loss.__name__}: targets and predictions must both be [B, M, P], "
         "got [2, 6, 4] and [2, 6, 5]"
