@@ -63,7 +63,9 @@ def test_a_run_is_repeated_from_its_stored_configuration(tmp_path):
 
 
 def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
-    assert load_config(write(tmp_path, ""), ["run.folder=x"]) == from_plain({"run": {"folder": "x"}})
+    assert load_config(write(tmp_path, ""), ["run.folder=x"]) == from_plain(
+        {"run": {"folder": "x"}}
+    )
     assert load_config(write(tmp_path, "train:\nmodel:\n")).train == Config().train
 
 
