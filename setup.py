@@ -1,5 +1,7 @@
 """Packaging: the folders at the top of the repository are the modules ``ssast.<folder>``."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 FOLDERS = ("engine", "kernels", "pipelines", "benchmarks", "configs")
@@ -8,7 +10,7 @@ setup(
     name="ssast-engine",
     version="0.1.0",
     description="Fast pretraining and fine-tuning of audio spectrogram transformers (SSAST, MSPM)",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

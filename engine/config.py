@@ -260,7 +260,7 @@ def dump_config(config: Config) -> str:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """Nested dicts and lists of plain values, as YAML and JSON hold them."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for key, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             plain[key] = to_plain(value)

@@ -15,6 +15,7 @@ from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import World, init_world, run_on_main
 from ssast.engine.flops import peak_flops, step_flops_per_clip
 from ssast.engine.loop import Progress, train, validate
+from ssast.engine.memory import keep_freed_memory
 from ssast.engine.monitor import Monitor, environment
 from ssast.engine.objective import MSPM
 from ssast.engine.optim import Plateau, build_optimizer
@@ -50,6 +51,8 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
     found = run_on_main(lambda: _open_run(run, config, checkpoints, train_paths, resume), world)
 
     cuda = world.device.type == "cuda"
+    if not cuda:
+        keep_freed_memory()
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if cuda else "fp32"

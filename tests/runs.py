@@ -73,7 +73,14 @@ def lines(run: Path, split: str) -> list[dict]:
     """What a run has logged of a split, without what depends on the clock."""
     path = run / "metrics.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    left_out = "split time clips_per_s gflops_per_device data_wait_share memory_gib".split()
+    left_out = (
+        "split",
+        "time",
+        "clips_per_s",
+        "gflops_per_device",
+        "data_wait_share",
+        "memory_gib",
+    )
     return [
         {k: v for k, v in line.items() if k not in left_out}
         for line in found

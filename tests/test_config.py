@@ -115,7 +115,9 @@ def test_a_file_that_is_no_configuration(text, message, tmp_path):
 
 
 def test_a_missing_configuration_is_named_with_its_neighbour():
-    with pytest.raises(ConfigError, match="no configuration 'base_pach'; did you mean base_patch?"):
+    with pytest.raises(
+        ConfigError, match=r"no configuration 'base_pach'; did you mean base_patch\?"
+    ):
         load_config("base_pach")
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config("nowhere/base.yaml")
