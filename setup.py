@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.15",
+    python_requires=">=3.11,<3.15",
     # Namespace packages: no folder has an __init__.py, so none can shadow a package of its name.
     packages=[f"ssast.{folder}" for folder in FOLDERS],
     package_dir={f"ssast.{folder}": folder for folder in FOLDERS},

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer
@@ -39,10 +40,28 @@ class Classifier(nn.Module):
 
 
 def embed_clips(
-    encoder: SpectrogramTransformer, fbank: Tensor, pooling: Literal["avgtok", "cls"] = "avgtok"
+    encoder: SpectrogramTransformer,
+    fbank: Tensor,
+    pooling: Literal["avgtok", "cls"] = "avgtok",
+    num_frames: Tensor | None = None,
 ) -> Tensor:
-    """One vector a clip, [B, D], of log-mel filterbanks [B, T, F] with nothing masked."""
+    """One vector a clip, with nothing masked.
+
+    Args:
+        encoder: Of the clips.
+        fbank: [B, T, F] log-mel before normalisation.
+        pooling: See :func:`pool`.
+        num_frames: [B], frames that hold sound; patches of padding are then left out of the mean.
+
+    Returns:
+        [B, D].
+    """
     rows, columns = encoder.embed.grid
-    masks = no_masks(len(fbank), rows * columns, fbank.device)
-    hidden, _ = encoder(fbank, masks)
-    return pool(hidden, pooling)
+    hidden, _ = encoder(fbank, no_masks(len(fbank), rows * columns, fbank.device))
+    if pooling == "cls" or num_frames is None:
+        return pool(hidden, pooling)
+    first_frames = torch.arange(columns, device=fbank.device) * encoder.embed.stride[1]
+    sound = first_frames < num_frames.clamp(min=1)[:, None]  # [B, columns]
+    weights = (sound / sound.sum(1, keepdim=True)).to(hidden.dtype)
+    tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
+    return torch.einsum("brcd,bc->bd", tokens, weights) / rows

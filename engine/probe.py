@@ -67,13 +67,14 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
 def features(
     encoder: SpectrogramTransformer, paths: Sequence[str], config: Config, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Mean patch tokens [D] of each clip, by path, without the clips that cannot be read."""
+    """Mean of the patch tokens that hold sound, [D], of each clip that can be read, by path."""
     encoder, found = encoder.to(device), {}
     with AudioStream(
         paths, fbank_spec(config.audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
     ) as batches:
         for batch in batches:
-            vectors = embed_clips(encoder, batch.fbank).float().cpu().numpy()
+            pooled = embed_clips(encoder, batch.fbank, num_frames=batch.num_frames)
+            vectors = pooled.double().cpu().numpy()
             for clip, vector, valid in zip(batch.clip_ids, vectors, batch.valid, strict=True):
                 if valid:
                     found[paths[int(clip)]] = vector
@@ -101,7 +102,9 @@ def probe(
             x, y = _arrays(train, vectors, tasks[task][0])
             x_eval, y_eval = _arrays(evaluate, vectors, tasks[task][1])
             # Regularised rather strongly: a few thousand clips against a few hundred features.
-            linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+            linear = make_pipeline(
+                StandardScaler(), LogisticRegression(C=0.1, tol=1e-3, max_iter=2000)
+            )
             vote = KNeighborsClassifier(min(10, len(x)), metric="cosine", weights="distance")
             knn = make_pipeline(StandardScaler(), vote)
             classes, counts = np.unique(y, return_counts=True)
