@@ -120,8 +120,9 @@ def train(
         while progress.step < settings.steps:
             lr = step(engine, batches, progress, config, totals, monitor)
             last, saved = progress.step == settings.steps, False
+            report = last or progress.step % settings.log_every == 0
 
-            if progress.step % settings.log_every == 0 or last:
+            if report:
                 means = totals.means(world)
                 skipped, before = engine.skipped_steps, skipped
                 if skipped - before == progress.step - logged:
@@ -140,7 +141,8 @@ def train(
                     save(True)
                     saved = True
                 monitor.restart_clock()
-            stopped = stop.asked(world)
+            # Asking other ranks waits for the device: only where the report does so anyway.
+            stopped = (report or world.world_size == 1) and stop.asked(world)
             if not saved and (stopped or last or progress.step % settings.save_every == 0):
                 save(False)
                 monitor.restart_clock()
