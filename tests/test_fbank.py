@@ -103,7 +103,9 @@ def test_long_clips_are_cut_at_the_end() -> None:
     spec = FbankSpec(num_frames=10)
     wave = noise(1, 5000)
     whole = fbank(wave, torch.tensor([5000]), FbankSpec(num_frames=29))
-    assert torch.equal(fbank(wave, torch.tensor([5000]), spec), whole[:, :10])
+    # Not to the bit: the products of fewer rows may add up in another order.
+    cut = fbank(wave, torch.tensor([5000]), spec)
+    torch.testing.assert_close(cut, whole[:, :10], rtol=1e-5, atol=1e-5)
     assert spec.num_samples == 1840 and num_frames(5000, spec) == 10
 
 
