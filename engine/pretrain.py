@@ -12,7 +12,7 @@ from ssast.engine.checkpoint import Checkpoints
 from ssast.engine.clips import fbank_spec, find_clips
 from ssast.engine.config import Config, ConfigError, dump_config, to_plain
 from ssast.engine.deepspeed_engine import TrainEngine
-from ssast.engine.distributed import World, init_world, run_on_main
+from ssast.engine.distributed import World, broadcast_object, init_world, run_on_main
 from ssast.engine.flops import peak_flops, step_flops_per_clip
 from ssast.engine.loop import Progress, train, validate
 from ssast.engine.memory import keep_freed_memory
@@ -188,6 +188,9 @@ class RejectLog:
         """Write down a clip: its row in the manifest, its path, and what is wrong with it."""
         line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
         text = json.dumps(line, ensure_ascii=False) + "\n"
+        self._path.parent.mkdir(
+            parents=True, exist_ok=True
+        )  # other machines may have no run folder
         if self._path.exists() and text in self._path.read_text().splitlines(keepends=True):
             return
         with self._path.open("a") as file:
@@ -226,10 +229,14 @@ def _open_run(
 
 
 def _restore(engine: TrainEngine, path: Path) -> Progress:
-    # Every rank reads the small meta data; the tensors count on rank 0 alone.
-    tensors, meta = Checkpoints.load(path, check=False)
+    # Rank 0 alone reads: other machines need not see its disk.
+    tensors, meta, rng = {}, {}, None
+    if engine.world.is_main:
+        tensors, meta = Checkpoints.load(path, check=False)
+        rng = tensors["rng/cpu"].clone()
+    meta, rng = broadcast_object((meta, rng), engine.world)
     engine.load_state(tensors, meta["adam_step"])
-    torch.set_rng_state(tensors["rng/cpu"])
+    torch.set_rng_state(rng)
     plateau = Plateau(**meta["progress"].pop("plateau"))
     return Progress(**meta["progress"], plateau=plateau)
 
