@@ -54,6 +54,10 @@ class FbankThreads:
         together = threading.Barrier(num_threads)
 
         def start() -> None:
+            # Asked first: else this thread's first operation takes the process's number after all.
+            # Its OpenMP team would then make libgomp put the training step's own to sleep between
+            # any two operations, and that step took 1.7 times as long.
+            torch.get_num_threads()
             torch.set_num_threads(1)
             together.wait()
 

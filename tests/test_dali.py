@@ -19,7 +19,7 @@ from sounds import bestiary, tone, write, write_clips
 from ssast.kernels.fbank import FbankSpec, fbank, fbank_reference, num_frames
 from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.dali import MAX_RECOVERIES, AudioStream, build_pipeline
-from ssast.pipelines.graph import mel_gains
+from ssast.pipelines.graph import FbankThreads, mel_gains
 from ssast.pipelines.order import clips_at
 from ssast.pipelines.source import ClipSource
 
@@ -165,6 +165,25 @@ def test_every_format_gives_the_same_features(tmp_path: Path) -> None:
         assert torch.equal(features, batch.fbank[0])
     for features in batch.fbank[6:, :50]:
         assert (features - batch.fbank[0, :50]).abs().median() < 0.5
+
+
+def test_filterbanks_start_no_openmp_threads() -> None:
+    def num_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        threads = FbankThreads(FbankSpec(), batch_size=2, num_threads=2)
+        try:
+            started = num_threads()
+            threads([tone(160000, seed=k) for k in range(2)])
+            assert num_threads() == started
+            assert torch.get_num_threads() == 2
+        finally:
+            threads.close()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad])
