@@ -31,7 +31,13 @@ USER_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no settings behind an option, as in: pretrain demo --resume train.steps=9
+    if rest and not (hasattr(options, "overrides") and all("=" in r and r[0] != "-" for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     # Imported here, so that --help and a mistyped command answer at once.
     from ssast.engine.checkpoint import CheckpointError
     from ssast.engine.loop import TrainingError

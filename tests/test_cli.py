@@ -32,6 +32,26 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert message in shown.err
 
 
+def test_settings_may_stand_behind_an_option(capsys):
+    for arguments in (
+        ["pretrain", "base_patch", "--resume", "train.stepz=3"],
+        ["pretrain", "--resume", "base_patch", "train.steps=3", "train.stepz=3"],
+        ["pretrain", "base_patch", "train.steps=3", "--resume", "train.stepz=3"],
+    ):
+        assert main(arguments) == 2
+        assert "unknown key train.stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["pretrain", "demo", "--again"], ["env", "a=b"], ["visualize", "a", "b"], []]
+)
+def test_unknown_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: ssast" in capsys.readouterr().err
+
+
 def test_the_deepspeed_launcher_s_argument_is_accepted(capsys):
     assert main(["--local_rank=0", "pretrain", "base_patch"]) == 2
     assert "data.train" in capsys.readouterr().err
