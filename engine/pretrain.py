@@ -5,8 +5,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ssast.engine.checkpoint import Checkpoints
 from ssast.engine.clips import fbank_spec, find_clips
@@ -230,7 +232,9 @@ def _open_run(
 
 def _restore(engine: TrainEngine, path: Path) -> Progress:
     # Rank 0 alone reads: other machines need not see its disk.
-    tensors, meta, rng = {}, {}, None
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {}
+    rng = torch.get_rng_state()
     if engine.world.is_main:
         tensors, meta = Checkpoints.load(path, check=False)
         rng = tensors["rng/cpu"].clone()
