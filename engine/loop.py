@@ -116,7 +116,7 @@ def train(
     with stop.listening():
         if progress.step == 0:
             monitor.log_valid(0, validate())
-            monitor.restart_clock()
+            monitor.restart_clock(progress.step)
         while progress.step < settings.steps:
             lr = step(engine, batches, progress, config, totals, monitor)
             last, saved = progress.step == settings.steps, False
@@ -140,12 +140,12 @@ def train(
                     progress.best_loss = values["loss"]
                     save(True)
                     saved = True
-                monitor.restart_clock()
+                monitor.restart_clock(progress.step)
             # Asking other ranks waits for the device: only where the report does so anyway.
             stopped = (report or world.world_size == 1) and stop.asked(world)
             if not saved and (stopped or last or progress.step % settings.save_every == 0):
                 save(False)
-                monitor.restart_clock()
+                monitor.restart_clock(progress.step)
             if stopped:
                 return stop.signal
     return 0

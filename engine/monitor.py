@@ -69,9 +69,9 @@ class Monitor:
         yield
         self._waited += time.perf_counter() - begin
 
-    def restart_clock(self) -> None:
-        """Leave what has happened since the last line (a validation, say) out of the rates."""
-        self._begin, self._waited = time.perf_counter(), 0.0
+    def restart_clock(self, step: int) -> None:
+        """Leave the time (of a validation, say) and the steps up to here out of the rates."""
+        self._begin, self._waited, self._since = time.perf_counter(), 0.0, step
 
     def log_train(self, step: int, values: dict[str, float]) -> None:
         """Write a line on the steps since the last one, with their rates."""
@@ -103,8 +103,7 @@ class Monitor:
         elif self._world.is_main:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {step}/{self._steps}  {text}  ETA {duration(eta_s)}", flush=True)
-        self._since = step
-        self.restart_clock()
+        self.restart_clock(step)
 
     def log_valid(self, step: int, values: dict[str, float]) -> None:
         """Write down and show a validation."""

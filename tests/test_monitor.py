@@ -35,6 +35,16 @@ def test_lines_hold_values_and_rates(tmp_path, capsys):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_steps_before_a_restart_of_the_clock_do_not_count(tmp_path, monkeypatch):
+    seconds = iter([0.0, 10.0, 12.0, 12.0])
+    monkeypatch.setattr("ssast.engine.monitor.time.perf_counter", lambda: next(seconds))
+    log = monitor(tmp_path)
+    log.restart_clock(4)  # at 10 s, after 4 steps and a validation
+    log.log_train(6, {"loss": 1.0, "lr": 0.1})
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["clips_per_s"] == pytest.approx(2 * 4 / 2.0)
+
+
 def test_resuming_drops_the_lines_of_steps_that_are_taken_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     kept = [{"step": s, "split": "train"} for s in (1, 2, 3, 4)]
