@@ -6,12 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ssast.engine.config import CONFIGS, ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram patch modelling."
 EXAMPLES = """examples:
@@ -132,21 +128,11 @@ def _status(stopped: int) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from ssast.engine.pretrained import load_pretrained
-    from ssast.engine.probe import (
-        find_tasks,
-        format_scores,
-        probe,
-        untrained_encoder,
-        write_scores,
-    )
+    from ssast.engine.probe import format_scores, probe_run
 
-    tasks = find_tasks(options.tasks)
-    model, config = load_pretrained(options.run_folder)
-    encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
-    scores = probe(encoders, tasks, config, _device())
+    scores, written = probe_run(options.run_folder, options.tasks)
     print(format_scores(scores))
-    print(write_scores(scores, options.run_folder / "probe.json"))
+    print(written)
     return 0
 
 
@@ -185,17 +171,11 @@ def _env(options: argparse.Namespace) -> int:
     from ssast.engine.monitor import environment
     from ssast.kernels.attention import attention_backend
 
-    device = _device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     world = World(0, 0, 1, "single", device)
     print(json.dumps(environment(world, attention=attention_backend(device, dtype)), indent=1))
     return 0
-
-
-def _device() -> "torch.device":
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

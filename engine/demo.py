@@ -4,13 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ssast.engine.config import load_config
 from ssast.engine.monitor import read_metrics
 from ssast.engine.pretrain import pretrain
-from ssast.engine.pretrained import load_pretrained
-from ssast.engine.probe import find_tasks, format_scores, probe, untrained_encoder, write_scores
+from ssast.engine.probe import format_scores, probe_run
 from ssast.engine.visualize import visualize
 from ssast.pipelines.corpora import fetch_demo, prepare_folder
 
@@ -61,12 +58,9 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
     )
     results = [*pictures, run / "metrics.jsonl"]
     if (folder / "tasks").is_dir() and any((folder / "tasks").iterdir()):
-        model, config = load_pretrained(run)
-        encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        scores = probe(encoders, find_tasks(folder / "tasks"), config, device)
+        scores, written = probe_run(run, folder / "tasks")
         print("\nAccuracy on held-out labelled clips, from frozen features:")
         print(format_scores(scores))
-        results.append(write_scores(scores, run / "probe.json"))
+        results.append(written)
     print("\nResults:", *results, sep="\n  ")
     return 0

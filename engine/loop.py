@@ -189,9 +189,7 @@ def validate(engine: TrainEngine, batches: Iterator[Batch], config: Config) -> d
     assert isinstance(model, MSPM)
     engine.train(False)
     for batch in batches:
-        # No training epoch has this number, so no training mask is met again.
-        masks = model.draw_masks(batch.clip_ids, torch.full_like(batch.epochs, -1))
-        losses = engine(batch.fbank, *masks)
+        losses = engine(batch.fbank, *model.held_out_masks(batch.clip_ids))
         totals.add(mean_losses(losses, batch.valid, config.objective.mse_weight), batch.valid)
     engine.train(True)
     return totals.means(engine.world)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssast.engine.config import SIZES, Audio, Model
 from ssast.kernels.attention import attention
 from ssast.kernels.masking import Masks
-from ssast.kernels.patch_embed import patch_embed, patch_grid
+from ssast.kernels.patch_embed import patch_embed, patch_grid, take
 
 NUM_EXTRA_TOKENS = 2  # cls and dist
 
@@ -34,6 +34,10 @@ class PatchEmbed(nn.Module):
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.xavier_normal_(self.mask_embed)
+
+    def normalise(self, fbank: Tensor) -> Tensor:
+        """What the patches are cut from, [B, T, F]."""
+        return (fbank - self.mean) / (2 * self.std)
 
     def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Tokens and targets; see :func:`ssast.kernels.patch_embed.patch_embed`."""
@@ -115,11 +119,6 @@ class Block(nn.Module):
             x, queries = take(x, wanted), take(y, wanted)
         x = x + self.attn(y, queries)
         return x + self.mlp(self.norm2(x))
-
-
-def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Tokens [B, K, D] of [B, L, D] at the ids [B, K]."""
-    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 class SpectrogramTransformer(nn.Module):

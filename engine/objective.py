@@ -6,6 +6,7 @@ The paper computes both terms on one mask and one forward pass, which is the def
 code runs a whole forward pass with a mask of its own for each (``two_pass``).
 """
 
+import torch
 from torch import Tensor, nn
 
 from ssast.engine.config import Config
@@ -44,6 +45,10 @@ class MSPM(nn.Module):
             )
             for stream in range(2 if self.objective.two_pass else 1)
         ]
+
+    def held_out_masks(self, clip_ids: Tensor) -> list[Masks]:
+        """Masks that are the same in each validation; no training epoch has their number."""
+        return self.draw_masks(clip_ids, torch.full_like(clip_ids, -1))
 
     def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
         """The losses of each clip.

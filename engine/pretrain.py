@@ -50,7 +50,8 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
     batch_size = micro_batch_size(config, world)
     run = Path(config.run.folder)
     checkpoints = Checkpoints(run / "checkpoints", keep=config.train.keep)
-    found = run_on_main(lambda: _open_run(run, config, checkpoints, train_paths, resume), world)
+    clips = _fingerprint(train_paths)
+    found = run_on_main(lambda: _open_run(run, config, checkpoints, clips, resume), world)
 
     cuda = world.device.type == "cuda"
     if not cuda:
@@ -107,7 +108,7 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         meta = {
             "progress": vars(progress) | {"plateau": vars(progress.plateau)},
             "adam_step": adam_step,
-            "clips": _fingerprint(train_paths),
+            "clips": clips,
             "config": to_plain(config),
         }
 
@@ -185,22 +186,25 @@ class RejectLog:
 
     def __init__(self, path: Path, split: str):
         self._path, self._split = path, split
+        self._known: set[bytes] = set()
+        self._read_to = 0
 
     def __call__(self, clip_id: int, path: str, reason: str) -> None:
         """Write down a clip: its row in the manifest, its path, and what is wrong with it."""
         line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        self._path.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # other machines may have no run folder
-        if self._path.exists() and text in self._path.read_text().splitlines(keepends=True):
-            return
-        with self._path.open("a") as file:
-            file.write(text)
+        text = json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
+        with self._path.open("a+b") as file:
+            # Other ranks write here as well: only what has come since is read.
+            file.seek(self._read_to)
+            self._known.update(file)
+            self._read_to = file.tell()
+            if text not in self._known:
+                file.write(text)
 
 
 def _open_run(
-    run: Path, config: Config, checkpoints: Checkpoints, paths: Sequence[str], resume: bool
+    run: Path, config: Config, checkpoints: Checkpoints, clips: dict[str, int | str], resume: bool
 ) -> Path | None:
     """Make or check the run's folder; the checkpoint to go on from, if any."""
     found = checkpoints.latest()
@@ -220,9 +224,9 @@ def _open_run(
                     f"{section}.{key} was {old[section][key]!r} when {run} began, now it is "
                     f"{new[section][key]!r}: choose another run.folder"
                 )
-        if meta["clips"] != _fingerprint(paths):
+        if meta["clips"] != clips:
             raise ConfigError(
-                f"data.train {config.data.train} lists other clips ({len(paths)}) than when "
+                f"data.train {config.data.train} lists other clips ({clips['count']}) than when "
                 f"{run} began ({meta['clips']['count']}): choose another run.folder"
             )
     run.mkdir(parents=True, exist_ok=True)

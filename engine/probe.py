@@ -22,6 +22,7 @@ from ssast.engine.clips import fbank_spec
 from ssast.engine.config import Config
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
+from ssast.engine.pretrained import load_pretrained
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
@@ -120,6 +121,28 @@ def probe(
             )
             scores.append(score)
     return sorted(scores, key=lambda score: list(labels).index(score.task))
+
+
+def probe_run(run: Path, tasks: Path) -> tuple[list[Score], Path]:
+    """Score the encoder of a run beside the untrained one.
+
+    Args:
+        run: Folder of the run.
+        tasks: Folder of the tasks.
+
+    Returns:
+        The scores, and where they were written: probe.json in the run's folder.
+
+    Raises:
+        CheckpointError: The run has no whole checkpoint.
+        DataError: See :func:`find_tasks` and :func:`probe`.
+    """
+    pairs = find_tasks(tasks)
+    model, config = load_pretrained(run)
+    encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scores = probe(encoders, pairs, config, device)
+    return scores, write_scores(scores, run / "probe.json")
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:

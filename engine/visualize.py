@@ -91,8 +91,8 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
         path: Of the PNG.
         titles: One a clip.
     """
-    masks = model.draw_masks(batch.clip_ids, torch.full_like(batch.epochs, -1))[-1]
-    original = (batch.fbank - model.encoder.embed.mean) / (2 * model.encoder.embed.std)
+    masks = model.held_out_masks(batch.clip_ids)[-1]
+    original = model.encoder.embed.normalise(batch.fbank)
     hidden, completed = complete(model, batch.fbank, masks)
     figure, axes = plt.subplots(
         len(titles), 3, figsize=(13, 2.5 * len(titles)), squeeze=False, sharex=True, sharey=True
@@ -124,7 +124,7 @@ def complete(model: MSPM, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
     T' and F' are as many frames and mel bins as whole patches cover.
     """
     embed = model.encoder.embed
-    patches = cut_patches((fbank - embed.mean) / (2 * embed.std), embed.patch, embed.stride)
+    patches = cut_patches(embed.normalise(fbank), embed.patch, embed.stride)
     ids = masks.mask_ids[..., None].expand(-1, -1, patches.shape[2])
     predicted = model.reconstruct(fbank, masks)
     hidden = patches.scatter(1, ids, torch.full_like(predicted, torch.nan))

@@ -63,10 +63,10 @@ def patch_embed_reference(
     patches = torch.nn.functional.unfold(image, weight.shape[2:], stride=tuple(stride)).transpose(
         1, 2
     )
-    return tokens, _take(patches, mask_ids)
+    return tokens, take(patches, mask_ids)
 
 
-def _take(rows: Tensor, ids: Tensor) -> Tensor:
+def take(rows: Tensor, ids: Tensor) -> Tensor:
     """Rows [B, K, *] of [B, N, *] at the ids [B, K]."""
     return rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[2]))
 
@@ -95,14 +95,14 @@ def _patch_embed(
 ) -> tuple[Tensor, Tensor]:
     D, extra = weight.shape[0], prefix.shape[1]
     patches = _normalised(fbank, weight, mean, std, stride)
-    visible = _take(patches, visible_ids)  # [B, N - M, P]
+    visible = take(patches, visible_ids)  # [B, N - M, P]
     pos = pos_embed[0]
     rows = torch.addmm(bias, visible.flatten(0, 1), weight.flatten(1).T).view(*visible.shape[:2], D)
     rows += pos[extra + visible_ids]
     tokens = torch.cat((prefix[0] + pos[:extra], mask_embed + pos[extra:]))
     tokens = tokens.expand(len(fbank), -1, -1).contiguous()
     tokens.scatter_(1, (extra + visible_ids)[..., None].expand(-1, -1, D), rows)
-    return tokens, _take(patches, mask_ids)
+    return tokens, take(patches, mask_ids)
 
 
 @_patch_embed.register_fake
@@ -136,10 +136,10 @@ def _patch_embed_backward(
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extra = grad.shape[1] - mask_ids.shape[1] - visible_ids.shape[1]
-    visible = _take(_normalised(fbank, weight, mean, std, stride), visible_ids).flatten(0, 1)
-    rows = _take(grad, extra + visible_ids).flatten(0, 1)
+    visible = take(_normalised(fbank, weight, mean, std, stride), visible_ids).flatten(0, 1)
+    rows = take(grad, extra + visible_ids).flatten(0, 1)
     dweight = (rows.T @ visible).view_as(weight)
-    dmask_embed = _take(grad, extra + mask_ids).sum((0, 1))
+    dmask_embed = take(grad, extra + mask_ids).sum((0, 1))
     return dweight, rows.sum(0), dmask_embed, grad.sum(0, keepdim=True)
 
 
