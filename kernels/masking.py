@@ -21,6 +21,8 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 MaskKind = Literal["official", "uniform", "random"]
@@ -94,6 +96,96 @@ def draw_masks_reference(
     return sorted((ids[first:] + ids[:first])[:M])
 
 
+@triton.jit
+def _draw(seed, d, clip, epoch, stream):
+    """Draw d (a scalar or a block of them) of a clip, uint32."""
+    zero = d * 0
+    w0, w1, w2, w3 = tl.philox(seed, zero + d // 4, zero + clip, zero + epoch, zero + stream)
+    word = d % 4
+    return tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+
+
+@triton.jit
+def _draw_below(n, seed, d, clip, epoch, stream):
+    word = _draw(seed, d, clip, epoch, stream)
+    return tl.umulhi(word, (d * 0 + n).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _smallest_keys(ids, M, seed, clip, epoch, stream, N: tl.constexpr):
+    """Flags of the M ids with the smallest (draw, id)."""
+    draws = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
+    keys = tl.where(ids < N, draws << 16 | ids, 1 << 48)
+    bound = tl.sum(ids, 0).to(tl.int64) * 0
+    for bit in range(48):  # the largest bound with fewer than M keys below is the M-th key
+        trial = bound | tl.full((), 1, tl.int64) << (47 - bit)
+        bound = tl.where(tl.sum((keys < trial).to(tl.int32), 0) < M, trial, bound)
+    return keys <= bound
+
+
+@triton.jit
+def _covered(
+    ids, M, seed, clip, epoch, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr
+):
+    """Flags of the M ids that clusters cover."""
+    N: tl.constexpr = ROWS * COLUMNS
+    OFFICIAL: tl.constexpr = KIND == "official"
+    zero = M * 0
+    C = 3 + _draw_below(3, seed, zero, clip, epoch, stream)
+    need = M + 1 if OFFICIAL else M
+    on = ids < 0
+    count = zero
+    d = zero + 2
+    while count < need:
+        if OFFICIAL:
+            offset = ids - _draw_below(N, seed, d, clip, epoch, stream)
+            on |= (offset >= 0) & (offset // COLUMNS < C) & (offset % COLUMNS < C)
+            on &= (ids > 0) & (ids < N)
+        else:
+            places = (ROWS + C - 1) * (COLUMNS + C - 1)
+            corner = _draw_below(places, seed, d, clip, epoch, stream)
+            f = corner // (COLUMNS + C - 1) - ids // COLUMNS
+            t = corner % (COLUMNS + C - 1) - ids % COLUMNS
+            on |= (f >= 0) & (f < C) & (t >= 0) & (t < C) & (ids < N)
+        count = tl.sum(on.to(tl.int32), 0)
+        d += 1
+    rank = tl.cumsum(on.to(tl.int32), 0) - 1
+    if not OFFICIAL:
+        rank -= _draw_below(count, seed, zero + 1, clip, epoch, stream)
+        rank = tl.where(rank < 0, rank + count, rank)
+    return on & (rank < M)
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "M"])
+def _masks_kernel(
+    clip_ids,
+    epochs,
+    masked,
+    visible,
+    seed,
+    stream,
+    M,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per clip."""
+    N: tl.constexpr = ROWS * COLUMNS
+    b = tl.program_id(0).to(tl.int64)
+    clip = tl.load(clip_ids + b).to(tl.int32)
+    epoch = tl.load(epochs + b).to(tl.int32)
+    ids = tl.arange(0, BLOCK)
+    if KIND == "random":
+        hidden = _smallest_keys(ids, M, seed, clip, epoch, stream, N)
+    else:
+        hidden = _covered(ids, M, seed, clip, epoch, stream, ROWS, COLUMNS, KIND)
+    before = tl.cumsum(hidden.to(tl.int32), 0) - hidden.to(tl.int32)
+    tl.store(masked + b * M + before, ids.to(tl.int64), mask=hidden)
+    out = visible + b * (N - M) + ids - before
+    tl.store(out, ids.to(tl.int64), mask=(ids < N) & (hidden == 0))
+
+
 @torch.library.custom_op("ssast::draw_masks", mutates_args=())
 def _draw_masks(
     clip_ids: Tensor,
@@ -111,7 +203,7 @@ def _draw_masks(
         words = philox(seed, blocks, clip_ids[:, None], epochs[:, None], stream)
         ids = torch.arange(N, device=clip_ids.device)
         # The id in the low bits breaks ties, so the order does not depend on how a device sorts.
-        keys = (words.flatten(1)[:, :N] << 24) | ids
+        keys = (words.flatten(1)[:, :N] << 16) | ids
         kept = torch.zeros(len(keys), N, dtype=torch.bool, device=keys.device)
         kept.scatter_(1, keys.topk(M, 1, largest=False).indices, True)
     else:
@@ -181,6 +273,30 @@ def _clusters(
     return covered & (rank < M)
 
 
+@_draw_masks.register_kernel("cuda")
+def _draw_masks_cuda(
+    clip_ids: Tensor,
+    epochs: Tensor,
+    seed: int,
+    stream: int,
+    kind: str,
+    rows: int,
+    columns: int,
+    M: int,
+) -> tuple[Tensor, Tensor]:
+    B, N = len(clip_ids), rows * columns
+    masked = torch.empty(B, M, dtype=torch.int64, device=clip_ids.device)
+    visible = torch.empty(B, N - M, dtype=torch.int64, device=clip_ids.device)
+    if B:
+        block = max(32, triton.next_power_of_2(N))
+        _masks_kernel[(B,)](
+            clip_ids.contiguous(), epochs.contiguous(), masked, visible, seed, stream, M,
+            ROWS=rows, COLUMNS=columns, KIND=kind, BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return masked, visible
+
+
 @_draw_masks.register_fake
 def _(
     clip_ids: Tensor,
@@ -228,8 +344,8 @@ def draw_masks(
             f"draw_masks: {kind} masks of a {grid[0]} x {grid[1]} grid hide 1 to {most} patches, "
             f"got num_masked={num_masked}"
         )
-    if N >= 1 << 24:
-        raise ValueError(f"draw_masks: a grid may have fewer than {1 << 24} patches, got {N}")
+    if N > 1 << 16:
+        raise ValueError(f"draw_masks: a grid may have {1 << 16} patches at most, got {N}")
     return Masks(*_draw_masks(clip_ids, epochs, seed, stream, kind, *grid, num_masked))
 
 
