@@ -169,12 +169,18 @@ def _env(options: argparse.Namespace) -> int:
 
     from ssast.engine.distributed import World
     from ssast.engine.monitor import environment
-    from ssast.kernels.attention import attention_backend
+    from ssast.kernels.attention import attention_backend, attention_trials
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     world = World(0, 0, 1, "single", device)
-    print(json.dumps(environment(world, attention=attention_backend(device, dtype)), indent=1))
+    passed_over = [f"{b}: {why}" for b, why in attention_trials(device, dtype).items() if why]
+    facts = environment(
+        world,
+        attention=attention_backend(device, dtype),
+        attention_passed_over="; ".join(passed_over),
+    )
+    print(json.dumps(facts, indent=1))
     return 0
 
 

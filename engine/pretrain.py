@@ -22,7 +22,7 @@ from ssast.engine.monitor import Monitor, environment
 from ssast.engine.objective import MSPM
 from ssast.engine.optim import Plateau, build_optimizer
 from ssast.engine.visualize import draw_curves
-from ssast.kernels.attention import attention_backend
+from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.pipelines.dali import AudioStream
 
 
@@ -143,6 +143,9 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         f"{world.world_size} x {facts['device']}, {precision}, attention {facts['attention']}, "
         f"ZeRO stage {config.train.zero_stage}"
     )
+    for backend, objection in attention_trials(world.device, dtype).items():
+        if objection:
+            monitor.say(f"attention {backend} is not used: {objection}")
     if found is not None:
         monitor.say(f"resumed from {found} at step {progress.step}")
     try:

@@ -1,51 +1,198 @@
-"""Softmax attention through one function: flash-attn where it runs, PyTorch's own elsewhere.
+"""Softmax attention through one function, by the fastest kernel that runs and is right.
 
     out = softmax(q k^T / sqrt(D_h)) v                   Vaswani et al. 2017
 
-flash-attn (Dao 2023) takes half precision on a CUDA device and is an optional dependency.
+On a CUDA device the candidates of :data:`CANDIDATES` are tried once per dtype, in their order, on
+514 tokens with gradients; the first whose numbers agree with the definition is used from then on.
+flash-attn (Dao 2023; Shah et al. 2024) is an optional dependency. PyTorch's choice is not left to
+itself: it depends on versions, and cuDNN before 9.15 is wrong on Hopper for lengths that are no
+multiple of 128, such as 514.
 """
 
-import importlib.util
+from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["flash-attn", "sdpa"]
+from ssast.kernels.launch import architecture
+
+Backend = Literal["flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "math", "sdpa"]
+
+# In half precision by architecture, the fastest first; later ones are as the last.
+CANDIDATES: dict[int, tuple[Backend, ...]] = {
+    80: ("flash-attn-2", "flash", "efficient", "math"),
+    90: ("flash-attn-3", "cudnn", "flash-attn-2", "flash", "efficient", "math"),
+    100: ("cudnn", "flash-attn-2", "flash", "efficient", "math"),
+}
+IN_FULL_PRECISION: tuple[Backend, ...] = ("efficient", "math")
+
+_SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# Of PyTorch's kernels these take a mask.
+_FOR_MASKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CUDNN_RIGHT_AT_ANY_LENGTH = 91500
+_TRIAL_LENGTH, _TRIAL_ERROR = 514, 0.02
 
 
-@cache
-def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+class KeyLengths(NamedTuple):
+    """How many keys of each clip count; the rest is padding. Made once for a batch."""
+
+    num_keys: Tensor  # [B] int64, each at least 1
+    offsets: Tensor  # [B + 1] int32, where each clip begins among the keys that count
+    rows: Tensor  # [sum of num_keys] int64, their places in [B * L]
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """What :func:`attention` uses for tensors of this device and dtype."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "flash-attn" if device.type == "cuda" and half and _flash_attn_installed() else "sdpa"
+def key_lengths(num_keys: Tensor, length: int) -> KeyLengths:
+    """Lengths of a batch of L tokens a clip.
+
+    Waits for the device once: how many tokens there are in all decides on shapes.
+
+    Args:
+        num_keys: [B] integer, in [1, L].
+        length: L.
+    """
+    num_keys = num_keys.long()
+    offsets = torch.nn.functional.pad(num_keys.cumsum(0), (1, 0)).int()
+    counts = torch.arange(length, device=num_keys.device) < num_keys[:, None]
+    return KeyLengths(num_keys, offsets, counts.flatten().nonzero().flatten())
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | None = None) -> Tensor:
     """The definition, with the probabilities in memory."""
     scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
+    if num_keys is not None:
+        padding = torch.arange(k.shape[1], device=k.device) >= num_keys[:, None]
+        scores = scores.masked_fill(padding[:, None, None], float("-inf"))
+        v = v.masked_fill(padding[..., None, None], 0)
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of every query to every key.
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None) -> Tensor:
+    mask = None
+    if lengths is not None:
+        counts = torch.arange(k.shape[1], device=k.device) < lengths.num_keys[:, None]
+        mask = counts[:, None, None]
+        v = v.masked_fill(~counts[..., None, None], 0)  # 0 times what is there may be NaN
+        k = k.masked_fill(~counts[..., None, None], 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+
+
+def _flash_attn(
+    dense: Callable, ragged: Callable, q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None
+) -> Tensor:
+    """Versions 2 and 3 of flash-attn, whose arguments have the same names."""
+    if lengths is None:
+        out = dense(q, k, v)
+    else:
+        (B, queries), keys = q.shape[:2], k.shape[1]
+        every = torch.arange(B + 1, device=q.device, dtype=torch.int32) * queries
+        k, v = (x.flatten(0, 1)[lengths.rows] for x in (k, v))
+        out = ragged(
+            q.flatten(0, 1),
+            k,
+            v,
+            cu_seqlens_q=every,
+            cu_seqlens_k=lengths.offsets,
+            max_seqlen_q=queries,
+            max_seqlen_k=keys,
+        )
+    out = out[0] if isinstance(out, tuple) else out  # early versions 3 add the logsumexp
+    return out.view(q.shape)
+
+
+def _run(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None = None
+) -> Tensor:
+    if backend == "flash-attn-3":
+        import flash_attn_interface as flash3
+
+        return _flash_attn(flash3.flash_attn_func, flash3.flash_attn_varlen_func, q, k, v, lengths)
+    if backend == "flash-attn-2":
+        import flash_attn as flash2
+
+        return _flash_attn(flash2.flash_attn_func, flash2.flash_attn_varlen_func, q, k, v, lengths)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, lengths)
+    with sdpa_kernel([_SDPA[backend]] if lengths is None else _FOR_MASKS):
+        return _sdpa(q, k, v, lengths)
+
+
+def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+    if device.type != "cuda":
+        return ("sdpa",)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return IN_FULL_PRECISION
+    return CANDIDATES[max(a for a in CANDIDATES if a <= max(80, architecture(device)))]
+
+
+def _objection(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a candidate is not used; empty if nothing speaks against it."""
+    if backend == "cudnn" and (torch.backends.cudnn.version() or 0) < _CUDNN_RIGHT_AT_ANY_LENGTH:
+        return f"cuDNN {torch.backends.cudnn.version()} is older than {_CUDNN_RIGHT_AT_ANY_LENGTH}"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = torch.randn(4, 2, _TRIAL_LENGTH, 2, 64, generator=generator).to(device)
+    with torch.enable_grad():
+        exact = [x.to(dtype).double().requires_grad_() for x in (q, k, v)]
+        tried = [x.detach().to(dtype).requires_grad_() for x in exact]
+        try:
+            out = _run(backend, *tried)
+            gradients = torch.autograd.grad(out, tried, upstream.to(dtype))
+        except (ImportError, RuntimeError) as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        want = attention_reference(*exact)
+        wanted = torch.autograd.grad(want, exact, upstream.to(dtype).double())
+    for got, true in zip((out, *gradients), (want, *wanted), strict=True):
+        error_of_trial = ((got.double() - true).abs().max() / true.abs().max()).item()
+        if not error_of_trial < _TRIAL_ERROR:
+            return f"wrong at {_TRIAL_LENGTH} tokens, relative error {error_of_trial:.1e}"
+    return ""
+
+
+@cache
+def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, str]:
+    """What was tried for tensors of this device and dtype, up to the one that is used.
+
+    Returns:
+        Candidate to objection, in the order of trial; the last one has none, it is "".
+
+    Raises:
+        RuntimeError: No candidate works.
+    """
+    trials: dict[Backend, str] = {}
+    for backend in _candidates(device, dtype):
+        trials[backend] = "" if backend == "sdpa" else _objection(backend, device, dtype)
+        if not trials[backend]:
+            return trials
+    raise RuntimeError(f"no attention works on {device} in {dtype}: {trials}")
+
+
+@torch.compiler.assume_constant_result
+def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """What :func:`attention` uses for tensors of this device and dtype."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "math"  # shapes alone are asked for
+    return next(reversed(attention_trials(device, dtype)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None = None) -> Tensor:
+    """Attention of every query to every key that counts.
 
     Args:
         q: [B, L, H, D_h].
         k: [B, L', H, D_h].
         v: [B, L', H, D_h].
+        lengths: Of the clips' keys; all count if None. What stands in the others has no effect,
+            and they have no gradient.
 
     Returns:
         [B, L, H, D_h].
     """
-    if attention_backend(q.device, q.dtype) == "flash-attn":
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k, v)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return _run(attention_backend(q.device, q.dtype), q, k, v, lengths)

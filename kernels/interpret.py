@@ -98,16 +98,6 @@ def _refuse_bf16(name: str, original: Any) -> Any:
     return refused
 
 
-def _select(original: Any) -> Any:
-    """Choosing between bfloat16 values is no arithmetic; clamping them is."""
-    refused = _refuse_bf16("clamp", original)
-
-    def ternary_op(self: Any, a: Any, b: Any, c: Any, op: Any) -> Any:
-        return (original if op is np.where else refused)(self, a, b, c, op)
-
-    return ternary_op
-
-
 def _refuse_bf16_reduction(original: Any) -> Any:
     def check_tensor(self: Any, operands: Any) -> Any:
         if any(_is_bf16(x.handle) for x in operands):
@@ -269,7 +259,6 @@ def interpreter_mode() -> Iterator[None]:
                 create_dot=_dot(_Builder.create_dot),
                 cast_impl=_cast(_Builder.cast_impl),
                 create_fp_to_fp=_round_like_a_gpu(_Builder.create_fp_to_fp),
-                ternary_op=_select(_Builder.ternary_op),
                 **{name: _refuse_bf16(name, getattr(_Builder, name)) for name in refused},
                 **_guarded_memory(_Builder),
             ),

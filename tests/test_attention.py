@@ -1,5 +1,10 @@
 """Attention against its definition, and the choice of its backend."""
 
+import inspect
+import sys
+from itertools import pairwise
+from types import ModuleType
+
 import pytest
 import torch
 from compare import DTYPES, REGIMES, assert_as_good_as_reference, random_inputs
@@ -7,7 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssast.kernels import attention as module
-from ssast.kernels.attention import attention, attention_backend, attention_reference
+from ssast.kernels.attention import (
+    Backend,
+    _run,
+    attention,
+    attention_backend,
+    attention_reference,
+    attention_trials,
+    key_lengths,
+)
 
 # B, queries, keys, heads, width of a head
 SHAPES = [(2, 33, 33, 3, 64), (1, 5, 37, 2, 16), (3, 1, 9, 1, 8), (2, 7, 1, 2, 4), (1, 3, 3, 1, 5)]
@@ -64,20 +77,164 @@ def test_reads_one_packed_projection() -> None:
     torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("installed", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_backend(
-    monkeypatch: pytest.MonkeyPatch, installed: bool, device: str, dtype: torch.dtype
+# The parameters of flash-attn's functions as its source distribution 2.8.3 declares them.
+DENSE = {
+    2: "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+    "return_attn_probs",
+    3: "q k v softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk "
+    "softcap num_splits pack_gqa deterministic sm_margin",
+}
+RAGGED = {
+    2: "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale causal "
+    "window_size softcap alibi_slopes deterministic return_attn_probs block_table",
+    3: "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q seqused_k "
+    "softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap "
+    "num_splits pack_gqa deterministic sm_margin",
+}
+MODULES = {2: "flash_attn", 3: "flash_attn_interface"}
+
+
+def published(parameters: str, function):
+    """A function that takes what the published one takes, the first ones by position."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [
+            inspect.Parameter(p, kind, **({} if i < 3 or "seqlen" in p else {"default": None}))
+            for i, p in enumerate(parameters.split())
+        ]
+    )
+
+    def call(*args, **kwargs):
+        return function(**signature.bind(*args, **kwargs).arguments)
+
+    return call
+
+
+def ragged_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert queries[-1] == len(q) and keys[-1] == len(k) == len(v)
+    clips = []
+    for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True):
+        assert b - a <= max_seqlen_q and d - c <= max_seqlen_k
+        clips.append(attention_reference(q[None, a:b], k[None, c:d], v[None, c:d])[0])
+    return torch.cat(clips)
+
+
+@pytest.fixture(params=[(2, False), (3, False), (3, True)], ids=["2", "3", "3-with-logsumexp"])
+def flash_attn(request, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """flash-attn by its published signatures, with the definition behind them."""
+    version, with_logsumexp = request.param
+
+    def dense(q, k, v):
+        out = attention_reference(q, k, v)
+        return (out, torch.zeros(())) if with_logsumexp else out
+
+    fake = ModuleType(MODULES[version])
+    fake.flash_attn_func = published(DENSE[version], dense)
+    fake.flash_attn_varlen_func = published(RAGGED[version], ragged_reference)
+    monkeypatch.setitem(sys.modules, MODULES[version], fake)
+    return f"flash-attn-{version}"
+
+
+def assert_ignores_padding(run) -> None:
+    q, k, v = queries_keys_values((3, 5, 9, 2, 8), "unit")
+    num_keys = torch.tensor([9, 1, 4])
+    padding = torch.arange(9) >= num_keys[:, None]
+    k[padding], v[padding] = float("nan"), float("inf")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = run(*leaves, key_lengths(num_keys, 9))
+    gradients = torch.autograd.grad(out.square().sum(), leaves)
+    for b, n in enumerate(num_keys.tolist()):
+        alone = [x[b : b + 1, :n].detach().requires_grad_() for x in (k, v)]
+        alone = [q[b : b + 1].detach().requires_grad_(), *alone]
+        want = attention_reference(*alone)
+        torch.testing.assert_close(out[b : b + 1], want)
+        for got, true in zip(
+            gradients, torch.autograd.grad(want.square().sum(), alone), strict=True
+        ):
+            torch.testing.assert_close(got[b : b + 1, : true.shape[1]], true)
+            assert not got[b, true.shape[1] :].any()
+
+
+def test_padding_has_no_effect() -> None:
+    assert_ignores_padding(attention)
+
+
+def test_calls_flash_attn_as_published(flash_attn: Backend) -> None:
+    q, k, v = queries_keys_values((2, 5, 9, 2, 8), "unit")
+    torch.testing.assert_close(_run(flash_attn, q, k, v), attention_reference(q, k, v))
+    assert_ignores_padding(lambda *args: _run(flash_attn, *args))
+
+
+@pytest.mark.parametrize(
+    ("arch", "half", "first"),
+    [
+        (80, True, "flash-attn-2"),
+        (86, True, "flash-attn-2"),
+        (90, True, "flash-attn-3"),
+        (120, True, "cudnn"),
+        (90, False, "efficient"),
+    ],
+)
+def test_candidates(monkeypatch: pytest.MonkeyPatch, arch: int, half: bool, first: Backend) -> None:
+    monkeypatch.setattr(module, "architecture", lambda device: arch)
+    dtype = torch.bfloat16 if half else torch.float32
+    candidates = module._candidates(torch.device("cuda"), dtype)
+    assert candidates[0] == first and candidates[-1] == "math"
+
+
+def test_a_candidate_is_tried_before_it_is_used(
+    flash_attn: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_flash_attn_installed", lambda: installed)
-    flash = installed and device == "cuda" and dtype == torch.bfloat16
-    expected = "flash-attn" if flash else "sdpa"
-    assert attention_backend(torch.device(device), dtype) == expected
+    """Missing, refused or wrong: the next one is taken, and the reason is kept."""
+    cpu = torch.device("cpu")
+    assert module._objection(flash_attn, cpu, torch.bfloat16) == ""
+    name = MODULES[int(flash_attn[-1])]
+    right = sys.modules[name].flash_attn_func
+
+    def wrong(q, k, v):
+        return right(q, k, v * 1.1)
+
+    def refuses(q, k, v):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setattr(sys.modules[name], "flash_attn_func", wrong)
+    assert "wrong at 514 tokens" in module._objection(flash_attn, cpu, torch.bfloat16)
+    monkeypatch.setattr(sys.modules[name], "flash_attn_func", refuses)
+    objection = module._objection(flash_attn, cpu, torch.bfloat16)
+    assert objection == "RuntimeError: no kernel image"
+    monkeypatch.setitem(sys.modules, name, None)
+    assert "ModuleNotFoundError" in module._objection(flash_attn, cpu, torch.bfloat16)
+    monkeypatch.setattr(module, "_candidates", lambda *_: (flash_attn, "math"))
+    attention_trials.cache_clear()
+    trials = attention_trials(cpu, torch.bfloat16)
+    attention_trials.cache_clear()
+    assert list(trials) == [flash_attn, "math"] and trials["math"] == ""
 
 
-def test_fake_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_flash_attn_installed", lambda: False)
+def test_without_a_gpu() -> None:
+    assert attention_backend(torch.device("cpu"), torch.float32) == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    backend = attention_backend(device, dtype)
+    assert attention_trials(device, dtype)[backend] == ""
+    inputs = [x.to(device) for x in queries_keys_values((2, 514, 514, 3, 64), "unit")]
+    assert_as_good_as_reference(attention, attention_reference, inputs, dtype, rounding=0.01)
+    num_keys = torch.tensor([514, 77], device=device)
+    lengths = key_lengths(num_keys, 514)
+    q, k, v = (x.to(dtype) for x in inputs)
+    want = attention_reference(*inputs, num_keys)
+    error = (attention(q, k, v, lengths).double() - want).abs().max() / want.abs().max()
+    assert error < 0.01
+
+
+def test_fake_tensors_on_a_gpu() -> None:
     with FakeTensorMode():
         q = torch.empty(2, 5, 3, 8, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(2, 9, 3, 8, device="cuda", dtype=torch.bfloat16)

@@ -1,9 +1,11 @@
 import json
+from typing import get_args
 
 import pytest
 from runs import call
 
 from ssast.engine.cli import main
+from ssast.kernels.attention import Backend
 
 
 def test_help_shows_examples(capsys):
@@ -63,4 +65,4 @@ def test_env_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["packages"]["ssast-engine"]
-    assert facts["attention"] in ("sdpa", "flash-attn")
+    assert facts["attention"] in get_args(Backend)

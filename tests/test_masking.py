@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_triton import on_triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssast.kernels.masking import (
     MaskKind,
+    Masks,
     _draw_masks,
     draw_masks,
     draw_masks_reference,
@@ -250,3 +252,54 @@ def test_compiles_without_a_graph_break() -> None:
     clips = torch.arange(5)
     for got, want in zip(compiled(clips), run(clips), strict=True):
         assert got.equal(want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 2**62 + 3])
+@pytest.mark.parametrize(
+    ("grid", "num_masked"),
+    [((8, 16), 100), ((3, 7), 10), ((1, 37), 35), ((5, 5), 1), ((2, 16), 30), ((1, 3), 1)],
+    ids=str,
+)
+def test_the_kernel_draws_the_same_bits(
+    grid: tuple[int, int], num_masked: int, seed: int, kind: MaskKind
+) -> None:
+    clips = torch.tensor([0, 5, 123456789, 2**32 + 3, 77])[::2]  # strided
+    epochs = torch.tensor([0, 7, -1])
+
+    def run() -> Masks:
+        return draw_masks(
+            clips, epochs, seed=seed, kind=kind, grid=grid, num_masked=num_masked, stream=1
+        )
+
+    want = run()
+    with on_triton(_draw_masks):
+        got = run()
+    assert torch.equal(got.mask_ids, want.mask_ids)
+    assert torch.equal(got.visible_ids, want.visible_ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_draws_the_same_bits_at_full_size(kind: MaskKind) -> None:
+    clips = torch.tensor([12345])
+    want = draw(clips, kind, (8, 64), 400)
+    with on_triton(_draw_masks):
+        assert torch.equal(draw(clips, kind, (8, 64), 400), want)
+
+
+def test_the_kernel_of_an_empty_batch() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    with on_triton(_draw_masks):
+        assert draw(none, "uniform", (3, 7), 10).shape == (0, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("grid", "num_masked"), [((8, 64), 400), ((1, 512), 400), ((3, 7), 10), ((8, 128), 900)]
+)
+def test_a_gpu_draws_the_same_bits(grid: tuple[int, int], num_masked: int, kind: MaskKind) -> None:
+    clips = torch.arange(1000) * 12345
+    got = draw(clips.cuda(), kind, grid, num_masked)
+    assert torch.equal(got.cpu(), draw(clips, kind, grid, num_masked))
