@@ -4,6 +4,8 @@ The trunk is DeiT's (Touvron et al. 2021) with its two extra tokens, as in AST (
 pre-norm blocks, LayerNorm with eps 1e-6, exact GELU, MLP ratio 4, no dropout.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +13,21 @@ from ssast.engine.config import SIZES, Audio, Model
 from ssast.kernels.attention import attention
 from ssast.kernels.masking import Masks
 from ssast.kernels.patch_embed import patch_embed, patch_grid, take
+from ssast.kernels.spread import own_ids, spread
 
 NUM_EXTRA_TOKENS = 2  # cls and dist
+
+
+class Repeated(NamedTuple):
+    """Tokens that are the same in every clip: those of the masked patches, before any block."""
+
+    tokens: Tensor  # [N, D], what stands at a patch where it is masked
+    masks: Masks
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether there are fewer of them than of their repetitions."""
+        return self.masks.mask_ids.numel() > len(self.tokens)
 
 
 class PatchEmbed(nn.Module):
@@ -39,10 +54,10 @@ class PatchEmbed(nn.Module):
         """What the patches are cut from, [B, T, F]."""
         return (fbank - self.mean) / (2 * self.std)
 
-    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-        """Tokens and targets; see :func:`ssast.kernels.patch_embed.patch_embed`."""
+    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Repeated]:
+        """Tokens and targets (see :func:`patch_embed`), and what repeats among the tokens."""
         assert self.bias is not None
-        return patch_embed(
+        tokens, targets = patch_embed(
             fbank,
             self.weight,
             self.bias,
@@ -54,15 +69,23 @@ class PatchEmbed(nn.Module):
             std=self.std,
             stride=self.stride,
         )
+        masked = self.mask_embed[0] + self.pos_embed[0, NUM_EXTRA_TOKENS:]
+        return tokens, targets, Repeated(masked, masks)
 
 
 class QueryKeyValue(nn.Linear):
     """The three projections of an attention as one linear layer, a third of its rows for each."""
 
     def forward(  # type: ignore[override]  # three results where Linear has one
-        self, x: Tensor, queries: Tensor | None = None
+        self, x: Tensor, queries: Tensor | None = None, repeated: Repeated | None = None
     ) -> tuple[Tensor, ...]:
-        """Queries [B, K, D] of the tokens ``queries``, those of x if None; keys and values of x."""
+        """Queries [B, K, D] of the tokens ``queries``, those of x if None; keys and values of x.
+
+        With ``repeated``, x holds the other tokens only, and the results are for all of them.
+        """
+        if repeated is not None:
+            own, shared = super().forward(x), super().forward(repeated.tokens)
+            return spread(own, shared, repeated.masks).chunk(3, 2)
         if queries is None:
             return super().forward(x).chunk(3, 2)
         D = self.in_features
@@ -79,9 +102,11 @@ class Attention(nn.Module):
         self.qkv = QueryKeyValue(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: Tensor | None = None, repeated: Repeated | None = None
+    ) -> Tensor:
         """[B, L, D] to [B, L, D], or to [B, K, D] where only some of the tokens ask."""
-        heads = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries))
+        heads = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, repeated))
         return self.proj(attention(*heads).flatten(2))
 
 
@@ -112,12 +137,22 @@ class Block(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """[B, L, D] to [B, L, D], or to the tokens ``wanted`` [B, K] alone: [B, K, D]."""
-        y, queries = self.norm1(x), None
+    def forward(
+        self, x: Tensor, wanted: Tensor | None = None, repeated: Repeated | None = None
+    ) -> Tensor:
+        """[B, L, D] to [B, L, D], or to the tokens ``wanted`` [B, K] alone: [B, K, D].
+
+        What ``repeated`` names is normalised and projected once for all clips.
+        """
+        queries = None
+        if repeated is not None:
+            y = self.norm1(take(x, own_ids(repeated.masks, NUM_EXTRA_TOKENS)))
+            repeated = repeated._replace(tokens=self.norm1(repeated.tokens))
+        else:
+            y = self.norm1(x)
         if wanted is not None:  # the others are needed as keys and values only
             x, queries = take(x, wanted), take(y, wanted)
-        x = x + self.attn(y, queries)
+        x = x + self.attn(y, queries, repeated)
         return x + self.mlp(self.norm2(x))
 
 
@@ -156,10 +191,10 @@ class SpectrogramTransformer(nn.Module):
             Hidden states [B, 2 + N, D], or with ``masked_only`` those of the masked patches
             [B, M, D], and the normalised masked patches [B, M, P].
         """
-        x, targets = self.embed(fbank, masks)
+        x, targets, repeated = self.embed(fbank, masks)
         *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
+        for i, block in enumerate(blocks):
+            x = block(x, repeated=repeated if i == 0 and repeated.worthwhile else None)
         x = last(x, masks.mask_ids + NUM_EXTRA_TOKENS if masked_only else None)
         return self.norm(x), targets
 
