@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from torch.library import CustomOpDef
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -158,3 +159,10 @@ def compile_all(work: Iterable[tuple[Launch, int]]) -> list[Report]:
     """Several launches, each for its architecture, on all cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda item: compile_launch(*item), work))
+
+
+def record(operation: CustomOpDef, *args: Any) -> list[Launch]:
+    """What the CUDA implementation of an operation would launch for these arguments."""
+    with recorded() as launches:
+        operation._backend_fns["cuda"](*args)
+    return launches

@@ -108,9 +108,10 @@ def _flash_attn(
     return out.view(q.shape)
 
 
-def _run(
+def run_backend(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None = None
 ) -> Tensor:
+    """:func:`attention` by one backend, whether or not it is the best."""
     if backend == "flash-attn-3":
         import flash_attn_interface as flash3
 
@@ -125,7 +126,8 @@ def _run(
         return _sdpa(q, k, v, lengths)
 
 
-def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+    """What may run there, the fastest first."""
     if device.type != "cuda":
         return ("sdpa",)
     if dtype not in (torch.bfloat16, torch.float16):
@@ -133,7 +135,7 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]
     return CANDIDATES[max(a for a in CANDIDATES if a <= max(80, architecture(device)))]
 
 
-def _objection(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+def objection(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
     """Why a candidate is not used; empty if nothing speaks against it."""
     if backend == "cudnn" and (torch.backends.cudnn.version() or 0) < _CUDNN_RIGHT_AT_ANY_LENGTH:
         return f"cuDNN {torch.backends.cudnn.version()} is older than {_CUDNN_RIGHT_AT_ANY_LENGTH}"
@@ -143,7 +145,7 @@ def _objection(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
         exact = [x.to(dtype).double().requires_grad_() for x in (q, k, v)]
         tried = [x.detach().to(dtype).requires_grad_() for x in exact]
         try:
-            out = _run(backend, *tried)
+            out = run_backend(backend, *tried)
             gradients = torch.autograd.grad(out, tried, upstream.to(dtype))
         except (ImportError, RuntimeError) as error:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -167,8 +169,8 @@ def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, 
         RuntimeError: No candidate works.
     """
     trials: dict[Backend, str] = {}
-    for backend in _candidates(device, dtype):
-        trials[backend] = "" if backend == "sdpa" else _objection(backend, device, dtype)
+    for backend in candidates(device, dtype):
+        trials[backend] = "" if backend == "sdpa" else objection(backend, device, dtype)
         if not trials[backend]:
             return trials
     raise RuntimeError(f"no attention works on {device} in {dtype}: {trials}")
@@ -195,4 +197,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None = None
     Returns:
         [B, L, H, D_h].
     """
-    return _run(attention_backend(q.device, q.dtype), q, k, v, lengths)
+    return run_backend(attention_backend(q.device, q.dtype), q, k, v, lengths)

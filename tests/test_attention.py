@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssast.kernels import attention as module
 from ssast.kernels.attention import (
     Backend,
-    _run,
     attention,
     attention_backend,
     attention_reference,
     attention_trials,
     key_lengths,
+    run_backend,
 )
 
 # B, queries, keys, heads, width of a head
@@ -163,8 +163,8 @@ def test_padding_has_no_effect() -> None:
 
 def test_calls_flash_attn_as_published(flash_attn: Backend) -> None:
     q, k, v = queries_keys_values((2, 5, 9, 2, 8), "unit")
-    torch.testing.assert_close(_run(flash_attn, q, k, v), attention_reference(q, k, v))
-    assert_ignores_padding(lambda *args: _run(flash_attn, *args))
+    torch.testing.assert_close(run_backend(flash_attn, q, k, v), attention_reference(q, k, v))
+    assert_ignores_padding(lambda *args: run_backend(flash_attn, *args))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_calls_flash_attn_as_published(flash_attn: Backend) -> None:
 def test_candidates(monkeypatch: pytest.MonkeyPatch, arch: int, half: bool, first: Backend) -> None:
     monkeypatch.setattr(module, "architecture", lambda device: arch)
     dtype = torch.bfloat16 if half else torch.float32
-    candidates = module._candidates(torch.device("cuda"), dtype)
+    candidates = module.candidates(torch.device("cuda"), dtype)
     assert candidates[0] == first and candidates[-1] == "math"
 
 
@@ -189,7 +189,7 @@ def test_a_candidate_is_tried_before_it_is_used(
 ) -> None:
     """Missing, refused or wrong: the next one is taken, and the reason is kept."""
     cpu = torch.device("cpu")
-    assert module._objection(flash_attn, cpu, torch.bfloat16) == ""
+    assert module.objection(flash_attn, cpu, torch.bfloat16) == ""
     name = MODULES[int(flash_attn[-1])]
     right = sys.modules[name].flash_attn_func
 
@@ -200,13 +200,13 @@ def test_a_candidate_is_tried_before_it_is_used(
         raise RuntimeError("no kernel image\nfor this device")
 
     monkeypatch.setattr(sys.modules[name], "flash_attn_func", wrong)
-    assert "wrong at 514 tokens" in module._objection(flash_attn, cpu, torch.bfloat16)
+    assert "wrong at 514 tokens" in module.objection(flash_attn, cpu, torch.bfloat16)
     monkeypatch.setattr(sys.modules[name], "flash_attn_func", refuses)
-    objection = module._objection(flash_attn, cpu, torch.bfloat16)
+    objection = module.objection(flash_attn, cpu, torch.bfloat16)
     assert objection == "RuntimeError: no kernel image"
     monkeypatch.setitem(sys.modules, name, None)
-    assert "ModuleNotFoundError" in module._objection(flash_attn, cpu, torch.bfloat16)
-    monkeypatch.setattr(module, "_candidates", lambda *_: (flash_attn, "math"))
+    assert "ModuleNotFoundError" in module.objection(flash_attn, cpu, torch.bfloat16)
+    monkeypatch.setattr(module, "candidates", lambda *_: (flash_attn, "math"))
     attention_trials.cache_clear()
     trials = attention_trials(cpu, torch.bfloat16)
     attention_trials.cache_clear()
