@@ -151,7 +151,7 @@ class _Memory:
 
     def places(self, pointers: np.ndarray, mask: np.ndarray, size: int, what: str) -> Iterator:
         """(tensor, bytes in it) for those tensors that the pointers meet."""
-        pointers, mask = np.broadcast_arrays(pointers, mask)
+        pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))
         active = pointers[mask]
         owners = np.searchsorted(self.starts, active, side="right") - 1
         for owner in np.unique(owners):
