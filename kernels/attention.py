@@ -41,89 +41,80 @@ _CUDNN_RIGHT_AT_ANY_LENGTH = 91500
 _TRIAL_LENGTH, _TRIAL_ERROR = 514, 0.02
 
 
-class KeyLengths(NamedTuple):
-    """How many keys of each clip count; the rest is padding. Made once for a batch."""
+class RealKeys(NamedTuple):
+    """Which keys of each clip count; the rest is padding. Made once for a batch."""
 
-    num_keys: Tensor  # [B] int64, each at least 1
+    real: Tensor  # [B, L] bool, at least one in each row
     offsets: Tensor  # [B + 1] int32, where each clip begins among the keys that count
-    rows: Tensor  # [sum of num_keys] int64, their places in [B * L]
+    places: Tensor  # [number of them] int64, in [B * L]
 
 
-def key_lengths(num_keys: Tensor, length: int) -> KeyLengths:
-    """Lengths of a batch of L tokens a clip.
+def real_keys(real: Tensor) -> RealKeys:
+    """What attention needs to know of the padding.
 
-    Waits for the device once: how many tokens there are in all decides on shapes.
+    Waits for the device once: how many keys there are in all decides on shapes.
 
     Args:
-        num_keys: [B] integer, in [1, L].
-        length: L.
+        real: [B, L] bool, False for padding; at least one of each row is True.
     """
-    num_keys = num_keys.long()
-    offsets = torch.nn.functional.pad(num_keys.cumsum(0), (1, 0)).int()
-    counts = torch.arange(length, device=num_keys.device) < num_keys[:, None]
-    return KeyLengths(num_keys, offsets, counts.flatten().nonzero().flatten())
+    offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    return RealKeys(real, offsets, real.flatten().nonzero().flatten())
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | None = None) -> Tensor:
-    """The definition, with the probabilities in memory."""
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+    """The definition, with the probabilities in memory; ``real`` [B, L'] bool marks the keys."""
     scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
-    if num_keys is not None:
-        padding = torch.arange(k.shape[1], device=k.device) >= num_keys[:, None]
-        scores = scores.masked_fill(padding[:, None, None], float("-inf"))
-        v = v.masked_fill(padding[..., None, None], 0)
+    if real is not None:
+        scores = scores.masked_fill(~real[:, None, None], float("-inf"))
+        v = v.masked_fill(~real[..., None, None], 0)
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None) -> Tensor:
     mask = None
-    if lengths is not None:
-        counts = torch.arange(k.shape[1], device=k.device) < lengths.num_keys[:, None]
-        mask = counts[:, None, None]
-        v = v.masked_fill(~counts[..., None, None], 0)  # 0 times what is there may be NaN
-        k = k.masked_fill(~counts[..., None, None], 0)
+    if keys is not None:
+        mask, padding = keys.real[:, None, None], ~keys.real[..., None, None]
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 def _flash_attn(
-    dense: Callable, ragged: Callable, q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None
+    dense: Callable, ragged: Callable, q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None
 ) -> Tensor:
     """Versions 2 and 3 of flash-attn, whose arguments have the same names."""
-    if lengths is None:
+    if keys is None:
         out = dense(q, k, v)
     else:
-        (B, queries), keys = q.shape[:2], k.shape[1]
-        every = torch.arange(B + 1, device=q.device, dtype=torch.int32) * queries
-        k, v = (x.flatten(0, 1)[lengths.rows] for x in (k, v))
+        B, queries = q.shape[:2]
         out = ragged(
             q.flatten(0, 1),
-            k,
-            v,
-            cu_seqlens_q=every,
-            cu_seqlens_k=lengths.offsets,
+            *(x.flatten(0, 1)[keys.places] for x in (k, v)),
+            cu_seqlens_q=torch.arange(B + 1, device=q.device, dtype=torch.int32) * queries,
+            cu_seqlens_k=keys.offsets,
             max_seqlen_q=queries,
-            max_seqlen_k=keys,
+            max_seqlen_k=k.shape[1],
         )
     out = out[0] if isinstance(out, tuple) else out  # early versions 3 add the logsumexp
     return out.view(q.shape)
 
 
 def run_backend(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None = None
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None = None
 ) -> Tensor:
     """:func:`attention` by one backend, whether or not it is the best."""
     if backend == "flash-attn-3":
         import flash_attn_interface as flash3
 
-        return _flash_attn(flash3.flash_attn_func, flash3.flash_attn_varlen_func, q, k, v, lengths)
+        return _flash_attn(flash3.flash_attn_func, flash3.flash_attn_varlen_func, q, k, v, keys)
     if backend == "flash-attn-2":
         import flash_attn as flash2
 
-        return _flash_attn(flash2.flash_attn_func, flash2.flash_attn_varlen_func, q, k, v, lengths)
+        return _flash_attn(flash2.flash_attn_func, flash2.flash_attn_varlen_func, q, k, v, keys)
     if backend == "sdpa":
-        return _sdpa(q, k, v, lengths)
-    with sdpa_kernel([_SDPA[backend]] if lengths is None else _FOR_MASKS):
-        return _sdpa(q, k, v, lengths)
+        return _sdpa(q, k, v, keys)
+    with sdpa_kernel([_SDPA[backend]] if keys is None else _FOR_MASKS):
+        return _sdpa(q, k, v, keys)
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
@@ -184,17 +175,17 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     return next(reversed(attention_trials(device, dtype)))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: KeyLengths | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None = None) -> Tensor:
     """Attention of every query to every key that counts.
 
     Args:
         q: [B, L, H, D_h].
         k: [B, L', H, D_h].
         v: [B, L', H, D_h].
-        lengths: Of the clips' keys; all count if None. What stands in the others has no effect,
-            and they have no gradient.
+        keys: Which of them count; all do if None. What stands in the others has no effect, and
+            they have no gradient.
 
     Returns:
         [B, L, H, D_h].
     """
-    return run_backend(attention_backend(q.device, q.dtype), q, k, v, lengths)
+    return run_backend(attention_backend(q.device, q.dtype), q, k, v, keys)

@@ -18,7 +18,7 @@ from ssast.kernels.attention import (
     attention_backend,
     attention_reference,
     attention_trials,
-    key_lengths,
+    real_keys,
     run_backend,
 )
 
@@ -139,22 +139,22 @@ def flash_attn(request, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 def assert_ignores_padding(run) -> None:
     q, k, v = queries_keys_values((3, 5, 9, 2, 8), "unit")
-    num_keys = torch.tensor([9, 1, 4])
-    padding = torch.arange(9) >= num_keys[:, None]
-    k[padding], v[padding] = float("nan"), float("inf")
+    real = torch.zeros(3, 9, dtype=torch.bool)
+    real[0], real[1, 3], real[2, 1::2] = True, True, True
+    k[~real], v[~real] = float("nan"), float("inf")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = run(*leaves, key_lengths(num_keys, 9))
+    out = run(*leaves, real_keys(real))
     gradients = torch.autograd.grad(out.square().sum(), leaves)
-    for b, n in enumerate(num_keys.tolist()):
-        alone = [x[b : b + 1, :n].detach().requires_grad_() for x in (k, v)]
+    for b in range(3):
+        alone = [x[b : b + 1, real[b]].detach().requires_grad_() for x in (k, v)]
         alone = [q[b : b + 1].detach().requires_grad_(), *alone]
         want = attention_reference(*alone)
         torch.testing.assert_close(out[b : b + 1], want)
-        for got, true in zip(
-            gradients, torch.autograd.grad(want.square().sum(), alone), strict=True
-        ):
-            torch.testing.assert_close(got[b : b + 1, : true.shape[1]], true)
-            assert not got[b, true.shape[1] :].any()
+        wanted = torch.autograd.grad(want.square().sum(), alone)
+        torch.testing.assert_close(gradients[0][b : b + 1], wanted[0])
+        for got, true in zip(gradients[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(got[b : b + 1, real[b]], true)
+            assert not got[b, ~real[b]].any()
 
 
 def test_padding_has_no_effect() -> None:
@@ -226,11 +226,10 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     assert attention_trials(device, dtype)[backend] == ""
     inputs = [x.to(device) for x in queries_keys_values((2, 514, 514, 3, 64), "unit")]
     assert_as_good_as_reference(attention, attention_reference, inputs, dtype, rounding=0.01)
-    num_keys = torch.tensor([514, 77], device=device)
-    lengths = key_lengths(num_keys, 514)
+    real = torch.arange(514, device=device) % 5 < torch.tensor([[5], [2]], device=device)
     q, k, v = (x.to(dtype) for x in inputs)
-    want = attention_reference(*inputs, num_keys)
-    error = (attention(q, k, v, lengths).double() - want).abs().max() / want.abs().max()
+    want = attention_reference(*inputs, real)
+    error = (attention(q, k, v, real_keys(real)).double() - want).abs().max() / want.abs().max()
     assert error < 0.01
 
 
