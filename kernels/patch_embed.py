@@ -7,7 +7,8 @@
 
 Masked patches cost no arithmetic: with 400 of 512 hidden, the projection works on 22 % of the
 rows. Patches lie on a grid of F_p rows (frequency) and T_p columns (time), numbered row by row; a
-patch is flattened row by row over (mel bin, frame), as a convolution's kernel is.
+patch is flattened row by row over (mel bin, frame), as a convolution's kernel is. The Triton
+kernels are for floats of up to 32 bits; on a GPU, float64 goes through torch.
 """
 
 import math
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssast.kernels import patch_embed_kernels
 from ssast.kernels.masking import Masks
 
 
@@ -74,13 +76,17 @@ def take(rows: Tensor, ids: Tensor) -> Tensor:
 def _normalised(
     fbank: Tensor, weight: Tensor, mean: float, std: float, stride: Sequence[int]
 ) -> Tensor:
-    # Normalised in the filterbank's precision, and only then rounded to the weights'.
+    # Normalised in float32 at least, and only then rounded to the precision of the weights.
     patches = cut_patches(fbank, weight.shape[2:], stride)
+    patches = patches.to(torch.promote_types(fbank.dtype, torch.float32))
     return patches.sub(mean).mul_(0.5 / std).to(weight.dtype)
 
 
-@torch.library.custom_op("ssast::patch_embed", mutates_args=())
-def _patch_embed(
+def _is_double(*tensors: Tensor) -> bool:
+    return any(x.dtype == torch.float64 for x in tensors)
+
+
+def _patch_embed_torch(
     fbank: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -105,6 +111,29 @@ def _patch_embed(
     return tokens, take(patches, mask_ids)
 
 
+_patch_embed = torch.library.custom_op("ssast::patch_embed", _patch_embed_torch, mutates_args=())
+
+
+@_patch_embed.register_kernel("cuda")
+def _patch_embed_cuda(
+    fbank: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask_embed: Tensor,
+    pos_embed: Tensor,
+    prefix: Tensor,
+    mask_ids: Tensor,
+    visible_ids: Tensor,
+    mean: float,
+    std: float,
+    stride: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    run = _patch_embed_torch if _is_double(fbank, weight) else patch_embed_kernels.forward
+    return run(
+        fbank, weight, bias, mask_embed, pos_embed, prefix, mask_ids, visible_ids, mean, std, stride
+    )
+
+
 @_patch_embed.register_fake
 def _(
     fbank: Tensor,
@@ -124,8 +153,7 @@ def _(
     return weight.new_empty(B, *pos_embed.shape[1:]), weight.new_empty(B, M, P)
 
 
-@torch.library.custom_op("ssast::patch_embed_backward", mutates_args=())
-def _patch_embed_backward(
+def _patch_embed_backward_torch(
     grad: Tensor,
     fbank: Tensor,
     weight: Tensor,
@@ -141,6 +169,26 @@ def _patch_embed_backward(
     dweight = (rows.T @ visible).view_as(weight)
     dmask_embed = take(grad, extra + mask_ids).sum((0, 1))
     return dweight, rows.sum(0), dmask_embed, grad.sum(0, keepdim=True)
+
+
+_patch_embed_backward = torch.library.custom_op(
+    "ssast::patch_embed_backward", _patch_embed_backward_torch, mutates_args=()
+)
+
+
+@_patch_embed_backward.register_kernel("cuda")
+def _patch_embed_backward_cuda(
+    grad: Tensor,
+    fbank: Tensor,
+    weight: Tensor,
+    mask_ids: Tensor,
+    visible_ids: Tensor,
+    mean: float,
+    std: float,
+    stride: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = _patch_embed_backward_torch if _is_double(fbank, weight) else patch_embed_kernels.backward
+    return run(grad, fbank, weight, mask_ids, visible_ids, mean, std, stride)
 
 
 @_patch_embed_backward.register_fake

@@ -2,16 +2,27 @@
 
 import functools
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
-from compare import DTYPES, REGIMES, assert_as_good_as_reference, random_inputs
+from compare import (
+    DTYPES,
+    REGIMES,
+    assert_as_good_as_reference,
+    random_inputs,
+    values_and_gradients,
+)
+from on_triton import on_triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ssast.kernels import patch_embed_kernels
+from ssast.kernels.aot import recorded
 from ssast.kernels.masking import Masks, draw_masks, masks_from_ids, no_masks
 from ssast.kernels.patch_embed import (
     _patch_embed,
+    _patch_embed_backward,
     cut_patches,
     join_patches,
     patch_embed,
@@ -28,7 +39,26 @@ SHAPES = {
     "one_patch": (2, 5, 7, (7, 5), (7, 5), 3, 1),
     "nothing_masked": (2, 20, 16, (8, 5), (8, 5), 6, 0),
     "everything_masked": (2, 20, 16, (8, 5), (8, 5), 6, 8),
+    "one_visible": (2, 20, 16, (8, 5), (8, 5), 6, 7),
+    "uneven": (2, 24, 20, (10, 12), (10, 12), 6, 2),
+    "long": (2, 142, 7, (3, 70), (3, 70), 6, 2),
+    "wide": (2, 8, 8, (4, 4), (4, 4), 300, 1),
+    "many": (9, 16, 16, (2, 2), (2, 2), 20, 20),
 }
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(params=["torch", "interpreted", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the operation runs: in torch or, by the interpreter, in Triton on the CPU; on a GPU."""
+    if request.param == "interpreted":
+        with on_triton(_patch_embed, _patch_embed_backward):
+            yield "cpu"
+    else:
+        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def random_masks(B: int, N: int, M: int) -> Masks:
@@ -42,15 +72,33 @@ def case(shape: str, regime: str = "unit") -> tuple[list[Tensor], Masks, tuple[i
     B, T, F, patch, stride, D, M = SHAPES[shape]
     rows, columns = patch_grid(F, T, patch, stride)
     N = rows * columns
-    (fbank,) = random_inputs((B, T, F), regime=regime)
+    # In float32, so that it matters when it is rounded to bf16.
+    mean, std = REGIMES[regime]
+    noise = torch.randn(B, T, F, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fbank = (mean + std * noise).float().double()
     rest = random_inputs((D, 1, *patch), (D,), (D,), (1, 2 + N, D), (1, 2, D), regime="unit")
     return [fbank, *rest], random_masks(B, N, M), stride
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_definition(shape: str, regime: str, dtype: torch.dtype) -> None:
+def run(
+    fbank: Tensor,
+    parameters: tuple[Tensor, ...] | list[Tensor],
+    masks: Masks,
+    stride: tuple[int, int],
+    device: str,
+    mean: float = 0.25,
+    std: float = 0.75,
+) -> tuple[Tensor, Tensor]:
+    """The operation on a device, its results on the CPU."""
+    moved = Masks(*(ids.to(device) for ids in masks))
+    leaves = [p.to(device) for p in parameters]
+    tokens, targets = patch_embed(
+        fbank.to(device), *leaves, moved, mean=mean, std=std, stride=stride
+    )
+    return tokens.cpu(), targets.cpu()
+
+
+def check(shape: str, regime: str, dtype: torch.dtype, device: str) -> None:
     (fbank, *parameters), masks, stride = case(shape, regime)
     mean, std = REGIMES[regime][0] + 0.25, 0.75
     # The filterbank stays float32 under bf16 weights, as in training.
@@ -61,9 +109,129 @@ def test_equals_the_definition(shape: str, regime: str, dtype: torch.dtype) -> N
         return patch_embed_reference(x, *weights, masks.mask_ids, mean, std, stride)
 
     def operation(*weights: Tensor) -> tuple[Tensor, ...]:
-        return patch_embed(fbank, *weights, masks, mean=mean, std=std, stride=stride)
+        return run(fbank, weights, masks, stride, device, mean, std)
 
     assert_as_good_as_reference(operation, reference, parameters, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_definition(shape: str, regime: str, dtype: torch.dtype, device: str) -> None:
+    check(shape, regime, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["patch", "uneven", "wide", "many"])
+def test_the_block_sizes_of_newer_architectures(shape: str, dtype: torch.dtype) -> None:
+    with on_triton(_patch_embed, _patch_embed_backward, architecture=90):
+        check(shape, "unit", dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_program_sums_many_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch_embed_kernels, "_MULTIPROCESSORS", {80: 1})
+    with on_triton(_patch_embed, _patch_embed_backward):
+        check("many", "unit", dtype, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_full_size(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "full", (2, 1024, 128, (16, 16), (16, 16), 64, 400))
+    check("full", "unit", dtype, device)
+
+
+VIEWS = {
+    "cut_in_time": lambda x: torch.cat((x, x, x), 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "cut_in_mel": lambda x: torch.cat((x, x), 2)[:, :, : x.shape[2]],
+    "mel_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every_second": lambda x: x.repeat_interleave(2, 0)[::2],
+    "clips_last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", ["patch", "overlapping"])
+def test_any_strides(shape: str, view: str, device: str) -> None:
+    (fbank, *parameters), masks, stride = case(shape)
+    viewed = VIEWS[view](fbank.float().to(device))
+    assert not viewed.is_contiguous() and viewed.cpu().equal(fbank.float())
+    strided = [p.unsqueeze(-1).expand(*p.shape, 2).contiguous()[..., 0] for p in parameters]
+    columns = Masks(*(ids.t().contiguous().t() for ids in masks))
+    want = values_and_gradients(
+        lambda *p: run(fbank.float(), p, masks, stride, device), parameters, torch.bfloat16
+    )
+    got = values_and_gradients(
+        lambda *p: run(viewed, p, columns, stride, device), strided, torch.bfloat16
+    )
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_filterbank_of_less_precision(dtype: torch.dtype, device: str) -> None:
+    (fbank, *parameters), masks, stride = case("patch", "mean_100")
+
+    def both(x: Tensor) -> list[Tensor]:
+        return values_and_gradients(
+            lambda *p: run(x, p, masks, stride, device, mean=100.25), parameters, dtype
+        )
+
+    short = fbank.to(dtype)
+    assert all(a.equal(b) for a, b in zip(both(short), both(short.float()), strict=True))
+
+
+@pytest.mark.parametrize("M", [0, 3, 8])
+def test_no_clips(M: int, device: str) -> None:
+    _, *parameters = random_inputs(
+        (0, 20, 16), (6, 1, 8, 5), (6,), (6,), (1, 10, 6), (1, 2, 6), regime="unit"
+    )
+    ids = torch.empty(0, 8, dtype=torch.int64)
+    masks, fbank = Masks(ids[:, :M], ids[:, M:]), torch.empty(0, 20, 16)
+    tokens, targets, *gradients = values_and_gradients(
+        lambda *p: run(fbank, p, masks, (8, 5), device), parameters, torch.float32
+    )
+    assert tokens.shape == (0, 10, 6) and targets.shape == (0, M, 40)
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        assert gradient.equal(torch.zeros(parameter.shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_launches(shape: str) -> None:
+    """One forward and three backward, on tensors without data, with the results of the fakes."""
+    (fbank, *parameters), masks, stride = case(shape)
+    x, *leaves, masked, visible = (
+        t.to("meta", torch.bfloat16 if t.is_floating_point() else t.dtype)
+        for t in (fbank, *parameters, *masks)
+    )
+    with recorded() as launches:
+        results = patch_embed_kernels.forward(x, *leaves, masked, visible, 0.0, 1.0, stride)
+        assert len(launches) == 1
+        gradients = patch_embed_kernels.backward(
+            results[0], x, leaves[0], masked, visible, 0.0, 1.0, stride
+        )
+    assert len(launches) == 4
+    fakes = _patch_embed(x, *leaves, masked, visible, 0.0, 1.0, stride)
+    fake_gradients = _patch_embed_backward(
+        results[0], x, leaves[0], masked, visible, 0.0, 1.0, stride
+    )
+    for got, want in zip((*results, *gradients), (*fakes, *fake_gradients), strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_repeats_itself(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "base", (8, 1024, 128, (16, 16), (16, 16), 768, 400))
+    (fbank, *parameters), masks, stride = case("base")
+    first, second = (
+        values_and_gradients(
+            lambda *p: run(fbank.float(), p, masks, stride, "cuda"), parameters, dtype
+        )
+        for _ in range(2)
+    )
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("shape", ["overlapping", "odd", "nothing_masked", "everything_masked"])
@@ -98,11 +266,14 @@ def test_cut_patches_join_again(shape: str) -> None:
     assert join_patches(cut_patches(fbank, patch, stride), grid, patch).equal(fbank)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype: torch.dtype, device: str) -> None:
     for shape in ("overlapping", "nothing_masked"):
         (fbank, *parameters), masks, stride = case(shape)
-        leaves = [p.requires_grad_() for p in parameters]
-        torch.library.opcheck(_patch_embed, (fbank, *leaves, *masks, 0.5, 2.0, list(stride)))
+        fbank, leaves = fbank.to(device, dtype), [p.to(device, dtype) for p in parameters]
+        leaves = [p.requires_grad_() for p in leaves]
+        ids = (i.to(device) for i in masks)
+        torch.library.opcheck(_patch_embed, (fbank, *leaves, *ids, 0.5, 2.0, list(stride)))
 
 
 def test_fake_tensors_on_a_gpu() -> None:
