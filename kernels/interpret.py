@@ -8,6 +8,7 @@ any more. Here it is switched on for the length of a ``with`` block, and made ho
   loses precision on a GPU as well.
 - TF32: ``tl.dot`` sees 10 bits of mantissa; "tf32x3" is the sum of three such products that makes
   up for it.
+- Maximum and minimum of a number and NaN are the number, unless ``propagate_nan`` says otherwise.
 - Memory: a load or store outside of the tensors that a launch was given is an error, and so is one
   program's access to what another program of the launch has written, or its write to what another
   has read. On a GPU, programs run in no order.
@@ -259,6 +260,8 @@ def interpreter_mode() -> Iterator[None]:
                 create_dot=_dot(_Builder.create_dot),
                 cast_impl=_cast(_Builder.cast_impl),
                 create_fp_to_fp=_round_like_a_gpu(_Builder.create_fp_to_fp),
+                create_maxnumf=lambda self, a, b: self.binary_op(a, b, np.fmax),
+                create_minnumf=lambda self, a, b: self.binary_op(a, b, np.fmin),
                 **{name: _refuse_bf16(name, getattr(_Builder, name)) for name in refused},
                 **_guarded_memory(_Builder),
             ),

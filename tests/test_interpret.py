@@ -115,6 +115,30 @@ def test_refuses_bfloat16_arithmetic(kind: str) -> None:
 
 
 @triton.jit
+def _larger_of(x, y, out, PROPAGATE: tl.constexpr):
+    i = tl.arange(0, 4)
+    a, b = tl.load(x + i), tl.load(y + i)
+    if PROPAGATE:
+        tl.store(out + i, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        tl.store(out + i, tl.maximum(a, b))
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_maximum_treats_nan_as_a_gpu_does(propagate: bool) -> None:
+    nan = float("nan")
+    x, y, out = (
+        torch.tensor([1.0, nan, 2.0, nan]),
+        torch.tensor([nan, 3.0, 1.0, nan]),
+        torch.empty(4),
+    )
+    with interpreter_mode():
+        _larger_of[(1,)](x, y, out, PROPAGATE=propagate)
+    want = [nan, nan, 2.0, nan] if propagate else [1.0, 3.0, 2.0, nan]
+    torch.testing.assert_close(out, torch.tensor(want), equal_nan=True)
+
+
+@triton.jit
 def _shift(x, y, shift_x, shift_y, N, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i + shift_y, tl.load(x + i + shift_x, mask=i < N), mask=i < N)
