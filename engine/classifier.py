@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer
-from ssast.kernels.masking import no_masks
 
 
 def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"]) -> Tensor:
@@ -34,9 +33,12 @@ class Classifier(nn.Module):
             nn.LayerNorm(encoder.embed_dim), nn.Linear(encoder.embed_dim, num_classes)
         )
 
-    def forward(self, fbank: Tensor) -> Tensor:
-        """Logits [B, classes] of log-mel filterbanks [B, T, F] before normalisation."""
-        return self.head(embed_clips(self.encoder, fbank, self.pooling))
+    def forward(self, fbank: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Logits [B, classes] of log-mel filterbanks [B, T, F] before normalisation.
+
+        ``num_frames`` [B] tells where padding begins; see :func:`embed_clips`.
+        """
+        return self.head(embed_clips(self.encoder, fbank, self.pooling, num_frames))
 
 
 def embed_clips(
@@ -57,11 +59,15 @@ def embed_clips(
         [B, D].
     """
     rows, columns = encoder.embed.grid
-    hidden, _ = encoder(fbank, no_masks(len(fbank), rows * columns, fbank.device))
+    hidden, _ = encoder(fbank, encoder.no_masks(len(fbank), num_frames))
     if pooling == "cls" or num_frames is None:
         return pool(hidden, pooling)
-    first_frames = torch.arange(columns, device=fbank.device) * encoder.embed.stride[1]
-    sound = first_frames < num_frames.clamp(min=1)[:, None]  # [B, columns]
+    places = torch.arange(columns, device=fbank.device)
+    whole = encoder.embed.real_columns(num_frames)
+    if whole is not None:
+        sound = places < whole[:, None]  # [B, columns]
+    else:
+        sound = places * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
     weights = (sound / sound.sum(1, keepdim=True)).to(hidden.dtype)
     tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
     return torch.einsum("brcd,bc->bd", tokens, weights) / rows

@@ -66,6 +66,11 @@ class Audio:
     std: float = setting(4.5689974, 1e-6)
     """Its standard deviation; the model sees (fbank - mean) / (2 std)."""
 
+    ignore_padding: bool = False
+    """Of clips shorter than ``num_frames``, mask, attend to, learn from and average only the whole
+    patches before their end: the same numbers as if each clip were computed without padding. The
+    published code treats padding as sound."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:

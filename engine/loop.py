@@ -14,7 +14,7 @@ from ssast.engine.config import Config
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import World, reduce_max, reduce_sum
 from ssast.engine.monitor import Monitor
-from ssast.engine.objective import MSPM, mean_losses
+from ssast.engine.objective import MSPM, mean_losses, with_masks
 from ssast.engine.optim import Plateau, learning_rate
 from ssast.pipelines.batch import Batch
 
@@ -171,12 +171,13 @@ def step(
     for _ in range(settings.accumulate):
         with monitor.waiting_for_data():
             batch = next(batches)
-        masks = model.draw_masks(batch.clip_ids, batch.epochs)
+        masks = model.draw_masks(batch.clip_ids, batch.epochs, batch.num_frames)
         losses = engine(batch.fbank, *masks)
-        means = mean_losses(losses, batch.valid, config.objective.mse_weight)
+        valid = with_masks(batch.valid, masks)
+        means = mean_losses(losses, valid, config.objective.mse_weight)
         engine.backward(means["loss"])
         engine.step(lr)
-        totals.add(means, batch.valid)
+        totals.add(means, valid)
     progress.step += 1
     progress.position += settings.batch_size
     return lr
@@ -189,7 +190,9 @@ def validate(engine: TrainEngine, batches: Iterator[Batch], config: Config) -> d
     assert isinstance(model, MSPM)
     engine.train(False)
     for batch in batches:
-        losses = engine(batch.fbank, *model.held_out_masks(batch.clip_ids))
-        totals.add(mean_losses(losses, batch.valid, config.objective.mse_weight), batch.valid)
+        masks = model.held_out_masks(batch.clip_ids, batch.num_frames)
+        valid = with_masks(batch.valid, masks)
+        losses = engine(batch.fbank, *masks)
+        totals.add(mean_losses(losses, valid, config.objective.mse_weight), valid)
     engine.train(True)
     return totals.means(engine.world)

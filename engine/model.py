@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.config import SIZES, Audio, Model
-from ssast.kernels.attention import attention
-from ssast.kernels.masking import Masks
+from ssast.kernels.attention import RealKeys, attention, real_keys
+from ssast.kernels.masking import Masks, no_masks, real_patches
 from ssast.kernels.patch_embed import patch_embed, patch_grid, take
 from ssast.kernels.spread import own_ids, spread
 
@@ -38,6 +38,7 @@ class PatchEmbed(nn.Module):
     ):
         super().__init__()
         self.patch, self.stride, self.mean, self.std = patch, stride, audio.mean, audio.std
+        self.ignore_padding = audio.ignore_padding
         self.grid = patch_grid(audio.n_mels, audio.num_frames, patch, stride)
         projection = nn.Conv2d(1, embed_dim, patch)  # for its initialisation and shape
         self.weight, self.bias = projection.weight, projection.bias
@@ -49,6 +50,16 @@ class PatchEmbed(nn.Module):
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.xavier_normal_(self.mask_embed)
+
+    def real_columns(self, num_frames: Tensor | None) -> Tensor | None:
+        """Columns of patches that lie whole in the sound, [B], at least one.
+
+        None where padding counts as sound, or where no length is given.
+        """
+        if num_frames is None or not self.ignore_padding:
+            return None
+        whole = torch.div(num_frames - self.patch[1], self.stride[1], rounding_mode="floor") + 1
+        return whole.clamp(1, self.grid[1])
 
     def normalise(self, fbank: Tensor) -> Tensor:
         """What the patches are cut from, [B, T, F]."""
@@ -103,11 +114,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(
-        self, x: Tensor, queries: Tensor | None = None, repeated: Repeated | None = None
+        self,
+        x: Tensor,
+        queries: Tensor | None = None,
+        repeated: Repeated | None = None,
+        keys: RealKeys | None = None,
     ) -> Tensor:
         """[B, L, D] to [B, L, D], or to [B, K, D] where only some of the tokens ask."""
         heads = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, repeated))
-        return self.proj(attention(*heads).flatten(2))
+        return self.proj(attention(*heads, keys).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -138,11 +153,16 @@ class Block(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, x: Tensor, wanted: Tensor | None = None, repeated: Repeated | None = None
+        self,
+        x: Tensor,
+        wanted: Tensor | None = None,
+        repeated: Repeated | None = None,
+        keys: RealKeys | None = None,
     ) -> Tensor:
         """[B, L, D] to [B, L, D], or to the tokens ``wanted`` [B, K] alone: [B, K, D].
 
-        What ``repeated`` names is normalised and projected once for all clips.
+        What ``repeated`` names is normalised and projected once for all clips. ``keys`` says which
+        tokens are no padding.
         """
         queries = None
         if repeated is not None:
@@ -152,7 +172,7 @@ class Block(nn.Module):
             y = self.norm1(x)
         if wanted is not None:  # the others are needed as keys and values only
             x, queries = take(x, wanted), take(y, wanted)
-        x = x + self.attn(y, queries, repeated)
+        x = x + self.attn(y, queries, repeated, keys)
         return x + self.mlp(self.norm2(x))
 
 
@@ -192,11 +212,21 @@ class SpectrogramTransformer(nn.Module):
             [B, M, D], and the normalised masked patches [B, M, P].
         """
         x, targets, repeated = self.embed(fbank, masks)
+        real, keys = real_patches(masks), None
+        if real is not None:
+            keys = real_keys(nn.functional.pad(real, (NUM_EXTRA_TOKENS, 0), value=True))
         *blocks, last = self.blocks
         for i, block in enumerate(blocks):
-            x = block(x, repeated=repeated if i == 0 and repeated.worthwhile else None)
-        x = last(x, masks.mask_ids + NUM_EXTRA_TOKENS if masked_only else None)
+            first = i == 0 and repeated.worthwhile
+            x = block(x, repeated=repeated if first else None, keys=keys)
+        x = last(x, masks.mask_ids + NUM_EXTRA_TOKENS if masked_only else None, keys=keys)
         return self.norm(x), targets
+
+    def no_masks(self, batch_size: int, num_frames: Tensor | None = None) -> Masks:
+        """Nothing hidden, as in fine-tuning; ``num_frames`` [B] tells where padding begins."""
+        embed = self.embed
+        columns = embed.real_columns(num_frames)
+        return no_masks(batch_size, embed.grid, embed.pos_embed.device, columns)
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

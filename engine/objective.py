@@ -31,8 +31,14 @@ class MSPM(nn.Module):
         self.discriminative_head.requires_grad_(config.objective.kind != "generative")
         self.generative_head.requires_grad_(config.objective.kind != "discriminative")
 
-    def draw_masks(self, clip_ids: Tensor, epochs: Tensor) -> list[Masks]:
-        """One mask for each forward pass, for these clips in these epochs, both [B] int64."""
+    def draw_masks(
+        self, clip_ids: Tensor, epochs: Tensor, num_frames: Tensor | None = None
+    ) -> list[Masks]:
+        """One mask for each forward pass, for these clips in these epochs, all [B] int64.
+
+        ``num_frames`` tells where padding begins, for ``audio.ignore_padding``.
+        """
+        real_columns = self.encoder.embed.real_columns(num_frames)
         return [
             draw_masks(
                 clip_ids,
@@ -42,13 +48,14 @@ class MSPM(nn.Module):
                 grid=self.grid,
                 num_masked=self.objective.num_masked,
                 stream=stream,
+                real_columns=real_columns,
             )
             for stream in range(2 if self.objective.two_pass else 1)
         ]
 
-    def held_out_masks(self, clip_ids: Tensor) -> list[Masks]:
+    def held_out_masks(self, clip_ids: Tensor, num_frames: Tensor | None = None) -> list[Masks]:
         """Masks that are the same in each validation; no training epoch has their number."""
-        return self.draw_masks(clip_ids, torch.full_like(clip_ids, -1))
+        return self.draw_masks(clip_ids, torch.full_like(clip_ids, -1), num_frames)
 
     def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
         """The losses of each clip.
@@ -65,18 +72,24 @@ class MSPM(nn.Module):
         if kind != "generative":
             predictions = self.discriminative_head(states)
             losses["nce"], losses["accuracy"] = info_nce(
-                targets, predictions, self.objective.softmax_axis
+                targets, predictions, self.objective.softmax_axis, masks[0].num_masked
             )
         if len(masks) > 1:
             states, targets = self.encoder(fbank, masks[1], masked_only=True)
         if kind != "discriminative":
-            losses["mse"] = mse(targets, self.generative_head(states))
+            losses["mse"] = mse(targets, self.generative_head(states), masks[-1].num_masked)
         return losses
 
     def reconstruct(self, fbank: Tensor, masks: Masks) -> Tensor:
         """What the generative head puts in place of the masked patches, normalised, [B, M, P]."""
         states, _ = self.encoder(fbank, masks, masked_only=True)
         return self.generative_head(states)
+
+
+def with_masks(valid: Tensor, masks: list[Masks]) -> Tensor:
+    """Those of the valid clips, [B] bool, in which anything is masked: a short one may be left."""
+    num_masked = masks[0].num_masked
+    return valid if num_masked is None else valid & (num_masked > 0)
 
 
 def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
         path: Of the PNG.
         titles: One a clip.
     """
-    masks = model.held_out_masks(batch.clip_ids)[-1]
+    masks = model.held_out_masks(batch.clip_ids, batch.num_frames)[-1]
     original = model.encoder.embed.normalise(batch.fbank)
     hidden, completed = complete(model, batch.fbank, masks)
     figure, axes = plt.subplots(

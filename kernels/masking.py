@@ -15,6 +15,9 @@ The patch grid has F_p rows (frequency) and T_p columns (time); patch (f, t) has
   what lies outside is cut off. When M or more ids are covered, a contiguous run of the surplus
   (its place is draw 1) is dropped. Of 400 in 8 x 64, every row and column gets 0.778 to 0.784.
 - ``random``: M single patches; patch i has draw i as its key, and the M smallest keys win.
+
+A clip that ends early has padding in its last columns. Its mask is that of the smaller grid of its
+own columns, and padding is neither masked nor visible: it fills up both lists.
 """
 
 import math
@@ -33,11 +36,16 @@ _WORD = 0xFFFFFFFF
 class Masks(NamedTuple):
     """Hidden and visible patches of a batch of clips, both in ascending order.
 
+    Where clips have padding, the first ``num_masked`` and ``num_visible`` of each list count; the
+    rest of both are the patches of padding.
+
     A tuple, so that it may pass through modules whose hooks (ZeRO-3's) look for tensors.
     """
 
     mask_ids: Tensor  # [B, M] int64
     visible_ids: Tensor  # [B, N - M] int64
+    num_masked: Tensor | None = None  # [B] int64; all count if None
+    num_visible: Tensor | None = None  # [B] int64
 
 
 def philox(seed: int, block: Tensor, clip: Tensor, epoch: Tensor, stream: int) -> Tensor:
@@ -112,40 +120,40 @@ def _draw_below(n, seed, d, clip, epoch, stream):
 
 
 @triton.jit
-def _smallest_keys(ids, M, seed, clip, epoch, stream, N: tl.constexpr):
-    """Flags of the M ids with the smallest (draw, id)."""
+def _smallest_keys(ids, N, M, seed, clip, epoch, stream):
+    """Flags of the M ids below N with the smallest (draw, id)."""
     draws = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
     keys = tl.where(ids < N, draws << 16 | ids, 1 << 48)
     bound = tl.sum(ids, 0).to(tl.int64) * 0
     for bit in range(48):  # the largest bound with fewer than M keys below is the M-th key
         trial = bound | tl.full((), 1, tl.int64) << (47 - bit)
         bound = tl.where(tl.sum((keys < trial).to(tl.int32), 0) < M, trial, bound)
-    return keys <= bound
+    return (keys <= bound) & (ids < N) & (M > 0)
 
 
 @triton.jit
 def _covered(
-    ids, M, seed, clip, epoch, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr
+    ids, columns, M, seed, clip, epoch, stream, ROWS: tl.constexpr, OFFICIAL: tl.constexpr
 ):
-    """Flags of the M ids that clusters cover."""
-    N: tl.constexpr = ROWS * COLUMNS
-    OFFICIAL: tl.constexpr = KIND == "official"
-    zero = M * 0
+    """Flags of the M ids that clusters cover in a grid of ROWS x columns."""
+    N = ROWS * columns
+    zero = columns * 0
     C = 3 + _draw_below(3, seed, zero, clip, epoch, stream)
     need = M + 1 if OFFICIAL else M
+    need = tl.where(M > 0, need, 0)
     on = ids < 0
     count = zero
     d = zero + 2
     while count < need:
         if OFFICIAL:
             offset = ids - _draw_below(N, seed, d, clip, epoch, stream)
-            on |= (offset >= 0) & (offset // COLUMNS < C) & (offset % COLUMNS < C)
+            on |= (offset >= 0) & (offset // columns < C) & (offset % columns < C)
             on &= (ids > 0) & (ids < N)
         else:
-            places = (ROWS + C - 1) * (COLUMNS + C - 1)
+            places = (ROWS + C - 1) * (columns + C - 1)
             corner = _draw_below(places, seed, d, clip, epoch, stream)
-            f = corner // (COLUMNS + C - 1) - ids // COLUMNS
-            t = corner % (COLUMNS + C - 1) - ids % COLUMNS
+            f = corner // (columns + C - 1) - ids // columns
+            t = corner % (columns + C - 1) - ids % columns
             on |= (f >= 0) & (f < C) & (t >= 0) & (t < C) & (ids < N)
         count = tl.sum(on.to(tl.int32), 0)
         d += 1
@@ -160,6 +168,8 @@ def _covered(
 def _masks_kernel(
     clip_ids,
     epochs,
+    real_columns,
+    num_masked,
     masked,
     visible,
     seed,
@@ -168,6 +178,7 @@ def _masks_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per clip."""
@@ -175,21 +186,38 @@ def _masks_kernel(
     b = tl.program_id(0).to(tl.int64)
     clip = tl.load(clip_ids + b).to(tl.int32)
     epoch = tl.load(epochs + b).to(tl.int32)
-    ids = tl.arange(0, BLOCK)
+    masked += b * M
+    visible += b * (N - M)
+    columns = M * 0 + COLUMNS
+    wanted = M
+    if PADDED:
+        columns = tl.load(real_columns + b).to(tl.int32)
+        wanted = tl.load(num_masked + b).to(tl.int32)
+    real = ROWS * columns
+    ids = tl.arange(0, BLOCK)  # within the clip's own columns
     if KIND == "random":
-        hidden = _smallest_keys(ids, M, seed, clip, epoch, stream, N)
+        hidden = _smallest_keys(ids, real, wanted, seed, clip, epoch, stream)
     else:
-        hidden = _covered(ids, M, seed, clip, epoch, stream, ROWS, COLUMNS, KIND)
+        hidden = _covered(ids, columns, wanted, seed, clip, epoch, stream, ROWS, KIND == "official")
     before = tl.cumsum(hidden.to(tl.int32), 0) - hidden.to(tl.int32)
-    tl.store(masked + b * M + before, ids.to(tl.int64), mask=hidden)
-    out = visible + b * (N - M) + ids - before
-    tl.store(out, ids.to(tl.int64), mask=(ids < N) & (hidden == 0))
+    places = (ids // columns * COLUMNS + ids % columns).to(tl.int64)
+    tl.store(masked + before, places, mask=hidden)
+    tl.store(visible + ids - before, places, mask=(ids < real) & (hidden == 0))
+    if PADDED:  # fills up both lists
+        padding = (ids < N) & (ids % COLUMNS >= columns)
+        before = tl.cumsum(padding.to(tl.int32), 0) - padding.to(tl.int32)
+        room = M - wanted
+        tl.store(masked + wanted + before, ids.to(tl.int64), mask=padding & (before < room))
+        out = visible + (real - wanted) + before - room
+        tl.store(out, ids.to(tl.int64), mask=padding & (before >= room))
 
 
 @torch.library.custom_op("ssast::draw_masks", mutates_args=())
 def _draw_masks(
     clip_ids: Tensor,
     epochs: Tensor,
+    real_columns: Tensor | None,
+    num_masked: Tensor | None,
     seed: int,
     stream: int,
     kind: str,
@@ -197,86 +225,109 @@ def _draw_masks(
     columns: int,
     M: int,
 ) -> tuple[Tensor, Tensor]:
-    N = rows * columns
+    B, N, device = len(clip_ids), rows * columns, clip_ids.device
+    if real_columns is None or num_masked is None:
+        real_columns = torch.full((B,), columns, device=device)
+        num_masked = torch.full((B,), M, device=device)
+    real, wanted = real_columns[:, None], num_masked[:, None]  # [B, 1]
     if kind == "random":
-        blocks = torch.arange(-(-N // 4), device=clip_ids.device)
+        blocks = torch.arange(-(-N // 4), device=device)
         words = philox(seed, blocks, clip_ids[:, None], epochs[:, None], stream)
-        ids = torch.arange(N, device=clip_ids.device)
+        ids = torch.arange(N, device=device)
         # The id in the low bits breaks ties, so the order does not depend on how a device sorts.
-        keys = (words.flatten(1)[:, :N] << 16) | ids
-        kept = torch.zeros(len(keys), N, dtype=torch.bool, device=keys.device)
-        kept.scatter_(1, keys.topk(M, 1, largest=False).indices, True)
+        keys = ((words.flatten(1)[:, :N] << 16) | ids).where(ids < rows * real, 1 << 48)
+        kept = (keys <= _smallest(keys, wanted)) & (wanted > 0)
     else:
-        kept = _clusters(clip_ids, epochs, seed, stream, kind, rows, columns, M)
-    # A stable sort of the flags lists the masked ids first, each list in ascending order.
-    order = (~kept).byte().argsort(dim=1, stable=True)
+        kept = _clusters(clip_ids, epochs, real, wanted, seed, stream, kind, rows, N)
+    # From numbers within the clip's own columns to those of the whole grid.
+    ids = torch.arange(N, device=device)
+    f, t = torch.div(ids, columns, rounding_mode="floor"), ids % columns
+    own = f * real + t
+    padding = t >= real
+    masked = kept.gather(1, own.where(~padding, 0)) & ~padding
+    # A stable sort lists the masked ids first, and each kind in ascending order.
+    fill = padding & (padding.cumsum(1) <= M - wanted)  # padding that fills up the masked ids
+    order = (3 - 3 * masked.byte() - 2 * fill.byte() - (~padding & ~masked).byte()).argsort(
+        dim=1, stable=True
+    )
     # Copies even of a single row: two results of an operation may not share memory.
-    masked, visible = (
+    masked_ids, visible_ids = (
         part.clone(memory_format=torch.contiguous_format) for part in order.split((M, N - M), 1)
     )
-    return masked, visible
+    return masked_ids, visible_ids
+
+
+def _smallest(values: Tensor, k: Tensor) -> Tensor:
+    """The k-th smallest of each row, k [B, 1] from 1 on."""
+    return values.sort(1).values.gather(1, (k - 1).clamp(min=0))
 
 
 def _clusters(
     clip_ids: Tensor,
     epochs: Tensor,
+    columns: Tensor,
+    wanted: Tensor,
     seed: int,
     stream: int,
     kind: str,
     rows: int,
-    columns: int,
-    M: int,
+    N: int,
 ) -> Tensor:
-    """Flags of the masked patches, [B, N] bool.
+    """Flags of the masked patches, [B, N] bool, in the grids of [B, 1] ``columns``.
 
     Instead of drawing until enough is covered, all starts are drawn at once and each patch learns
     the FIRST draw that covers it; the draw that brings the count to ``need`` is then the need-th
     smallest of these.
     """
-    N, device = rows * columns, clip_ids.device
-    need = M + 1 if kind == "official" else M
+    device, own = clip_ids.device, rows * columns
+    need = wanted + 1 if kind == "official" else wanted
     offsets = torch.arange(5, device=device)
     i, j = offsets[:, None].expand(5, 5).flatten(), offsets.repeat(5)  # the cells of a 5 x 5 block
     # Expected number of 3 x 3 blocks, with a margin; few clips in a million need the doubling.
     num_blocks = math.ceil(0.6 * math.log(N + 1) * N / 9 / 4) + 8
-    num_blocks = min(num_blocks, math.ceil(1.6 * math.log(N / (N - need + 1)) * N / 9 / 4) + 8)
+    if clip_ids.numel():
+        left = (own / (own - need + 1)).log().mul(1.6 * N / 9 / 4).max().item()
+        num_blocks = min(num_blocks, math.ceil(left) + 8)
     while True:
         blocks = torch.arange(num_blocks, device=device)
         words = philox(seed, blocks, clip_ids[:, None], epochs[:, None], stream).flatten(1)
         C = (3 + _below(words[:, 0], 3))[:, None]  # [B, 1]
         starts = words[:, 2:]  # [B, K]
         if kind == "official":
-            starts = _below(starts, N)
-            cells = starts[..., None] + columns * i + j
-            inside = (cells > 0) & (cells < N)
+            starts = _below(starts, own)
+            cells = starts[..., None] + columns[..., None] * i + j
+            inside = (cells > 0) & (cells < own[..., None])
         else:
-            starts = _below(starts, (rows + C - 1) * (columns + C - 1))
-            f = torch.div(starts, columns + C - 1, rounding_mode="floor")
-            f, t = f[..., None] - i, (starts - f * (columns + C - 1))[..., None] - j
-            cells = f * columns + t
-            inside = (f >= 0) & (f < rows) & (t >= 0) & (t < columns)
+            width = columns + C - 1
+            starts = _below(starts, (rows + C - 1) * width)
+            f = torch.div(starts, width, rounding_mode="floor")
+            f, t = f[..., None] - i, (starts - f * width)[..., None] - j
+            cells = f * columns[..., None] + t
+            inside = (f >= 0) & (f < rows) & (t >= 0) & (t < columns[..., None])
         inside &= (torch.maximum(i, j) < C)[:, None]
         never = starts.shape[1]
         draws = torch.arange(never, device=device)[:, None].expand(cells.shape)
         first = torch.full((len(clip_ids), N + 1), never, device=device)
         first.scatter_reduce_(1, cells.where(inside, N).flatten(1), draws.flatten(1), "amin")
         first = first[:, :N]
-        last = first.kthvalue(need, 1, keepdim=True).values
-        if bool((last < never).all()):
+        last = _smallest(first, need)
+        if bool(((last < never) | (wanted == 0)).all()):
             break
         num_blocks *= 2
-    covered = first <= last
+    covered = (first <= last) & (first < never)
     rank = covered.cumsum(1) - 1
     if kind == "uniform":
         count = rank[:, -1:] + 1
-        rank = (rank - _below(words[:, 1:2], count)) % count
-    return covered & (rank < M)
+        rank = (rank - _below(words[:, 1:2], count)) % count.clamp(min=1)
+    return covered & (rank < wanted)
 
 
 @_draw_masks.register_kernel("cuda")
 def _draw_masks_cuda(
     clip_ids: Tensor,
     epochs: Tensor,
+    real_columns: Tensor | None,
+    num_masked: Tensor | None,
     seed: int,
     stream: int,
     kind: str,
@@ -290,8 +341,11 @@ def _draw_masks_cuda(
     if B:
         block = max(32, triton.next_power_of_2(N))
         _masks_kernel[(B,)](
-            clip_ids.contiguous(), epochs.contiguous(), masked, visible, seed, stream, M,
-            ROWS=rows, COLUMNS=columns, KIND=kind, BLOCK=block,
+            clip_ids.contiguous(), epochs.contiguous(),
+            clip_ids if real_columns is None else real_columns.contiguous(),
+            clip_ids if num_masked is None else num_masked.contiguous(),
+            masked, visible, seed, stream, M,
+            ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=real_columns is not None, BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
     return masked, visible
@@ -301,6 +355,8 @@ def _draw_masks_cuda(
 def _(
     clip_ids: Tensor,
     epochs: Tensor,
+    real_columns: Tensor | None,
+    num_masked: Tensor | None,
     seed: int,
     stream: int,
     kind: str,
@@ -322,6 +378,7 @@ def draw_masks(
     grid: tuple[int, int],
     num_masked: int,
     stream: int = 0,
+    real_columns: Tensor | None = None,
 ) -> Masks:
     """Draw the mask of each clip of a batch.
 
@@ -331,8 +388,11 @@ def draw_masks(
         seed: Of the run, from 0 to 2**63 - 1.
         kind: See the module.
         grid: Rows and columns of patches, [F_p, T_p].
-        num_masked: M, the same for every clip.
+        num_masked: M, for a clip without padding.
         stream: Separates masks that must differ at the same clip and epoch (the second pass).
+        real_columns: [B] int64, columns of patches before the padding, from 1 to T_p; all of them
+            if None. Of a clip with fewer, the same share is masked, rounded up: the same patches
+            as in a grid of its own size. Nothing is where the grid is too small for a mask.
 
     Raises:
         ValueError: The grid cannot hold that many masked patches.
@@ -346,7 +406,15 @@ def draw_masks(
         )
     if N > 1 << 16:
         raise ValueError(f"draw_masks: a grid may have {1 << 16} patches at most, got {N}")
-    return Masks(*_draw_masks(clip_ids, epochs, seed, stream, kind, *grid, num_masked))
+    counts = None
+    if real_columns is not None:
+        real = grid[0] * real_columns
+        share = torch.div(num_masked * real + N - 1, N, rounding_mode="floor")
+        counts = torch.minimum(share, (real - (N - most)).clamp(min=0))
+    masks = Masks(
+        *_draw_masks(clip_ids, epochs, real_columns, counts, seed, stream, kind, *grid, num_masked)
+    )
+    return masks if counts is None else masks._replace(num_masked=counts, num_visible=real - counts)
 
 
 def masks_from_ids(mask_ids: Tensor, num_patches: int) -> Masks:
@@ -371,7 +439,27 @@ def masks_from_ids(mask_ids: Tensor, num_patches: int) -> Masks:
     return Masks(ids, order[:, ids.shape[1] :].contiguous())
 
 
-def no_masks(batch_size: int, num_patches: int, device: torch.device) -> Masks:
-    """Nothing hidden, as in fine-tuning."""
-    ids = torch.arange(num_patches, device=device).expand(batch_size, num_patches)
-    return Masks(ids[:, :0], ids)
+def no_masks(
+    batch_size: int, grid: tuple[int, int], device: torch.device, real_columns: Tensor | None = None
+) -> Masks:
+    """Nothing hidden, as in fine-tuning; see :func:`draw_masks` for the arguments."""
+    rows, columns = grid
+    ids = torch.arange(rows * columns, device=device).expand(batch_size, -1)
+    if real_columns is None:
+        return Masks(ids[:, :0], ids)
+    padding = ids % columns >= real_columns[:, None]
+    order = padding.byte().argsort(dim=1, stable=True)
+    counts = rows * real_columns
+    return Masks(ids[:, :0], order, torch.zeros_like(counts), counts)
+
+
+def real_patches(masks: Masks) -> Tensor | None:
+    """Which patches are no padding, [B, N] bool; None where none is."""
+    if masks.num_masked is None or masks.num_visible is None:
+        return None
+    every = torch.cat((masks.mask_ids, masks.visible_ids), 1)
+    flags = torch.zeros_like(every, dtype=torch.bool)
+    for ids, count in ((masks.mask_ids, masks.num_masked), (masks.visible_ids, masks.num_visible)):
+        place = torch.arange(ids.shape[1], device=ids.device)
+        flags.scatter_(1, ids, place < count[:, None])
+    return flags

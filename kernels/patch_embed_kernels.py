@@ -167,7 +167,7 @@ def _fill(
 
 
 @triton.jit(do_not_specialize=["num_products", "num_visible", "V", "M"])
-def _forward_kernel(
+def _patch_embed_kernel(
     fbank, strides, mean, scale, weight, bias, mask_embed, pos_embed, prefix, mask_ids,
     visible_ids, tokens, targets, num_products, num_visible, V, M,
     D: tl.constexpr, N: tl.constexpr, EXTRA: tl.constexpr, COLUMNS: tl.constexpr,
@@ -369,7 +369,7 @@ def forward(
     num_products = triton.cdiv(B * V, blocks.rows) * triton.cdiv(D, width)
     programs = num_products + B * triton.cdiv(extra + M, _FILL_ROWS)
     if programs:
-        _forward_kernel[(programs,)](
+        _patch_embed_kernel[(programs,)](
             fbank, fbank.stride(), mean, 0.5 / std, weight.contiguous(), bias.contiguous(),
             mask_embed.contiguous(), pos_embed.contiguous(), prefix.contiguous(),
             mask_ids.contiguous(), visible_ids.contiguous(), tokens, targets,

@@ -98,4 +98,4 @@ def spread(own: Tensor, shared: Tensor, masks: Masks) -> Tensor:
             f"spread: masks of {B} clips with {V} of {N} patches visible do not belong to "
             f"{list(own.shape)} and {list(shared.shape)}"
         )
-    return _spread(own, shared, *masks)
+    return _spread(own, shared, masks.mask_ids, masks.visible_ids)

@@ -4,7 +4,6 @@ import torch
 from ssast.engine.classifier import Classifier, embed_clips, pool
 from ssast.engine.config import Audio, Model
 from ssast.engine.model import SpectrogramTransformer
-from ssast.kernels.masking import no_masks
 
 
 def make(stride=None):
@@ -19,7 +18,7 @@ def test_padding_is_left_out_of_the_mean(stride):
     fbank = torch.randn(4, 64, 128)
     num_frames = torch.tensor([64, 30, 1, 0])
     rows, columns = encoder.embed.grid
-    hidden, _ = encoder(fbank, no_masks(4, rows * columns, fbank.device))
+    hidden, _ = encoder(fbank, encoder.no_masks(4))
     given = embed_clips(encoder, fbank, num_frames=num_frames)
     for clip, frames in enumerate(num_frames.tolist()):
         starts = [t * encoder.embed.stride[1] for t in range(columns)]

@@ -2,6 +2,7 @@
 
 import random
 import re
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ssast.kernels.masking import (
     masks_from_ids,
     no_masks,
     philox,
+    real_patches,
 )
 
 KINDS: list[MaskKind] = ["official", "uniform", "random"]
@@ -223,15 +225,52 @@ def test_masks_from_ids() -> None:
 
 
 def test_no_masks() -> None:
-    masks = no_masks(3, 5, torch.device("cpu"))
-    assert masks.mask_ids.shape == (3, 0)
+    masks = no_masks(3, (1, 5), torch.device("cpu"))
+    assert masks.mask_ids.shape == (3, 0) and masks.num_visible is None
     assert masks.visible_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+    masks = no_masks(2, (2, 3), torch.device("cpu"), torch.tensor([3, 1]))
+    assert masks.visible_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 2, 4, 5]]
+    assert masks.num_visible.tolist() == [6, 2] and masks.num_masked.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("grid", "num_masked"), [((8, 16), 100), ((3, 7), 10), ((1, 40), 31), ((2, 2), 1)], ids=str
+)
+@pytest.mark.parametrize("on", ["torch", "triton"])
+def test_a_clip_with_padding_has_the_mask_of_its_own_grid(
+    grid: tuple[int, int], num_masked: int, kind: MaskKind, on: str
+) -> None:
+    (rows, columns), N = grid, grid[0] * grid[1]
+    clips, epochs = torch.tensor([0, 5, 2**32 + 3, 8]), torch.tensor([0, 1, -1, 2])
+    real = torch.tensor([columns, 1, max(1, columns // 2), columns - 1])
+    with on_triton(_draw_masks) if on == "triton" else nullcontext():
+        masks = draw_masks(
+            clips, epochs, seed=3, kind=kind, grid=grid, num_masked=num_masked, real_columns=real
+        )
+    everything = torch.cat(masks[:2], 1).sort(1).values
+    assert torch.equal(everything, torch.arange(N).expand(4, -1))
+    flags = real_patches(masks).view(4, rows, columns)
+    assert torch.equal(flags, (torch.arange(columns) < real[:, None])[:, None].expand_as(flags))
+    for b, own in enumerate(real.tolist()):
+        count = int(masks.num_masked[b])
+        most = rows * own - 2 if kind == "official" else rows * own
+        assert count == max(0, min(-(-num_masked * rows * own // N), most))
+        want: list[int] = []
+        if count:
+            clip, epoch = int(clips[b]), int(epochs[b])
+            want = draw_masks_reference(clip, epoch, 3, 0, kind, (rows, own), count)
+        assert masks.mask_ids[b, :count].tolist() == [i // own * columns + i % own for i in want]
+        for ids, first in ((masks.mask_ids[b], count), (masks.visible_ids[b], rows * own - count)):
+            for part in (ids[:first], ids[first:]):
+                assert torch.equal(part, part.sort().values)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind: MaskKind) -> None:
     torch.library.opcheck(
-        _draw_masks, (torch.arange(3), torch.zeros(3, dtype=torch.int64), 1, 0, kind, 4, 8, 20)
+        _draw_masks,
+        (torch.arange(3), torch.zeros(3, dtype=torch.int64), None, None, 1, 0, kind, 4, 8, 20),
     )
 
 
@@ -239,8 +278,8 @@ def test_fake_tensors_on_a_gpu() -> None:
     with FakeTensorMode():
         clips = torch.empty(3, dtype=torch.int64, device="cuda")
         masks = draw_masks(clips, clips, seed=0, kind="uniform", grid=(4, 8), num_masked=20)
-    assert [tuple(ids.shape) for ids in masks] == [(3, 20), (3, 12)]
-    assert {(ids.device.type, ids.dtype) for ids in masks} == {("cuda", torch.int64)}
+    assert [tuple(ids.shape) for ids in masks[:2]] == [(3, 20), (3, 12)]
+    assert {(ids.device.type, ids.dtype) for ids in masks[:2]} == {("cuda", torch.int64)}
 
 
 def test_compiles_without_a_graph_break() -> None:

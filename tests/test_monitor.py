@@ -95,7 +95,6 @@ def test_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     from ssast.engine.model import SpectrogramTransformer
-    from ssast.kernels.masking import no_masks
 
     config = from_plain(
         {
@@ -107,7 +106,7 @@ def test_flops_are_those_that_torch_counts():
     encoder = SpectrogramTransformer(config.model, config.audio)
     # torch counts the products of its plain attention only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        encoder(torch.zeros(3, 64, 128), no_masks(3, 32, torch.device("cpu")))
+        encoder(torch.zeros(3, 64, 128), encoder.no_masks(3))
     # torch does not look into our patch embedding: add it.
     embed = 3 * 2 * 32 * 256 * 192
     assert counter.get_total_flops() + embed == 3 * forward_flops(config)

@@ -56,7 +56,7 @@ def test_what_was_taken_apart_comes_together(shape: str) -> None:
 def test_opcheck(shape: str) -> None:
     inputs, masks = case(shape)
     leaves = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(_spread, (*leaves, *masks))
+    torch.library.opcheck(_spread, (*leaves, *masks[:2]))
 
 
 def test_compiles_without_a_graph_break() -> None:
