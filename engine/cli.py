@@ -13,6 +13,7 @@ DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram p
 EXAMPLES = """examples:
   ssast demo                                  fetch real recordings, pretrain, show the results
   ssast data demo                             only fetch the recordings
+  ssast data manifests esc50 /my/ESC-50-master --out data/esc50
   ssast pretrain demo                         only pretrain on them
   ssast pretrain base_patch data.train=/my/recordings train.steps=10000
   ssast pretrain base_patch --resume          go on where a run was stopped
@@ -105,6 +106,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_data_demo)
 
+    command = kinds.add_parser(
+        "manifests",
+        help="manifests of a known data set from your own copy",
+        description="Write the official splits, labels and sampling weights of a data set on disk.",
+    )
+    command.add_argument(
+        "name",
+        metavar="NAME",
+        help="audioset, librispeech, esc50, speechcommands_v1, speechcommands_v2, voxceleb1, "
+        "iemocap or fsd50k",
+    )
+    command.add_argument("source", type=Path, metavar="SRC", help="the folder of your copy")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets SPLIT.json, labels.csv, ..."
+    )
+    command.set_defaults(run=_data_manifests)
+
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
     command.add_argument("what", choices=("kernels", "step", "data"))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
@@ -151,6 +169,14 @@ def _data_demo(options: argparse.Namespace) -> int:
         prepare_folder(options.source, options.out)
     else:
         fetch_demo(options.out, options.cache.expanduser())
+    return 0
+
+
+def _data_manifests(options: argparse.Namespace) -> int:
+    from ssast.pipelines.datasets import write_dataset
+
+    for path in write_dataset(options.name, options.source, options.out, print):
+        print(path)
     return 0
 
 
