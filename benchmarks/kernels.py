@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ssast.benchmarks.operations import PROBLEMS, SIZELESS, Outputs, Problem, Shape
-from ssast.benchmarks.report import aot_markdown, plot, timing_markdown
+from ssast.benchmarks.report import aot_markdown, aot_summary, plot, timing_markdown
 from ssast.engine.config import SIZES
 from ssast.engine.distributed import World
 from ssast.engine.monitor import environment
-from ssast.kernels.aot import ARCHITECTURES, Launch, Report, compile_all, record
+from ssast.kernels.aot import ARCHITECTURES, Report, compile_all, record
 from ssast.kernels.launch import assume_architecture
 from ssast.kernels.roofline import Work
 
@@ -79,7 +79,7 @@ class Compiled:
 
     operation: str
     kernel: str
-    variant: str  # settings that are part of the code and are no block sizes
+    variant: str  # of the operation, where it has several
     dtype: str
     size: str
     report: Report
@@ -228,12 +228,6 @@ def time_problem(
             )
 
 
-def _variant(launch: Launch) -> str:
-    """Constants that are words or flags, by name."""
-    values = {n: v for n, v in launch.kwargs.items() if isinstance(v, (str, bool))}
-    return " ".join(v if isinstance(v, str) else n.lower() for n, v in values.items() if v)
-
-
 def compile_kernels(
     operations: Sequence[str], sizes: Sequence[str], dtypes: Sequence[torch.dtype], batch: int = 32
 ) -> list[Compiled]:
@@ -249,13 +243,20 @@ def compile_kernels(
                 seen.add(problem.dtype)
                 for arch in ARCHITECTURES:
                     with assume_architecture(arch):
-                        launches = [x for op, args in problem.kernels for x in record(op, *args)]
+                        launches = [
+                            (variant, launch)
+                            for variant, operation, args in problem.kernels
+                            for launch in record(operation, *args)
+                        ]
                     at = "any" if name in SIZELESS else size
-                    found += [(name, problem.dtype, at, launch, arch) for launch in launches]
+                    found += [
+                        (name, variant, problem.dtype, at, launch, arch)
+                        for variant, launch in launches
+                    ]
     reports = compile_all((launch, arch) for *_, launch, arch in found)
     return [
-        Compiled(name, report.kernel, _variant(launch), NAMES[dtype], size, report)
-        for (name, dtype, size, launch, _), report in zip(found, reports, strict=True)
+        Compiled(name, report.kernel, variant, NAMES[dtype], size, report)
+        for (name, variant, dtype, size, *_), report in zip(found, reports, strict=True)
     ]
 
 
@@ -324,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         versions = {"torch": facts["torch"], "triton": facts["triton"], "commit": facts["commit"]}
         _write_lines(args.out / "aot.jsonl", [{**c.row(), **versions} for c in compiled])
         table = aot_markdown(compiled)
-        (args.out / "aot.md").write_text(table)
+        (args.out / "aot.md").write_text(f"{table}\n{aot_summary(compiled)}")
         print(table)
         print(f"written: {args.out / 'aot.jsonl'}, {args.out / 'aot.md'}")
         return 0

@@ -84,8 +84,8 @@ class Problem:
         providers: Ways to compute the same, "ours" and "eager" among them.
         forward: The least work of a call.
         backward: That of its backward pass; None where there is no gradient.
-        kernels: The custom operations behind "ours", with arguments: what is compiled ahead of
-            time.
+        kernels: The custom operations behind "ours" that have Triton kernels, with a name for
+            the variant and arguments: what is compiled ahead of time.
         comparable: Whether all providers return the same numbers.
     """
 
@@ -95,7 +95,7 @@ class Problem:
     providers: dict[str, Callable[..., Outputs]]
     forward: Work
     backward: Work | None = None
-    kernels: list[tuple[CustomOpDef, tuple[Any, ...]]] = field(default_factory=list)
+    kernels: list[tuple[str, CustomOpDef, tuple[Any, ...]]] = field(default_factory=list)
     comparable: bool = True
 
 
@@ -130,7 +130,7 @@ def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> P
         {"ours": ours, "eager": eager},
         roofline.draw_masks(B, N),
         kernels=[
-            (_draw_masks, (clips, epochs, None, None, 0, 0, kind, *shape.grid, M))
+            (kind, _draw_masks, (clips, epochs, None, None, 0, 0, kind, *shape.grid, M))
             for kind in ("official", "uniform", "random")
         ],
         comparable=False,  # each has its own random numbers
@@ -172,8 +172,8 @@ def patch_embed_problem(shape: Shape, dtype: torch.dtype, device: torch.device) 
         roofline.patch_embed(B, N, M, 256, D, **size),
         roofline.patch_embed_backward(B, N, M, 256, D, **size),
         [
-            (_patch_embed, (fbank, *leaves, *masks[:2], *settings)),
-            (_patch_embed_backward, (gradient, fbank, leaves[0], *masks[:2], *settings)),
+            ("", _patch_embed, (fbank, *leaves, *masks[:2], *settings)),
+            ("", _patch_embed_backward, (gradient, fbank, leaves[0], *masks[:2], *settings)),
         ],
     )
 
@@ -201,7 +201,10 @@ def info_nce_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
         },
         roofline.info_nce(*size, itemsize=dtype.itemsize),
         roofline.scale_gradient(*size, itemsize=dtype.itemsize),
-        [(_info_nce, (targets, predictions, over_targets)) for over_targets in (False, True)],
+        [
+            (axis, _info_nce, (targets, predictions, axis == "paper"))
+            for axis in ("official", "paper")
+        ],
     )
 
 
@@ -219,7 +222,7 @@ def mse_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Probl
         },
         roofline.mse(*size, itemsize=dtype.itemsize),
         roofline.scale_gradient(*size, itemsize=dtype.itemsize),
-        [(_mse, (targets, predictions))],
+        [("", _mse, (targets, predictions))],
     )
 
 
@@ -258,7 +261,7 @@ def fbank_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pro
             "eager": lambda: fbank_reference(waveforms, lengths, spec),
         },
         roofline.fbank(shape.batch, spec.num_samples, spec.num_frames, spec.n_mels, spec.n_fft),
-        kernels=[(_fbank, (waveforms, lengths, *args))],
+        kernels=[("", _fbank, (waveforms, lengths, *args))],
     )
 
 

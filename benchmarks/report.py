@@ -51,6 +51,20 @@ def aot_markdown(compiled: "Sequence[Compiled]") -> str:
     return _table(header, rows) + "\n"
 
 
+def aot_summary(compiled: "Sequence[Compiled]") -> str:
+    """A line for each kernel and dtype, a column for each architecture; sizes apart."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for c in compiled:
+        name = f"{c.kernel} {c.variant}".strip()
+        r = c.report
+        cells.setdefault((name, c.dtype, c.size), {})[r.arch] = (
+            f"{r.registers} / {r.shared_bytes / 1024:.0f} / {r.ctas_per_sm} / {r.tensor_core_ops}"
+        )
+    architectures = list(dict.fromkeys(c.report.arch for c in compiled))
+    rows = [(*key, *(row[arch] for arch in architectures)) for key, row in cells.items()]
+    return _table(("kernel", "dtype", "size", *architectures), rows) + "\n"
+
+
 def timing_markdown(timings: "Sequence[Timing]", facts: dict[str, Any], peaks: "Peaks") -> str:
     """A line for each provider at each problem."""
     header = (

@@ -121,8 +121,8 @@ class Attention(nn.Module):
         keys: RealKeys | None = None,
     ) -> Tensor:
         """[B, L, D] to [B, L, D], or to [B, K, D] where only some of the tokens ask."""
-        heads = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, repeated))
-        return self.proj(attention(*heads, keys).flatten(2))
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, repeated))
+        return self.proj(attention(q, k, v, keys).flatten(2))
 
 
 class Mlp(nn.Module):

@@ -117,8 +117,12 @@ def test_five_steps_of_training(kind: str, dtype: torch.dtype, fused: bool) -> N
     for want in trace["loss_nce_mse_acc"]:
         optimizer.zero_grad()
         losses = joint_loss(model, fbank, masks)
-        got = [losses[name].item() for name in ("loss", "nce", "mse", "accuracy")]
+        got = [losses[name].item() for name in ("loss", "nce", "mse")]
+        *want, want_accuracy = want
         assert got == pytest.approx(want, rel=relative(dtype, 2e-3))  # Adam divides noise too
+        # In float32 that may decide a near tie: one patch more or less is told apart.
+        one_patch = 1 / masks.mask_ids.numel() if dtype == torch.float32 else 0.0
+        assert losses["accuracy"].item() == pytest.approx(want_accuracy, abs=1e-9 + one_patch)
         losses["loss"].backward()
         optimizer.step()
     for name, parameter in model.named_parameters():

@@ -42,9 +42,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda" if request.param == "cuda" else "cpu"
 
 
-CASES = [("torch", shape) for shape in SHAPES] + [
-    pytest.param(*kernels.values, shape, marks=kernels.marks)
-    for kernels in (pytest.param("interpreted"), CUDA)
+CASES = [
+    pytest.param(*where.values, shape, marks=where.marks)
+    for where in (pytest.param("torch"), pytest.param("interpreted"), CUDA)
     for shape in SHAPES + TILES
 ]
 

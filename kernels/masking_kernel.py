@@ -1,0 +1,143 @@
+"""The masks on CUDA: one program draws the mask of one clip, the bits of masking.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _draw(seed, d, clip, epoch, stream):
+    """Draw d (a scalar or a block of them) of a clip, uint32."""
+    zero = d * 0
+    w0, w1, w2, w3 = tl.philox(seed, zero + d // 4, zero + clip, zero + epoch, zero + stream)
+    word = d % 4
+    return tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+
+
+@triton.jit
+def _draw_below(n, seed, d, clip, epoch, stream):
+    word = _draw(seed, d, clip, epoch, stream)
+    return tl.umulhi(word, (d * 0 + n).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _smallest_keys(ids, N, M, seed, clip, epoch, stream):
+    """Flags of the M ids below N with the smallest (draw, id)."""
+    draws = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
+    keys = tl.where(ids < N, draws << 16 | ids, 1 << 48)
+    bound = tl.sum(ids, 0).to(tl.int64) * 0
+    for bit in range(48):  # the largest bound with fewer than M keys below is the M-th key
+        trial = bound | tl.full((), 1, tl.int64) << (47 - bit)
+        bound = tl.where(tl.sum((keys < trial).to(tl.int32), 0) < M, trial, bound)
+    return (keys <= bound) & (ids < N) & (M > 0)
+
+
+@triton.jit
+def _covered(
+    ids, columns, M, seed, clip, epoch, stream, ROWS: tl.constexpr, OFFICIAL: tl.constexpr
+):
+    """Flags of the M ids that clusters cover in a grid of ROWS x columns."""
+    N = ROWS * columns
+    zero = columns * 0
+    C = 3 + _draw_below(3, seed, zero, clip, epoch, stream)
+    need = M + 1 if OFFICIAL else M
+    need = tl.where(M > 0, need, 0)
+    on = ids < 0
+    count = zero
+    d = zero + 2
+    while count < need:
+        if OFFICIAL:
+            offset = ids - _draw_below(N, seed, d, clip, epoch, stream)
+            on |= (offset >= 0) & (offset // columns < C) & (offset % columns < C)
+            on &= (ids > 0) & (ids < N)
+        else:
+            places = (ROWS + C - 1) * (columns + C - 1)
+            corner = _draw_below(places, seed, d, clip, epoch, stream)
+            f = corner // (columns + C - 1) - ids // columns
+            t = corner % (columns + C - 1) - ids % columns
+            on |= (f >= 0) & (f < C) & (t >= 0) & (t < C) & (ids < N)
+        count = tl.sum(on.to(tl.int32), 0)
+        d += 1
+    rank = tl.cumsum(on.to(tl.int32), 0) - 1
+    if not OFFICIAL:
+        rank -= _draw_below(count, seed, zero + 1, clip, epoch, stream)
+        rank = tl.where(rank < 0, rank + count, rank)
+    return on & (rank < M)
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "M"])
+def _masks_kernel(
+    clip_ids,
+    epochs,
+    real_columns,
+    num_masked,
+    masked,
+    visible,
+    seed,
+    stream,
+    M,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per clip."""
+    N: tl.constexpr = ROWS * COLUMNS
+    b = tl.program_id(0).to(tl.int64)
+    clip = tl.load(clip_ids + b).to(tl.int32)
+    epoch = tl.load(epochs + b).to(tl.int32)
+    masked += b * M
+    visible += b * (N - M)
+    columns = M * 0 + COLUMNS
+    wanted = M
+    if PADDED:
+        columns = tl.load(real_columns + b).to(tl.int32)
+        wanted = tl.load(num_masked + b).to(tl.int32)
+    real = ROWS * columns
+    ids = tl.arange(0, BLOCK)  # within the clip's own columns
+    if KIND == "random":
+        hidden = _smallest_keys(ids, real, wanted, seed, clip, epoch, stream)
+    else:
+        hidden = _covered(ids, columns, wanted, seed, clip, epoch, stream, ROWS, KIND == "official")
+    before = tl.cumsum(hidden.to(tl.int32), 0) - hidden.to(tl.int32)
+    places = (ids // columns * COLUMNS + ids % columns).to(tl.int64)
+    tl.store(masked + before, places, mask=hidden)
+    tl.store(visible + ids - before, places, mask=(ids < real) & (hidden == 0))
+    if PADDED:  # fills up both lists
+        padding = (ids < N) & (ids % COLUMNS >= columns)
+        before = tl.cumsum(padding.to(tl.int32), 0) - padding.to(tl.int32)
+        room = M - wanted
+        tl.store(masked + wanted + before, ids.to(tl.int64), mask=padding & (before < room))
+        out = visible + (real - wanted) + before - room
+        tl.store(out, ids.to(tl.int64), mask=padding & (before >= room))
+
+
+def draw_masks_on_cuda(
+    clip_ids: Tensor,
+    epochs: Tensor,
+    real_columns: Tensor | None,
+    num_masked: Tensor | None,
+    seed: int,
+    stream: int,
+    kind: str,
+    rows: int,
+    columns: int,
+    M: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; see :func:`ssast.kernels.masking.draw_masks`."""
+    B, N = len(clip_ids), rows * columns
+    masked = torch.empty(B, M, dtype=torch.int64, device=clip_ids.device)
+    visible = torch.empty(B, N - M, dtype=torch.int64, device=clip_ids.device)
+    if B:
+        block = max(32, triton.next_power_of_2(N))
+        _masks_kernel[(B,)](
+            clip_ids.contiguous(), epochs.contiguous(),
+            clip_ids if real_columns is None else real_columns.contiguous(),
+            clip_ids if num_masked is None else num_masked.contiguous(),
+            masked, visible, seed, stream, M,
+            ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=real_columns is not None, BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return masked, visible
