@@ -6,7 +6,6 @@ to mono, resampled with soxr (DALI resamples without an anti-alias filter) and h
 WAV. Of a long recording only the part that the filterbank looks at is decoded.
 """
 
-import errno
 import math
 import os
 import stat
@@ -20,14 +19,13 @@ import soxr
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
+from ssast.pipelines.decode import PASSING, STREAMED
+from ssast.pipelines.headers import HEAD, wav_header
 
-UNKNOWN_LENGTH = 0x7FFF0000  # WAV files written as a stream claim this much or more
 LOUDEST = 1e9  # full scale is 1; a float file beyond this is no sound (and its power overflows)
 RATES_HZ = (1000, 1_000_000)
-HEAD = 65536  # bytes in which the header of a file ends
 TAIL_S = 0.1  # sound after the part that counts, so that the resampler's edge lies outside of it
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
-PAUSES_S = (0.05, 0.5)  # before reading again after such an error
+PAUSES_S = (0.05, 0.5)  # before reading again after an error that may pass
 
 
 def wav_bytes(samples: np.ndarray, rate_hz: int) -> np.ndarray:
@@ -73,32 +71,13 @@ def plain_samples(data: bytes, size: int, spec: FbankSpec) -> int | None:
         channels = (data[20] >> 1 & 7) + 1
         samples = int.from_bytes(data[21:26], "big") & (1 << 36) - 1
     elif data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        rate_hz, channels, samples = _wav_header(data, size)
+        rate_hz, channels, samples = wav_header(data, size)
     else:
         return None
     if channels != 1 or rate_hz != spec.sample_rate_hz:
         return None
     # A header may claim anything, and a decoder allocates what it claims.
     return samples if 0 < samples <= 4 * max(spec.num_samples, spec.sample_rate_hz) else None
-
-
-def _wav_header(data: bytes, size: int) -> tuple[int, int, int]:
-    """Rate, channels and samples of a PCM WAV file; zeros if it is of another kind."""
-    rate_hz = channels = frame_bytes = 0
-    at = 12
-    while at + 8 <= len(data):
-        name, (length,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
-        at += 8
-        if name == b"data":
-            if size - at < length < UNKNOWN_LENGTH:
-                raise DataError(f"truncated: {size - at} of {length} bytes of samples")
-            return rate_hz, channels, length // frame_bytes if frame_bytes else 0
-        if name == b"fmt " and length >= 16 and at + 16 <= len(data):
-            kind, channels, rate_hz, _, frame_bytes, bits = struct.unpack_from("<HHIIHH", data, at)
-            if kind != 1 or bits not in (8, 16, 24, 32) or frame_bytes != channels * bits // 8:
-                frame_bytes = 0
-        at += length + length % 2
-    return 0, 0, 0
 
 
 def decode(file: int | str, spec: FbankSpec) -> np.ndarray:
@@ -119,7 +98,7 @@ def decode(file: int | str, spec: FbankSpec) -> np.ndarray:
             rate_hz, frames = sound.samplerate, sound.frames
             if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
                 raise DataError(f"sample rate of {rate_hz} Hz")
-            if frames >= 1 << 48:
+            if frames >= STREAMED:
                 raise DataError("written as a stream, without its length: convert it once more")
             same = rate_hz == spec.sample_rate_hz
             wanted_s = spec.num_samples / spec.sample_rate_hz + (0.0 if same else TAIL_S)
@@ -161,7 +140,7 @@ def read_clip(path: str | Path, spec: FbankSpec, *, trust: bool = True) -> np.nd
         try:
             return _read(os.fspath(path), spec, trust)
         except OSError as error:
-            if pause_s is None or error.errno not in TRANSIENT:
+            if pause_s is None or error.errno not in PASSING:
                 raise DataError(error.strerror or str(error)) from error
         time.sleep(pause_s)
     raise AssertionError("the last attempt returns or raises")

@@ -1,28 +1,26 @@
-"""One recording to clips: decode, mix to mono, resample to 16 kHz, cut, write FLAC.
+"""One recording to clips: resample to 16 kHz, cut, level, encode.
 
-A recording is read in blocks, so a file of many hours costs no more memory than one of a few
-seconds. Resampling is soxr's HQ (the aliases of a 44.1 kHz tone above 8 kHz are below -100 dB).
-
-This module imports no torch, and holds no lock of the interpreter where time is spent: libsndfile,
-soxr and numpy release it, so threads convert in parallel.
+Resampling is soxr's HQ (the aliases of a 44.1 kHz tone above 8 kHz are below -100 dB). It goes
+block by block, like the decoding, and like that it lets other threads work.
 """
 
-import errno
 import hashlib
 import io
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
 import soxr
 
-BLOCK_SAMPLES = 2**19  # read at once, of all channels together
-LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # a header that states another rate is damaged
+from ssast.pipelines.decode import Item, UnusableError, read_blocks
+
+Codec = Literal["flac", "wav"]
+
 FULL_SCALE = 32767.0
 
 
@@ -38,6 +36,9 @@ class Recipe:
             25 ms before and 100 ms after; None keeps the ends.
         level_rms: Scale each clip to this RMS (1 is full scale), its peak at most 0.95; None keeps
             the level, and only scales down a clip that exceeds full scale.
+        hop_s: From the beginning of a clip to that of the next one of the same recording; None:
+            ``clip_s``, so that they neither overlap nor leave gaps.
+        whole: Reject a recording that was cut off, also where the decoder does not mind.
     """
 
     sample_rate_hz: int = 16000
@@ -45,40 +46,16 @@ class Recipe:
     min_s: float = 0.1
     trim_db: float | None = None
     level_rms: float | None = None
+    hop_s: float | None = None
+    whole: bool = False
 
     def digest(self) -> str:
         """Identifies the settings in the index: other settings, other clips."""
-        return hashlib.blake2b(
-            repr(sorted(asdict(self).items())).encode(), digest_size=8
-        ).hexdigest()
-
-
-@dataclass(frozen=True)
-class Item:
-    """A recording to convert.
-
-    Attributes:
-        name: Unique among the items; the clips are named after it.
-        data: A file, or the bytes of one, in any format that libsndfile reads.
-        folder: Folder below ``flac/`` for its clips.
-    """
-
-    name: str
-    data: Path | bytes
-    folder: str = ""
-
-    def signature(self) -> str:
-        """Changes when the recording changes: size and time of a file, or a hash of the bytes.
-
-        Raises:
-            OSError: The file cannot be found, or is not a regular file.
-        """
-        if isinstance(self.data, bytes):
-            return hashlib.blake2b(self.data, digest_size=8).hexdigest()
-        status = self.data.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise OSError(errno.EINVAL, "not a regular file")
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        settings = asdict(self)
+        for name in ("hop_s", "whole"):  # unset, they leave the clips of older data sets valid
+            if not settings[name]:
+                del settings[name]
+        return hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,10 +79,6 @@ class Clip:
     num_bytes: int
 
 
-class UnusableError(Exception):
-    """A recording cannot be used; the message is the reason."""
-
-
 def name_hash(name: str) -> str:
     """Hash of a name as 32 hexadecimal digits, the same on every machine."""
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
@@ -116,50 +89,22 @@ def share_of(name: str) -> float:
     return int(name_hash(name)[:13], 16) / 16**13
 
 
-def clip_stem(name: str) -> str:
-    """A file name in plain ASCII for an item: readable, and unique through a hash of the name."""
-    plain = re.sub(r"[^A-Za-z0-9.@+-]+", "_", name)[-80:].strip("_.-")
+def clip_stem(name: str, longest: int = 80) -> str:
+    """A file name in plain ASCII for an item: readable, and unique through a hash of the name.
+
+    Args:
+        name: Of the item.
+        longest: Characters of the name that are kept, the last ones; the hash adds 11.
+    """
+    plain = re.sub(r"[^A-Za-z0-9.@+-]+", "_", name)[-longest:].strip("_.-")
     return f"{plain}_{name_hash(name)[:10]}"
 
 
-def read_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
-    """Decodes a recording to mono, block by block.
-
-    Args:
-        item: The recording.
-
-    Yields:
-        ([S] float32 samples, sample rate in Hz).
-
-    Raises:
-        UnusableError: It cannot be decoded to its end, or holds NaN or infinite samples. (A WAV
-            or Ogg file that was cut off is not an error to libsndfile: what is there counts.)
-    """
-    source = io.BytesIO(item.data) if isinstance(item.data, bytes) else os.fspath(item.data)
-    try:
-        if isinstance(source, str):
-            open(source, "rb").close()  # libsndfile calls all that can go wrong a system error
-        with soundfile.SoundFile(source) as sound:
-            if not LOWEST_HZ <= sound.samplerate <= HIGHEST_HZ:
-                raise UnusableError(f"states a sample rate of {sound.samplerate} Hz")
-            block_frames = max(1, BLOCK_SAMPLES // sound.channels)
-            while len(block := sound.read(block_frames, dtype="float32", always_2d=True)):
-                mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-                if not np.isfinite(mono).all():
-                    raise UnusableError("holds NaN or infinite samples")
-                yield mono, sound.samplerate
-    except soundfile.LibsndfileError as error:
-        raise UnusableError(f"cannot be decoded: {error.error_string.rstrip('.')}") from error
-    except OSError as error:
-        raise UnusableError(f"cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an absurd header
-        raise UnusableError(f"cannot be decoded: {error}") from error
-
-
-def resampled(item: Item, rate_hz: int) -> Iterator[np.ndarray]:
-    """Blocks of [S] float32 samples at ``rate_hz``; see :func:`read_blocks` for what is raised."""
+def resampled(item: Item, recipe: Recipe) -> Iterator[np.ndarray]:
+    """Blocks of [S] float32 samples at the recipe's rate; raises as :func:`read_blocks` does."""
+    rate_hz = recipe.sample_rate_hz
     resampler: soxr.ResampleStream | None = None
-    for block, source_hz in read_blocks(item):
+    for block, source_hz in read_blocks(item, whole=recipe.whole):
         if source_hz == rate_hz:
             yield block
             continue
@@ -170,19 +115,38 @@ def resampled(item: Item, rate_hz: int) -> Iterator[np.ndarray]:
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def windows(blocks: Iterator[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
-    """Regroups blocks into windows of ``num_samples``; the last one is what is left."""
+def windows(
+    blocks: Iterator[np.ndarray], num_samples: int, hop: int | None = None
+) -> Iterator[np.ndarray]:
+    """Regroups blocks into windows.
+
+    Args:
+        blocks: [S] each.
+        num_samples: Length of a window.
+        hop: From the beginning of a window to that of the next; as long as a window by default.
+
+    Yields:
+        [num_samples] each; and at the end a shorter one, if samples are left that were in none.
+    """
+    hop = hop or num_samples
     pending: list[np.ndarray] = []
-    held = 0
+    held = 0  # samples from the next window's beginning on; negative: still to be left out
+    seen = 0  # of those, how many were in an earlier window
     for block in blocks:
-        pending.append(block)
+        left_out = min(len(block), max(0, -held))
         held += len(block)
+        pending.append(block[left_out:])
+        if held < num_samples:
+            continue
+        joined = np.concatenate(pending)
+        start = 0
         while held >= num_samples:
-            joined = np.concatenate(pending)
-            yield joined[:num_samples]
-            pending = [joined[num_samples:]]
-            held = len(pending[0])
-    if held:
+            yield joined[start : start + num_samples]
+            start += hop
+            held -= hop
+        seen = max(0, num_samples - hop)
+        pending = [joined[start:]]
+    if held > seen:
         yield np.concatenate(pending)
 
 
@@ -217,6 +181,48 @@ def polished(samples: np.ndarray, recipe: Recipe) -> np.ndarray:
     return np.rint(samples * np.float32(gain * FULL_SCALE)).astype(np.int16)
 
 
+def encode(samples: np.ndarray, rate_hz: int, codec: Codec = "flac") -> memoryview:
+    """A FLAC or WAV file of [S] int16 samples, in memory."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate_hz, format=codec.upper(), subtype="PCM_16")
+    return buffer.getbuffer()
+
+
+def sample_digest(samples: np.ndarray) -> str:
+    """Hash of [S] int16 samples, to find exact duplicates."""
+    return hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest()
+
+
+def cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarray]]:
+    """Decodes a recording once, from its beginning to its end, and cuts it into clips.
+
+    Args:
+        item: The recording.
+        recipe: The settings.
+
+    Yields:
+        (number of the part, from 0; [S] int16 samples).
+
+    Raises:
+        UnusableError: Nothing of the recording can be used, or it breaks off with an error; then
+            what was yielded before must not be used either.
+    """
+    unusable: UnusableError | None = None
+    some = False
+    num_samples = round(recipe.clip_s * recipe.sample_rate_hz)
+    hop = None if recipe.hop_s is None else round(recipe.hop_s * recipe.sample_rate_hz)
+    for part, window in enumerate(windows(resampled(item, recipe), num_samples, hop)):
+        try:
+            samples = polished(window, recipe)
+        except UnusableError as error:  # a pause, or the short rest: the other parts are fine
+            unusable = unusable or error
+            continue
+        some = True
+        yield part, samples
+    if not some:
+        raise unusable or UnusableError("holds no samples")
+
+
 def write_flac(path: Path, samples: np.ndarray, rate_hz: int) -> int:
     """Writes a FLAC file in one move: it is there in full or not at all.
 
@@ -231,12 +237,11 @@ def write_flac(path: Path, samples: np.ndarray, rate_hz: int) -> int:
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate_hz, format="FLAC", subtype="PCM_16")
+    data = encode(samples, rate_hz)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(buffer.getbuffer())
+    temporary.write_bytes(data)
     os.replace(temporary, path)
-    return buffer.getbuffer().nbytes
+    return data.nbytes
 
 
 def convert(item: Item, out: Path, recipe: Recipe) -> list[Clip]:
@@ -256,17 +261,9 @@ def convert(item: Item, out: Path, recipe: Recipe) -> list[Clip]:
         OSError: A clip cannot be written.
     """
     clips: list[Clip] = []
-    unusable: UnusableError | None = None
     stem = "/".join(filter(None, ("flac", item.folder, clip_stem(item.name))))
-    blocks = resampled(item, recipe.sample_rate_hz)
-    num_samples = round(recipe.clip_s * recipe.sample_rate_hz)
     try:
-        for part, window in enumerate(windows(blocks, num_samples)):
-            try:
-                samples = polished(window, recipe)
-            except UnusableError as error:  # a pause, or the short rest: the other parts are fine
-                unusable = unusable or error
-                continue
+        for part, samples in cut(item, recipe):
             file = f"{stem}-{part:05d}.flac" if part else f"{stem}.flac"
             clips.append(
                 Clip(
@@ -274,12 +271,10 @@ def convert(item: Item, out: Path, recipe: Recipe) -> list[Clip]:
                     name=item.name,
                     part=part,
                     duration_s=round(len(samples) / recipe.sample_rate_hz, 4),
-                    digest=hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest(),
+                    digest=sample_digest(samples),
                     num_bytes=write_flac(out / file, samples, recipe.sample_rate_hz),
                 )
             )
-        if not clips:
-            raise unusable or UnusableError("holds no samples")
     except UnusableError:
         for clip in clips:
             (out / clip.file).unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssast.pipelines.batch import DataError
-from ssast.pipelines.convert import Clip, Item, Recipe, name_hash
+from ssast.pipelines.convert import Clip, Recipe, name_hash
+from ssast.pipelines.decode import Item
 from ssast.pipelines.manifest import (
     AUDIO_SUFFIXES,
     audio_files,

@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssast.pipelines.batch import DataError
-from ssast.pipelines.convert import Clip, Item, Recipe, UnusableError, convert
+from ssast.pipelines.convert import Clip, Recipe, convert
+from ssast.pipelines.decode import Item, UnusableError
 
 AHEAD = 8  # recordings in flight per thread
 

@@ -15,7 +15,8 @@ import pytest
 import soundfile
 
 from ssast.pipelines.batch import DataError
-from ssast.pipelines.convert import Clip, Item, Recipe, UnusableError, clip_stem, convert
+from ssast.pipelines.convert import Clip, Recipe, clip_stem, convert
+from ssast.pipelines.decode import Item, UnusableError
 from ssast.pipelines.prepare import Report, exclusive, prepare
 from ssast.pipelines.publish import split, without_duplicates
 
@@ -281,7 +282,8 @@ PROGRAM = textwrap.dedent(
     """
     import os, signal, sys, time
     from pathlib import Path
-    from ssast.pipelines.convert import Item, Recipe
+    from ssast.pipelines.convert import Recipe
+    from ssast.pipelines.decode import Item
     from ssast.pipelines.prepare import exclusive, prepare
 
     def run(source, out):
