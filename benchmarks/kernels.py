@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton.testing
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.profiler import ProfilerActivity, profile
 
 from ssast.benchmarks.operations import PROBLEMS, SIZELESS, Outputs, Problem, Shape
@@ -195,10 +196,16 @@ def time_problem(
 ) -> Iterator[Timing]:
     """All providers, forward and, where there are gradients, forward with backward."""
     providers = dict(problem.providers)
+    leaves = [x.detach().requires_grad_() for x in problem.leaves]
     if compiled and problem.comparable:
         torch._dynamo.reset()
-        providers["torch.compile"] = torch.compile(providers["eager"], dynamic=False)
-    leaves = [x.detach().requires_grad_() for x in problem.leaves]
+        fused = torch.compile(providers["eager"], dynamic=False)
+        try:
+            _run(fused, leaves, backward=False)
+            providers["torch.compile"] = fused
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"{problem.operation}: torch.compile is left out: {reason}", file=sys.stderr)
     phases: list[tuple[str, Work]] = [("forward", problem.forward)]
     if problem.backward is not None:
         both = (a + b for a, b in zip(problem.forward, problem.backward, strict=True))

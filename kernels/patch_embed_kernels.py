@@ -422,11 +422,12 @@ def backward(
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
     rows, width = 4, _width(D, 256)
+    clips = 8 if grad.element_size() == 4 else 4
     parts = triton.cdiv(L, rows)
     token_parts = grad.new_empty(2, parts, D, dtype=torch.float32)
     _token_grad_kernel[(parts, triton.cdiv(D, width))](
         grad, is_masked, dpos, token_parts, B,
-        D=D, N=N, EXTRA=L - N, CLIPS=8, ROWS=rows, WIDTH=width, num_warps=4,
+        D=D, N=N, EXTRA=L - N, CLIPS=clips, ROWS=rows, WIDTH=width, num_warps=4,
     )  # fmt: skip
     _sum_kernel[(2 * triton.cdiv(D, 128) + triton.cdiv(D * P, 128),)](
         weight_parts, token_parts, dweight, dbias, dmask_embed, splits, parts,
