@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssast.engine.cli_data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.config import CONFIGS, ConfigError
 
 DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram patch modelling."
 EXAMPLES = """examples:
   ssast demo                                  fetch real recordings, pretrain, show the results
   ssast data demo                             only fetch the recordings
+  ssast data prepare /my/recordings data/mine
   ssast data manifests esc50 /my/ESC-50-master --out data/esc50
   ssast pretrain demo                         only pretrain on them
   ssast pretrain base_patch data.train=/my/recordings train.steps=10000
@@ -21,7 +23,6 @@ EXAMPLES = """examples:
   ssast probe runs/demo --tasks data/demo/tasks
   ssast visualize runs/demo
 """
-PACKAGE_CACHE = Path("~/.cache/ssast/packages")
 # Exit status: 2 for what the user can mend; 128 + n after signal n, as shells have it.
 USER_ERROR = 2
 
@@ -92,36 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clips", type=int, default=4, help="how many held-out clips (4)")
     command.set_defaults(run=_visualize)
 
-    data = commands.add_parser("data", help="get and prepare audio")
-    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    command = kinds.add_parser("demo", help="16 kHz clips, a held-out split and labelled tasks")
-    command.add_argument(
-        "--source", type=Path, metavar="DIR", help="a folder of your own audio instead"
-    )
-    command.add_argument(
-        "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="(data/demo)"
-    )
-    command.add_argument(
-        "--cache", type=Path, default=PACKAGE_CACHE, metavar="DIR", help=f"default: {PACKAGE_CACHE}"
-    )
-    command.set_defaults(run=_data_demo)
-
-    command = kinds.add_parser(
-        "manifests",
-        help="manifests of a known data set from your own copy",
-        description="Write the official splits, labels and sampling weights of a data set on disk.",
-    )
-    command.add_argument(
-        "name",
-        metavar="NAME",
-        help="audioset, librispeech, esc50, speechcommands_v1, speechcommands_v2, voxceleb1, "
-        "iemocap or fsd50k",
-    )
-    command.add_argument("source", type=Path, metavar="SRC", help="the folder of your copy")
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets SPLIT.json, labels.csv, ..."
-    )
-    command.set_defaults(run=_data_manifests)
+    add_data_commands(commands)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
     command.add_argument("what", choices=("kernels", "step", "data"))
@@ -158,24 +130,6 @@ def _visualize(options: argparse.Namespace) -> int:
     from ssast.engine.visualize import visualize
 
     for path in visualize(options.run_folder, num_clips=options.clips):
-        print(path)
-    return 0
-
-
-def _data_demo(options: argparse.Namespace) -> int:
-    from ssast.pipelines.corpora import fetch_demo, prepare_folder
-
-    if options.source is not None:
-        prepare_folder(options.source, options.out)
-    else:
-        fetch_demo(options.out, options.cache.expanduser())
-    return 0
-
-
-def _data_manifests(options: argparse.Namespace) -> int:
-    from ssast.pipelines.datasets import write_dataset
-
-    for path in write_dataset(options.name, options.source, options.out, print):
         print(path)
     return 0
 

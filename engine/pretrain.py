@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ssast.engine.optim import Plateau, build_optimizer
 from ssast.engine.visualize import draw_curves
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.pipelines.dali import AudioStream
+from ssast.pipelines.shards import ClipPaths, ShardIndex
 
 
 def pretrain(config: Config, *, resume: bool = False) -> int:
@@ -79,7 +79,7 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         progress = _restore(engine, found)
 
     def stream(
-        paths: Sequence[str], split: str, start: int = 0, epochs: int | None = None
+        paths: ClipPaths, split: str, start: int = 0, epochs: int | None = None
     ) -> AudioStream:
         return AudioStream(
             paths,
@@ -252,9 +252,11 @@ def _restore(engine: TrainEngine, path: Path) -> Progress:
     return Progress(**meta["progress"], plateau=plateau)
 
 
-def _fingerprint(paths: Sequence[str]) -> dict[str, int | str]:
+def _fingerprint(paths: ClipPaths) -> dict[str, int | str]:
+    if isinstance(paths, ShardIndex):
+        return {"count": len(paths), "sha256": paths.fingerprint()}
     # Of the names alone: a data set may move to another folder.
-    names = "\n".join(os.path.basename(path) for path in paths)
+    names = "\n".join(os.path.basename(str(path)) for path in paths)
     return {"count": len(paths), "sha256": hashlib.sha256(names.encode()).hexdigest()}
 
 

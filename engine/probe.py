@@ -26,6 +26,7 @@ from ssast.engine.pretrained import load_pretrained
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
+from ssast.pipelines.shards import ClipPath, ClipPaths
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
 
 @torch.no_grad()
 def features(
-    encoder: SpectrogramTransformer, paths: Sequence[str], config: Config, device: torch.device
-) -> dict[str, np.ndarray]:
+    encoder: SpectrogramTransformer, paths: ClipPaths, config: Config, device: torch.device
+) -> dict[ClipPath, np.ndarray]:
     """Mean of the patch tokens that hold sound, [D], of each clip that can be read, by path."""
     encoder, found = encoder.to(device), {}
     with AudioStream(
@@ -95,7 +96,7 @@ def probe(
     """
     labels = {task: [_labels(path) for path in pair] for task, pair in tasks.items()}
     # Tasks share clips: each is encoded once.
-    paths = sorted({path for pair in labels.values() for part in pair for path in part})
+    paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
     scores = []
     for weights, encoder in encoders.items():
         vectors = features(encoder, paths, config, device)
@@ -165,7 +166,7 @@ def format_scores(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _labels(path: Path) -> dict[str, str]:
+def _labels(path: Path) -> dict[ClipPath, str]:
     """The one label of each clip of a manifest, by path."""
     manifest = read_manifest(path)
     if manifest.labels is None:
@@ -177,7 +178,7 @@ def _labels(path: Path) -> dict[str, str]:
 
 
 def _arrays(
-    labels: dict[str, str], vectors: dict[str, np.ndarray], path: Path
+    labels: dict[ClipPath, str], vectors: dict[ClipPath, np.ndarray], path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     clips = [clip for clip in labels if clip in vectors]
     if not clips:

@@ -38,7 +38,7 @@ def visualize(run: Path, num_clips: int = 4) -> list[Path]:
         chosen, spec, batch_size=len(chosen), epochs=1, device=device, max_rejected=1.0
     ) as batches:
         batch = next(batches)
-    titles = [Path(path).name for path in chosen]
+    titles = [Path(str(path)).name for path in chosen]
     pictures = [draw_curves(run)]
     if config.objective.kind != "discriminative":
         pictures.append(draw_reconstructions(model, batch, run / "reconstructions.png", titles))

@@ -6,12 +6,12 @@ to mono, resampled with soxr (DALI resamples without an anti-alias filter) and h
 WAV. Of a long recording only the part that the filterbank looks at is decoded.
 """
 
+import io
 import math
 import os
 import stat
 import struct
 import time
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -21,6 +21,7 @@ from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.decode import PASSING, STREAMED
 from ssast.pipelines.headers import HEAD, wav_header
+from ssast.pipelines.shards import ClipPath, ShardClip
 
 LOUDEST = 1e9  # full scale is 1; a float file beyond this is no sound (and its power overflows)
 RATES_HZ = (1000, 1_000_000)
@@ -80,11 +81,11 @@ def plain_samples(data: bytes, size: int, spec: FbankSpec) -> int | None:
     return samples if 0 < samples <= 4 * max(spec.num_samples, spec.sample_rate_hz) else None
 
 
-def decode(file: int | str, spec: FbankSpec) -> np.ndarray:
+def decode(file: int | str | io.BytesIO, spec: FbankSpec) -> np.ndarray:
     """Decode with libsndfile: mono, at the wanted rate, the part that the filterbank looks at.
 
     Args:
-        file: An open file descriptor, which stays open, or a path.
+        file: An open file descriptor, which stays open, a path, or a file in memory.
         spec: Filterbank settings.
 
     Returns:
@@ -122,11 +123,11 @@ def _last_part(error: soundfile.SoundFileError) -> str:
     return " ".join(text.split()).rstrip(".")
 
 
-def read_clip(path: str | Path, spec: FbankSpec, *, trust: bool = True) -> np.ndarray:
+def read_clip(path: ClipPath, spec: FbankSpec, *, trust: bool = True) -> np.ndarray:
     """The bytes of a clip, ready for DALI.
 
     Args:
-        path: An audio file.
+        path: An audio file, or a clip in a shard.
         spec: Filterbank settings.
         trust: Hand on what looks well as it is; False: decode it here to be sure.
 
@@ -138,7 +139,7 @@ def read_clip(path: str | Path, spec: FbankSpec, *, trust: bool = True) -> np.nd
     """
     for pause_s in (*PAUSES_S, None):
         try:
-            return _read(os.fspath(path), spec, trust)
+            return _read(path, spec, trust)
         except OSError as error:
             if pause_s is None or error.errno not in PASSING:
                 raise DataError(error.strerror or str(error)) from error
@@ -146,7 +147,10 @@ def read_clip(path: str | Path, spec: FbankSpec, *, trust: bool = True) -> np.nd
     raise AssertionError("the last attempt returns or raises")
 
 
-def _read(path: str, spec: FbankSpec, trust: bool) -> np.ndarray:
+def _read(path: ClipPath, spec: FbankSpec, trust: bool) -> np.ndarray:
+    if isinstance(path, ShardClip):
+        data = path.read()
+        return _checked(data, len(data), io.BytesIO(data), spec, trust)
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise DataError("not a regular file")
     with open(path, "rb", buffering=0) as file:
@@ -155,12 +159,19 @@ def _read(path: str, spec: FbankSpec, trust: bool) -> np.ndarray:
             raise DataError("empty file")
         # All of it if it is as short as a clip is, with 32 bit samples and a long header.
         data = file.readall() if size <= 4 * spec.num_samples + HEAD else file.read(HEAD)
-        num_samples = plain_samples(data, size, spec)
-        if num_samples is None or len(data) < size or not trust:
-            file.seek(0)
-            decoded = decode(file.fileno(), spec)
-            num_samples = len(decoded)
-            data = b""
+        file.seek(0)
+        return _checked(data, size, file.fileno(), spec, trust)
+
+
+def _checked(
+    data: bytes, size: int, file: int | io.BytesIO, spec: FbankSpec, trust: bool
+) -> np.ndarray:
+    """The file, of which ``data`` is the first part, or what it decodes to; see `read_clip`."""
+    num_samples = plain_samples(data, size, spec)
+    if num_samples is None or len(data) < size or not trust:
+        decoded = decode(file, spec)
+        num_samples = len(decoded)
+        data = b""
     if num_samples < spec.window:
         raise DataError(f"too short: {num_samples} samples, one window is {spec.window}")
     return np.frombuffer(data, np.uint8) if data else wav_bytes(decoded, spec.sample_rate_hz)

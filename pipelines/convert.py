@@ -6,12 +6,13 @@ block by block, like the decoding, and like that it lets other threads work.
 
 import hashlib
 import io
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import soundfile
@@ -100,11 +101,10 @@ def clip_stem(name: str, longest: int = 80) -> str:
     return f"{plain}_{name_hash(name)[:10]}"
 
 
-def resampled(item: Item, recipe: Recipe) -> Iterator[np.ndarray]:
-    """Blocks of [S] float32 samples at the recipe's rate; raises as :func:`read_blocks` does."""
-    rate_hz = recipe.sample_rate_hz
+def resampled(blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int) -> Iterator[np.ndarray]:
+    """Blocks of [S] float32 samples at ``rate_hz``, of blocks at the recording's own rate."""
     resampler: soxr.ResampleStream | None = None
-    for block, source_hz in read_blocks(item, whole=recipe.whole):
+    for block, source_hz in blocks:
         if source_hz == rate_hz:
             yield block
             continue
@@ -193,32 +193,44 @@ def sample_digest(samples: np.ndarray) -> str:
     return hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest()
 
 
-def cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarray]]:
+class Part(NamedTuple):
+    """A clip of a recording, not yet encoded.
+
+    Attributes:
+        number: Which one, from 0.
+        samples: [S] int16 at the recipe's rate.
+        source_hz: Rate of the recording.
+    """
+
+    number: int
+    samples: np.ndarray
+    source_hz: int
+
+
+def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
     """Decodes a recording once, from its beginning to its end, and cuts it into clips.
-
-    Args:
-        item: The recording.
-        recipe: The settings.
-
-    Yields:
-        (number of the part, from 0; [S] int16 samples).
 
     Raises:
         UnusableError: Nothing of the recording can be used, or it breaks off with an error; then
             what was yielded before must not be used either.
     """
+    blocks = read_blocks(item, whole=recipe.whole)
+    first = next(blocks, None)
+    if first is None:
+        raise UnusableError("holds no samples")
     unusable: UnusableError | None = None
     some = False
     num_samples = round(recipe.clip_s * recipe.sample_rate_hz)
     hop = None if recipe.hop_s is None else round(recipe.hop_s * recipe.sample_rate_hz)
-    for part, window in enumerate(windows(resampled(item, recipe), num_samples, hop)):
+    sound = resampled(itertools.chain([first], blocks), recipe.sample_rate_hz)
+    for number, window in enumerate(windows(sound, num_samples, hop)):
         try:
             samples = polished(window, recipe)
         except UnusableError as error:  # a pause, or the short rest: the other parts are fine
             unusable = unusable or error
             continue
         some = True
-        yield part, samples
+        yield Part(number, samples, first[1])
     if not some:
         raise unusable or UnusableError("holds no samples")
 
@@ -263,7 +275,7 @@ def convert(item: Item, out: Path, recipe: Recipe) -> list[Clip]:
     clips: list[Clip] = []
     stem = "/".join(filter(None, ("flac", item.folder, clip_stem(item.name))))
     try:
-        for part, samples in cut(item, recipe):
+        for part, samples, _ in cut(item, recipe):
             file = f"{stem}-{part:05d}.flac" if part else f"{stem}.flac"
             clips.append(
                 Clip(

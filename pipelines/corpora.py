@@ -237,7 +237,7 @@ def prepare_folder(
         base = os.path.abspath(source)
     else:
         manifest = read_manifest(source)
-        paths, labels = manifest.paths, manifest.labels
+        paths, labels = [str(path) for path in manifest.paths], manifest.labels
         base = os.path.abspath(source.parent)
     names = [os.path.relpath(path, base) for path in paths]
     items = [

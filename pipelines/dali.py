@@ -1,8 +1,7 @@
 """A stream of filterbank batches from audio files: DALI decodes, bad files do not stop it."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.graph import PREFETCH, FbankThreads, build_pipeline
+from ssast.pipelines.shards import ClipPaths
 from ssast.pipelines.source import ClipSource
 
 __all__ = ["AudioStream", "build_pipeline"]
@@ -35,7 +35,7 @@ class AudioStream:
     row of silence with ``valid`` False.
 
     Args:
-        paths: The manifest, one audio file a clip.
+        paths: The clips of the manifest.
         spec: Filterbank settings.
         batch_size: B, clips per batch of this rank.
         seed: Of the order of the clips.
@@ -61,7 +61,7 @@ class AudioStream:
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: ClipPaths,
         spec: FbankSpec,
         *,
         batch_size: int,
@@ -258,7 +258,7 @@ class AudioStream:
 
 
 def _check(
-    paths: Sequence[str | Path],
+    paths: ClipPaths,
     batch_size: int,
     seed: int,
     rank: int,

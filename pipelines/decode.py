@@ -47,7 +47,7 @@ FFMPEG_SUFFIXES = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A file inside a plain archive.
 
@@ -62,7 +62,7 @@ class Span:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A recording to convert.
 
@@ -115,11 +115,12 @@ class SpanFile(io.RawIOBase):
         self.error: OSError | None = None
         self.descriptor = os.open(span.path, os.O_RDONLY)
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fills the buffer as far as the file goes; returns the bytes read."""
         wanted = min(len(buffer), max(0, self.span.size - self.place))
+        part = memoryview(buffer)[:wanted]
         try:
-            done = os.preadv(self.descriptor, [buffer[:wanted]], self.span.offset + self.place)
+            done = os.preadv(self.descriptor, [part], self.span.offset + self.place)
         except OSError as error:
             self.error = error
             return 0
@@ -236,7 +237,7 @@ def sndfile_blocks(item: Item, whole: bool) -> Iterator[tuple[np.ndarray, int]]:
 
 def opened(
     item: Item, stack: contextlib.ExitStack, whole: bool
-) -> tuple[str | IO[bytes], SpanFile | None, bytes]:
+) -> tuple[bytes | IO[bytes], SpanFile | None, bytes]:
     """What libsndfile shall read, the part of an archive behind it, and its first bytes.
 
     The part is None if there is no archive, and no bytes are given if it need not be whole.
@@ -262,7 +263,19 @@ def opened(
         file.seek(max(0, size - OGG_PAGE))
         check_whole(head, file.read(), size)
         file.seek(0)
-    return (os.fspath(item.data) if isinstance(item.data, Path) else file), span, head
+    # As bytes: a name need not be valid text.
+    return (os.fsencode(item.data) if isinstance(item.data, Path) else file), span, head
+
+
+def length_s(item: Item) -> float | None:
+    """Length of a recording in seconds, as its header says; None if libsndfile cannot read it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            source, _, _ = opened(item, stack, False)
+            with soundfile.SoundFile(source) as sound:
+                return sound.frames / sound.samplerate
+        except (RuntimeError, ValueError, OSError, ArithmeticError):
+            return None
 
 
 def ffmpeg_installed() -> bool:
@@ -311,10 +324,8 @@ def ffmpeg_blocks(data: Path | Span) -> Iterator[tuple[np.ndarray, int]]:
             if process.wait() or failure:
                 complaints.seek(0)
                 lines = complaints.read().decode(errors="replace").strip().splitlines()
-                why = lines[-1] if lines else failure or f"status {process.returncode}"
-                why = re.sub(
-                    r"\[[^]]*\] *", "", str(why)
-                ).strip()  # names and addresses of its parts
+                why = str(lines[-1] if lines else failure or f"status {process.returncode}")
+                why = re.sub(r"\[[^]]*\] *", "", why).strip()  # names and addresses of its parts
                 raise UnusableError(f"cannot be decoded by ffmpeg: {why}")
         finally:
             process.kill()

@@ -1,6 +1,7 @@
 """The list of clips and their labels: read and write.
 
-Three forms are read: the JSON of the published SSAST code, a CSV with a header, and a folder.
+Four forms are read: the JSON of the published SSAST code, a CSV with a header, a folder of audio
+files, and a folder of prepared shards.
 Whether the audio files exist is not checked here: the pipeline replaces a missing clip and says so.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.pipelines.batch import DataError
+from ssast.pipelines.shards import ClipPaths, ShardIndex, is_prepared, read_labels
 
 AUDIO_SUFFIXES = frozenset(
     f".{kind}"
@@ -30,12 +32,12 @@ class Manifest:
     """Clips and labels.
 
     Attributes:
-        paths: Absolute paths of the audio files.
+        paths: Absolute paths of the audio files, or the index of prepared shards.
         labels: The labels of each clip, or None if the manifest has none.
         source: Where it was read from, for messages.
     """
 
-    paths: tuple[str, ...]
+    paths: ClipPaths
     labels: tuple[tuple[str, ...], ...] | None
     source: str
 
@@ -54,7 +56,8 @@ def read_manifest(path: str | Path) -> Manifest:
               optional, but all entries have them or none;
             - a CSV file with a header that has ``wav`` or ``path``, and perhaps ``label`` or
               ``labels``;
-            - a folder: all audio files in it and below, sorted.
+            - a folder that was prepared: the clips in its shards;
+            - any other folder: all audio files in it and below, sorted.
 
             Relative paths are relative to the manifest's folder.
 
@@ -63,6 +66,9 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     if path.is_dir():
+        if is_prepared(path):
+            index = ShardIndex(path)
+            return Manifest(index, read_labels(path, len(index)), str(path))
         return Manifest(tuple(audio_files(path)), None, str(path))
     readers: dict[str, Callable[[Path], list[tuple[str, dict[str, Any]]]]]
     readers = {".json": json_entries, ".csv": csv_entries}
@@ -159,7 +165,13 @@ def csv_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return entries
 
 
-def audio_files(folder: Path, *, leave_out: Path | None = None) -> list[str]:
+def audio_files(
+    folder: Path,
+    *,
+    leave_out: Path | None = None,
+    suffixes: frozenset[str] = AUDIO_SUFFIXES,
+    on_error: Callable[[OSError], None] | None = None,
+) -> list[str]:
     """Absolute paths of the audio files in a folder and below, sorted.
 
     Hidden files and folders are passed over. Linked folders are followed, each real folder once.
@@ -167,13 +179,16 @@ def audio_files(folder: Path, *, leave_out: Path | None = None) -> list[str]:
     Args:
         folder: Where to look.
         leave_out: A folder that is passed over.
+        suffixes: Endings of the files to look for, in small letters.
+        on_error: Called for a folder that cannot be read; by default it is passed over.
 
     Raises:
         DataError: There are none.
     """
     files: list[str] = []
     visited: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
-    for root, folders, names in os.walk(os.path.abspath(folder), followlinks=True):
+    top = os.path.abspath(folder)
+    for root, folders, names in os.walk(top, onerror=on_error, followlinks=True):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
@@ -183,10 +198,10 @@ def audio_files(folder: Path, *, leave_out: Path | None = None) -> list[str]:
         files += (
             os.path.join(root, name)
             for name in names
-            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
         )
     if not files:
-        kinds = " ".join(sorted(AUDIO_SUFFIXES))
+        kinds = " ".join(sorted(suffixes))
         raise DataError(f"{folder}: no audio files in this folder (looked for {kinds})")
     return sorted(files)
 

@@ -162,7 +162,7 @@ def finished(out: Path, settings: dict) -> Prepared | None:
         clips = {path for manifest in manifests for path in read_manifest(manifest).paths}
     except (OSError, ValueError, KeyError, TypeError, IndexError):  # not finished, or tampered with
         return None
-    if not all(map(os.path.isfile, clips)):
+    if not all(map(os.path.isfile, map(str, clips))):
         return None
     count = report["num_train"] + report["num_valid"]
     return Prepared(out / "train.json", out / "valid.json", tasks, count, report["hours"])

@@ -1,8 +1,7 @@
 """Feeds DALI with the clips' bytes: reads ahead in threads, never raises for a bad file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.clip import read_clip, silence
 from ssast.pipelines.order import clips_at, rank_positions
+from ssast.pipelines.shards import ClipPaths
 
 
 class BatchInfo(Protocol):
@@ -27,7 +27,7 @@ class ClipSource:
     is noted, with the reason, in ``reasons``.
 
     Args:
-        paths: The manifest, one audio file a clip.
+        paths: The clips of the manifest.
         spec: Filterbank settings.
         batch_size: Clips per batch of this rank.
         seed: Of the order of the clips.
@@ -41,7 +41,7 @@ class ClipSource:
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: ClipPaths,
         spec: FbankSpec,
         *,
         batch_size: int,
