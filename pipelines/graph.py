@@ -175,6 +175,33 @@ def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str)
     return dali_math.log(dali_math.max(mel, EPS)) * (sound.gpu() if device == "gpu" else sound)
 
 
+def decoded_clips(
+    source: Callable[..., tuple[list[np.ndarray], list[np.ndarray]]], spec: FbankSpec
+) -> tuple[Node, Node]:
+    """The part of the graph that runs on a CPU in any case.
+
+    Args:
+        source: See :func:`build_pipeline`.
+        spec: Filterbank settings.
+
+    Returns:
+        Waveforms [S] float32, of the part that counts, and labels [3] int64.
+    """
+    encoded, labels = fn.external_source(
+        source=source,
+        num_outputs=2,
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64],
+        ndim=[1, 1],
+    )
+    waveform, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
+    waveform = fn.slice(
+        waveform, 0, spec.num_samples, axes=[0], out_of_bounds_policy="trim_to_shape"
+    )
+    return waveform, labels
+
+
 def build_pipeline(
     source: Callable[..., tuple[list[np.ndarray], list[np.ndarray]]],
     spec: FbankSpec,
@@ -208,18 +235,7 @@ def build_pipeline(
         prefetch_queue_depth=PREFETCH,
     )
     with pipeline:
-        encoded, labels = fn.external_source(
-            source=source,
-            num_outputs=2,
-            batch=True,
-            batch_info=True,
-            dtype=[types.UINT8, types.INT64],
-            ndim=[1, 1],
-        )
-        waveform, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
-        waveform = fn.slice(
-            waveform, 0, spec.num_samples, axes=[0], out_of_bounds_policy="trim_to_shape"
-        )
+        waveform, labels = decoded_clips(source, spec)
         num_samples = waveform.shape(dtype=types.INT32)
         device = "cpu" if device_id is None else "gpu"
         waveform = waveform.gpu() if device == "gpu" else waveform
