@@ -81,12 +81,14 @@ def plain_samples(data: bytes, size: int, spec: FbankSpec) -> int | None:
     return samples if 0 < samples <= 4 * max(spec.num_samples, spec.sample_rate_hz) else None
 
 
-def decode(file: int | str | io.BytesIO, spec: FbankSpec) -> np.ndarray:
+def decode(file: int | str | io.BytesIO, spec: FbankSpec, place: float = 0.0) -> np.ndarray:
     """Decode with libsndfile: mono, at the wanted rate, the part that the filterbank looks at.
 
     Args:
         file: An open file descriptor, which stays open, a path, or a file in memory.
         spec: Filterbank settings.
+        place: Of that part in a longer recording, in [0, 1): 0 is its beginning. What lies before
+            it is not decoded where the format knows how to seek.
 
     Returns:
         [S] float32, S at most ``spec.num_samples``.
@@ -102,13 +104,17 @@ def decode(file: int | str | io.BytesIO, spec: FbankSpec) -> np.ndarray:
             if frames >= STREAMED:
                 raise DataError("written as a stream, without its length: convert it once more")
             same = rate_hz == spec.sample_rate_hz
-            wanted_s = spec.num_samples / spec.sample_rate_hz + (0.0 if same else TAIL_S)
-            wanted = min(frames, math.ceil(wanted_s * rate_hz))
+            needed_s = spec.num_samples / spec.sample_rate_hz
+            start = int(place * (max(0, frames - math.ceil(needed_s * rate_hz)) + 1))
+            wanted = math.ceil((needed_s + (0.0 if same else TAIL_S)) * rate_hz)
+            wanted = min(frames - start, wanted)
+            if start:
+                sound.seek(start)
             samples = sound.read(wanted, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise DataError(f"cannot be decoded: {_last_part(error)}") from error
     if len(samples) < wanted:
-        raise DataError(f"truncated: {len(samples)} of {frames} samples")
+        raise DataError(f"truncated: {start + len(samples)} of {frames} samples")
     samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if len(samples) and not float(np.abs(samples).max()) < LOUDEST:  # true for NaN as well
         raise DataError("holds samples that are NaN, infinite or absurdly large")
@@ -123,13 +129,16 @@ def _last_part(error: soundfile.SoundFileError) -> str:
     return " ".join(text.split()).rstrip(".")
 
 
-def read_clip(path: ClipPath, spec: FbankSpec, *, trust: bool = True) -> np.ndarray:
+def read_clip(
+    path: ClipPath, spec: FbankSpec, *, trust: bool = True, place: float = 0.0
+) -> np.ndarray:
     """The bytes of a clip, ready for DALI.
 
     Args:
         path: An audio file, or a clip in a shard.
         spec: Filterbank settings.
         trust: Hand on what looks well as it is; False: decode it here to be sure.
+        place: Which part of a recording that is longer than ``spec``, see :func:`decode`.
 
     Returns:
         [n] uint8: a mono FLAC or WAV file at the wanted rate, of at least one window of sound.
@@ -139,7 +148,7 @@ def read_clip(path: ClipPath, spec: FbankSpec, *, trust: bool = True) -> np.ndar
     """
     for pause_s in (*PAUSES_S, None):
         try:
-            return _read(path, spec, trust)
+            return _read(path, spec, trust, place)
         except OSError as error:
             if pause_s is None or error.errno not in PASSING:
                 raise DataError(error.strerror or str(error)) from error
@@ -147,10 +156,10 @@ def read_clip(path: ClipPath, spec: FbankSpec, *, trust: bool = True) -> np.ndar
     raise AssertionError("the last attempt returns or raises")
 
 
-def _read(path: ClipPath, spec: FbankSpec, trust: bool) -> np.ndarray:
+def _read(path: ClipPath, spec: FbankSpec, trust: bool, place: float) -> np.ndarray:
     if isinstance(path, ShardClip):
         data = path.read()
-        return _checked(data, len(data), io.BytesIO(data), spec, trust)
+        return _checked(data, len(data), io.BytesIO(data), spec, trust, place)
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise DataError("not a regular file")
     with open(path, "rb", buffering=0) as file:
@@ -160,16 +169,17 @@ def _read(path: ClipPath, spec: FbankSpec, trust: bool) -> np.ndarray:
         # All of it if it is as short as a clip is, with 32 bit samples and a long header.
         data = file.readall() if size <= 4 * spec.num_samples + HEAD else file.read(HEAD)
         file.seek(0)
-        return _checked(data, size, file.fileno(), spec, trust)
+        return _checked(data, size, file.fileno(), spec, trust, place)
 
 
 def _checked(
-    data: bytes, size: int, file: int | io.BytesIO, spec: FbankSpec, trust: bool
+    data: bytes, size: int, file: int | io.BytesIO, spec: FbankSpec, trust: bool, place: float
 ) -> np.ndarray:
     """The file, of which ``data`` is the first part, or what it decodes to; see `read_clip`."""
     num_samples = plain_samples(data, size, spec)
-    if num_samples is None or len(data) < size or not trust:
-        decoded = decode(file, spec)
+    crop = place > 0 and (num_samples or 0) > spec.num_samples
+    if num_samples is None or len(data) < size or not trust or crop:
+        decoded = decode(file, spec, place)
         num_samples = len(decoded)
         data = b""
     if num_samples < spec.window:

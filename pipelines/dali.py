@@ -12,6 +12,7 @@ from torch import Tensor
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.graph import PREFETCH, FbankThreads, build_pipeline
+from ssast.pipelines.order import Weights
 from ssast.pipelines.shards import ClipPaths
 from ssast.pipelines.source import ClipSource
 
@@ -52,6 +53,10 @@ class AudioStream:
             "dali" on a GPU, "torch", which is cheaper there, on a CPU.
         max_rejected: Share of rejected clips above which the stream stops with an error. While
             few clips have been seen, it is taken of the manifest or of 1000 clips.
+        weights: How often each clip of the endless stream comes up, relative to the others; equally
+            often without them.
+        random_crop: Of a recording longer than ``spec``, another part in each epoch, drawn from
+            (seed, clip, epoch), instead of its beginning.
         on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
 
     Raises:
@@ -75,9 +80,15 @@ class AudioStream:
         read_ahead: int = 3,
         fbank: Literal["auto", "torch", "dali"] = "auto",
         max_rejected: float = 0.05,
+        weights: Weights | None = None,
+        random_crop: bool = False,
         on_reject: Callable[[int, str, str], None] | None = None,
     ) -> None:
         _check(paths, batch_size, seed, rank, world_size, start, epochs, num_threads, read_ahead)
+        if weights is not None and (epochs is not None or len(weights) != len(paths)):
+            raise DataError(
+                f"{len(weights)} weights for {len(paths)} clips; they are for the endless stream"
+            )
         if fbank not in ("auto", "torch", "dali"):
             raise DataError(f"fbank is {fbank!r}, it must be auto, torch or dali")
         self.spec, self.batch_size, self.device = spec, batch_size, device
@@ -119,6 +130,8 @@ class AudioStream:
             epochs=epochs,
             num_threads=num_threads,
             read_ahead=read_ahead,
+            weights=weights,
+            random_crop=random_crop,
         )
         self._pipeline = self._build()
 

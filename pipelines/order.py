@@ -4,6 +4,9 @@ The training stream is endless: one seeded permutation of the manifest after ano
 epoch. Position p of the stream is the clip ``permutation(seed, p // n)[p % n]``. A batch may
 straddle two epochs, so no clip is ever left out; and since the stream does not know batches or
 ranks, a run goes on at any position with another batch size or number of ranks.
+
+With weights, an epoch of n clips holds each clip as often as its share of the weights says, rounded
+up or down by chance, in a seeded order.
 """
 
 from functools import lru_cache
@@ -29,17 +32,57 @@ def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
     return order
 
 
-def clips_at(positions: np.ndarray, num_clips: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+class Weights:
+    """How often each clip comes up in an epoch, relative to the others.
+
+    Args:
+        values: [n], finite, 0 or more, not all 0.
+
+    Raises:
+        ValueError: For other values.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        values = np.asarray(values, dtype=np.float64)
+        if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
+            raise ValueError("weights must be finite, 0 or more, and not all 0")
+        self._sums = np.cumsum(values) / values.sum()
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    @lru_cache(maxsize=4)  # noqa: B019  # lives as long as the stream
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The clips of one epoch, [n] int64, read-only.
+
+        Systematic sampling: n equally spaced points, all moved by one random number, fall upon the
+        clips' shares. So a clip of share s comes floor(n s) or ceil(n s) times.
+        """
+        count = len(self._sums)
+        random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
+        points = (np.arange(count) + random.random()) / count
+        ids = np.minimum(np.searchsorted(self._sums, points, side="right"), count - 1)
+        order = random.permutation(ids)
+        order.setflags(write=False)
+        return order
+
+
+def clips_at(
+    positions: np.ndarray, num_clips: int, seed: int, weights: Weights | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The clips at some positions of the training stream.
 
     Args:
         positions: [B] int64, 0 or more.
         num_clips: n, rows of the manifest, at least 1.
         seed: Of the stream, 0 or more.
+        weights: Of the clips; without them each comes once in an epoch.
 
     Returns:
         clip_ids: [B] int64, rows of the manifest.
-        epochs: [B] int64, the pass over the manifest of each.
+        epochs: [B] int64, the pass over the manifest of each. With weights, a clip may come several
+            times in a pass, and the number of the draw, the position, stands here instead: what
+            is drawn by (clip, epoch) then differs between them.
 
     Raises:
         ValueError: For an empty manifest, a negative position or a negative seed.
@@ -54,8 +97,12 @@ def clips_at(positions: np.ndarray, num_clips: int, seed: int) -> tuple[np.ndarr
     clip_ids = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        clip_ids[here] = permutation(seed, int(epoch), num_clips)[places[here]]
-    return clip_ids, epochs
+        if weights is None:
+            order = permutation(seed, int(epoch), num_clips)
+        else:
+            order = weights.order(seed, int(epoch))
+        clip_ids[here] = order[places[here]]
+    return clip_ids, epochs if weights is None else positions
 
 
 def rank_positions(
@@ -78,3 +125,10 @@ def rank_positions(
     """
     first = start + iteration * batch_size * world_size + rank
     return first + world_size * np.arange(batch_size, dtype=np.int64)
+
+
+def crop_place(seed: int, clip_id: int, epoch: int) -> float:
+    """Where in a long recording the crop of this epoch lies, in [0, 1)."""
+    key = np.array([seed, clip_id], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, epoch], dtype=np.uint64))
+    return float(np.random.Generator(bits).random())

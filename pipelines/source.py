@@ -9,7 +9,7 @@ import numpy as np
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.clip import read_clip, silence
-from ssast.pipelines.order import clips_at, rank_positions
+from ssast.pipelines.order import Weights, clips_at, crop_place, rank_positions
 from ssast.pipelines.shards import ClipPaths
 
 
@@ -37,6 +37,9 @@ class ClipSource:
         epochs: Passes over the manifest in its order; None for the endless shuffled stream.
         num_threads: Threads that read (and convert what needs it).
         read_ahead: Batches to read ahead.
+        weights: Of the clips in the endless stream, see :mod:`ssast.pipelines.order`.
+        random_crop: Of a recording that is longer than ``spec``, take another part in each epoch
+            instead of its beginning.
     """
 
     def __init__(
@@ -52,7 +55,10 @@ class ClipSource:
         epochs: int | None = None,
         num_threads: int = 2,
         read_ahead: int = 3,
+        weights: Weights | None = None,
+        random_crop: bool = False,
     ) -> None:
+        self.weights, self.random_crop = weights, random_crop
         self.paths, self.spec = paths, spec
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.start, self.epochs, self.read_ahead = seed, start, epochs, read_ahead
@@ -79,7 +85,7 @@ class ClipSource:
         )
         count = len(self.paths)
         if self.epochs is None:
-            clip_ids, epochs = clips_at(positions, count, self.seed)
+            clip_ids, epochs = clips_at(positions, count, self.seed, self.weights)
             return clip_ids, epochs, np.ones(len(positions), bool)
         epochs, clip_ids = np.divmod(positions, count)
         return clip_ids, epochs, epochs < self.epochs
@@ -133,21 +139,22 @@ class ClipSource:
         self._ahead.clear()
 
     def _submit(self, iteration: int) -> list["Future[np.ndarray | None]"]:
-        clip_ids, _, present = self.clips(iteration)
+        clip_ids, epochs, present = self.clips(iteration)
         nothing: Future[np.ndarray | None] = Future()
         nothing.set_result(None)
         return [
-            self._threads.submit(self._load, int(clip_id)) if here else nothing
-            for clip_id, here in zip(clip_ids, present, strict=True)
+            self._threads.submit(self._load, int(clip_id), int(epoch)) if here else nothing
+            for clip_id, epoch, here in zip(clip_ids, epochs, present, strict=True)
         ]
 
-    def _load(self, clip_id: int) -> np.ndarray | None:
+    def _load(self, clip_id: int, epoch: int) -> np.ndarray | None:
         """The bytes of a clip; None, and a note, if it cannot be read."""
         if clip_id in self.reasons:
             return None
         trust = not (self._doubt_all or clip_id in self._doubted)
+        place = crop_place(self.seed, clip_id, epoch) if self.random_crop else 0.0
         try:
-            return read_clip(self.paths[clip_id], self.spec, trust=trust)
+            return read_clip(self.paths[clip_id], self.spec, trust=trust, place=place)
         except DataError as error:
             self.reasons[clip_id] = str(error)
             return None

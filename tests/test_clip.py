@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 from pathlib import Path
 
@@ -223,3 +224,40 @@ def test_decode_keeps_the_descriptor_open(tmp_path: Path) -> None:
     with open(write(tmp_path / "a.wav", tone(1000)), "rb") as file:
         assert len(decode(file.fileno(), SPEC)) == 1000
         assert file.read(4) is not None
+
+
+@pytest.mark.parametrize("place", [0.0, 0.25, 0.7, 0.99999])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("long", [False, True])
+def test_a_crop_is_a_part_of_the_whole(
+    tmp_path: Path, suffix: str, place: float, long: bool
+) -> None:
+    """Also of a file that would be handed on as it is, and of one that is read in part."""
+    spec = FbankSpec(num_frames=20)
+    samples = 40 * spec.num_samples if long else spec.num_samples + 700
+    path = write(tmp_path / f"a.{suffix}", tone(samples))
+    whole, _ = soundfile.read(path, dtype="float32")
+    start = int(place * (len(whole) - spec.num_samples + 1))
+    got = samples_of(read_clip(path, spec, place=place))
+    if place == 0:
+        got = got[: spec.num_samples]
+    assert len(got) == spec.num_samples
+    # Vorbis blocks overlap: a decoder that starts in the middle rounds differently.
+    tolerance = 1e-4 if suffix == "ogg" else 0
+    np.testing.assert_allclose(got, whole[start : start + len(got)], rtol=0, atol=tolerance)
+
+
+def test_a_crop_of_a_short_clip_is_the_clip(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.flac", tone(3000))
+    np.testing.assert_array_equal(read_clip(path, SPEC, place=0.9), read_clip(path, SPEC))
+
+
+def test_a_crop_is_resampled_like_the_whole(tmp_path: Path) -> None:
+    spec = FbankSpec(num_frames=20)
+    path = write(tmp_path / "a.wav", tone(44100, rate_hz=44100), 44100)
+    got = samples_of(read_clip(path, spec, place=0.5))
+    assert len(got) == spec.num_samples
+    whole, _ = soundfile.read(path, dtype="float32")
+    start = int(0.5 * (44100 - math.ceil(spec.num_samples / 16000 * 44100) + 1))
+    want = soxr.resample(whole[start:], 44100, 16000, quality="HQ")[: spec.num_samples]
+    np.testing.assert_allclose(got[50:], want[50:], atol=1e-4)  # but for the edge

@@ -20,7 +20,7 @@ from ssast.kernels.fbank import FbankSpec, fbank, fbank_reference, num_frames
 from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.dali import MAX_RECOVERIES, AudioStream, build_pipeline
 from ssast.pipelines.graph import FbankThreads, mel_gains
-from ssast.pipelines.order import clips_at
+from ssast.pipelines.order import Weights, clips_at
 from ssast.pipelines.source import ClipSource
 
 CPU = torch.device("cpu")
@@ -346,6 +346,25 @@ def test_resume_after_a_torn_file_is_bit_identical(tmp_path: Path) -> None:
     batches = take(clips, 9, max_rejected=0.5)
     for done in (1, 3, 5):
         assert same(take(clips, 9 - done, start=4 * done, max_rejected=0.5), batches[done:])
+
+
+def test_crops_and_weights_of_a_stream(tmp_path: Path) -> None:
+    """Another part of a long recording in each epoch; the same after a resume, for any batches."""
+    clips = write_clips(tmp_path, 6, samples=30000)
+    settings = {"spec": FbankSpec(num_frames=40), "random_crop": True}
+    got = rows(take(clips, 12, batch_size=3, **settings))
+    by_clip = [got["fbank"][got["clip_ids"] == clip] for clip in range(6)]
+    assert all(len(seen) == 6 and not torch.equal(seen[0], seen[1]) for seen in by_clip)
+    again = rows(take(clips, 5, batch_size=6, start=6, **settings))
+    assert torch.equal(again["fbank"], got["fbank"][6:36])
+    weights = Weights(np.array([0.0, 1, 1, 1, 1, 2]))
+    got = rows(take(clips, 12, batch_size=3, weights=weights, **settings))
+    counts = torch.bincount(got["clip_ids"], minlength=6)
+    assert counts.tolist() == [0, 6, 6, 6, 6, 12] and got["epochs"].tolist() == list(range(36))
+    again = rows(take(clips, 5, batch_size=6, start=6, weights=weights, **settings))
+    assert torch.equal(again["fbank"], got["fbank"][6:36])
+    with pytest.raises(DataError, match="2 weights for 6 clips"):
+        take(clips, 1, weights=Weights(np.ones(2)))
 
 
 def test_too_many_rejected_clips(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssast.pipelines.order import clips_at, permutation, rank_positions
+from ssast.pipelines.order import Weights, clips_at, crop_place, permutation, rank_positions
 
 
 @settings(max_examples=50, deadline=None)
@@ -79,3 +79,43 @@ def test_uniform() -> None:
 def test_wrong_arguments(positions: list[int], num_clips: int, seed: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clips_at(np.array(positions), num_clips, seed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    weights=st.lists(st.floats(0, 100), min_size=1, max_size=40).filter(lambda w: sum(w) > 1e-3),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 1000),
+)
+def test_a_weighted_epoch_holds_each_clip_as_its_share_says(
+    weights: list[float], seed: int, epoch: int
+) -> None:
+    count = len(weights)
+    order = Weights(np.array(weights)).order(seed, epoch)
+    often = np.bincount(order, minlength=count)
+    share = count * np.array(weights) / sum(weights)
+    assert len(order) == count and (np.abs(often - share) < 1 + 1e-6).all()
+
+
+def test_a_weighted_stream_is_a_function_of_seed_and_position() -> None:
+    weights = Weights(np.array([0.0, 1.0, 5.0, 2.0]))
+    ids, draws = clips_at(np.arange(4000), 4, 7, weights)
+    np.testing.assert_allclose(np.bincount(ids) / 4000, [0, 1 / 8, 5 / 8, 2 / 8], atol=0.02)
+    assert draws.tolist() == list(range(4000))
+    some = np.array([3999, 5, 17])
+    assert clips_at(some, 4, 7, weights)[0].tolist() == ids[some].tolist()
+    assert clips_at(np.arange(4000), 4, 8, weights)[0].tolist() != ids.tolist()
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, -1.0], [1.0, np.nan], [np.inf, 1.0]])
+def test_wrong_weights(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite, 0 or more"):
+        Weights(np.array(values))
+
+
+def test_crops_are_spread_evenly_and_repeatable() -> None:
+    places = [crop_place(3, clip, epoch) for clip in range(40) for epoch in range(40)]
+    assert min(places) >= 0 and max(places) < 1 and len(set(places)) == 1600
+    counts = np.histogram(places, bins=10, range=(0, 1))[0]
+    assert (np.abs(counts - 160) < 5 * np.sqrt(160)).all()
+    assert crop_place(3, 5, 7) == places[5 * 40 + 7] != crop_place(4, 5, 7)
