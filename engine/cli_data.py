@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE_CACHE = Path("~/.cache/ssast/packages")
+SHOWN = 10  # problems that are printed
 
 
 def add_data_commands(commands: Any) -> None:
@@ -18,6 +19,7 @@ def add_data_commands(commands: Any) -> None:
     _add_demo(kinds)
     _add_manifests(kinds)
     _add_prepare(kinds)
+    _add_check(kinds)
 
 
 def _add_demo(kinds: Any) -> None:
@@ -85,6 +87,23 @@ def _add_prepare(kinds: Any) -> None:
     command.set_defaults(run=_prepare)
 
 
+def _add_check(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "check",
+        help="decode all of a data set and say what is wrong with it",
+        description="Exit status 1 if anything is wrong.",
+    )
+    command.add_argument(
+        "path", type=Path, metavar="PATH", help="prepared shards, a manifest or a folder"
+    )
+    command.add_argument(
+        "--labels", type=Path, metavar="CSV", help="known labels (labels.csv beside the manifest)"
+    )
+    command.add_argument("--report", type=Path, metavar="FILE", help="all problems, lines of JSON")
+    command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
+    command.set_defaults(run=_check)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from ssast.pipelines.corpora import fetch_demo, prepare_folder
 
@@ -111,3 +130,21 @@ def _prepare(options: argparse.Namespace) -> int:
     packing = Packing(recipe, options.codec, options.shard_mib, options.drop_duplicates)
     prepare_shards(options.source, options.out, packing, jobs=options.jobs)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from ssast.pipelines.check import check_data
+
+    found = check_data(
+        options.path, classes=options.labels, report=options.report, jobs=options.jobs
+    )
+    labels = f", {len(found.labels)} labels" if found.labels else ""
+    print(
+        f"{options.path}: {found.num_clips} clips, {found.seconds / 3600:.2f} h{labels}, "
+        f"{len(found.problems)} problems"
+    )
+    for problem in found.problems[:SHOWN]:
+        print(f"{problem.where}: {problem.problem}")
+    if len(found.problems) > SHOWN:
+        print(f"... and {len(found.problems) - SHOWN} more, see --report")
+    return 1 if found.problems else 0

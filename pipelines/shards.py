@@ -16,6 +16,7 @@ The index is mapped into memory, so millions of clips cost neither time nor memo
 import hashlib
 import json
 import os
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,27 @@ class ShardClip:
         if member_name(data[:BLOCK], self.size) is None or len(data) != BLOCK + self.size:
             raise DataError(f"{self}: the shard was overwritten: this clip is not where it was")
         return data[BLOCK:]
+
+
+def header_problem(clip: ShardClip, name: str) -> str | None:
+    """What is wrong with the tar header of a clip, as any other program would read it.
+
+    Args:
+        clip: Where it is.
+        name: What it must be called.
+
+    Raises:
+        OSError: The shard cannot be read.
+    """
+    with open(clip.path, "rb", buffering=0) as file:
+        header = os.pread(file.fileno(), BLOCK, max(0, clip.offset - BLOCK))
+    try:
+        member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        return f"no tar header before byte {clip.offset}: {error}"
+    if (member.name, member.size, member.isreg()) != (name, clip.size, True):
+        return f"the tar header says {member.size} bytes of {member.name}, expected {clip.size}"
+    return None
 
 
 @dataclass(frozen=True)
