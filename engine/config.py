@@ -19,16 +19,13 @@ from typing import Any, Literal
 
 import yaml
 
+from ssast.engine.settings import Finetune, setting
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message names the key."""
-
-
-def setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A field whose number, or whose numbers, must lie in [low, high]."""
-    return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,17 @@ class Optim:
     betas: tuple[float, float] = setting((0.95, 0.999), 0.0, 0.999999)
     eps: float = setting(1e-8, 0.0)
     weight_decay: float = setting(5e-7, 0.0)
-    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    schedule: Literal["plateau", "cosine", "multistep", "constant"] = "plateau"
     warmup_steps: int = setting(1000, 0)
+    decay_start: int = setting(10, 1)
+    """Epochs at the full rate, where the schedule is multistep (in fine-tuning only)."""
+
+    decay_every: int = setting(5, 1)
+    """Epochs from one fall of the rate to the next."""
+
+    decay_factor: float = setting(0.5, 0.0, 1.0)
+    """What each fall leaves of the rate."""
+
     plateau_factor: float = setting(0.5, 0.0, 1.0)
     plateau_patience: int = setting(2, 0)
     """Validations without a better accuracy that are borne before the rate falls."""
@@ -189,7 +195,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a pretraining run depends on; stored in its folder as config.yaml."""
+    """Everything a run depends on; stored in its folder as config.yaml."""
 
     audio: Audio = field(default_factory=Audio)
     model: Model = field(default_factory=Model)
@@ -198,6 +204,8 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     run: Run = field(default_factory=Run)
+    finetune: Finetune | None = None
+    """Of a fine-tuning run, whose objective is not looked at; null in pretraining."""
 
     def __post_init__(self) -> None:
         """Check what no key can be checked for by itself."""
@@ -212,6 +220,10 @@ class Config:
                 f"model.patch {list(self.model.patch)} does not fit into "
                 f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
             )
+        if self.finetune is not None:
+            return
+        if self.optim.schedule == "multistep":
+            raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")
         # The published generator never masks the first and the last patch.
         most = rows * columns - (2 if self.objective.mask == "official" else 1)
         if self.objective.num_masked > most:
@@ -227,9 +239,12 @@ class Config:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows (frequency) and columns (time) of patches."""
-        return self.audio.n_mels // self.model.patch[0], self.audio.num_frames // self.model.patch[
-            1
-        ]
+        patch = self.model.patch
+        rows, columns = (self.finetune and self.finetune.stride) or patch
+        return (
+            (self.audio.n_mels - patch[0]) // rows + 1,
+            (self.audio.num_frames - patch[1]) // columns + 1,
+        )
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -267,6 +282,8 @@ def to_plain(config: Any) -> dict[str, Any]:
     """Nested dicts and lists of plain values, as YAML and JSON hold them."""
     plain: dict[str, Any] = {}
     for key, value in vars(config).items():
+        if value is None and isinstance(config, Config):
+            continue  # a run of the other kind does without this section
         if dataclasses.is_dataclass(value):
             plain[key] = to_plain(value)
         else:
@@ -371,7 +388,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _all_keys() -> list[str]:
-    sections = typing.get_type_hints(Config)
+    sections = typing.get_type_hints(Config) | {"finetune": Finetune}
     return [f"{s}.{f.name}" for s, cls in sections.items() for f in dataclasses.fields(cls)]
 
 

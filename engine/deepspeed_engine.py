@@ -169,14 +169,15 @@ class TrainEngine:
         """Ends a micro-batch; at the end of an accumulation, takes the optimizer step.
 
         Args:
-            lr: learning rate of every parameter group for this step.
+            lr: learning rate of this step; a parameter group's is `lr` times its "lr_scale", if it
+                has one.
 
         Returns:
             Whether the weights changed: False between accumulation boundaries, and when a
             gradient was not finite on some rank (see `skipped_steps`).
         """
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._engine.step()
         return self._engine.was_step_applied()
 

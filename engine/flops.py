@@ -36,6 +36,8 @@ def forward_flops(config: Config) -> float:
 
 def step_flops_per_clip(config: Config) -> float:
     """FLOPs of one training step, forward and backward, divided by its clips."""
+    if config.finetune is not None:
+        return (1 if config.finetune.freeze == "encoder" else 3) * forward_flops(config)
     D, P = SIZES[config.model.size].embed_dim, config.model.patch[0] * config.model.patch[1]
     head = 2.0 * config.objective.num_masked * (D * D + D * P)
     num_heads = 2 if config.objective.kind == "joint" else 1

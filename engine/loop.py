@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssast.engine.config import Config
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import World, reduce_max, reduce_sum
 from ssast.engine.monitor import Monitor
-from ssast.engine.objective import MSPM, mean_losses, with_masks
 from ssast.engine.optim import Plateau, learning_rate
 from ssast.pipelines.batch import Batch
 
@@ -33,7 +33,39 @@ class Progress:
 
     plateau: Plateau = field(default_factory=Plateau)
     best_loss: float = math.inf
-    """Of all validations."""
+    """The lowest criterion (see :class:`Task`) of all validations."""
+
+    since_best: int = 0
+    """Validations since that one."""
+
+
+class Task(Protocol):
+    """What is trained: a module and its losses. Pretraining is one, fine-tuning another."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its call gives values per clip, [B] each, that :meth:`means` averages."""
+        ...
+
+    steps_per_epoch: int
+    patience: int | None
+    """Validations without a lower criterion after which training ends; None: never."""
+
+    def arguments(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
+        """Arguments of the module for a batch, and which of its clips count, [B] bool."""
+        ...
+
+    def means(self, outputs: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+        """Scalar means over the clips that count; "loss" is minimised."""
+        ...
+
+    def criterion(self, values: dict[str, float]) -> float:
+        """What the best checkpoint has the lowest of, from the result of a validation."""
+        ...
+
+    def score(self, values: dict[str, float]) -> float:
+        """What the plateau rule watches, the higher the better, from the same."""
+        ...
 
 
 class Totals:
@@ -89,6 +121,7 @@ def train(
     batches: Iterator[Batch],
     progress: Progress,
     config: Config,
+    task: Task,
     *,
     monitor: Monitor,
     validate: Callable[[], dict[str, float]],
@@ -97,10 +130,11 @@ def train(
     """Train from ``progress.step`` to ``train.steps``.
 
     Args:
-        engine: Holds an MSPM module.
+        engine: Holds the task's module.
         batches: The data from ``progress.position`` on.
         progress: Carried on in place.
         config: Of the run.
+        task: What is trained.
         monitor: Told of everything.
         validate: Gives the mean losses over the held-out clips.
         save: Writes a checkpoint; its argument says whether it is the best so far.
@@ -117,8 +151,8 @@ def train(
         if progress.step == 0:
             monitor.log_valid(0, validate())
             monitor.restart_clock(progress.step)
-        while progress.step < settings.steps:
-            lr = step(engine, batches, progress, config, totals, monitor)
+        while progress.step < settings.steps and not has_given_up(task, progress):
+            lr = step(engine, batches, progress, config, task, totals, monitor)
             last, saved = progress.step == settings.steps, False
             report = last or progress.step % settings.log_every == 0
 
@@ -135,11 +169,13 @@ def train(
             if progress.step % settings.validate_every == 0 or last:
                 values = validate()
                 monitor.log_valid(progress.step, values)
-                progress.plateau.update(values.get("accuracy", -values["loss"]), config.optim)
-                if values["loss"] < progress.best_loss:
-                    progress.best_loss = values["loss"]
+                progress.plateau.update(task.score(values), config.optim)
+                progress.since_best += 1
+                if task.criterion(values) < progress.best_loss:
+                    progress.best_loss, progress.since_best = task.criterion(values), 0
                     save(True)
                     saved = True
+                last = last or has_given_up(task, progress)
                 monitor.restart_clock(progress.step)
             # Asking other ranks waits for the device: only where the report does so anyway.
             stopped = (report or world.world_size == 1) and stop.asked(world)
@@ -151,30 +187,34 @@ def train(
     return 0
 
 
+def has_given_up(task: Task, progress: Progress) -> bool:
+    """Whether the criterion has not fallen for as many validations as the task bears."""
+    return task.patience is not None and progress.since_best >= task.patience
+
+
 def step(
     engine: TrainEngine,
     batches: Iterator[Batch],
     progress: Progress,
     config: Config,
+    task: Task,
     totals: Totals,
     monitor: Monitor,
 ) -> float:
     """One optimizer step; returns its learning rate. The host never waits for the device here."""
-    model, settings = engine.module, config.train
-    assert isinstance(model, MSPM)
+    settings = config.train
     lr = learning_rate(
         progress.step,
         config.optim,
         steps=settings.steps,
         plateau_scale=progress.plateau.scale,
+        steps_per_epoch=task.steps_per_epoch,
     )
     for _ in range(settings.accumulate):
         with monitor.waiting_for_data():
             batch = next(batches)
-        masks = model.draw_masks(batch.clip_ids, batch.epochs, batch.num_frames)
-        losses = engine(batch.fbank, *masks)
-        valid = with_masks(batch.valid, masks)
-        means = mean_losses(losses, valid, config.objective.mse_weight)
+        arguments, valid = task.arguments(batch, training=True)
+        means = task.means(engine(*arguments), valid)
         engine.backward(means["loss"])
         engine.step(lr)
         totals.add(means, valid)
@@ -184,15 +224,26 @@ def step(
 
 
 @torch.no_grad()
-def validate(engine: TrainEngine, batches: Iterator[Batch], config: Config) -> dict[str, float]:
-    """Mean losses over held-out clips, with masks that are the same each time. Collective."""
-    model, totals = engine.module, Totals(engine.world.device)
-    assert isinstance(model, MSPM)
+def validate(
+    engine: TrainEngine,
+    batches: Iterator[Batch],
+    task: Task,
+    watch: Callable[[Batch, dict[str, Tensor], Tensor], None] = lambda *_: None,
+) -> dict[str, float]:
+    """Means over held-out clips. Collective.
+
+    Args:
+        engine: Holds the task's module.
+        batches: One pass over the clips.
+        task: What is trained.
+        watch: Sees each batch, what the module gives for it, and which of its clips count.
+    """
+    totals = Totals(engine.world.device)
     engine.train(False)
     for batch in batches:
-        masks = model.held_out_masks(batch.clip_ids, batch.num_frames)
-        valid = with_masks(batch.valid, masks)
-        losses = engine(batch.fbank, *masks)
-        totals.add(mean_losses(losses, valid, config.objective.mse_weight), valid)
+        arguments, valid = task.arguments(batch, training=False)
+        outputs = engine(*arguments)
+        watch(batch, outputs, valid)
+        totals.add(task.means(outputs, valid), valid)
     engine.train(True)
     return totals.means(engine.world)

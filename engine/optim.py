@@ -1,6 +1,7 @@
 """The optimizer and its learning rate: a pure function of the step and of the plateau rule."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,29 +10,35 @@ from torch import nn
 from ssast.engine.config import Optim
 
 
-def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, optim: Optim, lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters of a module.
 
     ``adam`` is the published recipe: one group, L2 regularisation in the gradient. ``adamw``
     decays matrices only, neither biases, norms nor learned tokens and positions.
+
+    Args:
+        module: What is trained.
+        optim: Its settings.
+        lr_scale: The learning rate of a parameter, by its name, as a multiple of the run's.
+            Parameters with equal multiples are in one group, which has it as ``lr_scale``.
     """
-    parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    if optim.name == "adam":
-        return torch.optim.Adam(
-            [p for _, p in parameters],
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = optim.name == "adam" or (
+            parameter.ndim > 1 and not name.endswith(("_token", "_embed"))
         )
-    decayed = [p for n, p in parameters if p.ndim > 1 and not n.endswith(("_token", "_embed"))]
-    chosen = {id(p) for p in decayed}
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": [p for _, p in parameters if id(p) not in chosen], "weight_decay": 0.0},
+        groups.setdefault((lr_scale(name), decayed), []).append(parameter)
+    # Decayed ones first, else in the order in which they come up.
+    given = [
+        {"params": params, "lr_scale": scale, "weight_decay": optim.weight_decay * decayed}
+        for (scale, decayed), params in sorted(groups.items(), key=lambda group: not group[0][1])
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    adam = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
+    return adam(given, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 @dataclass
@@ -55,7 +62,9 @@ class Plateau:
             self.scale, self.num_bad = self.scale * optim.plateau_factor, 0
 
 
-def learning_rate(step: int, optim: Optim, *, steps: int, plateau_scale: float = 1.0) -> float:
+def learning_rate(
+    step: int, optim: Optim, *, steps: int, plateau_scale: float = 1.0, steps_per_epoch: int = 1
+) -> float:
     """The learning rate of a step.
 
     Args:
@@ -63,6 +72,7 @@ def learning_rate(step: int, optim: Optim, *, steps: int, plateau_scale: float =
         optim: Peak rate, warm-up, schedule.
         steps: Of the whole run; where the cosine ends.
         plateau_scale: What the plateau rule has left of it.
+        steps_per_epoch: By which the multistep schedule counts.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
@@ -70,4 +80,7 @@ def learning_rate(step: int, optim: Optim, *, steps: int, plateau_scale: float =
         progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return optim.min_lr + (optim.lr - optim.min_lr) * cosine
+    if optim.schedule == "multistep":
+        late = step // steps_per_epoch - optim.decay_start
+        return optim.lr * optim.decay_factor ** (late // optim.decay_every + 1 if late >= 0 else 0)
     return optim.lr * (plateau_scale if optim.schedule == "plateau" else 1.0)

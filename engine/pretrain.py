@@ -1,29 +1,21 @@
-"""Pretraining from a configuration: data, model, engine, loop, checkpoints, pictures."""
+"""Pretraining from a configuration."""
 
-import hashlib
-import json
-import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssast.engine.checkpoint import Checkpoints
-from ssast.engine.clips import fbank_spec, find_clips
-from ssast.engine.config import Config, ConfigError, dump_config, to_plain
+from ssast.engine.clips import find_clips
+from ssast.engine.config import Config, ConfigError
 from ssast.engine.deepspeed_engine import TrainEngine
-from ssast.engine.distributed import World, broadcast_object, init_world, run_on_main
-from ssast.engine.flops import peak_flops, step_flops_per_clip
-from ssast.engine.loop import Progress, train, validate
-from ssast.engine.memory import keep_freed_memory
-from ssast.engine.monitor import Monitor, environment
-from ssast.engine.objective import MSPM
-from ssast.engine.optim import Plateau, build_optimizer
-from ssast.engine.visualize import draw_curves
-from ssast.kernels.attention import attention_backend, attention_trials
-from ssast.pipelines.dali import AudioStream
-from ssast.pipelines.shards import ClipPaths, ShardIndex
+from ssast.engine.loop import Progress, validate
+from ssast.engine.objective import MSPM, mean_losses, with_masks
+from ssast.engine.optim import build_optimizer
+from ssast.engine.run import Workplace, run_training
+from ssast.pipelines.batch import Batch
+from ssast.pipelines.shards import ClipPaths
 
 
 def pretrain(config: Config, *, resume: bool = False) -> int:
@@ -37,230 +29,85 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
 
     Raises:
-        ConfigError: Settings that do not fit together or with this machine, or a folder that
-            holds another run.
+        ConfigError: See :func:`~ssast.engine.run.run_training`, also for the others; or settings
+            of a fine-tuning.
         DataError: Wrong manifests, or too many unreadable clips.
         CheckpointError: A checkpoint cannot be written or read.
         TrainingError: Training diverged.
     """
     if config.run.folder is None:
         raise ConfigError("run.folder is not set")
+    if config.finetune is not None:
+        raise ConfigError(
+            "this configuration has a section finetune: use ssast finetune, or leave it out"
+        )
     train_paths, valid_paths = find_clips(config)
-    world = init_world()
-    batch_size = micro_batch_size(config, world)
-    run = Path(config.run.folder)
-    checkpoints = Checkpoints(run / "checkpoints", keep=config.train.keep)
-    clips = _fingerprint(train_paths)
-    found = run_on_main(lambda: _open_run(run, config, checkpoints, clips, resume), world)
-
-    cuda = world.device.type == "cuda"
-    if not cuda:
-        keep_freed_memory()
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if cuda else "fp32"
-    torch.manual_seed(config.train.seed)
-    model = MSPM(config)
-    engine = TrainEngine(
-        model.to(world.device),
-        build_optimizer(model, config.optim),
-        world=world,
-        batch_size=batch_size,
-        accumulate=config.train.accumulate,
-        zero_stage=config.train.zero_stage,
-        precision=precision,
-        max_grad_norm=config.optim.max_grad_norm,
+    # What the weights, the masks or the data order depend on must not change on the way.
+    fixed = [(s, k) for s in ("audio", "model", "objective") for k in vars(getattr(config, s))]
+    return run_training(
+        config,
+        lambda place: Pretraining(place, train_paths, valid_paths),
+        clips=train_paths,
+        fixed=[*fixed, ("train", "seed")],
+        resume=resume,
     )
-    if config.train.compile:
-        for block in model.encoder.blocks:
-            block.compile()
-    progress = Progress()
-    if found is not None:
-        progress = _restore(engine, found)
-
-    def stream(
-        paths: ClipPaths, split: str, start: int = 0, epochs: int | None = None
-    ) -> AudioStream:
-        return AudioStream(
-            paths,
-            fbank_spec(config.audio),
-            batch_size=batch_size,
-            seed=config.train.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            start=start,
-            epochs=epochs,
-            device=world.device,
-            num_threads=config.data.num_threads or _threads(world),
-            read_ahead=config.data.read_ahead,
-            fbank=config.data.fbank,
-            max_rejected=config.data.max_rejected,
-            on_reject=RejectLog(run / "rejected.jsonl", split),
-        )
-
-    def run_validation() -> dict[str, float]:
-        with stream(valid_paths, "valid", epochs=1) as batches:
-            return validate(engine, batches, config)
-
-    def save(best: bool) -> None:
-        tensors, adam_step = engine.state()
-        tensors["rng/cpu"] = torch.get_rng_state()
-        meta = {
-            "progress": vars(progress) | {"plateau": vars(progress.plateau)},
-            "adam_step": adam_step,
-            "clips": clips,
-            "config": to_plain(config),
-        }
-
-        def write() -> None:
-            checkpoints.save(tensors, meta, step=progress.step)
-            if best:
-                checkpoints.mark_best(progress.step, progress.best_loss)
-
-        run_on_main(write, world)
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    facts = environment(
-        world,
-        attention=attention_backend(world.device, dtype),
-        precision=precision,
-        fbank=config.data.fbank,
-    )
-    if world.is_main:
-        (run / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    monitor = Monitor(
-        run,
-        world=world,
-        step=progress.step,
-        steps=config.train.steps,
-        batch_size=config.train.batch_size,
-        flops_per_clip=step_flops_per_clip(config),
-        peak_flops=peak_flops(facts["device"]) if cuda else None,
-    )
-    monitor.say(
-        f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
-        f"{len(train_paths)} training and {len(valid_paths)} held-out clips; "
-        f"{world.world_size} x {facts['device']}, {precision}, attention {facts['attention']}, "
-        f"ZeRO stage {config.train.zero_stage}"
-    )
-    for backend, objection in attention_trials(world.device, dtype).items():
-        if objection:
-            monitor.say(f"attention {backend} is not used: {objection}")
-    if found is not None:
-        monitor.say(f"resumed from {found} at step {progress.step}")
-    try:
-        with stream(train_paths, "train", start=progress.position) as batches:
-            stopped = train(
-                engine,
-                batches,
-                progress,
-                config,
-                monitor=monitor,
-                validate=run_validation,
-                save=save,
-            )
-    finally:
-        monitor.close()
-        engine.close()
-    if world.is_main:
-        draw_curves(run)
-        what = f"stopped by signal {stopped} after" if stopped else "finished"
-        print(f"{what} step {progress.step} of {config.train.steps}: {run}", flush=True)
-    return stopped
 
 
-def micro_batch_size(config: Config, world: World) -> int:
-    """Clips of one rank in one micro-step.
+class Pretraining:
+    """The job of a pretraining run: masks, the losses of MSPM, unlabelled clips."""
 
-    Raises:
-        ConfigError: The batch cannot be divided evenly.
-    """
-    parts = world.world_size * config.train.accumulate
-    if config.train.batch_size % parts:
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} cannot be divided over "
-            f"{world.world_size} processes x train.accumulate {config.train.accumulate}"
-        )
-    return config.train.batch_size // parts
+    steps_per_epoch = 1
+    patience: int | None = None
 
+    def __init__(self, place: Workplace, train_paths: ClipPaths, valid_paths: ClipPaths):
+        self.place, self.train_paths, self.valid_paths = place, train_paths, valid_paths
+        self.module = MSPM(place.config)
+        self.encoder = self.module.encoder
+        self.summary = f"{len(train_paths)} training and {len(valid_paths)} held-out clips"
 
-class RejectLog:
-    """Writes clips that could not be read to rejected.jsonl, each once for a run."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """See :class:`~ssast.engine.run.Job`, also for the other methods."""
+        return build_optimizer(self.module, self.place.config.optim)
 
-    def __init__(self, path: Path, split: str):
-        self._path, self._split = path, split
-        self._known: set[bytes] = set()
-        self._read_to = 0
+    def arguments(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
+        """Masks of their own for each clip and epoch in training; the same ones in validation."""
+        if training:
+            masks = self.module.draw_masks(batch.clip_ids, batch.epochs, batch.num_frames)
+        else:
+            masks = self.module.held_out_masks(batch.clip_ids, batch.num_frames)
+        return (batch.fbank, *masks), with_masks(batch.valid, masks)
 
-    def __call__(self, clip_id: int, path: str, reason: str) -> None:
-        """Write down a clip: its row in the manifest, its path, and what is wrong with it."""
-        line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
-        text = json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
-        with self._path.open("a+b") as file:
-            # Other ranks write here as well: only what has come since is read.
-            file.seek(self._read_to)
-            self._known.update(file)
-            self._read_to = file.tell()
-            if text not in self._known:
-                file.write(text)
+    def means(self, outputs: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+        """The losses of MSPM."""
+        return mean_losses(outputs, valid, self.place.config.objective.mse_weight)
 
+    def criterion(self, values: dict[str, float]) -> float:
+        """The loss."""
+        return values["loss"]
 
-def _open_run(
-    run: Path, config: Config, checkpoints: Checkpoints, clips: dict[str, int | str], resume: bool
-) -> Path | None:
-    """Make or check the run's folder; the checkpoint to go on from, if any."""
-    found = checkpoints.latest()
-    if found is not None and not resume:
-        raise ConfigError(
-            f"{run} holds a run ({found.name}): add --resume to go on with it, "
-            "or choose another run.folder"
-        )
-    if found is not None:
-        _, meta = Checkpoints.load(found, check=False)
-        old, new = meta["config"], to_plain(config)
-        # What the weights, the masks or the data order depend on must not change on the way.
-        fixed = [(s, k) for s in ("audio", "model", "objective") for k in new[s]]
-        for section, key in [*fixed, ("train", "seed")]:
-            if old[section][key] != new[section][key]:
-                raise ConfigError(
-                    f"{section}.{key} was {old[section][key]!r} when {run} began, now it is "
-                    f"{new[section][key]!r}: choose another run.folder"
-                )
-        if meta["clips"] != clips:
-            raise ConfigError(
-                f"data.train {config.data.train} lists other clips ({clips['count']}) than when "
-                f"{run} began ({meta['clips']['count']}): choose another run.folder"
-            )
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(dump_config(config))
-    return found
+    def score(self, values: dict[str, float]) -> float:
+        """The accuracy, as published, or the loss where there is none."""
+        return values.get("accuracy", -values["loss"])
 
+    def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
+        """The endless stream."""
+        return self.place.stream(self.train_paths, "train", start=start)
 
-def _restore(engine: TrainEngine, path: Path) -> Progress:
-    # Rank 0 alone reads: other machines need not see its disk.
-    tensors: dict[str, Tensor] = {}
-    meta: dict[str, Any] = {}
-    rng = torch.get_rng_state()
-    if engine.world.is_main:
-        tensors, meta = Checkpoints.load(path, check=False)
-        rng = tensors["rng/cpu"].clone()
-    meta, rng = broadcast_object((meta, rng), engine.world)
-    engine.load_state(tensors, meta["adam_step"])
-    torch.set_rng_state(rng)
-    plateau = Plateau(**meta["progress"].pop("plateau"))
-    return Progress(**meta["progress"], plateau=plateau)
+    def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
+        """Mean losses over the held-out clips."""
+        with self.place.stream(self.valid_paths, "valid", epochs=1) as batches:
+            return validate(engine, batches, self)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
-def _fingerprint(paths: ClipPaths) -> dict[str, int | str]:
-    if isinstance(paths, ShardIndex):
-        return {"count": len(paths), "sha256": paths.fingerprint()}
-    # Of the names alone: a data set may move to another folder.
-    names = "\n".join(os.path.basename(str(path)) for path in paths)
-    return {"count": len(paths), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
 
+    def meta(self) -> dict[str, Any]:
+        """None."""
+        return {}
 
-def _threads(world: World) -> int:
-    cores = len(os.sched_getaffinity(0))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    return max(1, min(8, cores // local))
+    def finish(self, engine: TrainEngine, progress: Progress) -> None:
+        """Nothing is left to do."""

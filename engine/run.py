@@ -1,0 +1,349 @@
+"""A whole training run: engine, streams, loop, checkpoints, logs. What is trained is a job."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ssast.engine.checkpoint import Checkpoints
+from ssast.engine.clips import fbank_spec
+from ssast.engine.config import Config, ConfigError, dump_config, to_plain
+from ssast.engine.deepspeed_engine import TrainEngine
+from ssast.engine.distributed import World, broadcast_object, init_world, run_on_main
+from ssast.engine.flops import peak_flops, step_flops_per_clip
+from ssast.engine.loop import Progress, Task, train
+from ssast.engine.memory import keep_freed_memory
+from ssast.engine.model import SpectrogramTransformer
+from ssast.engine.monitor import Monitor, environment
+from ssast.engine.optim import Plateau
+from ssast.engine.visualize import draw_curves
+from ssast.kernels.attention import attention_backend, attention_trials
+from ssast.pipelines.batch import Batch
+from ssast.pipelines.dali import AudioStream
+from ssast.pipelines.shards import ClipPaths, ShardIndex
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a job may use of its run."""
+
+    config: Config
+    world: World
+    batch_size: int
+    """Clips of one rank in one micro-step."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        if self.config.run.folder is None:
+            raise ConfigError("run.folder is not set")
+        return Path(self.config.run.folder)
+
+    def stream(
+        self,
+        paths: Sequence[Any],
+        split: str,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+    ) -> AudioStream:
+        """The clips as the configuration wants them read; see :class:`AudioStream`."""
+        config, world = self.config, self.world
+        return AudioStream(
+            paths,
+            fbank_spec(config.audio),
+            batch_size=batch_size or self.batch_size,
+            seed=config.train.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            start=start,
+            epochs=epochs,
+            device=world.device,
+            num_threads=config.data.num_threads or _threads(world),
+            read_ahead=config.data.read_ahead,
+            fbank=config.data.fbank,
+            max_rejected=config.data.max_rejected,
+            on_reject=RejectLog(self.folder / "rejected.jsonl", split),
+        )
+
+
+class Job(Task, Protocol):
+    """A task with its data and its validation."""
+
+    @property
+    def encoder(self) -> SpectrogramTransformer:
+        """Of the module."""
+        ...
+
+    summary: str
+    """One line on model and data."""
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Over the module's trainable parameters."""
+        ...
+
+    def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
+        """The training data from a position of its order on."""
+        ...
+
+    def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
+        """Values of the held-out clips. Collective."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides weights, moments and counters; on rank 0."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take that from a checkpoint's tensors; there are none on other ranks than 0."""
+        ...
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says besides configuration and progress, as JSON has it."""
+        ...
+
+    def finish(self, engine: TrainEngine, progress: Progress) -> None:
+        """After the last step. Collective."""
+        ...
+
+
+def run_training(
+    config: Config,
+    build: Callable[[Workplace], Job],
+    *,
+    clips: ClipPaths,
+    fixed: Sequence[tuple[str, str]],
+    resume: bool,
+) -> int:
+    """Run a training, or go on with one.
+
+    Args:
+        config: Everything about it.
+        build: Makes the job, after the seed is set.
+        clips: The training clips, which must stay the same when a run goes on.
+        fixed: Sections and keys of the configuration that must stay the same.
+        resume: Go on from the latest checkpoint in the run's folder, if there is one.
+
+    Returns:
+        0, or the number of the signal that stopped the run after it had saved a checkpoint.
+
+    Raises:
+        ConfigError: Settings that do not fit together or with this machine, or a folder that
+            holds another run.
+        DataError: Too many unreadable clips.
+        CheckpointError: A checkpoint cannot be written or read.
+        TrainingError: Training diverged.
+    """
+    world = init_world()
+    place = Workplace(config, world, micro_batch_size(config, world))
+    run = place.folder
+    checkpoints = Checkpoints(run / "checkpoints", keep=config.train.keep)
+    listed = _fingerprint(clips)
+    found = run_on_main(lambda: _open_run(run, config, checkpoints, listed, fixed, resume), world)
+
+    cuda = world.device.type == "cuda"
+    if not cuda:
+        keep_freed_memory()
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if cuda else "fp32"
+    torch.manual_seed(config.train.seed)
+    job = build(place)
+    job.module.to(world.device)
+    engine = TrainEngine(
+        job.module,
+        job.optimizer(),
+        world=world,
+        batch_size=place.batch_size,
+        accumulate=config.train.accumulate,
+        zero_stage=config.train.zero_stage,
+        precision=precision,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    if config.train.compile:
+        for block in job.encoder.blocks:
+            block.compile()
+    progress = Progress()
+    if found is not None:
+        progress = _restore(engine, found, job)
+
+    def save(best: bool) -> None:
+        tensors, adam_step = engine.state()
+        tensors["rng/cpu"] = torch.get_rng_state()
+        tensors |= job.tensors()
+        meta = {
+            "progress": vars(progress) | {"plateau": vars(progress.plateau)},
+            "adam_step": adam_step,
+            "clips": listed,
+            "config": to_plain(config),
+            **job.meta(),
+        }
+
+        def write() -> None:
+            checkpoints.save(tensors, meta, step=progress.step)
+            if best:
+                checkpoints.mark_best(progress.step, progress.best_loss)
+
+        run_on_main(write, world)
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    facts = environment(
+        world,
+        attention=attention_backend(world.device, dtype),
+        precision=precision,
+        fbank=config.data.fbank,
+    )
+    if world.is_main:
+        (run / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    monitor = Monitor(
+        run,
+        world=world,
+        step=progress.step,
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        flops_per_clip=step_flops_per_clip(config),
+        peak_flops=peak_flops(facts["device"]) if cuda else None,
+    )
+    monitor.say(
+        f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
+        f"{job.summary}; "
+        f"{world.world_size} x {facts['device']}, {precision}, attention {facts['attention']}, "
+        f"ZeRO stage {config.train.zero_stage}"
+    )
+    for backend, objection in attention_trials(world.device, dtype).items():
+        if objection:
+            monitor.say(f"attention {backend} is not used: {objection}")
+    if found is not None:
+        monitor.say(f"resumed from {found} at step {progress.step}")
+    try:
+        with job.train_batches(progress.position) as batches:
+            stopped = train(
+                engine,
+                batches,
+                progress,
+                config,
+                job,
+                monitor=monitor,
+                validate=lambda: job.validate(engine, progress),
+                save=save,
+            )
+        if not stopped:
+            job.finish(engine, progress)
+    finally:
+        monitor.close()
+        engine.close()
+    if world.is_main:
+        draw_curves(run)
+        what = f"stopped by signal {stopped} after" if stopped else "finished"
+        print(f"{what} step {progress.step} of {config.train.steps}: {run}", flush=True)
+    return stopped
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Clips of one rank in one micro-step.
+
+    Raises:
+        ConfigError: The batch cannot be divided evenly.
+    """
+    parts = world.world_size * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} cannot be divided over "
+            f"{world.world_size} processes x train.accumulate {config.train.accumulate}"
+        )
+    return config.train.batch_size // parts
+
+
+class RejectLog:
+    """Writes clips that could not be read to rejected.jsonl, each once for a run."""
+
+    def __init__(self, path: Path, split: str):
+        self._path, self._split = path, split
+        self._known: set[bytes] = set()
+        self._read_to = 0
+
+    def __call__(self, clip_id: int, path: str, reason: str) -> None:
+        """Write down a clip: its row in the manifest, its path, and what is wrong with it."""
+        line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
+        text = json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
+        with self._path.open("a+b") as file:
+            # Other ranks write here as well: only what has come since is read.
+            file.seek(self._read_to)
+            self._known.update(file)
+            self._read_to = file.tell()
+            if text not in self._known:
+                file.write(text)
+
+
+def _open_run(
+    run: Path,
+    config: Config,
+    checkpoints: Checkpoints,
+    clips: dict[str, int | str],
+    fixed: Sequence[tuple[str, str]],
+    resume: bool,
+) -> Path | None:
+    """Make or check the run's folder; the checkpoint to go on from, if any."""
+    found = checkpoints.latest()
+    if found is not None and not resume:
+        raise ConfigError(
+            f"{run} holds a run ({found.name}): add --resume to go on with it, "
+            "or choose another run.folder"
+        )
+    if found is not None:
+        _, meta = Checkpoints.load(found, check=False)
+        old, new = meta["config"], to_plain(config)
+        for section, key in fixed:
+            before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
+            if before != now:
+                raise ConfigError(
+                    f"{section}.{key} was {before!r} when {run} began, now it is "
+                    f"{now!r}: choose another run.folder"
+                )
+        if meta["clips"] != clips:
+            raise ConfigError(
+                f"data.train {config.data.train} lists other clips ({clips['count']}) than when "
+                f"{run} began ({meta['clips']['count']}): choose another run.folder"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(dump_config(config))
+    return found
+
+
+def _restore(engine: TrainEngine, path: Path, job: Job) -> Progress:
+    # Rank 0 alone reads: other machines need not see its disk.
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {}
+    rng = torch.get_rng_state()
+    if engine.world.is_main:
+        tensors, meta = Checkpoints.load(path, check=False)
+        rng = tensors["rng/cpu"].clone()
+    job.restore(tensors)
+    meta, rng = broadcast_object((meta, rng), engine.world)
+    engine.load_state(tensors, meta["adam_step"])
+    torch.set_rng_state(rng)
+    plateau = Plateau(**meta["progress"].pop("plateau"))
+    return Progress(**meta["progress"], plateau=plateau)
+
+
+def _fingerprint(paths: ClipPaths) -> dict[str, int | str]:
+    if isinstance(paths, ShardIndex):
+        return {"count": len(paths), "sha256": paths.fingerprint()}
+    # Of the names alone: a data set may move to another folder.
+    names = "\n".join(os.path.basename(str(path)) for path in paths)
+    return {"count": len(paths), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def _threads(world: World) -> int:
+    cores = len(os.sched_getaffinity(0))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    return max(1, min(8, cores // local))
