@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.pipelines.batch import Batch, DataError
+from ssast.pipelines.cache import FbankCache
 from ssast.pipelines.graph import PREFETCH, FbankThreads, build_pipeline
 from ssast.pipelines.order import Weights
 from ssast.pipelines.shards import ClipPaths
-from ssast.pipelines.source import ClipSource
+from ssast.pipelines.source import CACHED, READ, ClipSource
 
 __all__ = ["AudioStream", "build_pipeline"]
 
@@ -57,6 +58,8 @@ class AudioStream:
             often without them.
         random_crop: Of a recording longer than ``spec``, another part in each epoch, drawn from
             (seed, clip, epoch), instead of its beginning.
+        cache_gib: Memory for filterbanks, which are then not computed again; as many clips
+            are kept as fit. Not with ``random_crop``.
         on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
 
     Raises:
@@ -82,6 +85,7 @@ class AudioStream:
         max_rejected: float = 0.05,
         weights: Weights | None = None,
         random_crop: bool = False,
+        cache_gib: float = 0.0,
         on_reject: Callable[[int, str, str], None] | None = None,
     ) -> None:
         _check(paths, batch_size, seed, rank, world_size, start, epochs, num_threads, read_ahead)
@@ -89,6 +93,8 @@ class AudioStream:
             raise DataError(
                 f"{len(weights)} weights for {len(paths)} clips; they are for the endless stream"
             )
+        if cache_gib and random_crop:
+            raise DataError("cache_gib and random_crop exclude each other: a crop is used once")
         if fbank not in ("auto", "torch", "dali"):
             raise DataError(f"fbank is {fbank!r}, it must be auto, torch or dali")
         self.spec, self.batch_size, self.device = spec, batch_size, device
@@ -119,6 +125,7 @@ class AudioStream:
         self._reported: set[int] = set()
         self._recoveries, self._recovered_at = 0, -1
         self._closed = False
+        self._cache = FbankCache(round(cache_gib * 2**30)) if cache_gib else None
         self._source = ClipSource(
             paths,
             spec,
@@ -132,6 +139,7 @@ class AudioStream:
             read_ahead=read_ahead,
             weights=weights,
             random_crop=random_crop,
+            cached=() if self._cache is None else self._cache,
         )
         self._pipeline = self._build()
 
@@ -216,13 +224,31 @@ class AudioStream:
 
     def _batch(self, features: Tensor, lengths: Tensor, labels: Tensor) -> Batch:
         lengths = lengths[:, 0].long()
+        if self._cache is not None:
+            features, lengths = self._through_cache(self._cache, features, lengths, labels)
         small = torch.stack([*labels.unbind(1), num_frames(lengths, self.spec), lengths])
         if self.device.type == "cuda":
             small = small.pin_memory().to(self.device, non_blocking=True)
         clip_ids, epochs, valid, frames, lengths = small
-        if self._features == "waveform":
+        if self._features == "waveform" and self._cache is None:
             features = fbank(features, lengths, self.spec)
         return Batch(features, frames, clip_ids, epochs, valid.bool())
+
+    def _through_cache(
+        self, cache: FbankCache, features: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put in what is kept, keep what is new; features become filterbanks."""
+        if self._features == "waveform":
+            features = fbank(features, lengths.to(features.device), self.spec)
+        clip_ids, states = labels[:, 0], labels[:, 2]
+        kept, new = states == CACHED, states == READ
+        cache.put(clip_ids[new].tolist(), features[new.to(features.device)], lengths[new].tolist())
+        if kept.any():
+            stored, counts = cache.get(clip_ids[kept].tolist())
+            features, lengths = features.clone(), lengths.clone()
+            features[kept.to(features.device)] = stored.to(features.device)
+            lengths[kept] = torch.tensor(counts)
+        return features, lengths
 
     def _account(self, labels: Tensor, present: np.ndarray) -> None:
         """Count and report the rejected clips of a batch; raise if they are too many."""

@@ -1,6 +1,6 @@
 """Feeds DALI with the clips' bytes: reads ahead in threads, never raises for a bad file."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,6 +11,9 @@ from ssast.pipelines.batch import DataError
 from ssast.pipelines.clip import read_clip, silence
 from ssast.pipelines.order import Weights, clips_at, crop_place, rank_positions
 from ssast.pipelines.shards import ClipPaths
+
+INVALID, READ, CACHED = 0, 1, 2
+Loaded = tuple[np.ndarray, int]  # a file, and one of these
 
 
 class BatchInfo(Protocol):
@@ -40,6 +43,7 @@ class ClipSource:
         weights: Of the clips in the endless stream, see :mod:`ssast.pipelines.order`.
         random_crop: Of a recording that is longer than ``spec``, take another part in each epoch
             instead of its beginning.
+        cached: Clips that need not be read: silence stands for them.
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class ClipSource:
         read_ahead: int = 3,
         weights: Weights | None = None,
         random_crop: bool = False,
+        cached: Container[int] = (),
     ) -> None:
+        self.cached = cached
         self.weights, self.random_crop = weights, random_crop
         self.paths, self.spec = paths, spec
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -65,7 +71,7 @@ class ClipSource:
         self.reasons: dict[int, str] = {}  # clip id -> why it was replaced
         self._doubted: set[int] = set()
         self._doubt_all = False
-        self._ahead: dict[int, list[Future[np.ndarray | None]]] = {}
+        self._ahead: dict[int, list[Future[Loaded]]] = {}
         self._silence = silence(spec)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-read")
 
@@ -111,7 +117,8 @@ class ClipSource:
 
         Returns:
             encoded: B arrays [n] uint8, audio files.
-            labels: B arrays [3] int64: clip id, epoch, and 1 or 0 for valid or not.
+            labels: B arrays [3] int64: clip id, epoch, and whether it is valid: INVALID, READ, or
+                CACHED.
         """
         iteration = info.iteration
         for later in range(iteration, iteration + 1 + self.read_ahead):
@@ -122,9 +129,9 @@ class ClipSource:
         for clip_id, epoch, future in zip(
             clip_ids, epochs, self._ahead.pop(iteration), strict=True
         ):
-            data = future.result()
-            encoded.append(self._silence if data is None else data)
-            labels.append(np.array([clip_id, epoch, data is not None], np.int64))
+            data, state = future.result()
+            encoded.append(data)
+            labels.append(np.array([clip_id, epoch, state], np.int64))
         return encoded, labels
 
     def close(self) -> None:
@@ -138,23 +145,25 @@ class ClipSource:
                 future.cancel()
         self._ahead.clear()
 
-    def _submit(self, iteration: int) -> list["Future[np.ndarray | None]"]:
+    def _submit(self, iteration: int) -> list["Future[Loaded]"]:
         clip_ids, epochs, present = self.clips(iteration)
-        nothing: Future[np.ndarray | None] = Future()
-        nothing.set_result(None)
+        nothing: Future[Loaded] = Future()
+        nothing.set_result((self._silence, INVALID))
         return [
             self._threads.submit(self._load, int(clip_id), int(epoch)) if here else nothing
             for clip_id, epoch, here in zip(clip_ids, epochs, present, strict=True)
         ]
 
-    def _load(self, clip_id: int, epoch: int) -> np.ndarray | None:
-        """The bytes of a clip; None, and a note, if it cannot be read."""
+    def _load(self, clip_id: int, epoch: int) -> Loaded:
+        """The bytes of a clip; silence, and a note, if it cannot be read."""
         if clip_id in self.reasons:
-            return None
+            return self._silence, INVALID
+        if clip_id in self.cached:
+            return self._silence, CACHED
         trust = not (self._doubt_all or clip_id in self._doubted)
         place = crop_place(self.seed, clip_id, epoch) if self.random_crop else 0.0
         try:
-            return read_clip(self.paths[clip_id], self.spec, trust=trust, place=place)
+            return read_clip(self.paths[clip_id], self.spec, trust=trust, place=place), READ
         except DataError as error:
             self.reasons[clip_id] = str(error)
-            return None
+            return self._silence, INVALID

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sounds import bestiary, tone, write, write_clips
 
 from ssast.kernels.fbank import FbankSpec, fbank, fbank_reference, num_frames
+from ssast.pipelines import source
 from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.dali import MAX_RECOVERIES, AudioStream, build_pipeline
 from ssast.pipelines.graph import FbankThreads, mel_gains
@@ -365,6 +366,35 @@ def test_crops_and_weights_of_a_stream(tmp_path: Path) -> None:
     assert torch.equal(again["fbank"], got["fbank"][6:36])
     with pytest.raises(DataError, match="2 weights for 6 clips"):
         take(clips, 1, weights=Weights(np.ones(2)))
+
+
+@pytest.mark.parametrize("fbank", ["torch", "dali"])
+@pytest.mark.parametrize("kept", [0.4, 1.0])
+def test_a_cache_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fbank: str, kept: float
+) -> None:
+    """All or some of the clips in memory; a bad one is not kept."""
+    clips = [*write_clips(tmp_path, 10, samples=9000), tmp_path / "missing.wav"]
+    reads: list[Path] = []
+    real = source.read_clip
+
+    def counted(path: Path, *args: Any, **settings: Any) -> Any:
+        reads.append(path)
+        return real(path, *args, **settings)
+
+    monkeypatch.setattr(source, "read_clip", counted)
+    spec = FbankSpec(num_frames=60)
+    settings = {"spec": spec, "fbank": fbank, "max_rejected": 0.5, "batch_size": 4}
+    without = take(clips, 22, **settings)  # 8 epochs
+    assert len(reads) > 70
+    reads.clear()
+    gib = kept * 10 * spec.num_frames * spec.n_mels * 4 / 2**30
+    assert same(take(clips, 22, cache_gib=gib, **settings), without)
+    # Read ahead, a clip may be asked for before it is there; the rest is read every time.
+    most = 8 * 10 * (1 - kept) + 3 * 10 * kept + 1
+    assert len(reads) <= most
+    with pytest.raises(DataError, match="exclude each other"):
+        take(clips, 1, cache_gib=1.0, random_crop=True)
 
 
 def test_too_many_rejected_clips(tmp_path: Path) -> None:
