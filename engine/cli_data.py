@@ -20,6 +20,7 @@ def add_data_commands(commands: Any) -> None:
     _add_manifests(kinds)
     _add_prepare(kinds)
     _add_check(kinds)
+    _add_stats(kinds)
 
 
 def _add_demo(kinds: Any) -> None:
@@ -104,6 +105,40 @@ def _add_check(kinds: Any) -> None:
     command.set_defaults(run=_check)
 
 
+def _add_stats(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "stats",
+        help="mean and standard deviation for audio.mean and audio.std",
+        description="Look at clips in a random order until the mean and the standard deviation of "
+        "the log-mel are known well enough.",
+    )
+    command.add_argument(
+        "path", type=Path, metavar="PATH", help="prepared shards, a manifest or a folder"
+    )
+    command.add_argument(
+        "--num-frames", type=int, default=1024, metavar="T", help="as audio.num_frames (1024)"
+    )
+    command.add_argument(
+        "--n-mels", type=int, default=128, metavar="F", help="as audio.n_mels (128)"
+    )
+    command.add_argument(
+        "--no-padding", action="store_true", help="leave frames after a clip's end out"
+    )
+    command.add_argument("--share", type=float, default=1.0, help="of the clips, at most (1)")
+    command.add_argument("--max-clips", type=int, metavar="N", help="at most")
+    command.add_argument(
+        "--precision",
+        type=float,
+        default=0.005,
+        metavar="P",
+        help="stop when the 95 %% intervals are within P times the standard deviation (0.005)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the order of the clips (0)")
+    command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="gets stats.json and stats.png")
+    command.set_defaults(run=_stats)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from ssast.pipelines.corpora import fetch_demo, prepare_folder
 
@@ -148,3 +183,39 @@ def _check(options: argparse.Namespace) -> int:
     if len(found.problems) > SHOWN:
         print(f"... and {len(found.problems) - SHOWN} more, see --report")
     return 1 if found.problems else 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from ssast.kernels.fbank import FbankSpec
+    from ssast.pipelines.batch import DataError
+    from ssast.pipelines.prepare import usable_cores
+    from ssast.pipelines.stats import measure, write_stats
+
+    try:
+        spec = FbankSpec(num_frames=options.num_frames, n_mels=options.n_mels)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    stats = measure(
+        options.path,
+        spec=spec,
+        padding=not options.no_padding,
+        share=options.share,
+        max_clips=options.max_clips,
+        precision=options.precision,
+        seed=options.seed,
+        num_threads=usable_cores() if options.jobs is None else options.jobs,
+    )
+    rejected = f", {stats.num_rejected} unusable" if stats.num_rejected else ""
+    print(
+        f"{options.path}: {stats.num_clips} of {stats.num_total} clips{rejected}, "
+        f"{stats.seconds_per_clip:.2f} s of sound each"
+    )
+    print(
+        f"mean {stats.mean:.4f} +- {stats.mean_error:.4f}, "
+        f"standard deviation {stats.std:.4f} +- {stats.std_error:.4f} (95 %)"
+    )
+    if options.out is not None:
+        for path in write_stats(stats, options.out):
+            print(path)
+    print(f"audio.mean={stats.mean:.4f} audio.std={stats.std:.4f}")
+    return 0
