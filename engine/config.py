@@ -122,6 +122,16 @@ class Data:
     max_rejected: float = setting(0.05, 0.0, 1.0)
     """Largest share of clips that may be unreadable before the run stops."""
 
+    weights: str | None = None
+    """A text file with a number for each training clip, in the manifest's order: how often it comes
+    up, relative to the others. All come up once in an epoch without it."""
+
+    random_crop: bool = False
+    """Of a recording longer than ``audio.num_frames``, train on another part in each epoch."""
+
+    cache_gib: float = setting(0.0, 0.0)
+    """Memory for filterbanks of training clips, which are then not computed again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:

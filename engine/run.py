@@ -27,6 +27,8 @@ from ssast.engine.visualize import draw_curves
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.pipelines.batch import Batch
 from ssast.pipelines.dali import AudioStream
+from ssast.pipelines.order import Weights
+from ssast.pipelines.order import read_weights
 from ssast.pipelines.shards import ClipPaths, ShardIndex
 
 
@@ -49,18 +51,29 @@ class Workplace:
     def stream(
         self,
         paths: Sequence[Any],
-        split: str,
+        split: str | None,
         *,
         start: int = 0,
         epochs: int | None = None,
-        batch_size: int | None = None,
+        weights: Weights | None = None,
     ) -> AudioStream:
-        """The clips as the configuration wants them read; see :class:`AudioStream`."""
+        """The clips as the configuration wants them read; see :class:`AudioStream`.
+
+        Clips that cannot be read are noted with the split's name, and if they are too many they end
+        the run; without a name they do neither.
+        """
         config, world = self.config, self.world
+        on_reject = RejectLog(self.folder / "rejected.jsonl", split) if split else None
+        chosen: dict[str, Any] = {}
+        if epochs is None:  # the training clips
+            chosen["random_crop"] = config.data.random_crop
+            chosen["cache_gib"] = config.data.cache_gib
+            if config.data.weights is not None:
+                chosen["weights"] = read_weights(config.data.weights, len(paths))
         return AudioStream(
             paths,
             fbank_spec(config.audio),
-            batch_size=batch_size or self.batch_size,
+            batch_size=self.batch_size,
             seed=config.train.seed,
             rank=world.rank,
             world_size=world.world_size,
@@ -70,8 +83,10 @@ class Workplace:
             num_threads=config.data.num_threads or _threads(world),
             read_ahead=config.data.read_ahead,
             fbank=config.data.fbank,
-            max_rejected=config.data.max_rejected,
-            on_reject=RejectLog(self.folder / "rejected.jsonl", split),
+            max_rejected=config.data.max_rejected if split else 1.0,
+            weights=weights,
+            on_reject=on_reject,
+            **chosen,
         )
 
 

@@ -10,8 +10,11 @@ up or down by chance, in a seeded order.
 """
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+
+from ssast.pipelines.batch import DataError
 
 
 @lru_cache(maxsize=4)  # a batch touches one or two epochs, read-ahead perhaps a third
@@ -65,6 +68,27 @@ class Weights:
         order = random.permutation(ids)
         order.setflags(write=False)
         return order
+
+
+def read_weights(path: str | Path, num_clips: int) -> Weights:
+    """Weights from a text file, a number a line.
+
+    Raises:
+        DataError: The file cannot be read, holds something else, or is for another number of clips.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+        values = np.array([float(line) for line in lines])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: expected a number a line: {error}") from error
+    if len(values) != num_clips:
+        raise DataError(f"{path}: {len(values)} weights, but there are {num_clips} training clips")
+    try:
+        return Weights(values)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def clips_at(

@@ -1,11 +1,21 @@
 """The order of the clips: complete, disjoint over ranks, the same for every batch size."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssast.pipelines.order import Weights, clips_at, crop_place, permutation, rank_positions
+from ssast.pipelines.batch import DataError
+from ssast.pipelines.order import (
+    Weights,
+    clips_at,
+    crop_place,
+    permutation,
+    rank_positions,
+    read_weights,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -119,3 +129,19 @@ def test_crops_are_spread_evenly_and_repeatable() -> None:
     counts = np.histogram(places, bins=10, range=(0, 1))[0]
     assert (np.abs(counts - 160) < 5 * np.sqrt(160)).all()
     assert crop_place(3, 5, 7) == places[5 * 40 + 7] != crop_place(4, 5, 7)
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.csv"
+    path.write_text("1.5\n0\n2e-1\n")
+    assert set(read_weights(path, 3).order(0, 0).tolist()) <= {0, 2}
+    for text, message in (
+        ("1\n2\n", "2 weights, but there are 3 training clips"),
+        ("1\nx\n2\n", "expected a number a line: could not convert string to float: 'x'"),
+        ("1\n-2\n3\n", "finite, 0 or more"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_weights(path, 3)
+    with pytest.raises(DataError, match="No such file"):
+        read_weights(tmp_path / "missing", 3)
