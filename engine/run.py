@@ -64,12 +64,9 @@ class Workplace:
         """
         config, world = self.config, self.world
         on_reject = RejectLog(self.folder / "rejected.jsonl", split) if split else None
-        chosen: dict[str, Any] = {}
-        if epochs is None:  # the training clips
-            chosen["random_crop"] = config.data.random_crop
-            chosen["cache_gib"] = config.data.cache_gib
-            if config.data.weights is not None:
-                chosen["weights"] = read_weights(config.data.weights, len(paths))
+        training = epochs is None
+        if training and weights is None and config.data.weights is not None:
+            weights = read_weights(config.data.weights, len(paths))
         return AudioStream(
             paths,
             fbank_spec(config.audio),
@@ -85,8 +82,9 @@ class Workplace:
             fbank=config.data.fbank,
             max_rejected=config.data.max_rejected if split else 1.0,
             weights=weights,
+            random_crop=training and config.data.random_crop,
+            cache_gib=config.data.cache_gib if training else 0.0,
             on_reject=on_reject,
-            **chosen,
         )
 
 
@@ -117,8 +115,8 @@ class Job(Task, Protocol):
         """What a checkpoint holds besides weights, moments and counters; on rank 0."""
         ...
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take that from a checkpoint's tensors; there are none on other ranks than 0."""
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Take that from a checkpoint; its tensors are on rank 0 alone."""
         ...
 
     def meta(self) -> dict[str, Any]:
@@ -342,8 +340,8 @@ def _restore(engine: TrainEngine, path: Path, job: Job) -> Progress:
     if engine.world.is_main:
         tensors, meta = Checkpoints.load(path, check=False)
         rng = tensors["rng/cpu"].clone()
-    job.restore(tensors)
     meta, rng = broadcast_object((meta, rng), engine.world)
+    job.restore(tensors, meta)
     engine.load_state(tensors, meta["adam_step"])
     torch.set_rng_state(rng)
     plateau = Plateau(**meta["progress"].pop("plateau"))
