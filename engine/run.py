@@ -27,8 +27,7 @@ from ssast.engine.visualize import draw_curves
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.pipelines.batch import Batch
 from ssast.pipelines.dali import AudioStream
-from ssast.pipelines.order import Weights
-from ssast.pipelines.order import read_weights
+from ssast.pipelines.order import Weights, read_weights
 from ssast.pipelines.shards import ClipPaths, ShardIndex
 
 
