@@ -102,7 +102,7 @@ class Pretraining:
         """None."""
         return {}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Nothing to restore."""
 
     def meta(self) -> dict[str, Any]:
