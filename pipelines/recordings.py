@@ -65,7 +65,7 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
         manifest = read_manifest(source)
         paths, labels = [str(path) for path in manifest.paths], manifest.labels
         base = os.path.dirname(os.path.abspath(source))
-    elif source.name.lower().endswith((".tar", *PACKED)):
+    elif source.is_file() and source.name.lower().endswith((".tar", *PACKED)):
         base = os.path.dirname(os.path.abspath(source))
         paths = [os.path.abspath(source)]
     else:
