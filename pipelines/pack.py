@@ -124,11 +124,11 @@ def prepare_shards(
             (out / REPORT).unlink(missing_ok=True)  # from here on unfinished
             work = [(n, groups[n], digests[n]) for n in missing]
             make_shards(work, out, packing, jobs or usable_cores(), progress)
-        remove_others(out, len(groups))
         has_labels = any(recording.labels for recording in recordings)
         report = write_index(
             out, source, len(groups), packing.settings(), has_labels, packing.drop_duplicates
         )
+        remove_others(out, len(groups))  # now that no index speaks of them any more
     log(
         f"{out}: {report['clips']} clips, {report['hours']:.2f} h in {len(groups)} shards, "
         f"{len(groups) - len(missing)} of them done before"

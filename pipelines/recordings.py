@@ -79,6 +79,9 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
         if name.lower().endswith(PACKED):
             raise DataError(f"{path}: a compressed archive cannot be read in place: unpack it")
         if suffix(name) == ".tar" and labels is None:
+            folder = Path(path).parents[1]
+            if os.path.basename(os.path.dirname(path)) == "shards" and is_prepared(folder):
+                raise DataError(f"{folder}: is prepared already: leave it out of {source}")
             recordings += tar_recordings(name, Path(path))
         elif suffix(name) in SOUNDS or labels is not None:
             recordings.append(_file(name, Path(path), labels[place] if labels else ()))

@@ -548,6 +548,8 @@ def test_wrong_sources(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     prepared(source, tmp_path / "out")
     with pytest.raises(DataError, match="is prepared already"):
         prepared(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(DataError, match="out: is prepared already: leave it out of"):
+        prepared(tmp_path, tmp_path / "again")
     (tmp_path / "out/report.json").unlink()
     with pytest.raises(DataError, match="prepared in part only"):
         read_manifest(tmp_path / "out")
