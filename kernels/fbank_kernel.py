@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssast.kernels.launch import architecture
+from ssast.kernels.launch import architecture, on_its_device
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec, mel_matrix
 
 TABLE_COLUMNS = 32  # the tables have a multiple of so many
@@ -217,6 +217,7 @@ def _blocks(architecture: int, spec: FbankSpec) -> dict[str, int]:
     }
 
 
+@on_its_device
 def fbank_on_cuda(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
     """Launch the kernel; see :func:`ssast.kernels.fbank.fbank`."""
     B, S = waveforms.shape

@@ -1,10 +1,15 @@
 """What a launch needs to know besides its tensors: the architecture that it is for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _assumed: ContextVar[int] = ContextVar("architecture", default=80)
 
@@ -25,3 +30,16 @@ def architecture(device: torch.device) -> int:
         return _assumed.get()
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current GPU: make that the one of the first argument, a tensor."""
+
+    @functools.wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor)
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return launcher(*args, **kwargs)
+
+    return launch

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssast.kernels.launch import on_its_device
+
 
 @triton.jit
 def _draw(seed, d, clip, epoch, stream):
@@ -114,6 +116,7 @@ def _masks_kernel(
         tl.store(out, ids.to(tl.int64), mask=padding & (before >= room))
 
 
+@on_its_device
 def draw_masks_on_cuda(
     clip_ids: Tensor,
     epochs: Tensor,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssast.kernels.launch import architecture
+from ssast.kernels.launch import architecture, on_its_device
 
 
 @triton.jit
@@ -214,6 +214,7 @@ def _blocks(arch: int, dtype: torch.dtype, P: int) -> tuple[int, int, int, int]:
     return width if width <= 256 else 64, min(256, width), loop, 4 if width <= 64 else 8
 
 
+@on_its_device
 def info_nce_on_cuda(
     t: Tensor, c: Tensor, over_targets: bool, num_masked: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,6 +247,7 @@ def info_nce_on_cuda(
     return losses.sum(1), hits.sum(1), gradient
 
 
+@on_its_device
 def mse_on_cuda(
     targets: Tensor, predictions: Tensor, num_masked: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssast.kernels.launch import architecture
+from ssast.kernels.launch import architecture, on_its_device
 
 
 class Blocks(NamedTuple):
@@ -343,6 +343,7 @@ def _width(D: int, limit: int) -> int:
     return min(limit, max(32, triton.next_power_of_2(D)))
 
 
+@on_its_device
 def forward(
     fbank: Tensor,
     weight: Tensor,
@@ -383,6 +384,7 @@ def forward(
     return tokens, targets
 
 
+@on_its_device
 def backward(
     grad: Tensor,
     fbank: Tensor,
