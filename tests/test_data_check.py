@@ -152,6 +152,15 @@ def test_planted_faults_are_found(out: Path, fault: str) -> None:
     assert len(clips) <= 1  # the others are fine
 
 
+def test_other_samples_are_found_where_no_format_guards_them(out: Path) -> None:
+    packing = Packing(Recipe(whole=True), "wav")
+    prepare_shards(out.parent / "in", out, packing, progress=False, log=lambda _: 0)
+    line = Sidecar.read(out / "shards/00000.jsonl").clips[3]
+    change(out / "shards/00000.tar", line["offset"] + 5000, b"\x55")
+    [found] = faults(out)
+    assert found.endswith(f"00000.tar: {line['file']}: decodes to other samples than were packed")
+
+
 def test_damaged_lists_are_one_error(out: Path) -> None:
     (out / "labels.json").write_text('{"names": [], "clips": [[0]]}')
     with pytest.raises(DataError, match=r"labels\.json: damaged"):

@@ -177,6 +177,8 @@ def test_labels_are_kept(source: Path, tmp_path: Path) -> None:
     of_name = {os.path.relpath(f, tmp_path): names for f, names in zip(files, labels, strict=True)}
     clips = [c for s in sorted(tmp_path.glob("out/shards/*.jsonl")) for c in Sidecar.read(s).clips]
     assert [of_name[clip["name"]] for clip in clips] == list(found.labels)
+    names = json.loads((tmp_path / "out/labels.json").read_text())["names"]
+    assert names == ["bark", "cat", "dog"]
     assert rejected(tmp_path / "out") == {"gone.wav": "cannot be read: No such file or directory"}
 
 
@@ -342,6 +344,22 @@ def test_bestiary_is_reported_by_name_and_the_rest_is_trained_on(tmp_path: Path)
         (folder / name).unlink()
     again = prepared(folder, tmp_path / "clean", Recipe(clip_s=10.0, whole=True))
     assert [clip.read() for clip in again] == [clip.read() for clip in index]
+
+
+def test_what_breaks_off_late_leaves_nothing(tmp_path: Path) -> None:
+    """Clips of a recording that were packed before its damage are taken back, byte for byte."""
+    (tmp_path / "in").mkdir()
+    sound = tone(16000 * 40)  # more than a block
+    for name in ("a", "c"):
+        write(tmp_path / f"in/{name}.wav", sound[: 16000 * 2], subtype="PCM_16")
+    without = prepared(tmp_path / "in", tmp_path / "without", shard_mib=9)
+    sound[-1] = np.nan
+    write(tmp_path / "in/b.wav", sound, subtype="FLOAT")
+    index = prepared(tmp_path / "in", tmp_path / "out", shard_mib=9)
+    assert rejected(tmp_path / "out") == {"b.wav": "holds NaN or infinite samples"}
+    shard = "shards/00000.tar"
+    assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "without" / shard).read_bytes()
+    np.testing.assert_array_equal(index.table(), without.table())
 
 
 def test_clips_lost_in_mid_epoch_are_reported(source: Path, tmp_path: Path) -> None:
