@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssast.engine.cli_data import PACKAGE_CACHE, add_data_commands
+from ssast.engine.cli_export import add_export_commands
 from ssast.engine.config import CONFIGS, ConfigError
 
 DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram patch modelling."
@@ -22,6 +23,8 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
   ssast probe runs/demo --tasks data/demo/tasks
   ssast visualize runs/demo
+  ssast export runs/demo --to published SSAST-Demo.pth
+  ssast embed runs/demo /my/recordings --out embeddings.npy
 """
 # Exit status: 2 for what the user can mend; 128 + n after signal n, as shells have it.
 USER_ERROR = 2
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clips", type=int, default=4, help="how many held-out clips (4)")
     command.set_defaults(run=_visualize)
 
+    add_export_commands(commands)
     add_data_commands(commands)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)

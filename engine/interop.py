@@ -1,8 +1,12 @@
 """Every door to other people's code, under one name.
 
 The published code: its checkpoints in and out, and its model's interface, :class:`ASTModel`.
+Folders of Hugging Face transformers. Whatever a path holds: :func:`open_model`. ONNX and
+torch.export are in portable.py, s3prl in upstream.py.
 """
 
+from ssast.engine.huggingface import export_huggingface, import_huggingface
+from ssast.engine.opening import Opened, Unsaid, open_model
 from ssast.engine.published import ASTModel
 from ssast.engine.published_state import (
     Layout,
@@ -20,10 +24,15 @@ from ssast.engine.published_state import (
 __all__ = [
     "ASTModel",
     "Layout",
+    "Opened",
+    "Unsaid",
     "detect_layout",
+    "export_huggingface",
     "from_published",
+    "import_huggingface",
     "load_published",
     "load_published_classifier",
+    "open_model",
     "published_name",
     "published_state",
     "read_published",

@@ -1,0 +1,102 @@
+"""``ssast export`` and ``ssast embed``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+FORMATS = {
+    "published": "a .pth file for the published code",
+    "hf": "a folder for transformers' from_pretrained",
+    "onnx": "an ONNX file, for any number of clips",
+    "pt2": "a file of torch.export, for any number of clips",
+}
+
+
+def add_export_commands(commands: Any) -> None:
+    """Adds ``export`` and ``embed`` to the commands of ``ssast``.
+
+    Args:
+        commands: What ``add_subparsers`` of the parser has returned.
+    """
+    command = commands.add_parser(
+        "export",
+        help="take a model elsewhere",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {name:10} {text}" for name, text in FORMATS.items()),
+    )
+    _add_model(command)
+    command.add_argument("--to", required=True, choices=FORMATS, help="see below")
+    command.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("embed", help="write embeddings of recordings as .npy")
+    _add_model(command)
+    command.add_argument(
+        "source", metavar="SRC", type=Path, help="a manifest, a folder or an audio file"
+    )
+    command.add_argument("--out", required=True, type=Path, metavar="X.npy", help="gets X.csv too")
+    command.add_argument(
+        "--level", choices=("clip", "frame"), default="clip", help="one vector for each (clip)"
+    )
+    command.add_argument("--batch-size", type=int, default=16, help="clips at once (16)")
+    command.set_defaults(run=_embed)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model",
+        metavar="CKPT",
+        type=Path,
+        help="a run's folder, a checkpoint, a published file, or a folder of transformers",
+    )
+    unsaid = command.add_argument_group("of a published file, which does not say it")
+    unsaid.add_argument("--frames", type=int, metavar="T", help="frames of its input")
+    unsaid.add_argument("--stride", type=int, nargs=2, metavar=("F", "T"), help="of its patches")
+    unsaid.add_argument("--pooling", choices=("avgtok", "cls"), default="avgtok", help="(avgtok)")
+    unsaid.add_argument("--mean", type=float, help="of its filterbanks (AudioSet's)")
+    unsaid.add_argument("--std", type=float, help="of its filterbanks (AudioSet's)")
+
+
+def _open(options: argparse.Namespace) -> Any:
+    from ssast.engine.opening import Unsaid, open_model
+
+    stride = None if options.stride is None else tuple(options.stride)
+    unsaid = Unsaid(options.frames, stride, options.pooling, options.mean, options.std)
+    return open_model(options.model, unsaid)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ssast.engine.config import ConfigError
+    from ssast.engine.huggingface import export_huggingface
+    from ssast.engine.model import SpectrogramTransformer
+    from ssast.engine.portable import save_onnx, save_program
+    from ssast.engine.published_state import save_published
+
+    opened, out = _open(options), options.out
+    if options.to == "published":
+        if isinstance(opened.model, SpectrogramTransformer):
+            raise ConfigError(f"{options.model}: an encoder alone has no published form")
+        save_published(opened.model, out, opened.audio)
+    elif options.to == "hf":
+        export_huggingface(opened.useful, out, opened.audio, opened.labels)
+    else:
+        save = save_onnx if options.to == "onnx" else save_program
+        save(opened.useful, out, opened.audio, opened.labels)
+    print(out)
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from ssast.engine.config import ConfigError
+    from ssast.engine.embedding import embed_recordings
+
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, got {options.batch_size}")
+    opened = _open(options)
+    embedded = embed_recordings(
+        opened, options.source, options.out, level=options.level, batch_size=options.batch_size
+    )
+    for path, reason in embedded.rejected.items():
+        print(f"not read, its row is NaN: {path}: {reason}")
+    print(f"{embedded.path}: {' x '.join(map(str, embedded.shape))}; rows in {embedded.listing}")
+    return 0
