@@ -9,9 +9,12 @@ from pathlib import Path
 
 from ssast.engine.cli_data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.cli_export import add_export_commands
+from ssast.engine.cli_finetune import add_finetune_commands
 from ssast.engine.config import CONFIGS, ConfigError
 
-DESCRIPTION = "Pretrain audio spectrogram transformers with masked spectrogram patch modelling."
+DESCRIPTION = (
+    "Pretrain audio spectrogram transformers without labels, and make classifiers of them."
+)
 EXAMPLES = """examples:
   ssast demo                                  fetch real recordings, pretrain, show the results
   ssast data demo                             only fetch the recordings
@@ -21,6 +24,8 @@ EXAMPLES = """examples:
   ssast pretrain base_patch data.train=/my/recordings train.steps=10000
   ssast pretrain base_patch --resume          go on where a run was stopped
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json
+  ssast predict runs/esc50_patch dog.wav /my/recordings
   ssast probe runs/demo --tasks data/demo/tasks
   ssast visualize runs/demo
   ssast export runs/demo --to published SSAST-Demo.pth
@@ -66,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain",
         help="pretrain a model",
         formatter_class=raw,
-        epilog="configurations: " + ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml"))),
+        epilog="configurations: " + ", ".join(_recipes()),
     )
     command.add_argument("config", metavar="CONFIG", help="a YAML file, or a name (see below)")
     command.add_argument(
@@ -96,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clips", type=int, default=4, help="how many held-out clips (4)")
     command.set_defaults(run=_visualize)
 
+    add_finetune_commands(commands)
     add_export_commands(commands)
     add_data_commands(commands)
 
@@ -107,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("env", help="print the machine, versions and backends")
     command.set_defaults(run=_env)
     return parser
+
+
+def _recipes() -> list[str]:
+    """Names of the configurations that pretrain."""
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    return [p.stem for p in paths if "\nfinetune:" not in p.read_text(encoding="utf-8")]
 
 
 def _pretrain(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ssast.engine.config import ConfigError
 
@@ -231,6 +232,26 @@ def _reduce(values: Sequence[float], world: World, op: dist.ReduceOp.RedOpType) 
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, op=op)
     return tensor.tolist()
+
+
+def gather_rows(rows: Tensor, values: Tensor, count: int, world: World) -> tuple[Tensor, Tensor]:
+    """Rows that are spread over the ranks, put together on the CPU of every rank. Collective.
+
+    Args:
+        rows: [n] int64, where this rank's values belong; no other rank has them.
+        values: [n, C] float32.
+        count: Rows in all.
+        world: This process's world.
+
+    Returns:
+        Values [count, C] float32, 0 where no rank had one, and which they had, [count] bool.
+    """
+    whole = torch.zeros(count, values.shape[1] + 1, device=world.device)
+    whole[rows.to(world.device)] = torch.nn.functional.pad(values.to(world.device), (0, 1), value=1)
+    if world.world_size > 1:
+        dist.all_reduce(whole)
+    whole = whole.cpu()
+    return whole[:, :-1], whole[:, -1] > 0
 
 
 def broadcast_object(value: T, world: World) -> T:

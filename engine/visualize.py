@@ -56,7 +56,9 @@ def draw_curves(run: Path) -> Path:
         ("loss", "loss (joint)"),
         ("nce", "InfoNCE (nats)"),
         ("mse", "reconstruction MSE"),
-        ("accuracy", "share of patches told apart"),
+        ("accuracy", "accuracy (of patches told apart, or of clips)"),
+        ("map", "mean average precision"),
+        ("macro_f1", "macro F1"),
         ("lr", "learning rate"),
         ("clips_per_s", "clips/s"),
     ]

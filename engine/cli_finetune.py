@@ -1,0 +1,99 @@
+"""``ssast finetune``, ``ssast evaluate`` and ``ssast predict``."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+RECIPES = """recipes: finetune, demo_finetune,
+audioset_20k_{patch,frame}, audioset_2m_{patch,frame},
+esc50_{patch,frame}, speechcommands_v1_{patch,frame}, speechcommands_v2_{patch,frame},
+voxceleb1_{patch,frame}, iemocap_{patch,frame}
+
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json --resume
+"""
+
+
+def add_finetune_commands(commands: Any) -> None:
+    """Add the three commands to the parser's."""
+    command = commands.add_parser(
+        "finetune",
+        help="train a classifier from pretrained weights",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=RECIPES,
+    )
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe (see below)")
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="go before the file's"
+    )
+    command.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="CKPT",
+        help="a published .pth, or the folder of a pretraining run",
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="go on from the run's last checkpoint"
+    )
+    command.set_defaults(run=_finetune)
+
+    command = commands.add_parser(
+        "evaluate", help="score a fine-tuned classifier on labelled clips"
+    )
+    command.add_argument("checkpoint", metavar="RUN", type=Path, help="a fine-tuning run's folder")
+    command.add_argument("manifest", metavar="MANIFEST", type=Path, help="clips with labels")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="gets predictions.csv, metrics.json and pictures"
+    )
+    command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("predict", help="name what is in recordings")
+    command.add_argument("checkpoint", metavar="RUN", type=Path, help="a fine-tuning run's folder")
+    command.add_argument(
+        "sources", nargs="+", metavar="FILE_OR_FOLDER", help="audio files, folders, manifests"
+    )
+    command.add_argument("--top", type=int, default=3, help="how many classes (3)")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
+    command.set_defaults(run=_predict)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from ssast.engine.config import load_config
+    from ssast.engine.finetune import finetune
+
+    config = load_config(options.config, options.overrides)
+    stopped = finetune(config, options.checkpoint, resume=options.resume)
+    return 128 + stopped if stopped else 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from ssast.engine.classifier_state import load_classifier
+    from ssast.engine.finetune import FinetuneEngine
+
+    trained = load_classifier(options.checkpoint)
+    engine = FinetuneEngine(trained.config, trained=trained)
+    for name, value in engine.evaluate(options.manifest, options.out).items():
+        print(f"{name:10}{value:8.4f}")
+    if options.out is not None:
+        print(options.out)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from ssast.engine.classifier_state import load_classifier
+    from ssast.engine.finetune import FinetuneEngine
+
+    trained = load_classifier(options.checkpoint)
+    engine = FinetuneEngine(trained.config, trained=trained)
+    for found in engine.predict(options.sources, options.top):
+        if options.json:
+            print(json.dumps(dataclasses.asdict(found)))
+        elif found.reason is not None:
+            print(f"{found.path}  cannot be read: {found.reason}")
+        else:
+            shown = "  ".join(f"{name} {probability:.1%}" for name, probability in found.classes)
+            print(f"{found.path}  {shown}")
+    return 0

@@ -1,0 +1,298 @@
+"""Fine-tuning, and what a fine-tuned classifier is for: evaluation and prediction.
+
+engine = FinetuneEngine.from_checkpoint("SSAST-Base-Patch-400.pth", num_classes=50)
+engine.fit("train.json", "valid.json")
+engine.evaluate("test.json")
+engine.predict(["dog.wav"])
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssast.engine.checkpoint import CheckpointError
+from ssast.engine.classifier_state import (
+    Trained,
+    check_fits,
+    is_classifier,
+    load_classifier,
+    load_initial,
+    with_model_of,
+)
+from ssast.engine.clips import fbank_spec
+from ssast.engine.config import Config, ConfigError, load_config
+from ssast.engine.finetune_data import find_splits, finetune_settings
+from ssast.engine.finetuning import Finetuning, steps_of_epochs
+from ssast.engine.labels import read_labelled
+from ssast.engine.metrics import classification_metrics, probabilities
+from ssast.engine.report import likeliest, write_split
+from ssast.engine.run import run_training
+from ssast.pipelines.batch import DataError
+from ssast.pipelines.dali import AudioStream
+from ssast.pipelines.manifest import read_manifest
+
+BATCH = 32  # clips at a time outside of training
+
+
+def finetune(
+    config: Config,
+    checkpoint: str | Path,
+    *,
+    resume: bool = False,
+    num_classes: int | None = None,
+) -> int:
+    """Train a classifier from pretrained weights, or go on with it.
+
+    Args:
+        config: Everything about it; with a section ``finetune`` and a ``run.folder``.
+        checkpoint: A published file, a pretraining run's folder, or one of its checkpoints.
+        resume: Go on from the latest checkpoint in the run's folder, if there is one.
+        num_classes: How many classes are expected; any number if None.
+
+    Returns:
+        0, or the number of the signal that stopped the run after it had saved a checkpoint.
+
+    Raises:
+        ConfigError: See :func:`~ssast.engine.run.run_training`.
+        DataError: Wrong manifests or labels, splits that share clips, too many unreadable clips.
+        CheckpointError: The pretrained weights do not fit, or a checkpoint cannot be written.
+        TrainingError: Training diverged.
+    """
+    if config.run.folder is None:
+        raise ConfigError("run.folder is not set")
+    settings = finetune_settings(config)
+    pretrained, pretrained_config = load_initial(checkpoint)
+    check_fits(config, pretrained_config, checkpoint)
+    splits = find_splits(config, num_classes)
+    each, steps = steps_of_epochs(config, len(splits.train))
+    train = replace(
+        config.train,
+        steps=steps,
+        validate_every=each,
+        save_every=min(config.train.save_every, each),
+    )
+    config = replace(config, train=train)
+    # How long to train, and what is looked at afterwards, may change on the way.
+    free = ("epochs", "patience", "average_last", "test", "allow_leakage", "labels")
+    fixed = [(s, k) for s in ("audio", "model") for k in vars(getattr(config, s))]
+    fixed += [("finetune", key) for key in vars(settings) if key not in free]
+    return run_training(
+        config,
+        lambda place: Finetuning(place, splits, pretrained, each),
+        clips=splits.train.paths,
+        fixed=[*fixed, ("train", "seed")],
+        resume=resume,
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier makes of a clip.
+
+    Attributes:
+        path: Of the clip.
+        classes: (name, probability), the likeliest first; none if it could not be read.
+        reason: Why it could not be read.
+    """
+
+    path: str
+    classes: tuple[tuple[str, float], ...]
+    reason: str | None = None
+
+
+class FinetuneEngine:
+    """A classifier: to be trained, or trained.
+
+    Args:
+        config: With a section ``finetune``.
+        checkpoint: Pretrained weights to begin from; None for a classifier that is trained.
+        trained: The trained classifier.
+        num_classes: How many classes are expected in training; any number if None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        checkpoint: Path | None = None,
+        trained: Trained | None = None,
+        num_classes: int | None = None,
+    ):
+        self.config, self.checkpoint = config, checkpoint
+        self.trained, self.num_classes = trained, num_classes
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        num_classes: int | None = None,
+        config: str | Path = "finetune",
+        overrides: Iterable[str] = (),
+    ) -> "FinetuneEngine":
+        """A classifier to be trained from pretrained weights, or a trained one.
+
+        Args:
+            path: A published file, the folder of a run, or one of its checkpoints.
+            num_classes: How many classes are expected; any number if None.
+            config: Of the training: a YAML file, or the name of a recipe. The model is that of the
+                checkpoint all the same.
+            overrides: Settings that go before the file's, ``section.key=value``.
+
+        Raises:
+            CheckpointError: There is no checkpoint, or a trained classifier has another number of
+                classes.
+            ConfigError: The configuration is wrong.
+        """
+        path = Path(path)
+        if is_classifier(path):
+            trained = load_classifier(path)
+            if num_classes not in (None, len(trained.classes)):
+                raise CheckpointError(
+                    f"{path}: has {len(trained.classes)} classes, expected {num_classes}"
+                )
+            return cls(trained.config, trained=trained)
+        pretrained = load_initial(path)[1]
+        model = pretrained.model
+        depth = "null" if model.depth is None else model.depth
+        fitting = [
+            f"model={{size: {model.size}, patch: {list(model.patch)}, depth: {depth}}}",
+            f"audio.n_mels={pretrained.audio.n_mels}",
+        ]
+        settings = load_config(config, [*fitting, *overrides])
+        finetune_settings(settings)
+        return cls(with_model_of(settings, pretrained), checkpoint=path, num_classes=num_classes)
+
+    def fit(
+        self,
+        train: str | Path,
+        valid: str | Path | None = None,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = False,
+    ) -> "FinetuneEngine":
+        """Train; afterwards this engine is the classifier that did best on the held-out clips.
+
+        Args:
+            train: A manifest with labels.
+            valid: The held-out clips; a share of the training clips if None.
+            folder: Of the run; that of the configuration if None.
+            resume: Go on with a run that is there.
+
+        Raises:
+            ConfigError: This is a trained classifier; or see :func:`finetune`, also for the others.
+            DataError: Wrong manifests.
+            CheckpointError: The weights do not fit.
+            TrainingError: Training diverged.
+            KeyboardInterrupt: Training was stopped by a signal, after a checkpoint was saved.
+        """
+        if self.checkpoint is None:
+            raise ConfigError("this classifier is trained: begin from a pretrained checkpoint")
+        data = replace(
+            self.config.data, train=str(train), valid=None if valid is None else str(valid)
+        )
+        run = self.config.run if folder is None else replace(self.config.run, folder=str(folder))
+        self.config = replace(self.config, data=data, run=run)
+        stopped = finetune(
+            self.config, self.checkpoint, resume=resume, num_classes=self.num_classes
+        )
+        if stopped:
+            raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
+        assert run.folder is not None
+        self.trained = load_classifier(run.folder)
+        return self
+
+    def evaluate(self, manifest: str | Path, out: Path | None = None) -> dict[str, float]:
+        """Metrics on the clips of a manifest.
+
+        Args:
+            manifest: With labels.
+            out: A folder for predictions and pictures; none are written if None.
+
+        Raises:
+            ConfigError: The classifier is not trained.
+            DataError: The manifest is wrong, or has labels that were not learned.
+        """
+        trained = self._trained()
+        loss = finetune_settings(trained.config).loss
+        clips = read_labelled(str(manifest), trained.classes, one_label=loss == "ce")
+        logits, reasons = score_clips(trained, clips.paths, self.device)
+        read = np.array([row not in reasons for row in range(len(clips))])
+        if not read.any():
+            raise DataError(f"{manifest}: none of its {len(clips)} clips can be read")
+        values = classification_metrics(logits[read], clips.targets()[read])
+        if out is not None:
+            write_split(out, clips, logits, read, values, loss)
+        return values
+
+    def predict(self, sources: Sequence[str | Path], top: int = 5) -> list[Prediction]:
+        """The likeliest classes of files, of all files in folders, or of the clips of manifests.
+
+        Of a file that is longer than the model's input, the beginning counts.
+
+        Raises:
+            ConfigError: The classifier is not trained.
+            DataError: A folder or a manifest is wrong.
+        """
+        trained = self._trained()
+        paths = find_files(sources)
+        logits, reasons = score_clips(trained, paths, self.device)
+        scores = probabilities(logits, finetune_settings(trained.config).loss)
+        return [
+            Prediction(str(path), (), reasons[row])
+            if row in reasons
+            else Prediction(str(path), tuple(likeliest(scores[row], trained.classes, top)))
+            for row, path in enumerate(paths)
+        ]
+
+    def _trained(self) -> Trained:
+        if self.trained is None:
+            raise ConfigError("this classifier is not trained yet: call fit first")
+        return self.trained
+
+
+def find_files(sources: Sequence[str | Path]) -> list[Any]:
+    """Files as they are; folders and manifests as the clips that they stand for.
+
+    Raises:
+        DataError: A folder or a manifest is wrong, or nothing is named.
+    """
+    paths: list[Any] = []
+    for source in map(Path, sources):
+        if source.is_dir() or source.suffix.lower() in (".json", ".csv"):
+            paths += list(read_manifest(source).paths)
+        else:
+            paths.append(str(source))
+    if not paths:
+        raise DataError("no files: expected audio files, folders or manifests")
+    return paths
+
+
+@torch.inference_mode()
+def score_clips(
+    trained: Trained, paths: Sequence[Any], device: torch.device
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Logits [n, C] of clips, 0 for those that cannot be read, and the reason why, by clip."""
+    classifier = trained.classifier.to(device).eval()
+    audio = trained.config.audio
+    logits = np.zeros((len(paths), len(trained.classes)))
+    reasons: dict[int, str] = {}
+    with AudioStream(
+        paths,
+        fbank_spec(audio),
+        batch_size=min(BATCH, len(paths)),
+        epochs=1,
+        device=device,
+        max_rejected=1.0,
+        on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
+    ) as batches:
+        for batch in batches:
+            frames = batch.num_frames if audio.ignore_padding else None
+            found = classifier(batch.fbank, frames).double().cpu().numpy()
+            valid = batch.valid.cpu().numpy()
+            logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
+    return logits, reasons

@@ -1,0 +1,90 @@
+"""Scores of a classifier, by scikit-learn."""
+
+import math
+import warnings
+from statistics import NormalDist
+
+import numpy as np
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
+
+TOP = 5
+
+
+def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Scores of a set of clips.
+
+    Args:
+        logits: [n, C].
+        targets: [n, C], 1 for the classes of a clip, else 0.
+
+    Returns:
+        ``map`` (mean average precision), ``mauc`` (mean area under the ROC curve), ``dprime``
+        (sqrt(2) times the normal quantile of it) over the classes that some clip has and some has
+        not; ``macro_f1`` over the classes that some clip has; and where each clip has one class,
+        ``accuracy``, and ``top5`` of more than five classes. A score that the clips do not define
+        is left out.
+    """
+    count, num_classes = logits.shape
+    if not count:
+        return {}
+    scores: dict[str, float] = {}
+    present = targets.any(0)
+    single = bool((targets.sum(1) == 1).all())
+    if single:
+        truth, named = targets.argmax(1), logits.argmax(1)
+        scores["accuracy"] = float(accuracy_score(truth, named))
+        if num_classes > TOP:
+            scores["top5"] = float(
+                top_k_accuracy_score(truth, logits, k=TOP, labels=np.arange(num_classes))
+            )
+        labels = np.flatnonzero(present)
+        f1 = f1_score(truth, named, labels=labels, average="macro", zero_division=0)
+    else:
+        chosen = logits[:, present] > 0
+        f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
+    mixed = present & ~targets.all(0)
+    if mixed.any():
+        # Softmax or sigmoid: within a class of the latter, logits rank as probabilities do.
+        ranks = softmax(logits) if single else logits
+        per_class = class_metrics(ranks, targets)
+        scores["map"] = float(np.nanmean(per_class["average_precision"]))
+        scores["mauc"] = float(np.nanmean(per_class["auc"]))
+        scores["dprime"] = math.sqrt(2) * NormalDist().inv_cdf(
+            min(max(scores["mauc"], 1e-12), 1 - 1e-12)
+        )
+    scores["macro_f1"] = float(f1)
+    return scores
+
+
+def class_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Average precision and area under the ROC curve of each class, [C]; NaN where undefined."""
+    found = {name: np.full(scores.shape[1], np.nan) for name in ("average_precision", "auc")}
+    for number in range(scores.shape[1]):
+        truth = targets[:, number]
+        if truth.any() and not truth.all():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found["average_precision"][number] = average_precision_score(
+                    truth, scores[:, number]
+                )
+                found["auc"][number] = roc_auc_score(truth, scores[:, number])
+    return found
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
+    """What the loss makes of logits [..., C]: softmax for ``ce``, the logistic for ``bce``."""
+    if loss == "ce":
+        return softmax(logits)
+    return 0.5 * (1 + np.tanh(0.5 * logits))

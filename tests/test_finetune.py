@@ -1,0 +1,340 @@
+import csv
+import json
+import random
+import signal
+
+import pytest
+import torch
+from finetune_runs import (
+    data_overrides,
+    make_sounds,
+    make_splits,
+    manifest,
+    overrides,
+    pretrained_file,
+)
+from golden_model import golden, pretraining_case
+from runs import call, lines, stop_at
+from sounds import write_clips
+
+from ssast.engine.checkpoint import CheckpointError, Checkpoints
+from ssast.engine.classifier_state import (
+    CHOSEN,
+    build_classifier,
+    fill_encoder,
+    load_classifier,
+    load_initial,
+)
+from ssast.engine.cli import main
+from ssast.engine.config import ConfigError, from_plain, load_config
+from ssast.engine.deepspeed_engine import TrainEngine
+from ssast.engine.finetune import FinetuneEngine, finetune
+from ssast.engine.finetune_data import find_splits
+from ssast.engine.finetuning import Finetuning
+from ssast.engine.run import Workplace
+from ssast.pipelines.batch import DataError
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return make_splits(tmp_path_factory.mktemp("sounds"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return pretrained_file(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text("finetune: {mixup: 0.5, freq_mask: 4, time_mask: 6, noise: 0.1, roll: 3}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, splits, checkpoint, config_file):
+    """A run that was never interrupted, from the command line."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = call(*command(run, splits, checkpoint, config_file))
+    assert done.returncode == 0, done.stderr
+    return run, done
+
+
+def command(run, splits, checkpoint, config_file, **changed):
+    settings = {"finetune__average_last": 2, "train__save_every": 2} | changed
+    given = [*overrides(**settings), *data_overrides(splits), f"run.folder={run}"]
+    return ["finetune", config_file, *given, "--checkpoint", checkpoint]
+
+
+def load(config_file, splits, run, **changed):
+    given = [*overrides(**changed), *data_overrides(splits), f"run.folder={run}"]
+    return load_config(config_file, given)
+
+
+def chosen_weights(run):
+    return Checkpoints.load(Checkpoints(run / CHOSEN).latest())
+
+
+def test_a_run_leaves_what_it_should(whole):
+    run, done = whole
+    assert done.stderr == ""
+    assert "24 training and 9 held-out clips of 3 classes" in done.stdout
+    assert [line["step"] for line in lines(run, "train")] == list(range(1, 10))
+    valid = lines(run, "valid")
+    assert [line["step"] for line in valid] == [0, 3, 6, 9]
+    assert {"accuracy", "map", "mauc", "dprime", "macro_f1", "loss"} <= set(valid[-1])
+    assert "| test | 9 |" in (run / "report.md").read_text()
+    for split in ("valid", "test"):
+        names = {path.name for path in (run / split).iterdir()}
+        assert names == {"metrics.json", "predictions.csv", "confusion.png", "classes.png"}
+    with (run / "test" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and {row["labels"] for row in rows} == {"pitch0", "pitch1", "pitch2"}
+    values = json.loads((run / "test" / "metrics.json").read_text())
+    right = sum(row["class1"] == row["labels"] for row in rows)
+    assert values["accuracy"] == pytest.approx(right / 9)
+
+
+def test_the_kept_weights_are_the_best_on_the_held_out_clips(whole):
+    tensors, meta = chosen_weights(whole[0])
+    accuracies = [line["accuracy"] for line in lines(whole[0], "valid")]
+    kept = meta["values"]["valid"]["accuracy"]
+    assert kept >= max(accuracies)
+    if meta["chosen"].startswith("step"):
+        best, _ = Checkpoints.load(Checkpoints(whole[0] / "checkpoints").best())
+        assert all(torch.equal(best[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(whole, splits, checkpoint, config_file, tmp_path):
+    run = tmp_path / "killed"
+    arguments = command(run, splits, checkpoint, config_file)
+    step = random.randint(2, 8)
+    status = stop_at(step, signal.SIGKILL, run, *arguments)
+    assert status == -signal.SIGKILL, f"killed at step {step}"
+    done = call(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "valid"):
+        assert lines(run, split) == lines(whole[0], split), f"killed at step {step}"
+    (ours, meta), (theirs, other) = chosen_weights(run), chosen_weights(whole[0])
+    assert meta["chosen"] == other["chosen"] and meta["values"] == other["values"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_is_left_alone(whole, splits, checkpoint, config_file):
+    report = whole[0] / "report.md"
+    before = report.stat().st_mtime_ns
+    done = call(*command(whole[0], splits, checkpoint, config_file), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert report.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["patch", "frame"])
+def test_the_published_classifier_comes_out(kind):
+    """Pretrained weights in another grid, a head: the published logits."""
+    for case in golden(kind)["finetune"]:
+        pretrained, _, _ = pretraining_case(kind, torch.float64)
+        plain = {
+            "model": {"size": "tiny", "depth": 2, "patch": list(pretrained.encoder.embed.patch)},
+            "audio": {"num_frames": case["input_tdim"], "mean": 0.0, "std": 0.5},
+        }
+        for pooling in ("avgtok", "cls"):
+            stride = [case["fstride"], case["tstride"]]
+            config = from_plain({**plain, "finetune": {"stride": stride, "pooling": pooling}})
+            classifier = build_classifier(config, case["label_dim"]).double()
+            fill_encoder(classifier.encoder, pretrained)
+            head = {name: value.double() for name, value in case["mlp_head"].items()}
+            classifier.head.load_state_dict(head)
+            logits, want = classifier(case["input"].double()), case[f"ft_{pooling}"]
+            exact = 1e-8 if config.grid == (1, 150) else 1e-10
+            assert (logits - want).abs().max() < exact * want.abs().max()
+
+
+def plain_file(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text("finetune: {}\n")
+    return path
+
+
+@pytest.mark.slow
+def test_32_clips_are_learned_by_heart(checkpoint, tmp_path):
+    labels = [f"label{random.Random(i).randint(0, 2)}" for i in range(32)]  # with no sense in them
+    train = manifest(tmp_path / "train.json", write_clips(tmp_path, 32), labels)
+    engine = FinetuneEngine.from_checkpoint(
+        checkpoint,
+        3,
+        plain_file(tmp_path),
+        overrides(
+            finetune__epochs=100, finetune__allow_leakage=True, train__batch_size=16,
+            train__log_every=100, optim__betas=[0.9, 0.98],
+        ),
+    )  # fmt: skip
+    engine.fit(train, train, folder=tmp_path / "run")
+    assert engine.evaluate(train)["accuracy"] == 1.0
+
+
+@pytest.mark.slow
+def test_shuffled_labels_are_not_learned(splits, checkpoint, tmp_path):
+    paths = make_sounds(tmp_path / "sounds", 3, 8)
+    labels = [f"pitch{i % 3}" for i in range(24)]  # as many of each in every class
+    train = manifest(tmp_path / "train.json", paths, labels)
+    results = {}
+    for name, source in (("true", splits["train"]), ("shuffled", train)):
+        config = load_config(
+            plain_file(tmp_path),
+            [*overrides(finetune__epochs=6, train__log_every=100), f"data.train={source}",
+             f"data.valid={splits['valid']}", f"run.folder={tmp_path / name}"],
+        )  # fmt: skip
+        assert finetune(config, checkpoint) == 0
+        # The last epoch: choosing the best one would itself learn from the held-out clips.
+        results[name] = lines(tmp_path / name, "valid")[-1]["accuracy"]
+    assert results["true"] == 1.0
+    assert results["shuffled"] <= 0.67
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"finetune__loss": "bce", "finetune__label_smoothing": 0.1, "finetune__mixup": 1.0},
+        {"finetune__freeze": "encoder", "finetune__stride": [10, 10], "finetune__roll": 0},
+        {"finetune__layer_decay": 0.5, "finetune__head_lr_scale": 3.0, "finetune__pooling": "cls"},
+        {"finetune__balanced": True, "audio__ignore_padding": True, "finetune__metric": "map"},
+        {"optim__schedule": "multistep", "optim__name": "adam", "train__precision": "bf16"},
+        {"train__zero_stage": 3, "train__accumulate": 2, "finetune__patience": 1},
+    ],
+    ids=lambda c: "-".join(str(v) for v in c.values()),
+)
+def test_every_setting_trains(changed, config_file, splits, checkpoint, tmp_path):
+    config = load(config_file, splits, tmp_path / "run", finetune__epochs=2, **changed)
+    assert finetune(config, checkpoint) == 0
+    assert len(lines(tmp_path / "run", "valid")) == 3
+    trained = load_classifier(tmp_path / "run")
+    if changed.get("finetune__freeze") == "encoder":
+        for name, value in load_initial(checkpoint)[0].encoder.blocks.state_dict().items():
+            assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
+
+
+def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
+    """Adam's first step moves every weight by the learning rate of its group."""
+    config = load(plain_file(tmp_path), splits, tmp_path, finetune__layer_decay=0.5,
+                  finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12)  # fmt: skip
+    place = Workplace(config, world, 8)
+    job = Finetuning(place, find_splits(config), load_initial(checkpoint)[0], 3)
+    before = {name: value.clone() for name, value in job.module.named_parameters()}
+    engine = TrainEngine(job.module, job.optimizer(), world=world, batch_size=8)
+    with job.train_batches(0) as batches:
+        arguments, valid = job.arguments(next(batches), training=True)
+    engine.backward(job.means(engine(*arguments), valid)["loss"])
+    assert engine.step(1e-3)
+    engine.close()
+    for name, value in job.module.named_parameters():
+        moved = (value - before[name]).abs().max().item()
+        scale = 10.0 if name.startswith("head") else 1.0
+        for part, rate in (("blocks.0", 0.5), ("embed.", 0.25), ("mask_embed", 0.0)):
+            scale = rate if part in name else scale
+        assert moved == pytest.approx(1e-3 * scale, rel=0.05), name
+
+
+def test_early_stopping(splits, checkpoint, tmp_path):
+    config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__patience=2,
+                  finetune__epochs=30, optim__lr=0.0)  # fmt: skip
+    assert finetune(config, checkpoint) == 0
+    steps = [line["step"] for line in lines(tmp_path / "run", "valid")]
+    assert steps == [0, 3, 6, 9]
+    assert finetune(config, checkpoint, resume=True) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "valid")] == steps
+
+
+def test_predict_and_evaluate_from_the_command_line(whole, splits, capsys):
+    folder = splits["test"].parent / "test"
+    bad = folder / "9_bad.wav"
+    bad.write_text("no audio")
+    assert main(["predict", str(whole[0]), str(folder), "--json"]) == 0
+    bad.unlink()
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 10
+    assert found[-1]["classes"] == [] and found[-1]["reason"]
+    for line in found[:-1]:
+        assert sum(p for _, p in line["classes"]) == pytest.approx(1.0)
+    assert main(["evaluate", str(whole[0]), str(splits["test"])]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    want = json.loads((whole[0] / "test" / "metrics.json").read_text())
+    assert float(shown["accuracy"]) == pytest.approx(want["accuracy"], abs=1e-4)
+    right = sum(line["classes"][0][0][-1] == line["path"].rpartition("/")[2][0]
+                for line in found[:-1])  # fmt: skip
+    assert want["accuracy"] == pytest.approx(right / 9)
+
+
+def test_a_trained_classifier_is_loaded_by_the_engine(whole, splits):
+    engine = FinetuneEngine.from_checkpoint(whole[0], num_classes=3)
+    (found,) = engine.predict([splits["test"].parent / "test" / "0_0.wav"], top=1)
+    assert len(found.classes) == 1 and found.reason is None
+    with pytest.raises(CheckpointError, match="has 3 classes, expected 50"):
+        FinetuneEngine.from_checkpoint(whole[0], num_classes=50)
+    with pytest.raises(ConfigError, match="this classifier is trained"):
+        engine.fit(splits["train"])
+
+
+def test_mistakes_are_found_before_any_work(splits, checkpoint, config_file, tmp_path):
+    paths = make_sounds(tmp_path / "sounds", 3, 2)
+    unknown = manifest(tmp_path / "unknown.json", paths, ["pitch0", "pitch1", "pich2"] * 2)
+    several = manifest(tmp_path / "several.json", paths, ["pitch0,pitch1", *["pitch2"] * 5])
+    one = manifest(tmp_path / "one.json", paths, ["same"] * 6)
+    table = tmp_path / "labels.csv"
+    table.write_text("index,mid,display_name\n" + "".join(f"{i},pitch{i},p{i}\n" for i in range(4)))
+    cases = [
+        ({"data__valid": str(unknown)}, DataError, "unknown label 'pich2'.*did you mean pitch2"),
+        ({"data__train": str(several)}, DataError, "has 2 labels .*set finetune.loss=bce"),
+        ({"data__train": str(one)}, DataError, "expected two classes or more, found 1"),
+        ({"data__train": str(tmp_path / "sounds")}, DataError, "has no labels"),
+        ({"data__train": None}, ConfigError, "data.train is not set"),
+        ({"finetune__labels": str(table)}, DataError, r"1 of 4 classes have no training.*pitch3"),
+        ({"data__valid": str(splits["train"])}, DataError, "24 clips of data.train .*also in"),
+        ({"model__size": "small"}, CheckpointError, "has model.size 'tiny'.*set model.size=tiny"),
+        ({"model__patch": [32, 2]}, CheckpointError, r"set model.patch=\[16,16\]"),
+        ({"finetune__time_mask": 50}, ConfigError, "must be at most audio.n_mels 32"),
+        ({"train__accumulate": 3}, ConfigError, "train.batch_size 8 cannot be divided"),
+    ]
+    for changed, error, message in cases:
+        run = tmp_path / "run"
+        given = [*data_overrides(splits), *overrides(**changed), f"run.folder={run}"]
+        with pytest.raises(error, match=message) as caught:
+            finetune(load_config(config_file, given), checkpoint)
+        assert "\n" not in str(caught.value)
+        assert not run.exists(), message
+    with pytest.raises(ConfigError, match=r"num_classes is 50, but .* has 3 classes"):
+        finetune(load(config_file, splits, tmp_path / "run"), checkpoint, num_classes=50)
+    with pytest.raises(ConfigError, match="no section finetune"):
+        few = ["objective.num_masked=2"]
+        FinetuneEngine.from_checkpoint(checkpoint, config="tiny_patch", overrides=few)
+
+
+def test_resuming_refuses_another_training(whole, splits, checkpoint, config_file):
+    config = load(config_file, splits, whole[0], finetune__mixup=0.1)
+    with pytest.raises(ConfigError, match=r"finetune.mixup was 0.5 when .* began, now it is 0.1"):
+        finetune(config, checkpoint, resume=True)
+
+
+def test_a_copy_of_a_clip_is_a_leak(splits, checkpoint, config_file, tmp_path):
+    copy = tmp_path / "0_copy.wav"
+    copy.write_bytes((splits["train"].parent / "train" / "1_0.wav").read_bytes())
+    others = sorted((splits["valid"].parent / "valid").glob("*.wav"))
+    valid = manifest(tmp_path / "valid.json", [*others, copy])
+    changed = {**splits, "valid": valid}
+    with pytest.raises(DataError, match=r"1 clips of data.train .*1_0.wav and .*0_copy.wav"):
+        finetune(load(config_file, changed, tmp_path / "run"), checkpoint)
+    allowed = load(config_file, changed, tmp_path / "run", finetune__epochs=1,
+                   finetune__allow_leakage=True)  # fmt: skip
+    assert finetune(allowed, checkpoint) == 0
+
+
+def test_the_command_line_names_mistakes(capsys, checkpoint, tmp_path):
+    assert main(["finetune", "esc50_pach", "--checkpoint", str(checkpoint)]) == 2
+    assert "did you mean esc50_patch?" in capsys.readouterr().err
+    assert main(["finetune", "esc50_patch", "--checkpoint", str(tmp_path / "no.pth")]) == 2
+    assert "no.pth" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "none"), "a.wav"]) == 2
+    assert "expected the folder of a fine-tuning run, found nothing" in capsys.readouterr().err
+    assert main(["pretrain", "esc50_patch", "data.train=x"]) == 2
+    assert "use ssast finetune" in capsys.readouterr().err
