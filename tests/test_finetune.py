@@ -2,6 +2,8 @@ import csv
 import json
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from finetune_runs import (
     pretrained_file,
 )
 from golden_model import golden, pretraining_case
-from runs import call, lines, stop_at
+from runs import call, environment, lines, stop_at
 from sounds import write_clips
 
 from ssast.engine.checkpoint import CheckpointError, Checkpoints
@@ -122,6 +124,27 @@ def test_a_killed_run_resumes_bit_for_bit(whole, splits, checkpoint, config_file
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+def test_two_ranks_train_as_one(whole, splits, checkpoint, config_file, tmp_path):
+    run = tmp_path / "two"
+    arguments = command(run, splits, checkpoint, config_file)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", "-m", "ssast.engine.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "valid"):
+        for ours, theirs in zip(lines(run, split), lines(whole[0], split), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert chosen_weights(run)[1]["classes"] == ["pitch0", "pitch1", "pitch2"]
+    assert (run / "test" / "confusion.png").is_file()
+
+
 def test_a_finished_run_is_left_alone(whole, splits, checkpoint, config_file):
     report = whole[0] / "report.md"
     before = report.stat().st_mtime_ns
@@ -166,10 +189,13 @@ def test_32_clips_are_learned_by_heart(checkpoint, tmp_path):
         3,
         plain_file(tmp_path),
         overrides(
-            finetune__epochs=100, finetune__allow_leakage=True, train__batch_size=16,
-            train__log_every=100, optim__betas=[0.9, 0.98],
+            finetune__epochs=160,
+            finetune__allow_leakage=True,
+            optim__schedule="constant",
+            train__batch_size=16,
+            train__log_every=100,
         ),
-    )  # fmt: skip
+    )
     engine.fit(train, train, folder=tmp_path / "run")
     assert engine.evaluate(train)["accuracy"] == 1.0
 
