@@ -262,6 +262,31 @@ def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
         assert moved == pytest.approx(1e-3 * scale, rel=0.05), name
 
 
+def test_mixup_adds_the_clip_whose_label_it_adds(world, splits, checkpoint, tmp_path):
+    """Also from the middle of the stream on, and never a clip that cannot be read."""
+    bad = manifest(
+        tmp_path / "bad.json", [*make_sounds(tmp_path / "s", 3, 2), tmp_path / "0_no.wav"]
+    )
+    config = load(plain_file(tmp_path), {**splits, "train": bad}, tmp_path, finetune__mixup=1.0,
+                  data__max_rejected=0.9)  # fmt: skip
+    place = Workplace(config, world, 8)
+    job = Finetuning(place, find_splits(config), load_initial(checkpoint)[0], 1)
+    with place.stream(job.splits.train.paths, None, epochs=1) as batches:
+        every = next(batches)
+    with job.train_batches(8) as batches:
+        for _ in range(2):
+            batch = next(batches)
+            assert torch.equal(batch.other_fbank, every.fbank[batch.other_clips])
+            (fbank, targets, _), valid = job.arguments(batch, training=True)
+            changed = (fbank != batch.fbank).flatten(1).any(1)
+            assert torch.equal(changed, batch.other_valid & valid)
+            same = targets.amax(1) == 1
+            twins = job.splits.train.targets().argmax(1)
+            equal = torch.from_numpy(twins[batch.clip_ids] == twins[batch.other_clips])
+            assert torch.equal(same, equal | ~batch.other_valid)
+            assert targets.sum(1).tolist() == pytest.approx([1.0] * 8)
+
+
 def test_early_stopping(splits, checkpoint, tmp_path):
     config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__patience=2,
                   finetune__epochs=30, optim__lr=0.0)  # fmt: skip
