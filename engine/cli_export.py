@@ -1,6 +1,7 @@
 """``ssast export`` and ``ssast embed``."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ def _export(options: argparse.Namespace) -> int:
     else:
         save = save_onnx if options.to == "onnx" else save_program
         save(opened.useful, out, opened.audio, opened.labels)
+    if opened.audio.ignore_padding:
+        print(
+            "note: audio.ignore_padding stays behind: what was exported takes padding for sound, "
+            f"and has our numbers for clips of {opened.audio.num_frames} frames",
+            file=sys.stderr,
+        )
     print(out)
     return 0
 

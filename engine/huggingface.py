@@ -98,6 +98,8 @@ def export_huggingface(
         for name, content in ((_CONFIG, config), (_PREPROCESSOR, preprocessor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes a file that nobody else may read.
+        (folder / _WEIGHTS).chmod((folder / _CONFIG).stat().st_mode)
         if config["model_type"] == _OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     except (OSError, safetensors.SafetensorError) as error:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
+from ssast.engine.classifier_state import is_classifier, load_classifier
 from ssast.engine.config import Audio, ConfigError
 from ssast.engine.huggingface import import_huggingface
 from ssast.engine.model import SpectrogramTransformer
@@ -77,6 +78,9 @@ def open_model(path: str | Path, unsaid: Unsaid | None = None) -> Opened:
     if (path / "config.json").is_file():
         model, audio, labels = import_huggingface(path)
         return Opened(model, audio, labels or None)
+    if is_classifier(path):
+        trained = load_classifier(path)
+        return Opened(trained.classifier, trained.config.audio, trained.classes)
     pretrained, config = load_pretrained(path)
     return Opened(pretrained, config.audio)
 

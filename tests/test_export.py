@@ -12,6 +12,7 @@ from sounds import write_clips
 
 from ssast.engine.checkpoint import CheckpointError, Checkpoints
 from ssast.engine.classifier import Classifier, embed_clips
+from ssast.engine.classifier_state import save_chosen
 from ssast.engine.cli import main
 from ssast.engine.clips import fbank_spec
 from ssast.engine.config import ConfigError, from_plain, to_plain
@@ -101,6 +102,37 @@ def test_every_door_leads_to_the_same_logits(tuned, tmp_path, capsys):
         torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["published", "hf", "onnx", "pt2"])
+def test_a_fine_tuned_run_with_its_labels(to, tmp_path, capsys):
+    classes, x = ["a", "b", "c", "d", "e"], fbanks()
+    plain = to_plain(CONFIG) | {"finetune": {"stride": [10, 10], "pooling": "cls"}}
+    config = from_plain(plain)
+    classifier = Classifier(make_classifier().encoder, 5, "cls").eval()
+    weights = {f"weight/{name}": value for name, value in classifier.state_dict().items()}
+    save_chosen(tmp_path / "run", weights, step=1, config=config, classes=classes, facts={})
+    assert open_model(tmp_path / "run").labels == tuple(classes)
+    out = tmp_path / "out"
+    call(capsys, "export", tmp_path / "run", "--to", to, out)
+    with torch.no_grad():
+        want = classifier(x)
+        if to == "published":
+            found = load_published_classifier(
+                out, num_frames=64, stride=(10, 10), pooling="cls", mean=-5.0, std=4.0
+            )(x)
+        elif to == "hf":
+            assert open_model(out).labels == tuple(classes)
+            found = open_model(out).model(x)
+        elif to == "pt2":
+            extra = {"labels": ""}
+            found = torch.export.load(out, extra_files=extra).module()(x)
+            assert json.loads(extra["labels"]) == classes
+        else:
+            session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+            assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == classes
+            found = torch.from_numpy(session.run(None, {"fbank": x.numpy()})[0])
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_pretrained_run_exports_its_encoder(run, tmp_path, capsys):
     for to in ("hf", "pt2"):
         call(capsys, "export", run, "--to", to, tmp_path / to)
@@ -139,6 +171,15 @@ def test_mistakes_are_one_line(arguments, message, run, tuned, tmp_path, capsys,
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
     assert set(tmp_path.iterdir()) == before
+
+
+def test_padding_that_is_ignored_is_said_to_stay_behind(tmp_path, capsys):
+    plain = to_plain(CONFIG)
+    config = from_plain(plain | {"audio": plain["audio"] | {"ignore_padding": True}})
+    weights = {f"weight/{name}": value for name, value in MSPM(config).state_dict().items()}
+    Checkpoints(tmp_path / "checkpoints").save(weights, {"config": to_plain(config)}, step=1)
+    assert main(["export", str(tmp_path), "--to", "published", str(tmp_path / "a.pth")]) == 0
+    assert "takes padding for sound, and has our numbers for clips of 64" in capsys.readouterr().err
 
 
 def test_an_encoder_alone_has_no_published_form(run, tmp_path, capsys):

@@ -97,6 +97,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e
 def test_classifiers_have_our_logits_and_hidden_states(shape, pooling, kind, tmp_path, modules):
     ours = make_classifier(shape, pooling)
     folder = export_huggingface(ours, tmp_path / "model", AUDIO, LABELS)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     theirs, x = load(transformers.AutoModelForAudioClassification, folder), filterbanks()
     assert type(theirs).__name__ == kind
     assert [theirs.config.id2label[i] for i in range(5)] == LABELS

@@ -82,3 +82,17 @@ def test_a_place_that_cannot_be_written(save, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file.model: cannot be written: "):
         save(make("encoder"), tmp_path / "file" / "model", AUDIO)
+
+
+def test_weights_of_large_models_go_into_a_second_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssast.engine.portable._bytes", lambda model: 3 * 10**9)
+    model = make("patch")
+    save_onnx(model, tmp_path / "model.onnx", AUDIO)
+    assert (tmp_path / "model.onnx.data").stat().st_size > 10**6
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(["output"], {"fbank": fbanks(2).numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(found), outputs(model, fbanks(2)), rtol=1e-5, atol=1e-5
+    )
