@@ -42,8 +42,8 @@ def test_one_rank_trains_like_torch(world, stage, clip):
     state, adam_step = engine.state()
     assert engine.grad_norm == pytest.approx(norms[-1], rel=1e-5)
     engine.close()
-    exact = clip is None and stage < 3
-    assert losses == (expected if exact else pytest.approx(expected, rel=1e-6))
+    # Not to the last bit: the vector units take a flat buffer in other pieces than its parameters.
+    assert losses == pytest.approx(expected, rel=1e-6)
     assert adam_step == 5
     for name, param in module.named_parameters():
         torch.testing.assert_close(state[f"weight/{name}"], param.detach(), rtol=1e-5, atol=1e-6)
