@@ -11,6 +11,7 @@ from ssast.engine.labels import (
     hold_out,
     read_labelled,
 )
+from ssast.pipelines.batch import DataError
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     if settings.test is not None:
         test = read_labelled(settings.test, classes, one_label=one_label)
     check_classes_are_learned(train)
+    if (valid.counts() > 0).sum() < 2:
+        raise DataError(
+            f"{valid.source}: the held-out clips are of one class, expected two or more: no metric "
+            "could choose between weights"
+        )
     if not settings.allow_leakage:
         splits = {"data.train": train, "data.valid": valid}
         check_no_leakage(splits if test is None else {**splits, "finetune.test": test})

@@ -334,7 +334,9 @@ def test_mistakes_are_found_before_any_work(splits, checkpoint, config_file, tmp
     one = manifest(tmp_path / "one.json", paths, ["same"] * 6)
     table = tmp_path / "labels.csv"
     table.write_text("index,mid,display_name\n" + "".join(f"{i},pitch{i},p{i}\n" for i in range(4)))
+    same = manifest(tmp_path / "same.json", paths, ["pitch0"] * 6)
     cases = [
+        ({"data__valid": str(same)}, DataError, "the held-out clips are of one class"),
         ({"data__valid": str(unknown)}, DataError, "unknown label 'pich2'.*did you mean pitch2"),
         ({"data__train": str(several)}, DataError, "has 2 labels .*set finetune.loss=bce"),
         ({"data__train": str(one)}, DataError, "expected two classes or more, found 1"),
