@@ -193,6 +193,8 @@ def measure(
     Returns:
         The medians.
     """
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for the next sum would count as well
     plain: DataLoader[Tensor] = DataLoader(
         PlainDataset(paths, spec),
         batch_size=batch_size,
@@ -245,6 +247,7 @@ def measure(
                 times[name].append(_timed(read))
     decoded.close()
     source.close()
+    torch.set_num_threads(torch_threads)
     medians = {
         name: [1e3 * statistics.median(column) / len(paths) for column in zip(*rows, strict=True)]
         for name, rows in times.items()
