@@ -6,7 +6,7 @@ from typing import Any, overload
 import numpy as np
 
 from ssast.engine.labels import LabelledClips
-from ssast.pipelines.order import Weights, clips_at
+from ssast.pipelines.order import Weights, clips_at, generator
 
 _PARTNER_KEY = 0x9E3779B97F4A7C15  # keeps these draws apart from crops, which have a similar key
 
@@ -22,9 +22,7 @@ def balanced_weights(clips: LabelledClips) -> Weights:
 
 def partner_of(clip: int, epoch: int, seed: int, num_clips: int) -> int:
     """The row of the clip that mixup adds to a clip in an epoch: any one."""
-    key = np.array([seed ^ _PARTNER_KEY, clip], dtype=np.uint64)
-    bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, epoch], dtype=np.uint64))
-    return int(np.random.Generator(bits).integers(num_clips))
+    return int(generator(seed ^ _PARTNER_KEY, clip, epoch).integers(num_clips))
 
 
 class Partners(Sequence[Any]):

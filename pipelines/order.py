@@ -17,6 +17,13 @@ import numpy as np
 from ssast.pipelines.batch import DataError
 
 
+def generator(seed: int, number: int, epoch: int = 0) -> np.random.Generator:
+    """Random numbers that depend on these alone; all three are 0 or more."""
+    key = np.array([seed, number], dtype=np.uint64)
+    counter = np.array([0, 0, 0, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
 @lru_cache(maxsize=4)  # a batch touches one or two epochs, read-ahead perhaps a third
 def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
     """The order of one pass over the manifest.
@@ -29,8 +36,7 @@ def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
     Returns:
         [n] int64, a permutation of 0 .. n - 1; read-only.
     """
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    order = np.random.Generator(bits).permutation(num_clips)
+    order = generator(seed, epoch).permutation(num_clips)
     order.setflags(write=False)
     return order
 
@@ -62,7 +68,7 @@ class Weights:
         clips' shares. So a clip of share s comes floor(n s) or ceil(n s) times.
         """
         count = len(self._sums)
-        random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
+        random = generator(seed, epoch)
         points = (np.arange(count) + random.random()) / count
         ids = np.minimum(np.searchsorted(self._sums, points, side="right"), count - 1)
         order = random.permutation(ids)
@@ -153,6 +159,4 @@ def rank_positions(
 
 def crop_place(seed: int, clip_id: int, epoch: int) -> float:
     """Where in a long recording the crop of this epoch lies, in [0, 1)."""
-    key = np.array([seed, clip_id], dtype=np.uint64)
-    bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, epoch], dtype=np.uint64))
-    return float(np.random.Generator(bits).random())
+    return float(generator(seed, clip_id, epoch).random())
