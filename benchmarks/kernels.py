@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.profiler import ProfilerActivity, profile
 
-from ssast.benchmarks.operations import PROBLEMS, SIZELESS, Outputs, Problem, Shape
+from ssast.benchmarks.operations import PROBLEMS, Outputs, Problem, Shape, problems, size_name
 from ssast.benchmarks.report import aot_markdown, aot_summary, plot, timing_markdown
 from ssast.engine.config import SIZES
 from ssast.engine.distributed import World
@@ -222,7 +222,7 @@ def time_problem(
                 problem.operation,
                 name,
                 phase,
-                "any" if problem.operation in SIZELESS else shape.size,
+                size_name(problem.operation, shape),
                 shape.batch,
                 NAMES[problem.dtype],
                 median,
@@ -239,31 +239,26 @@ def compile_kernels(
     operations: Sequence[str], sizes: Sequence[str], dtypes: Sequence[torch.dtype], batch: int = 32
 ) -> list[Compiled]:
     """Compile every Triton kernel at the shapes of these sizes for all architectures."""
-    device, found = torch.device("meta"), []
-    for name in operations:
-        for size in sizes[:1] if name in SIZELESS else sizes:
-            seen = set()
-            for dtype in dtypes:
-                problem = PROBLEMS[name](Shape(size, batch), dtype, device)
-                if problem.dtype in seen:
-                    continue  # it does not depend on the model's dtype
-                seen.add(problem.dtype)
-                for arch in ARCHITECTURES:
-                    with assume_architecture(arch):
-                        launches = [
-                            (variant, launch)
-                            for variant, operation, args in problem.kernels
-                            for launch in record(operation, *args)
-                        ]
-                    at = "any" if name in SIZELESS else size
-                    found += [
-                        (name, variant, problem.dtype, at, launch, arch)
-                        for variant, launch in launches
-                    ]
+    found = []
+    for shape, problem in problems(operations, sizes, [batch], dtypes, torch.device("meta")):
+        for arch in ARCHITECTURES:
+            with assume_architecture(arch):
+                found += [
+                    (shape, problem, variant, launch, arch)
+                    for variant, operation, args in problem.kernels
+                    for launch in record(operation, *args)
+                ]
     reports = compile_all((launch, arch) for *_, launch, arch in found)
     return [
-        Compiled(name, report.kernel, variant, NAMES[dtype], size, report)
-        for (name, variant, dtype, size, *_), report in zip(found, reports, strict=True)
+        Compiled(
+            problem.operation,
+            report.kernel,
+            variant,
+            NAMES[problem.dtype],
+            size_name(problem.operation, shape),
+            report,
+        )
+        for (shape, problem, variant, *_), report in zip(found, reports, strict=True)
     ]
 
 
@@ -345,26 +340,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     peaks = measure_peaks(dtypes, device, args.repeats)
     timings: list[Timing] = []
     try:
-        for name in args.operations:
-            for size in sizes[:1] if name in SIZELESS else sizes:
-                for batch in batches:
-                    seen = set()
-                    for dtype in dtypes:
-                        shape = Shape(size, batch, frames)
-                        problem = PROBLEMS[name](shape, dtype, device)
-                        if problem.dtype in seen:
-                            continue
-                        seen.add(problem.dtype)
-                        check(problem)
-                        timings += time_problem(
-                            problem,
-                            shape,
-                            peaks,
-                            repeats=args.repeats,
-                            compiled=not args.no_compile,
-                            device=device,
-                        )
-                        print(f"{name} {size} batch {batch}: done", file=sys.stderr, flush=True)
+        every = problems(args.operations, sizes, batches, dtypes, device, frames)
+        for shape, problem in every:
+            check(problem)
+            timings += time_problem(
+                problem,
+                shape,
+                peaks,
+                repeats=args.repeats,
+                compiled=not args.no_compile,
+                device=device,
+            )
+            what = f"{problem.operation} {shape.size} batch {shape.batch}"
+            print(f"{what}: done", file=sys.stderr, flush=True)
     except WrongResult as error:
         print(f"ssast bench kernels: {error}; nothing was timed after that", file=sys.stderr)
         return 1

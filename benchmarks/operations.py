@@ -1,7 +1,7 @@
 """The operations of a training step as separate problems: inputs, providers, work."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,3 +275,28 @@ PROBLEMS: dict[str, Callable[[Shape, torch.dtype, torch.device], Problem]] = {
 }
 # These are the same whatever the size of the model is; the losses as well, but for their batch.
 SIZELESS = ("draw_masks", "info_nce", "mse", "fbank")
+
+
+def size_name(operation: str, shape: Shape) -> str:
+    """Of the model that an operation's problem is for."""
+    return "any" if operation in SIZELESS else shape.size
+
+
+def problems(
+    operations: Sequence[str],
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    frames: int = 1024,
+) -> Iterator[tuple[Shape, Problem]]:
+    """Every problem of these once: some depend neither on the model's size nor on its dtype."""
+    for name in operations:
+        for size in sizes[:1] if name in SIZELESS else sizes:
+            for batch in batches:
+                shape, seen = Shape(size, batch, frames), set()
+                for dtype in dtypes:
+                    problem = PROBLEMS[name](shape, dtype, device)
+                    if problem.dtype not in seen:
+                        seen.add(problem.dtype)
+                        yield shape, problem
