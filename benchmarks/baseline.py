@@ -13,9 +13,10 @@ import random
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.config import SIZES, Config
+from ssast.engine.config import Config
 from ssast.engine.interop import published_name
 from ssast.engine.objective import MSPM
+from ssast.engine.settings import SIZES
 
 
 def draw_published_mask(rows: int, columns: int, num_masked: int) -> list[int]:

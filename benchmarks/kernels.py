@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ssast.benchmarks.operations import PROBLEMS, Outputs, Problem, Shape, problems, size_name
 from ssast.benchmarks.report import aot_markdown, aot_summary, plot, timing_markdown
-from ssast.engine.config import SIZES
 from ssast.engine.distributed import World
 from ssast.engine.monitor import environment
+from ssast.engine.settings import SIZES
 from ssast.kernels.aot import ARCHITECTURES, Report, compile_all, record
 from ssast.kernels.launch import assume_architecture
 from ssast.kernels.roofline import Work

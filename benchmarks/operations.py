@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from ssast.benchmarks.baseline import draw_published_mask
-from ssast.engine.config import SIZES
+from ssast.engine.settings import SIZES
 from ssast.kernels import roofline
 from ssast.kernels.attention import (
     attention,

@@ -18,11 +18,12 @@ from multiprocessing.connection import Connection
 import torch
 
 from ssast.benchmarks.baseline import Baseline, published_optimizer, train_step
-from ssast.engine.config import SIZES, Config, from_plain
+from ssast.engine.config import Config, from_plain
 from ssast.engine.flops import step_flops_per_clip
 from ssast.engine.memory import keep_freed_memory
 from ssast.engine.objective import MSPM, mean_losses
 from ssast.engine.optim import build_optimizer
+from ssast.engine.settings import SIZES
 
 
 @dataclass(frozen=True)

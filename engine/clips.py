@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ssast.engine.config import Audio, Config, ConfigError
+from ssast.engine.config import Config, ConfigError
+from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.manifest import read_manifest

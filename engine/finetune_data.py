@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ssast.engine.config import Config, ConfigError, Finetune
+from ssast.engine.config import Config, ConfigError
 from ssast.engine.labels import (
     LabelledClips,
     check_classes_are_learned,
@@ -11,6 +11,7 @@ from ssast.engine.labels import (
     hold_out,
     read_labelled,
 )
+from ssast.engine.settings import Finetune
 from ssast.pipelines.batch import DataError
 
 

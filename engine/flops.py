@@ -7,8 +7,9 @@ What a clever implementation leaves out (the projection of masked patches, say) 
 same: the figure measures the model, so that rates of different implementations can be compared.
 """
 
-from ssast.engine.config import SIZES, Config
+from ssast.engine.config import Config
 from ssast.engine.model import NUM_EXTRA_TOKENS
+from ssast.engine.settings import SIZES
 
 # Dense bf16 peak, TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
-from ssast.engine.config import SIZES, Audio, ConfigError, Model
+from ssast.engine.config import ConfigError
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.published_state import check_shapes
+from ssast.engine.settings import SIZES, Audio, Model
 
 REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
 _CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.config import SIZES, Audio, Model
+from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.attention import RealKeys, attention, real_keys
 from ssast.kernels.masking import Masks, no_masks, real_patches
 from ssast.kernels.patch_embed import patch_embed, patch_grid, take

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
 from ssast.engine.classifier_state import is_classifier, load_classifier
-from ssast.engine.config import Audio, ConfigError
+from ssast.engine.config import ConfigError
 from ssast.engine.huggingface import import_huggingface
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
@@ -18,6 +18,7 @@ from ssast.engine.published_state import (
     load_published_classifier,
     read_published,
 )
+from ssast.engine.settings import Audio
 
 
 @dataclass(frozen=True)

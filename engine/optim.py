@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ssast.engine.config import Optim
+from ssast.engine.settings import Optim
 
 
 def build_optimizer(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier, pool
-from ssast.engine.config import Audio, ConfigError
+from ssast.engine.config import ConfigError
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.published import Trunk
+from ssast.engine.settings import Audio
 
 INPUT, OUTPUT, LABELS = "fbank", "output", "labels"
 ONNX_OPSET = 18

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.checkpoint import CheckpointError
-from ssast.engine.config import SIZES, Audio, Model
 from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer, resize_pos_embed
 from ssast.engine.published_state import check_shapes, detect_layout, read_published
+from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.masking import Masks, draw_masks, masks_from_ids
 from ssast.kernels.mspm_loss import info_nce, mse
 from ssast.kernels.patch_embed import cut_patches, join_patches, patch_embed, patch_grid, take

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
-from ssast.engine.config import SIZES, Audio, Config, ConfigError, Model, from_plain
+from ssast.engine.config import Config, ConfigError, from_plain
 from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer
 from ssast.engine.objective import MSPM
+from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.patch_embed import patch_grid
 
 # Ours -> published, without its "module."; the first prefix that fits counts.
@@ -193,8 +194,8 @@ def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
 
     Args:
         path: Of the file.
-        audio: Settings of :class:`~ssast.engine.config.Audio` that the file does not hold: ``mean``
-            and ``std`` of its data, where they are not AudioSet's and LibriSpeech's.
+        audio: Settings of :class:`~ssast.engine.settings.Audio` that the file does not hold:
+            ``mean`` and ``std`` of its data, where they are not AudioSet's and LibriSpeech's.
 
     Raises:
         CheckpointError: See :func:`read_published` and :func:`detect_layout`; a fine-tuned model;
@@ -240,7 +241,7 @@ def load_published_classifier(
         stride: Mel bins and frames between two patches.
         pooling: ``avgtok`` or ``cls``.
         n_mels: Mel bins of its input.
-        audio: Further settings of :class:`~ssast.engine.config.Audio`, such as ``mean``, ``std``.
+        audio: Further settings of :class:`~ssast.engine.settings.Audio`, such as ``mean``, ``std``.
 
     Raises:
         CheckpointError: See :func:`read_published` and :func:`detect_layout`; a pretrained model;

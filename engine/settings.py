@@ -1,4 +1,4 @@
-"""How a setting states its range, and the settings of fine-tuning."""
+"""Every setting of a run, its default, its range and what it means."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,6 +8,181 @@ from typing import Any, Literal
 def setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
     """A field whose number, or whose numbers, must lie in [low, high]."""
     return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width D, depth and number of attention heads of the transformer."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+# tiny, small and base are DeiT's; large, huge and giant carry the same trunk further (ViT).
+SIZES = {
+    "tiny": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
+    "huge": Size(1280, 32, 16),
+    "giant": Size(1536, 40, 24),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    """From a waveform to the spectrogram that the model sees."""
+
+    sample_rate_hz: int = setting(16000, 1000, 192000)
+    n_mels: int = setting(128, 1, 1024)
+    num_frames: int = setting(1024, 1)
+    """Frames (10 ms each) of the input; longer clips are cut, shorter ones are zero-padded."""
+
+    mean: float = -4.2677393
+    """Mean of the log-mel filterbank over the training set."""
+
+    std: float = setting(4.5689974, 1e-6)
+    """Its standard deviation; the model sees (fbank - mean) / (2 std)."""
+
+    ignore_padding: bool = False
+    """Of clips shorter than ``num_frames``, mask, attend to, learn from and average only the whole
+    patches before their end: the same numbers as if each clip were computed without padding. The
+    published code treats padding as sound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The spectrogram transformer."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
+    patch: tuple[int, int] = setting((16, 16), 1)
+    """Mel bins and frames of one patch: [16, 16] is the patch model, [128, 2] the frame model."""
+
+    depth: int | None = setting(None, 1)
+    """Number of blocks, where it is not the size's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Masked spectrogram patch modelling (MSPM)."""
+
+    kind: Literal["joint", "discriminative", "generative"] = "joint"
+    num_masked: int = setting(400, 2)
+    """Patches hidden in each clip."""
+
+    mask: Literal["official", "uniform", "random"] = "official"
+    """Clusters as published, clusters that favour no position, or single random patches."""
+
+    softmax_axis: Literal["official", "paper"] = "official"
+    """InfoNCE over the predictions (published code) or over the targets (equation 1)."""
+
+    two_pass: bool = False
+    """A forward pass and a mask for each of the two losses, as the published code does."""
+
+    mse_weight: float = setting(10.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the clips are and how they are read."""
+
+    train: str | None = None
+    """A manifest (JSON or CSV) or a folder of audio files."""
+
+    valid: str | None = None
+    """The held-out clips; without it a share of the training clips is held out."""
+
+    valid_share: float = setting(0.02, 1e-6, 0.5)
+    num_threads: int | None = setting(None, 1)
+    """DALI's threads; the cores of the process if not given, at most 8."""
+
+    read_ahead: int = setting(3, 1, 64)
+    """Batches read ahead of the decoder."""
+
+    fbank: Literal["auto", "torch", "dali"] = "auto"
+    max_rejected: float = setting(0.05, 0.0, 1.0)
+    """Largest share of clips that may be unreadable before the run stops."""
+
+    weights: str | None = None
+    """A text file with a number for each training clip, in the manifest's order: how often it comes
+    up, relative to the others. All come up once in an epoch without it."""
+
+    random_crop: bool = False
+    """Of a recording longer than ``audio.num_frames``, train on another part in each epoch."""
+
+    cache_gib: float = setting(0.0, 0.0)
+    """Memory for filterbanks of training clips, which are then not computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Adam with L2 regularisation in the gradient, as published, or AdamW."""
+
+    lr: float = setting(1e-4, 0.0)
+    betas: tuple[float, float] = setting((0.95, 0.999), 0.0, 0.999999)
+    eps: float = setting(1e-8, 0.0)
+    weight_decay: float = setting(5e-7, 0.0)
+    schedule: Literal["plateau", "cosine", "multistep", "constant"] = "plateau"
+    warmup_steps: int = setting(1000, 0)
+    decay_start: int = setting(10, 1)
+    """Epochs at the full rate, where the schedule is multistep (in fine-tuning only)."""
+
+    decay_every: int = setting(5, 1)
+    """Epochs from one fall of the rate to the next."""
+
+    decay_factor: float = setting(0.5, 0.0, 1.0)
+    """What each fall leaves of the rate."""
+
+    plateau_factor: float = setting(0.5, 0.0, 1.0)
+    plateau_patience: int = setting(2, 0)
+    """Validations without a better accuracy that are borne before the rate falls."""
+
+    min_lr: float = setting(0.0, 0.0)
+    """Where the cosine ends."""
+
+    max_grad_norm: float | None = setting(None, 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The run."""
+
+    steps: int = setting(800_000, 1)
+    """Optimizer steps in all."""
+
+    batch_size: int = setting(24, 1)
+    """Clips of one optimizer step, over all processes and accumulated micro-steps."""
+
+    accumulate: int = setting(1, 1)
+    """Micro-steps of one optimizer step."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 weights and activations with fp32 master weights, or fp32; auto: bf16 on a GPU."""
+
+    zero_stage: int = setting(1, 0, 3)
+    """What DeepSpeed shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
+
+    compile: bool = False
+    """Compile each transformer block with torch.compile (needs a C++ compiler on a CPU)."""
+
+    seed: int = setting(0, 0, 2**63 - 1)
+    log_every: int = setting(10, 1)
+    validate_every: int = setting(4000, 1)
+    save_every: int = setting(4000, 1)
+    keep: int = setting(3, 1)
+    """Checkpoints kept, besides the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where the results go."""
+
+    folder: str | None = None
+    """runs/<name of the configuration> if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from ssast.engine.config import Audio, Config, from_plain
+from ssast.engine.config import Config, from_plain
 from ssast.engine.interop import from_published
 from ssast.engine.model import SpectrogramTransformer, resize_pos_embed
 from ssast.engine.objective import MSPM
+from ssast.engine.settings import Audio
 from ssast.kernels.masking import Masks, masks_from_ids
 
 PATCHES = {"patch": (16, 16), "frame": (128, 2)}

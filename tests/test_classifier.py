@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ssast.engine.classifier import Classifier, embed_clips, pool
-from ssast.engine.config import Audio, Model
 from ssast.engine.model import SpectrogramTransformer
+from ssast.engine.settings import Audio, Model
 
 
 def make(stride=None):

@@ -10,9 +10,10 @@ from sounds import RATE_HZ, tone
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
-from ssast.engine.config import Audio, ConfigError, Model
+from ssast.engine.config import ConfigError
 from ssast.engine.huggingface import export_huggingface, import_huggingface
 from ssast.engine.model import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.engine.settings import Audio, Model
 from ssast.kernels.fbank import FbankSpec, fbank
 
 GOLDEN = Path(__file__).parent / "golden" / "fbank.pt"

@@ -11,7 +11,7 @@ from test_published import whole_state
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
-from ssast.engine.config import Audio, Model, from_plain
+from ssast.engine.config import from_plain
 from ssast.engine.interop import (
     ASTModel,
     detect_layout,
@@ -23,6 +23,7 @@ from ssast.engine.interop import (
 )
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
+from ssast.engine.settings import Audio, Model
 
 kinds = pytest.mark.parametrize("kind", ["patch", "frame"])
 

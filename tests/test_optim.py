@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssast.engine.config import Optim, from_plain
+from ssast.engine.config import from_plain
 from ssast.engine.objective import MSPM
 from ssast.engine.optim import Plateau, build_optimizer, learning_rate
+from ssast.engine.settings import Optim
 
 
 def test_warm_up_reaches_the_peak_at_its_end():

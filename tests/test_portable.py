@@ -9,9 +9,9 @@ import torch
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
-from ssast.engine.config import Audio, Model
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.portable import Portable, save_onnx, save_program
+from ssast.engine.settings import Audio, Model
 
 AUDIO = Audio(num_frames=64, mean=-5.0, std=4.0)
 CASES = {

@@ -23,7 +23,8 @@ from runs import call, overrides, write_config
 from sounds import bestiary, tone, write
 
 from ssast.engine.clips import find_clips
-from ssast.engine.config import Config, Data
+from ssast.engine.config import Config
+from ssast.engine.settings import Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines import pack
 from ssast.pipelines.batch import DataError
