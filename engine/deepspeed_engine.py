@@ -37,6 +37,8 @@ def deepspeed_config(
     max_grad_norm: float | None,
     num_params: int,
     cuda: bool,
+    offload: str = "none",
+    reduce_dtype: str = "auto",
 ) -> dict[str, Any]:
     """DeepSpeed's settings; whatever is not named keeps DeepSpeed's default.
 
@@ -49,6 +51,8 @@ def deepspeed_config(
         max_grad_norm: clip the global gradient norm to this; None does not clip.
         num_params: number of weights of the model.
         cuda: whether the ranks compute on GPUs.
+        offload: "cpu" keeps the optimizer's state in main memory; "none" on the device.
+        reduce_dtype: "fp32" or "bf16" for gradients between ranks; "auto": as they are.
     """
     # The default of 5e8 makes one bucket of the whole model: 0.9 GiB and no overlap with backward.
     bucket = 2 * (min(max(num_params // 4, 500_000), 50_000_000) // 2)
@@ -68,6 +72,8 @@ def deepspeed_config(
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": min(100_000, num_params // 100),
         }
+    if offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulate,
@@ -78,6 +84,10 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # else two device waits per micro-batch
     }
+    if reduce_dtype != "auto":
+        config["communication_data_type"] = reduce_dtype
+    if offload != "none":
+        config["zero_force_ds_cpu_optimizer"] = False  # else it compiles its own Adam
     if precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if accumulate > 1 and zero_stage > 1:
@@ -104,6 +114,11 @@ class TrainEngine:
         zero_stage: 1, 2 or 3.
         precision: "fp32" or "bf16" (weights and gradients bf16, master weights and Adam fp32).
         max_grad_norm: clip the global gradient norm to this; None does not clip.
+        offload: "none" or "cpu", where the optimizer's state is and its step is taken.
+        reduce_dtype: "auto", "fp32" or "bf16", of gradients on their way between ranks.
+
+    Attributes:
+        settings: what DeepSpeed was given.
 
     Raises:
         ValueError: a setting or an optimizer that the engine does not offer.
@@ -120,6 +135,8 @@ class TrainEngine:
         zero_stage: int = 1,
         precision: Literal["fp32", "bf16"] = "fp32",
         max_grad_norm: float | None = None,
+        offload: Literal["none", "cpu"] = "none",
+        reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto",
     ) -> None:
         _check(module, optimizer, zero_stage=zero_stage, precision=precision)
         deepspeed = _import_deepspeed()
@@ -131,7 +148,7 @@ class TrainEngine:
         self.world = world
         self.accumulate = accumulate
         self.zero_stage = zero_stage
-        config = deepspeed_config(
+        self.settings = deepspeed_config(
             world_size=world.world_size,
             batch_size=batch_size,
             accumulate=accumulate,
@@ -140,10 +157,12 @@ class TrainEngine:
             max_grad_norm=max_grad_norm,
             num_params=sum(p.numel() for p in module.parameters()),
             cuda=world.device.type == "cuda",
+            offload=offload,
+            reduce_dtype=reduce_dtype,
         )
         self._linear = nn.functional.linear
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config
+            model=module, optimizer=optimizer, config=self.settings
         )
         _limit_waiting(world.timeout_s)
         self._state = ShardedState(module, self._zero, stage=zero_stage, world=world)

@@ -4,10 +4,11 @@ The trunk is DeiT's (Touvron et al. 2021) with its two extra tokens, as in AST (
 pre-norm blocks, LayerNorm with eps 1e-6, exact GELU, MLP ratio 4, no dropout.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.attention import RealKeys, attention, real_keys
@@ -195,6 +196,8 @@ class SpectrogramTransformer(nn.Module):
             Block(size.embed_dim, size.num_heads) for _ in range(model.depth or size.depth)
         )
         self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
+        self.checkpoint_every: int | None = None
+        """Every so many blocks, the inside of one is computed again in the backward pass."""
 
     def forward(
         self, fbank: Tensor, masks: Masks, *, masked_only: bool = False
@@ -215,12 +218,19 @@ class SpectrogramTransformer(nn.Module):
         real, keys = real_patches(masks), None
         if real is not None:
             keys = real_keys(nn.functional.pad(real, (NUM_EXTRA_TOKENS, 0), value=True))
-        *blocks, last = self.blocks
-        for i, block in enumerate(blocks):
-            first = i == 0 and repeated.worthwhile
-            x = block(x, repeated=repeated if first else None, keys=keys)
-        x = last(x, masks.mask_ids + NUM_EXTRA_TOKENS if masked_only else None, keys=keys)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            wanted = masks.mask_ids + NUM_EXTRA_TOKENS if masked_only and i == last else None
+            first = repeated if i == 0 and i < last and repeated.worthwhile else None
+            x = self._run(i, block, x, wanted=wanted, repeated=first, keys=keys)
         return self.norm(x), targets
+
+    def _run(self, index: int, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+        """The output of a block, with or without keeping what its backward pass needs."""
+        if not self.training or not self.checkpoint_every or index % self.checkpoint_every:
+            return block(x, **kwargs)
+        # Nothing in a block is random.
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def no_masks(self, batch_size: int, num_frames: Tensor | None = None) -> Masks:
         """Nothing hidden, as in fine-tuning; ``num_frames`` [B] tells where padding begins."""

@@ -1,6 +1,7 @@
 """Every setting of a run, its default, its range and what it means."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +91,12 @@ class Data:
     train: str | None = None
     """A manifest (JSON or CSV) or a folder of audio files."""
 
+    mix: Mapping[str, float] | None = setting(None, 1e-9, 1e9)
+    """Several data sets instead of ``train``, each as it takes it, with the share of each:
+    ``{/my/speech: 3, /my/sounds: 1}``. The shares are relative to each other, and say how many of
+    the clips that are drawn are of a set, whatever its size: of an epoch of 100 clips, 75 and 25.
+    An epoch draws as many clips as there are in all, and within a set each equally often."""
+
     valid: str | None = None
     """The held-out clips; without it a share of the training clips is held out."""
 
@@ -166,8 +173,30 @@ class Train:
     zero_stage: int = setting(1, 0, 3)
     """What DeepSpeed shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
 
+    offload: Literal["none", "cpu"] = "none"
+    """Where the optimizer's state is kept and its step taken: on each rank's device, or in the main
+    memory of its machine."""
+
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of gradients on their way between ranks; auto: as they are computed."""
+
+    checkpoint_every: int | None = setting(None, 1)
+    """Every so many blocks, keep only the input of one and compute its inside again in the backward
+    pass: less memory, more work. 1 does so in each block, none does not."""
+
     compile: bool = False
     """Compile each transformer block with torch.compile (needs a C++ compiler on a CPU)."""
+
+    timeout_s: float = setting(600.0, 1.0)
+    """Seconds without a step, a validated batch or a written checkpoint, or of waiting for another
+    process, after which a process ends with status 75 instead of hanging."""
+
+    max_skipped: int = setting(20, 1)
+    """Steps in a row without a finite gradient (each is skipped) that end the run."""
+
+    spike: float | None = setting(None, 1.0)
+    """Go back to the last checkpoint, and over the clips since then, where the loss between two log
+    lines exceeds the median of the last 20 lines by so many times the median deviation from it."""
 
     seed: int = setting(0, 0, 2**63 - 1)
     log_every: int = setting(10, 1)
@@ -183,6 +212,16 @@ class Run:
 
     folder: str | None = None
     """runs/<name of the configuration> if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A record of where the time of a step goes."""
+
+    steps: int = setting(0, 0)
+    """Steps of rank 0 that are recorded, from the sixth after the start on; the others are as fast
+    as ever. The run's folder then has profile/trace.json, for chrome://tracing or Perfetto, and
+    profile/table.json."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,9 +36,14 @@ def fail_on_main(world):
     return None
 
 
-def resume(world, stage, precision, folder):
+def resume(world, stage, precision, folder, offload="none", reduce_dtype="auto"):
     """Trains 2 + 2 steps with a checkpoint between them; the second half again from it."""
-    settings = {"stage": stage, "precision": precision}
+    settings = {
+        "stage": stage,
+        "precision": precision,
+        "offload": offload,
+        "reduce_dtype": reduce_dtype,
+    }
     engine = build_engine(world, seed=world.rank, **settings)
     first = train(engine, range(2))
     save(engine, folder, 2)

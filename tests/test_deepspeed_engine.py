@@ -143,6 +143,27 @@ def test_two_ranks_resume_bit_for_bit(two_ranks, tmp_path, stage, precision):
     assert other["tensors"] == 0
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_offloading_changes_no_number(world, two_ranks, tmp_path, stage):
+    result = rank_jobs.resume(world, stage, "fp32", tmp_path / "one", offload="cpu")
+    check_resumed(result)
+    plain = rank_jobs.resume(world, stage, "fp32", tmp_path / "plain")
+    assert result["losses"] == plain["losses"]
+    main, _ = two_ranks.run(rank_jobs.resume, stage, "bf16", tmp_path / "two", "cpu")
+    check_resumed(main)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_travel_in_the_type_that_is_asked_for(two_ranks, tmp_path, stage):
+    losses = {}
+    for dtype in ("auto", "fp32", "bf16"):
+        result, _ = two_ranks.run(rank_jobs.resume, stage, "fp32", tmp_path / dtype, "none", dtype)
+        check_resumed(result)
+        losses[dtype] = result["losses"]
+    assert losses["auto"] == losses["fp32"] != losses["bf16"]
+    assert losses["bf16"][1] == pytest.approx(losses["fp32"][1], rel=1e-3)
+
+
 def check_resumed(result):
     first, second, again = result["losses"]
     assert first[1] < first[0]

@@ -90,7 +90,18 @@ def lr_at(step: int) -> float:
     return 1e-2 * min(1.0, (step + 1) / 3)
 
 
-def build_engine(world, *, seed=0, stage=1, precision="fp32", accumulate=1, clip=1.0, **adam):
+def build_engine(
+    world,
+    *,
+    seed=0,
+    stage=1,
+    precision="fp32",
+    accumulate=1,
+    clip=1.0,
+    offload="none",
+    reduce_dtype="auto",
+    **adam,
+):
     module = build_toy(seed)
     return TrainEngine(
         module,
@@ -101,6 +112,8 @@ def build_engine(world, *, seed=0, stage=1, precision="fp32", accumulate=1, clip
         zero_stage=stage,
         precision=precision,
         max_grad_norm=clip,
+        offload=offload,
+        reduce_dtype=reduce_dtype,
     )
 
 
