@@ -19,7 +19,17 @@ from typing import Any, Literal
 
 import yaml
 
-from ssast.engine.settings import Audio, Data, Finetune, Model, Objective, Optim, Run, Train
+from ssast.engine.settings import (
+    Audio,
+    Data,
+    Finetune,
+    Model,
+    Objective,
+    Optim,
+    Profile,
+    Run,
+    Train,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -39,6 +49,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     run: Run = field(default_factory=Run)
+    profile: Profile = field(default_factory=Profile)
     finetune: Finetune | None = None
     """Of a fine-tuning run, whose objective is not looked at; null in pretraining."""
 

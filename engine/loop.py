@@ -16,6 +16,7 @@ from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import World, reduce_max, reduce_sum
 from ssast.engine.monitor import Monitor
 from ssast.engine.optim import Plateau, learning_rate
+from ssast.engine.profiling import StepProfiler
 from ssast.pipelines.batch import Batch
 
 
@@ -147,12 +148,12 @@ def train(
     """
     world, stop, settings = engine.world, Stop(), config.train
     totals, skipped, logged = Totals(world.device), engine.skipped_steps, progress.step
-    with stop.listening():
+    with stop.listening(), StepProfiler(config, world, task.module, monitor.say) as profiler:
         if progress.step == 0:
             monitor.log_valid(0, validate())
             monitor.restart_clock(progress.step)
         while progress.step < settings.steps and not has_given_up(task, progress):
-            lr = step(engine, batches, progress, config, task, totals, monitor)
+            lr = step(engine, batches, progress, config, task, totals, monitor, profiler)
             last, saved = progress.step == settings.steps, False
             report = last or progress.step % settings.log_every == 0
 
@@ -200,6 +201,7 @@ def step(
     task: Task,
     totals: Totals,
     monitor: Monitor,
+    profiler: StepProfiler,
 ) -> float:
     """One optimizer step; returns its learning rate. The host never waits for the device here."""
     settings = config.train
@@ -211,13 +213,19 @@ def step(
         steps_per_epoch=task.steps_per_epoch,
     )
     for _ in range(settings.accumulate):
+        profiler.mark("data")
         with monitor.waiting_for_data():
             batch = next(batches)
+        profiler.mark("inputs")
         arguments, valid = task.arguments(batch, training=True)
         means = task.means(engine(*arguments), valid)
+        profiler.mark("backward")
         engine.backward(means["loss"])
+        profiler.mark("optimizer")
         engine.step(lr)
+        profiler.mark("other")
         totals.add(means, valid)
+    profiler.end_step()
     progress.step += 1
     progress.position += settings.batch_size
     return lr

@@ -225,6 +225,16 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A record of where the time of a step goes."""
+
+    steps: int = setting(0, 0)
+    """Steps of rank 0 that are recorded, from the sixth after the start on; the others are as fast
+    as ever. The run's folder then has profile/trace.json, for chrome://tracing or Perfetto, and
+    profile/table.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finetune:
     """A classifier on top of the encoder, trained on labelled clips."""
 
