@@ -7,6 +7,7 @@ from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.manifest import read_manifest
+from ssast.pipelines.mix import MixedClips, check_disjoint
 from ssast.pipelines.order import permutation
 from ssast.pipelines.shards import ClipPaths, ShardIndex, select
 
@@ -19,23 +20,38 @@ def fbank_spec(audio: Audio) -> FbankSpec:
 
 
 def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
-    """The training and the held-out clips.
+    """The training and the held-out clips; of a mix, both of each of its data sets.
 
     Raises:
         ConfigError: No training data is named.
-        DataError: A manifest is wrong, or there is nothing to hold out.
+        DataError: A manifest is wrong, there is nothing to hold out, or data sets of a mix share
+            clips.
     """
-    if config.data.train is None:
+    data = config.data
+    if data.train is None and not data.mix:
         raise ConfigError(
             "data.train is not set: give a manifest or a folder of audio files, "
             "for example data.train=/my/recordings"
         )
-    paths = read_manifest(config.data.train).paths
-    if config.data.valid is not None:
-        return paths, read_manifest(config.data.valid).paths
+    valid = None if data.valid is None else read_manifest(data.valid).paths
+    sets = {name: read_manifest(name).paths for name in data.mix or [str(data.train)]}
+    check_disjoint(sets)
+    if valid is None:
+        splits = [_split(name, paths, data.valid_share) for name, paths in sets.items()]
+    else:
+        splits = [(paths, valid) for paths in sets.values()]
+    train, held = zip(*splits, strict=True)
+    if data.mix is None:
+        return train[0], held[0]
+    shares = list(data.mix.values())
+    return MixedClips(train, shares), MixedClips(held, shares) if valid is None else valid
+
+
+def _split(name: str, paths: ClipPaths, valid_share: float) -> tuple[ClipPaths, ClipPaths]:
+    """Training and held-out clips of one data set."""
     if len(paths) < 2:
-        raise DataError(f"{config.data.train}: one clip alone cannot be split; set data.valid")
-    held = held_out(paths, max(1, round(config.data.valid_share * len(paths))))
+        raise DataError(f"{name}: one clip alone cannot be split; set data.valid")
+    held = held_out(paths, max(1, round(valid_share * len(paths))))
     return select(paths, np.flatnonzero(~held)), select(paths, np.flatnonzero(held))
 
 

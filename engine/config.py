@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,13 @@ class Config:
                 f"model.patch {list(self.model.patch)} does not fit into "
                 f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
             )
+        data = self.data
+        if data.mix is not None and (data.train is not None or data.weights is not None):
+            other = "train" if data.train is not None else "weights"
+            raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
         if self.finetune is not None:
+            if data.mix is not None:
+                raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")
             return
         if self.optim.schedule == "multistep":
             raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")
@@ -206,6 +212,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return tuple(
             _convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
+    if typing.get_origin(hint) is Mapping:  # of names that are the user's
+        named = {str(name): item for name, item in _mapping(value, key).items()}
+        return {name: _convert(args[1], item, f"{key}[{name}]") for name, item in named.items()}
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as a string
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -221,7 +230,8 @@ def _check_range(value: Any, f: "dataclasses.Field[Any]", key: str) -> None:
     if not f.metadata or value is None:
         return
     low, high = f.metadata["low"], f.metadata["high"]
-    for number in value if isinstance(value, tuple) else (value,):
+    numbers = value.values() if isinstance(value, dict) else value
+    for number in numbers if isinstance(value, tuple | dict) else (value,):
         if not low <= number <= high:
             bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise ConfigError(f"{key} must be {bounds}, got {number!r}")

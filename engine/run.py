@@ -1,6 +1,5 @@
 """A whole training run: engine, streams, loop, checkpoints, logs. What is trained is a job."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,9 @@ from ssast.engine.visualize import draw_curves
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.pipelines.batch import Batch
 from ssast.pipelines.dali import AudioStream
+from ssast.pipelines.mix import MixedClips, fingerprint
 from ssast.pipelines.order import Weights, read_weights
-from ssast.pipelines.shards import ClipPaths, ShardIndex
+from ssast.pipelines.shards import ClipPaths
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Workplace:
         training = epochs is None
         if training and weights is None and config.data.weights is not None:
             weights = read_weights(config.data.weights, len(paths))
+        if training and isinstance(paths, MixedClips):
+            weights = paths.weights()
         return AudioStream(
             paths,
             fbank_spec(config.audio),
@@ -158,7 +160,7 @@ def run_training(
     place = Workplace(config, world, micro_batch_size(config, world))
     run = place.folder
     checkpoints = Checkpoints(run / "checkpoints", keep=config.train.keep)
-    listed = _fingerprint(clips)
+    listed: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
     found = run_on_main(lambda: _open_run(run, config, checkpoints, listed, fixed, resume), world)
 
     cuda = world.device.type == "cuda"
@@ -322,9 +324,12 @@ def _open_run(
                     f"{now!r}: choose another run.folder"
                 )
         if meta["clips"] != clips:
+            named = f"data.train {config.data.train} lists other clips"
+            if config.data.mix is not None:
+                named = f"data.mix {config.data.mix} lists other clips or shares"
             raise ConfigError(
-                f"data.train {config.data.train} lists other clips ({clips['count']}) than when "
-                f"{run} began ({meta['clips']['count']}): choose another run.folder"
+                f"{named} ({clips['count']}) than when {run} began "
+                f"({meta['clips']['count']}): choose another run.folder"
             )
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_config(config))
@@ -345,14 +350,6 @@ def _restore(engine: TrainEngine, path: Path, job: Job) -> Progress:
     torch.set_rng_state(rng)
     plateau = Plateau(**meta["progress"].pop("plateau"))
     return Progress(**meta["progress"], plateau=plateau)
-
-
-def _fingerprint(paths: ClipPaths) -> dict[str, int | str]:
-    if isinstance(paths, ShardIndex):
-        return {"count": len(paths), "sha256": paths.fingerprint()}
-    # Of the names alone: a data set may move to another folder.
-    names = "\n".join(os.path.basename(str(path)) for path in paths)
-    return {"count": len(paths), "sha256": hashlib.sha256(names.encode()).hexdigest()}
 
 
 def _threads(world: World) -> int:
