@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from ssast.engine.config import Config
 from ssast.engine.distributed import World
-from ssast.engine.model import SpectrogramTransformer
+from ssast.engine.model import Attention, Mlp, SpectrogramTransformer
 
 PARTS = {
     "data": "waiting for the next batch",
@@ -35,6 +35,7 @@ PARTS = {
 }
 SKIPPED = 5  # caches, compilers and allocators settle in the first steps
 _FORWARD = {"inputs", "embed", "attention", "mlp", "encoder", "loss"}
+_PART_OF: dict[type[nn.Module], str] = {Attention: "attention", Mlp: "mlp"}
 _COMMUNICATION = ("nccl", "gloo:")
 
 
@@ -143,8 +144,9 @@ class StepProfiler:
         self._watch(encoder.embed, "embed", then="encoder")
         for block in encoder.blocks:
             if block._compiled_call_impl is None:  # else a hook would have it compiled anew
-                self._watch(block.attn, "attention", then="encoder")
-                self._watch(block.mlp, "mlp", then="encoder")
+                for module in block.children():
+                    if type(module) in _PART_OF:
+                        self._watch(module, _PART_OF[type(module)], then="encoder")
 
     def _watch(self, module: nn.Module, part: str, *, then: str) -> None:
         def enter(*_: Any) -> None:
