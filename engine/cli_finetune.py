@@ -11,8 +11,10 @@ audioset_20k_{patch,frame}, audioset_2m_{patch,frame},
 esc50_{patch,frame}, speechcommands_v1_{patch,frame}, speechcommands_v2_{patch,frame},
 voxceleb1_{patch,frame}, iemocap_{patch,frame}
 
-  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json
-  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json --resume
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth      five folds, one report
+  ssast finetune finetune --checkpoint runs/mine data.train=train.json
+  ssast finetune finetune --checkpoint runs/mine data.train=train.json --resume
+  ssast finetune finetune data.train=train.json model.size=tiny         from scratch
 """
 
 
@@ -20,7 +22,7 @@ def add_finetune_commands(commands: Any) -> None:
     """Add the three commands to the parser's."""
     command = commands.add_parser(
         "finetune",
-        help="train a classifier from pretrained weights",
+        help="train a classifier, from pretrained weights or from scratch",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=RECIPES,
     )
@@ -30,10 +32,9 @@ def add_finetune_commands(commands: Any) -> None:
     )
     command.add_argument(
         "--checkpoint",
-        required=True,
         type=Path,
         metavar="CKPT",
-        help="a published .pth, or the folder of a pretraining run",
+        help="a published .pth, or the folder of a pretraining run; from scratch without it",
     )
     command.add_argument(
         "--resume", action="store_true", help="go on from the run's last checkpoint"
@@ -63,9 +64,13 @@ def add_finetune_commands(commands: Any) -> None:
 def _finetune(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
     from ssast.engine.finetune import finetune
+    from ssast.engine.finetune_data import finetune_settings
+    from ssast.engine.folds import cross_validate
 
     config = load_config(options.config, options.overrides)
-    stopped = finetune(config, options.checkpoint, resume=options.resume)
+    many = finetune_settings(config).folds is not None and config.data.train is None
+    train = cross_validate if many else finetune
+    stopped = train(config, options.checkpoint, resume=options.resume)
     return 128 + stopped if stopped else 0
 
 

@@ -40,16 +40,18 @@ BATCH = 32  # clips at a time outside of training
 
 def finetune(
     config: Config,
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     *,
     resume: bool = False,
     num_classes: int | None = None,
 ) -> int:
-    """Train a classifier from pretrained weights, or go on with it.
+    """Train a classifier, or go on with it.
 
     Args:
         config: Everything about it; with a section ``finetune`` and a ``run.folder``.
-        checkpoint: A published file, a pretraining run's folder, or one of its checkpoints.
+        checkpoint: Goes before ``finetune.checkpoint``: a published file, a pretraining run's
+            folder, or one of its checkpoints. Without either, of a run that goes on its own; and
+            else the model is trained from scratch.
         resume: Go on from the latest checkpoint in the run's folder, if there is one.
         num_classes: How many classes are expected; any number if None.
 
@@ -64,9 +66,12 @@ def finetune(
     """
     if config.run.folder is None:
         raise ConfigError("run.folder is not set")
+    config = _with_checkpoint(config, checkpoint, resume)
     settings = finetune_settings(config)
-    pretrained, pretrained_config = load_initial(checkpoint)
-    check_fits(config, pretrained_config, checkpoint)
+    pretrained = None
+    if settings.checkpoint is not None:
+        pretrained, pretrained_config = load_initial(settings.checkpoint)
+        check_fits(config, pretrained_config, settings.checkpoint)
     splits = find_splits(config, num_classes)
     each, steps = steps_of_epochs(config, len(splits.train))
     train = replace(
@@ -76,8 +81,10 @@ def finetune(
         save_every=min(config.train.save_every, each),
     )
     config = replace(config, train=train)
-    # How long to train, and what is looked at afterwards, may change on the way.
-    free = ("epochs", "patience", "average_last", "test", "allow_leakage", "labels")
+    # How long to train, and what is looked at afterwards, may change on the way; and a checkpoint
+    # may have moved.
+    free = {"epochs", "patience", "average_last", "test", "allow_leakage", "labels"}
+    free |= {"checkpoint", "folds", "fold_role"}
     fixed = [(s, k) for s in ("audio", "model") for k in vars(getattr(config, s))]
     fixed += [("finetune", key) for key in vars(settings) if key not in free]
     return run_training(
@@ -87,6 +94,17 @@ def finetune(
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
     )
+
+
+def _with_checkpoint(config: Config, checkpoint: str | Path | None, resume: bool) -> Config:
+    """The configuration with where its weights are from."""
+    settings = finetune_settings(config)
+    name = settings.checkpoint if checkpoint is None else str(checkpoint)
+    stored = Path(config.run.folder or "", "config.yaml")
+    if name is None and resume and stored.is_file():
+        begun = load_config(stored).finetune
+        name = begun.checkpoint if begun is not None else None
+    return replace(config, finetune=replace(settings, checkpoint=name))
 
 
 @dataclass(frozen=True)
@@ -109,8 +127,9 @@ class FinetuneEngine:
 
     Args:
         config: With a section ``finetune``.
-        checkpoint: Pretrained weights to begin from; None for a classifier that is trained.
-        trained: The trained classifier.
+        checkpoint: Pretrained weights to begin from; those of the configuration if None, and if it
+            names none either, the model is trained from scratch.
+        trained: A classifier that is trained already.
         num_classes: How many classes are expected in training; any number if None.
     """
 
@@ -118,12 +137,14 @@ class FinetuneEngine:
         self,
         config: Config,
         *,
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
         trained: Trained | None = None,
         num_classes: int | None = None,
     ):
+        finetune_settings(config)
         self.config, self.checkpoint = config, checkpoint
         self.trained, self.num_classes = trained, num_classes
+        self._given = trained is not None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @classmethod
@@ -164,7 +185,6 @@ class FinetuneEngine:
             f"audio.n_mels={pretrained.audio.n_mels}",
         ]
         settings = load_config(config, [*fitting, *overrides])
-        finetune_settings(settings)
         return cls(with_model_of(settings, pretrained), checkpoint=path, num_classes=num_classes)
 
     def fit(
@@ -190,7 +210,7 @@ class FinetuneEngine:
             TrainingError: Training diverged.
             KeyboardInterrupt: Training was stopped by a signal, after a checkpoint was saved.
         """
-        if self.checkpoint is None:
+        if self._given:
             raise ConfigError("this classifier is trained: begin from a pretrained checkpoint")
         data = replace(
             self.config.data, train=str(train), valid=None if valid is None else str(valid)

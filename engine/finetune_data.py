@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ssast.engine.config import Config, ConfigError
 from ssast.engine.labels import (
     LabelledClips,
     check_classes_are_learned,
+    check_files_are_there,
     check_no_leakage,
+    class_weights,
     find_classes,
     hold_out,
     read_labelled,
@@ -22,6 +26,8 @@ class Splits:
     train: LabelledClips
     valid: LabelledClips
     test: LabelledClips | None
+    class_weights: np.ndarray | None = None
+    """[C], factors of the classes in the loss."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -53,7 +59,7 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     Raises:
         ConfigError: No training data is named.
         DataError: A manifest is wrong, a label is unknown, a class has no training clip, the number
-            of classes is another one, or splits share clips.
+            of classes is another one, too many files are missing or empty, or splits share clips.
     """
     settings = finetune_settings(config)
     if config.data.train is None:
@@ -62,6 +68,11 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
         )
     if settings.balanced and config.data.weights is not None:
         raise ConfigError("finetune.balanced and data.weights are two ways to weigh clips: set one")
+    if settings.balanced and settings.class_weights == "balanced":
+        raise ConfigError(
+            "finetune.balanced and finetune.class_weights=balanced make up for rare classes twice: "
+            "set one"
+        )
     if settings.freq_mask > config.audio.n_mels or settings.time_mask > config.audio.num_frames:
         raise ConfigError(
             f"finetune.freq_mask {settings.freq_mask} and finetune.time_mask {settings.time_mask} "
@@ -84,12 +95,16 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     if settings.test is not None:
         test = read_labelled(settings.test, classes, one_label=one_label)
     check_classes_are_learned(train)
+    weights = class_weights(settings.class_weights, train)
+    splits = {"data.train": train, "data.valid": valid}
+    if test is not None:
+        splits["finetune.test"] = test
+    check_files_are_there(splits, config.data.max_rejected)
     if (valid.counts() > 0).sum() < 2:
         raise DataError(
             f"{valid.source}: the held-out clips are of one class, expected two or more: no metric "
             "could choose between weights"
         )
     if not settings.allow_leakage:
-        splits = {"data.train": train, "data.valid": valid}
-        check_no_leakage(splits if test is None else {**splits, "finetune.test": test})
-    return Splits(train, valid, test)
+        check_no_leakage(splits)
+    return Splits(train, valid, test, weights)

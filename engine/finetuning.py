@@ -30,7 +30,7 @@ from ssast.engine.optim import build_optimizer
 from ssast.engine.report import write_report, write_split
 from ssast.engine.run import Workplace
 from ssast.engine.sampling import Partners, balanced_weights
-from ssast.pipelines.batch import Batch
+from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.order import rank_positions, read_weights
 
 AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
@@ -51,24 +51,34 @@ class LossClassifier(Classifier):
 
     loss: str = "ce"
     label_smoothing: float = 0.0
+    class_weights: Tensor | None  # [C]
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.register_buffer("class_weights", None, persistent=False)
 
     def forward(  # type: ignore[override]  # filterbanks and targets to losses
         self, fbank: Tensor, targets: Tensor, num_frames: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Losses of filterbanks [B, T, F] with targets [B, C] in [0, 1].
 
+        Label smoothing and class weights are of training alone.
+
         Returns:
             "loss" and "accuracy" (whether the strongest label is named), [B]; "logits" [B, C].
         """
         logits = super().forward(fbank, num_frames).float()
         smoothing = self.label_smoothing if self.training else 0.0
+        weights = self.class_weights if self.training else None
         if self.loss == "ce":
             loss = functional.cross_entropy(
-                logits, targets, reduction="none", label_smoothing=smoothing
+                logits, targets, weights, reduction="none", label_smoothing=smoothing
             )
         else:
             soft = targets * (1 - smoothing) + smoothing / 2
-            every = functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+            every = functional.binary_cross_entropy_with_logits(
+                logits, soft, pos_weight=weights, reduction="none"
+            )
             loss = every.mean(1)
         accuracy = (logits.argmax(1) == targets.argmax(1)).float()
         return {"loss": loss, "accuracy": accuracy, "logits": logits}
@@ -88,12 +98,15 @@ class Finetuning:
         self, place: Workplace, splits: Splits, pretrained: MSPM | None, num_epoch_steps: int
     ):
         self.place, self.splits, self.steps_per_epoch = place, splits, num_epoch_steps
+        self.train_paths = splits.train.paths
         config = place.config
         self.settings = finetune_settings(config)
         self.patience = self.settings.patience
         self.module = build_classifier(config, len(splits.classes), LossClassifier)
         self.module.loss = self.settings.loss
         self.module.label_smoothing = self.settings.label_smoothing
+        if splits.class_weights is not None:
+            self.module.class_weights = torch.from_numpy(splits.class_weights).float()
         self.encoder = self.module.encoder
         if pretrained is not None:
             fill_encoder(self.encoder, pretrained)
@@ -113,6 +126,7 @@ class Finetuning:
         self._averages: dict[str, Tensor] = {}
         self._num_averaged = 0
         self.summary = (
+            f"{self.settings.checkpoint or 'from scratch'}, "
             f"{len(splits.train)} training and {len(splits.valid)} held-out clips of "
             f"{len(splits.classes)} classes"
         )
@@ -237,11 +251,16 @@ class Finetuning:
         mask = read.numpy()
         values.pop("accuracy", None)
         scores = classification_metrics(whole[read].double().numpy(), clips.targets()[mask])
+        if self.metric not in scores and clips is self.splits.valid:
+            raise DataError(
+                f"{clips.source}: the {mask.sum()} of {len(clips)} held-out clips that can be read "
+                f"define no {self.metric}, which weights are chosen by"
+            )
         return {**values, **scores}, whole.double().numpy(), mask
 
     def tensors(self) -> dict[str, Tensor]:
         """The averaged weights."""
-        return dict(self._averages)
+        return {name: mean.clone() for name, mean in self._averages.items()}
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """The averaged weights."""

@@ -186,6 +186,57 @@ def check_classes_are_learned(train: LabelledClips) -> None:
         )
 
 
+def class_weights(given: str, train: LabelledClips) -> np.ndarray | None:
+    """Factors of the classes in the loss, [C] float64; None where all are 1.
+
+    Args:
+        given: ``none``; ``balanced``, the mean number of clips of a class over that of each, so
+            that over all clips of one label the mean factor is 1; or a file, a number a line.
+        train: The training clips, some of each class.
+
+    Raises:
+        DataError: The file cannot be read, or does not hold a number of 0 or more for each class.
+    """
+    if given == "none":
+        return None
+    if given == "balanced":
+        return len(train.indices) / len(train.classes) / train.counts()
+    where = f"finetune.class_weights {given}"
+    try:
+        weights = np.array([float(word) for word in Path(given).read_text("utf-8").split()])
+    except OSError as error:
+        raise DataError(
+            f"{where}: expected none, balanced or a file, which cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{where}: expected a number a line: {error}") from error
+    if len(weights) != len(train.classes):
+        raise DataError(f"{where}: {len(weights)} numbers for {len(train.classes)} classes")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise DataError(f"{where}: expected finite numbers of 0 or more, not all of them 0")
+    return weights
+
+
+def check_files_are_there(splits: dict[str, LabelledClips], share: float) -> None:
+    """No more than a share of the clips of each split may be missing or empty.
+
+    Args:
+        splits: Clips by the name of their split.
+        share: Of the clips of a split.
+
+    Raises:
+        DataError: More are.
+    """
+    for name, clips in splits.items():
+        gone = [clip for clip in clips.paths if not _size(clip)]
+        if len(gone) > share * len(clips):
+            what = "is missing" if _size(gone[0]) is None else "is an empty file"
+            raise DataError(
+                f"{name} ({clips.source}): {len(gone)} of {len(clips)} clips are missing or empty, "
+                f"expected at most {share:.0%} (data.max_rejected): {gone[0]} {what}"
+            )
+
+
 def check_no_leakage(splits: dict[str, LabelledClips]) -> None:
     """No clip may be in two splits, be it the same file or a copy of it.
 

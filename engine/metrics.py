@@ -10,10 +10,12 @@ from sklearn.metrics import (
     average_precision_score,
     f1_score,
     roc_auc_score,
+    roc_curve,
     top_k_accuracy_score,
 )
 
 TOP = 5
+TARGET_PRIOR = 0.01  # of the detection cost: how often it is the claimed class, as NIST has it
 
 
 def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -27,8 +29,8 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str,
         ``map`` (mean average precision), ``mauc`` (mean area under the ROC curve), ``dprime``
         (sqrt(2) times the normal quantile of it) over the classes that some clip has and some has
         not; ``macro_f1`` over the classes that some clip has; and where each clip has one class,
-        ``accuracy``, and ``top5`` of more than five classes. A score that the clips do not define
-        is left out.
+        ``accuracy``, ``top5`` of more than five classes, and ``eer`` and ``min_dcf`` of the trials
+        that each clip makes with each class. A score that the clips do not define is left out.
     """
     count, num_classes = logits.shape
     if not count:
@@ -52,6 +54,8 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str,
     if mixed.any():
         # Softmax or sigmoid: within a class of the latter, logits rank as probabilities do.
         ranks = softmax(logits) if single else logits
+        if single:
+            scores |= verification_metrics(ranks.ravel(), targets.ravel())
         per_class = class_metrics(ranks, targets)
         scores["map"] = float(np.nanmean(per_class["average_precision"]))
         scores["mauc"] = float(np.nanmean(per_class["auc"]))
@@ -60,6 +64,28 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str,
         )
     scores["macro_f1"] = float(f1)
     return scores
+
+
+def verification_metrics(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
+    """How well a threshold tells true claims from false ones, as of speakers.
+
+    Args:
+        scores: [n], of each trial, the higher the likelier that the claim is true.
+        same: [n], 1 where it is, else 0; some of both.
+
+    Returns:
+        ``eer``, where as many true claims are refused as false ones are accepted (as shares, on
+        straight lines between thresholds); ``min_dcf``, the least cost P_miss p + P_false (1 - p)
+        of a threshold with p = 0.01, as a multiple of that of refusing all (NIST SRE 2008, with
+        equal costs).
+    """
+    false, hit, _ = roc_curve(same, scores)
+    miss = 1 - hit
+    cost = TARGET_PRIOR * miss + (1 - TARGET_PRIOR) * false
+    return {
+        "eer": float(np.interp(0.0, false - miss, false)),
+        "min_dcf": float(cost.min() / TARGET_PRIOR),
+    }
 
 
 def class_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from ssast.engine.finetune_data import Splits, finetune_settings
 from ssast.engine.labels import LabelledClips
 from ssast.engine.metrics import class_metrics, probabilities
 
+PREDICTIONS = "predictions.csv"
 NUM_SHOWN = 5  # classes in a line of predictions.csv
 NAMED = 40  # classes whose names fit beside a picture
 
@@ -47,10 +48,10 @@ def write_split(
     targets = clips.targets()
     paths = [str(clips.paths[int(row)]) for row in rows]
     truths = [[clips.classes[i] for i in np.flatnonzero(targets[row])] for row in rows]
-    write_predictions(folder / "predictions.csv", paths, scores[rows], clips.classes, truths)
+    write_predictions(folder / PREDICTIONS, paths, scores[rows], clips.classes, truths)
     _draw_classes(folder / "classes.png", scores[rows], targets[rows], clips.classes)
     if clips.single:
-        _draw_confusion(
+        draw_confusion(
             folder / "confusion.png", scores[rows].argmax(1), targets[rows].argmax(1), clips.classes
         )
 
@@ -85,6 +86,12 @@ def write_predictions(
             writer.writerow(line)
 
 
+def read_predictions(path: Path) -> list[tuple[str, str]]:
+    """Labels and likeliest class of each clip of such a CSV."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [(row["labels"], row["class1"]) for row in csv.DictReader(file)]
+
+
 def likeliest(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
     """The classes of the highest of some scores [C], with these."""
     order = np.argsort(-scores, kind="stable")[:count]
@@ -104,8 +111,7 @@ def write_report(
     lines = [
         f"# {path.parent.name}",
         "",
-        f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
-        f"{len(splits.classes)} classes, loss {settings.loss}, {settings.epochs} epochs of "
+        f"{describe(config)}, {len(splits.classes)} classes, {settings.epochs} epochs of "
         f"{len(splits.train)} clips. Weights: {chosen}, chosen on the held-out clips.",
         "",
         "| split | clips | " + " | ".join(names) + " |",
@@ -123,9 +129,26 @@ def write_report(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _draw_confusion(
+def describe(config: Config) -> str:
+    """Model and loss of a fine-tuning in a few words."""
+    settings, model = finetune_settings(config), config.model
+    return (
+        f"{model.size} with {model.patch[0]} x {model.patch[1]} patches, from "
+        f"{settings.checkpoint or 'scratch'}, loss {settings.loss}"
+    )
+
+
+def draw_confusion(
     path: Path, named: np.ndarray, truth: np.ndarray, classes: Sequence[str]
 ) -> None:
+    """A picture of how often clips of each label were given each name.
+
+    Args:
+        path: Of the PNG.
+        named: [n], number of the likeliest class.
+        truth: [n], number of the label.
+        classes: C names.
+    """
     numbers = np.arange(len(classes))
     counts = confusion_matrix(truth, named, labels=numbers).astype(float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -121,6 +121,10 @@ class Data:
     cache_gib: float = setting(0.0, 0.0)
     """Memory for filterbanks of training clips, which are then not computed again."""
 
+    cache_folder: str | None = None
+    """A folder on a fast disk for filterbanks of all clips instead, 0.5 MiB for 10 s: they are not
+    computed again, in this run or in others with the same clips and ``audio`` settings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -225,18 +229,22 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
-    """A record of where the time of a step goes."""
-
-    steps: int = setting(0, 0)
-    """Steps of rank 0 that are recorded, from the sixth after the start on; the others are as fast
-    as ever. The run's folder then has profile/trace.json, for chrome://tracing or Perfetto, and
-    profile/table.json."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Finetune:
     """A classifier on top of the encoder, trained on labelled clips."""
+
+    checkpoint: str | None = None
+    """Where the encoder's weights are from: a published file, or a pretraining run. Without one the
+    model is trained from scratch."""
+
+    folds: str | None = None
+    """A folder with train_1.json, eval_1.json, train_2.json, ..., as ``ssast data manifests``
+    writes it of ESC-50 and IEMOCAP: cross-validation, a run for each fold. Not looked at where
+    ``data.train`` is given."""
+
+    fold_role: Literal["test", "valid"] = "test"
+    """What the eval manifest of a fold is: test clips, looked at once, while a share of the
+    training clips is held out (``data.valid_share``); or the held-out clips themselves, which the
+    weights are chosen by."""
 
     labels: str | None = None
     """A CSV of the classes in their order (index, mid, display_name); the sorted names of the
@@ -244,6 +252,11 @@ class Finetune:
 
     loss: Literal["ce", "bce"] = "ce"
     """Cross entropy for one label a clip, or binary cross entropy for each label by itself."""
+
+    class_weights: str = "none"
+    """Factors of the classes in the loss: ``none``, ``balanced`` (each the mean number of clips of
+    a class over its own), or a text file with a number for each class, in their order. With bce
+    they weigh the clips that have a class, not those that have it not."""
 
     metric: Literal["auto", "accuracy", "map"] = "auto"
     """What the best checkpoint is chosen by, on the held-out clips; auto: accuracy where every clip

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from finetune_runs import (
@@ -32,7 +33,8 @@ from ssast.engine.config import ConfigError, from_plain, load_config
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.finetune_data import find_splits
-from ssast.engine.finetuning import Finetuning
+from ssast.engine.finetuning import Finetuning, LossClassifier
+from ssast.engine.labels import LabelledClips, class_weights
 from ssast.engine.run import Workplace
 from ssast.pipelines.batch import DataError
 
@@ -228,6 +230,7 @@ def test_shuffled_labels_are_not_learned(splits, checkpoint, tmp_path):
         {"finetune__balanced": True, "audio__ignore_padding": True, "finetune__metric": "map"},
         {"optim__schedule": "multistep", "optim__name": "adam", "train__precision": "bf16"},
         {"train__zero_stage": 3, "train__accumulate": 2, "finetune__patience": 1},
+        {"finetune__class_weights": "balanced", "finetune__loss": "bce", "finetune__mixup": 0.5},
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
@@ -239,6 +242,65 @@ def test_every_setting_trains(changed, config_file, splits, checkpoint, tmp_path
     if changed.get("finetune__freeze") == "encoder":
         for name, value in load_initial(checkpoint)[0].encoder.blocks.state_dict().items():
             assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_class_weights_are_factors_in_the_loss(loss):
+    """Of the terms of the classes that a clip has, in training alone."""
+    torch.manual_seed(0)
+    config = from_plain(
+        {"model": {"size": "tiny", "depth": 1}, "audio": {"num_frames": 32}, "finetune": {}}
+    )
+    model = build_classifier(config, 3, LossClassifier)
+    model.loss = loss
+    fbank, targets = torch.randn(4, 32, 128), torch.eye(3)[[0, 1, 2, 1]]
+    weights = torch.tensor([0.5, 2.0, 0.0])
+    plain = model(fbank, targets)
+    model.class_weights = weights
+    weighted = model(fbank, targets)
+    logits = plain["logits"]
+    if loss == "ce":
+        want = -(weights * targets * logits.log_softmax(1)).sum(1)
+    else:
+        terms = (
+            weights * targets * logits.sigmoid().log() + (1 - targets) * (-logits).sigmoid().log()
+        )
+        want = -terms.mean(1)
+    torch.testing.assert_close(weighted["loss"], want)
+    assert model.eval()(fbank, targets)["loss"].equal(plain["loss"])
+    assert "class_weights" not in model.state_dict()
+
+
+def test_balanced_class_weights():
+    labels = manifest_of(["a", "b", "b", "b"])
+    assert class_weights("balanced", labels).tolist() == pytest.approx([2.0, 2 / 3])
+    assert class_weights("none", labels) is None
+
+
+def manifest_of(names):
+    classes = tuple(sorted(set(names)))
+    numbers = np.array([classes.index(name) for name in names])
+    paths = [f"{i}.wav" for i in range(len(names))]
+    return LabelledClips(paths, classes, numbers, np.arange(len(names) + 1), "here")
+
+
+def test_training_from_scratch(splits, tmp_path):
+    """Without a checkpoint; the configuration says so, and a run from one remembers its own."""
+    engine = FinetuneEngine(load(plain_file(tmp_path), splits, tmp_path / "run"))
+    with pytest.raises(ConfigError, match="not trained yet"):
+        engine.predict(["a.wav"])
+    engine.fit(splits["train"], splits["valid"])
+    assert engine.evaluate(splits["test"])["accuracy"] > 0.5
+    assert "from scratch" in (tmp_path / "run" / "report.md").read_text()
+    assert load_config(tmp_path / "run" / "config.yaml").finetune.checkpoint is None
+
+
+def test_a_run_remembers_its_checkpoint(whole, checkpoint, config_file, splits):
+    """Also where it goes on without being told again."""
+    assert load_config(whole[0] / "config.yaml").finetune.checkpoint == str(checkpoint)
+    config = load(config_file, splits, whole[0], finetune__average_last=2, train__save_every=2)
+    assert finetune(config, resume=True) == 0
+    assert load_config(whole[0] / "config.yaml").finetune.checkpoint == str(checkpoint)
 
 
 def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
@@ -335,6 +397,12 @@ def test_mistakes_are_found_before_any_work(splits, checkpoint, config_file, tmp
     table = tmp_path / "labels.csv"
     table.write_text("index,mid,display_name\n" + "".join(f"{i},pitch{i},p{i}\n" for i in range(4)))
     same = manifest(tmp_path / "same.json", paths, ["pitch0"] * 6)
+    two = tmp_path / "two.txt"
+    two.write_text("1.0\n2.0\n")
+    twice = manifest(tmp_path / "twice.json", [*paths, paths[2]])
+    (tmp_path / "0_empty.wav").touch()
+    gone = [tmp_path / "0_empty.wav", tmp_path / "1_gone.wav"]
+    empty = manifest(tmp_path / "empty.json", [*paths, *gone])
     cases = [
         ({"data__valid": str(same)}, DataError, "the held-out clips are of one class"),
         ({"data__valid": str(unknown)}, DataError, "unknown label 'pich2'.*did you mean pitch2"),
@@ -348,6 +416,20 @@ def test_mistakes_are_found_before_any_work(splits, checkpoint, config_file, tmp
         ({"model__patch": [32, 2]}, CheckpointError, r"set model.patch=\[16,16\]"),
         ({"finetune__time_mask": 50}, ConfigError, "must be at most audio.n_mels 32"),
         ({"train__accumulate": 3}, ConfigError, "train.batch_size 8 cannot be divided"),
+        ({"finetune__class_weights": "balaced"}, DataError, "balaced: expected none, balanced or"),
+        ({"finetune__class_weights": str(two)}, DataError, "2 numbers for 3 classes"),
+        ({"finetune__class_weights": str(table)}, DataError, "expected a number a line"),
+        (
+            {"finetune__class_weights": "balanced", "finetune__balanced": True},
+            ConfigError,
+            "make up for rare classes twice",
+        ),
+        ({"data__train": str(twice)}, DataError, r"entry 6: .*1_0\.wav is listed already"),
+        (
+            {"data__valid": str(empty)},
+            DataError,
+            r"data.valid .*: 2 of 8 clips are missing",
+        ),
     ]
     for changed, error, message in cases:
         run = tmp_path / "run"
@@ -385,7 +467,7 @@ def test_a_copy_of_a_clip_is_a_leak(splits, checkpoint, config_file, tmp_path):
 def test_the_command_line_names_mistakes(capsys, checkpoint, tmp_path):
     assert main(["finetune", "esc50_pach", "--checkpoint", str(checkpoint)]) == 2
     assert "did you mean esc50_patch?" in capsys.readouterr().err
-    assert main(["finetune", "esc50_patch", "--checkpoint", str(tmp_path / "no.pth")]) == 2
+    assert main(["finetune", "finetune", "--checkpoint", str(tmp_path / "no.pth")]) == 2
     assert "no.pth" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "none"), "a.wav"]) == 2
     assert "expected the folder of a fine-tuning run, found nothing" in capsys.readouterr().err

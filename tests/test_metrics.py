@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from ssast.engine.metrics import classification_metrics, probabilities
+from ssast.engine.metrics import classification_metrics, probabilities, verification_metrics
 
 
 def test_scores_of_a_small_case_by_hand():
@@ -50,3 +50,27 @@ def test_probabilities():
     assert probabilities(logits, "ce").tolist() == [[0.25, 0.75], [1.0, 0.0]]
     assert probabilities(logits, "bce")[0].tolist() == pytest.approx([0.5, 0.75])
     assert np.isfinite(probabilities(logits, "bce")).all()
+
+
+def test_equal_error_rate_by_hand():
+    """True claims 4 3 1, false ones 2 0: between 1 and 2, a third missed or a half accepted."""
+    same, scores = np.array([1, 1, 1, 0, 0]), np.array([4.0, 3.0, 1.0, 2.0, 0.0])
+    found = verification_metrics(scores, same)
+    # The ROC rises at false = 0 to a hit of 2/3, runs to false = 1/2: it meets miss = false at 1/3.
+    assert found["eer"] == pytest.approx(1 / 3)
+    assert found["min_dcf"] == pytest.approx(1 / 3)  # a third missed, none accepted
+    assert verification_metrics(-scores, same)["min_dcf"] == 1.0  # best: refuse all
+    perfect = verification_metrics(np.array([2.0, 1.0]), np.array([1, 0]))
+    assert perfect == {"eer": 0.0, "min_dcf": 0.0}
+
+
+def test_each_clip_claims_each_class():
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.5, 1.0, 1.0], [0.0, 0.0, 3.0]])
+    targets = np.eye(3)[[0, 1, 1, 2]]
+    found = classification_metrics(logits, targets)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    want = verification_metrics(shares.ravel(), targets.ravel())
+    assert {name: found[name] for name in want} == pytest.approx(want)
+    assert 0 < found["eer"] < 0.5
+    several = classification_metrics(logits, np.array([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]))
+    assert "eer" not in several

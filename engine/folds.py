@@ -1,0 +1,198 @@
+"""Cross-validation: a fine-tuning run for each fold of a data set, and one report on all of them.
+
+runs/esc50_patch/
+  fold_1/ ... fold_5/   runs as any other
+  report.md  metrics.json  confusion.png
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssast.engine.checkpoint import CheckpointError, Checkpoints
+from ssast.engine.classifier_state import CHOSEN
+from ssast.engine.config import Config, ConfigError
+from ssast.engine.distributed import init_world, run_on_main
+from ssast.engine.finetune import finetune
+from ssast.engine.finetune_data import find_splits, finetune_settings
+from ssast.engine.report import PREDICTIONS, describe, draw_confusion, read_predictions
+from ssast.pipelines.batch import DataError
+
+LABELS = "labels.csv"  # of the classes, beside the manifests of the folds
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is left out in one run, and what is trained on."""
+
+    number: int
+    train: Path
+    evaluate: Path
+
+
+def find_folds(folder: str | Path) -> list[Fold]:
+    """The folds whose manifests are in a folder, by their numbers.
+
+    Raises:
+        DataError: There are fewer than two, or one has only one of its manifests.
+    """
+    folder = Path(folder)
+    paths = {path.stem: path for path in folder.glob("*.json")}
+    numbers = {int(m[1]) for m in (re.fullmatch(r"(?:train|eval)_(\d+)", n) for n in paths) if m}
+    for number in sorted(numbers):
+        for name in (f"train_{number}", f"eval_{number}"):
+            if name not in paths:
+                raise DataError(f"{folder}: expected {name}.json, fold {number} has no such file")
+    if len(numbers) < 2:
+        raise DataError(
+            f"{folder}: expected train_1.json, eval_1.json, train_2.json, ..., found "
+            f"{len(numbers) or 'no'} fold{'s' * (len(numbers) != 1)}: ssast data manifests writes "
+            "them; or set data.train for a single run"
+        )
+    return [Fold(n, paths[f"train_{n}"], paths[f"eval_{n}"]) for n in sorted(numbers)]
+
+
+def cross_validate(
+    config: Config, checkpoint: str | Path | None = None, *, resume: bool = False
+) -> int:
+    """Fine-tune once for each fold, then write one report on all of them.
+
+    Args:
+        config: As for :func:`~ssast.engine.finetune.finetune`, with ``finetune.folds``.
+        checkpoint: See there.
+        resume: Go on where these runs were stopped; folds that are finished stay as they are.
+
+    Returns:
+        0, or the number of the signal that stopped a run after it had saved a checkpoint.
+
+    Raises:
+        ConfigError: A fold's folder holds a run, and ``resume`` is False; or see
+            :func:`~ssast.engine.finetune.finetune`, also for the others.
+        DataError: See :func:`find_folds`.
+        CheckpointError: The weights do not fit, or a checkpoint cannot be written.
+        TrainingError: Training diverged.
+    """
+    settings = finetune_settings(config)
+    if settings.folds is None or config.run.folder is None:
+        raise ConfigError("finetune.folds and run.folder must both be set")
+    run = Path(config.run.folder)
+    folds = find_folds(settings.folds)
+    configs = {fold.number: fold_config(config, fold) for fold in folds}
+    for fold in folds:
+        folder = run_of(run, fold.number)
+        if not resume and Checkpoints(folder / "checkpoints").latest() is not None:
+            raise ConfigError(
+                f"{folder} holds a run: add --resume to go on, or choose another run.folder"
+            )
+        find_splits(configs[fold.number])  # what is wrong with the last fold is said at once
+    world = init_world()
+    for fold in folds:
+        if world.is_main:
+            print(f"fold {fold.number} of {len(folds)}: {fold.evaluate}", flush=True)
+        stopped = finetune(configs[fold.number], checkpoint, resume=resume)
+        if stopped:
+            return stopped
+    split = settings.fold_role
+    run_on_main(lambda: write_folds(run, [fold.number for fold in folds], split, config), world)
+    return 0
+
+
+def fold_config(config: Config, fold: Fold) -> Config:
+    """The configuration of one fold's run."""
+    settings = finetune_settings(config)
+    table = fold.train.parent / LABELS
+    labels = settings.labels or (str(table) if table.is_file() else None)
+    evaluate = str(fold.evaluate)
+    data = replace(config.data, train=str(fold.train))
+    settings = replace(settings, folds=None, labels=labels)
+    if settings.fold_role == "valid":
+        data = replace(data, valid=evaluate)
+    else:
+        settings = replace(settings, test=evaluate)
+    run = replace(config.run, folder=str(run_of(Path(config.run.folder or ""), fold.number)))
+    return replace(config, data=data, finetune=settings, run=run)
+
+
+def run_of(run: Path, number: int) -> Path:
+    """The folder of a fold's run."""
+    return run / f"fold_{number}"
+
+
+def write_folds(run: Path, numbers: Sequence[int], split: str, config: Config) -> dict[str, Any]:
+    """Write report.md, metrics.json and confusion.png of runs that are finished.
+
+    Args:
+        run: Their common folder.
+        numbers: Of the folds.
+        split: ``test`` or ``valid``, where each run has the results on its fold.
+        config: Of all of them.
+
+    Returns:
+        What metrics.json holds: ``folds`` (metrics by fold), ``mean`` and ``std`` (of a sample:
+        n - 1) over the folds, and, of single labels, ``pooled``: the accuracy over all clips.
+    """
+    folders = {number: run_of(run, number) / split for number in numbers}
+    folds = {n: json.loads((f / "metrics.json").read_text("utf-8")) for n, f in folders.items()}
+    names = [name for name in folds[numbers[0]] if all(name in values for values in folds.values())]
+    table = np.array([[folds[number][name] for name in names] for number in numbers])
+    found: dict[str, Any] = {
+        "folds": {str(number): values for number, values in folds.items()},
+        "mean": dict(zip(names, table.mean(0).tolist(), strict=True)),
+        "std": dict(zip(names, table.std(0, ddof=1).tolist(), strict=True)),
+    }
+    clips = {number: read_predictions(folder / PREDICTIONS) for number, folder in folders.items()}
+    pairs = [pair for rows in clips.values() for pair in rows]
+    if "accuracy" in names:
+        found["pooled"] = {"accuracy": float(np.mean([label == named for label, named in pairs]))}
+        # In the order of the runs; a run without a table of classes knows only those it has seen.
+        classes = list(dict.fromkeys(name for n in numbers for name in _classes(run_of(run, n))))
+        place = {name: number for number, name in enumerate(classes)}
+        truth, named = np.array([[place[label], place[name]] for label, name in pairs]).T
+        draw_confusion(run / "confusion.png", named, truth, classes)
+    (run / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
+    counts = {number: len(rows) for number, rows in clips.items()}
+    (run / "report.md").write_text(_report(run.name, config, counts, found), encoding="utf-8")
+    shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
+    print(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}", flush=True)
+    return found
+
+
+def _classes(run: Path) -> list[str]:
+    """The classes of a finished run."""
+    chosen = Checkpoints(run / CHOSEN).latest()
+    if chosen is None:
+        raise CheckpointError(f"{run}: no finished fine-tuning run")
+    return Checkpoints.load(chosen, check=False)[1]["classes"]
+
+
+def _report(name: str, config: Config, counts: Mapping[int, int], found: Mapping[str, Any]) -> str:
+    settings, names = finetune_settings(config), list(found["mean"])
+    chosen_on = "the fold itself" if settings.fold_role == "valid" else "held-out training clips"
+    lines = [
+        f"# {name}",
+        "",
+        f"{describe(config)}, {len(counts)} folds of {settings.folds}, {settings.epochs} epochs "
+        f"each. Weights are chosen on {chosen_on}.",
+        "",
+        "| fold | clips | " + " | ".join(names) + " |",
+        "| --- | ---: |" + " ---: |" * len(names),
+    ]
+
+    def row(title: str, clips: object, values: Mapping[str, float]) -> str:
+        return f"| {title} | {clips} | " + " | ".join(f"{values[n]:.4f}" for n in names) + " |"
+
+    for number, clips in counts.items():
+        lines.append(
+            row(f"[{number}](fold_{number}/report.md)", clips, found["folds"][str(number)])
+        )
+    lines.append(row("mean", sum(counts.values()), found["mean"]))
+    lines.append(row("deviation", "", found["std"]))
+    if "pooled" in found:
+        accuracy = found["pooled"]["accuracy"]
+        lines += ["", f"Accuracy over all clips: {accuracy:.4f}.", "", "![](confusion.png)"]
+    return "\n".join(lines) + "\n"
