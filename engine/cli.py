@@ -11,6 +11,7 @@ from ssast.engine.cli_data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.cli_export import add_export_commands
 from ssast.engine.cli_finetune import add_finetune_commands
 from ssast.engine.config import CONFIGS, ConfigError
+from ssast.engine.watchdog import STUCK
 
 DESCRIPTION = (
     "Pretrain audio spectrogram transformers without labels, and make classifiers of them."
@@ -31,7 +32,12 @@ EXAMPLES = """examples:
   ssast export runs/demo --to published SSAST-Demo.pth
   ssast embed runs/demo /my/recordings --out embeddings.npy
 """
-# Exit status: 2 for what the user can mend; 128 + n after signal n, as shells have it.
+STATUSES = """exit status:
+  0      done
+  2      something that only you can mend; the message says what
+  75     a process hung or was lost: start again with --resume
+  128+n  stopped by signal n (INT 130, TERM 143, USR1 138) after saving: start again with --resume
+"""
 USER_ERROR = 2
 
 
@@ -46,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     # Imported here, so that --help and a mistyped command answer at once.
     from ssast.engine.checkpoint import CheckpointError
+    from ssast.engine.distributed import LostPeer
     from ssast.engine.loop import TrainingError
     from ssast.pipelines.batch import DataError
 
     try:
         return options.run(options)
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError, OSError, LostPeer) as error:
         print(f"ssast: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return STUCK if isinstance(error, LostPeer) else USER_ERROR
     except KeyboardInterrupt:
         return 130
 
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "ssast", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw
+        "ssast", description=DESCRIPTION, epilog=EXAMPLES + STATUSES, formatter_class=raw
     )
     # The deepspeed launcher puts this before everything else; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

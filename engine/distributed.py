@@ -10,8 +10,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from ssast.engine.config import ConfigError
 
 T = TypeVar("T")
+
+GLOO_ERRORS = re.compile(r"gloo|closed by peer|timed out", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class World:
         launcher: "single", "torchrun", "deepspeed", "env", "slurm" or "mpi".
         device: the device this process computes on.
         timeout_s: how long a collective waits for the other ranks before it fails.
+        cores: processor cores for this process, its share of the machine's.
     """
 
     rank: int
@@ -43,6 +47,7 @@ class World:
     launcher: str
     device: torch.device
     timeout_s: float = 600.0
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +65,12 @@ class Launch:
     world_size: int
     address: str = "127.0.0.1"
     port: int = 29500
+    local_world_size: int = 1
+    """Processes on this machine that share its cores."""
+
+
+class LostPeer(RuntimeError):
+    """Another process of the run has ended, hangs or was never there; the message says which."""
 
 
 _world: World | None = None
@@ -98,7 +109,9 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         elif "CROSS_RANK" in env:
             launcher = "deepspeed"
         rank, world_size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
-        per_machine = _integer(env, "LOCAL_WORLD_SIZE", _integer(env, "LOCAL_SIZE", world_size))
+        local = per_machine = _integer(
+            env, "LOCAL_WORLD_SIZE", _integer(env, "LOCAL_SIZE", world_size)
+        )
         local_rank = _integer(env, "LOCAL_RANK", rank % max(per_machine, 1))
         missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in env]
         if missing and world_size > 1:
@@ -107,11 +120,14 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         launcher = "slurm"
         rank, local_rank = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_LOCALID")
         world_size = _integer(env, "SLURM_STEP_NUM_TASKS", _integer(env, "SLURM_NTASKS"))
+        # With --cpus-per-task each process is bound to cores of its own.
+        local = 1 if "SLURM_CPUS_PER_TASK" in env else _tasks_here(env, world_size)
     elif _integer(env, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         launcher = "mpi"
         rank = _integer(env, "OMPI_COMM_WORLD_RANK")
         local_rank = _integer(env, "OMPI_COMM_WORLD_LOCAL_RANK")
         world_size = _integer(env, "OMPI_COMM_WORLD_SIZE")
+        local = _integer(env, "OMPI_COMM_WORLD_LOCAL_SIZE", world_size)
         if "MASTER_ADDR" not in env:
             raise ConfigError("mpirun: pass the address of rank 0 on, with -x MASTER_ADDR")
     else:
@@ -123,7 +139,17 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         address = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
     if launcher == "slurm" and "MASTER_PORT" not in env:  # two jobs on one machine must not meet
         port = 20000 + (_integer(env, "SLURM_JOB_ID") + 7 * _integer(env, "SLURM_STEP_ID")) % 20000
-    return Launch(launcher, rank, local_rank, world_size, address, port)
+    return Launch(launcher, rank, local_rank, world_size, address, port, max(local, 1))
+
+
+def _tasks_here(env: Mapping[str, str], world_size: int) -> int:
+    """Processes of a Slurm step on this machine; "2(x3),1" means 2, 2, 2 and 1."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    node = _integer(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else world_size
 
 
 def init_world(timeout_s: float = 600.0) -> World:
@@ -134,6 +160,7 @@ def init_world(timeout_s: float = 600.0) -> World:
 
     Raises:
         ConfigError: incomplete launcher variables, or more processes than GPUs.
+        LostPeer: the other processes did not come in time.
     """
     global _world, _joined
     if _world is not None:
@@ -154,7 +181,13 @@ def init_world(timeout_s: float = 600.0) -> World:
     if launch.world_size == 1:
         store = dist.HashStore()  # no port that another process could hold
     else:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        try:
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        except dist.DistError as error:
+            raise LostPeer(
+                f"rank {launch.rank} of {launch.world_size} has met no other process at "
+                f"{launch.address}:{launch.port}: {first_line(error)}"
+            ) from error
     # torchrun --max-restarts keeps one store: without a prefix of its own, the next attempt (and
     # the next world of this process) would dial the addresses of the one before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -168,8 +201,11 @@ def init_world(timeout_s: float = 600.0) -> World:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    cores = max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+    if "OMP_NUM_THREADS" not in os.environ:  # torch would take all cores in each process
+        torch.set_num_threads(cores)
     _world = World(
-        launch.rank, launch.local_rank, launch.world_size, launch.launcher, device, timeout_s
+        launch.rank, launch.local_rank, launch.world_size, launch.launcher, device, timeout_s, cores
     )
     atexit.register(close_world)
     return _world
@@ -263,10 +299,41 @@ def broadcast_object(value: T, world: World) -> T:
     return box[0]
 
 
-def barrier(world: World) -> None:
-    """Waits until every rank has come here. Collective."""
-    if world.world_size > 1:
-        reduce_sum([0.0], world)
+def gather_objects(value: T, world: World) -> list[T]:
+    """The values of all ranks, on every rank; small and picklable. Collective."""
+    if world.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def expecting_peers(world: World) -> Iterator[None]:
+    """Tells the end of another process from errors of this one.
+
+    Raises:
+        LostPeer: a collective inside has failed because another rank is gone or hangs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or (
+            type(error) is RuntimeError
+            and re.search(r"gloo|closed by peer|timed out", str(error), re.I)
+        )
+        if world.world_size == 1 or not lost:
+            raise
+        raise LostPeer(
+            f"rank {world.rank} has lost another process of the run ({first_line(error)}): "
+            "start all of them again with --resume"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Of the message of an error, without the place in its source."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S*:\d+\]\s*", "", lines[0])
 
 
 def run_on_main(function: Callable[[], T], world: World) -> T:

@@ -246,7 +246,7 @@ class Finetuning:
         world = self.place.world
         self._tables[False] = clips.table().to(world.device)
         with self.place.stream(clips.paths, split, epochs=1) as batches:
-            values = validate(engine, batches, self, watch)
+            values = validate(engine, batches, self, watch, self.place.beat)
         whole, read = gather_rows(torch.cat(rows), torch.cat(logits), len(clips), world)
         mask = read.numpy()
         values.pop("accuracy", None)

@@ -51,6 +51,12 @@ class Monitor:
         self._board = None
         if not world.is_main:
             return
+        self._open(step)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def _open(self, step: int) -> None:
+        """Begin to write after a step, without what was written of later ones."""
         lines = read_metrics(self._path)
         kept = [line for line in lines if line["step"] <= step]
         if len(kept) < len(lines) or step == 0:
@@ -58,9 +64,16 @@ class Monitor:
         # Imported here: it takes a second, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step: the lines of later ones are removed."""
+        if self._board is not None:
+            self._board.close()
+            self._open(step)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        self.restart_clock(step)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -82,7 +95,7 @@ class Monitor:
             "clips_per_s": clips_per_s,
             "gflops_per_device": flops / 1e9,
             "data_wait_share": self._waited / seconds,
-            "memory_gib": _peak_memory_gib(self._world.device),
+            "memory_gib": peak_memory_gib(self._world.device),
         }
         if self._peak:
             rates["mfu"] = flops / self._peak
@@ -184,7 +197,8 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far: what PyTorch had in use on a GPU, the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Not getrusage's maxrss: it counts the parent of a forked process as well.

@@ -96,7 +96,7 @@ class Pretraining:
     def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
         """Mean losses over the held-out clips."""
         with self.place.stream(self.valid_paths, "valid", epochs=1) as batches:
-            return validate(engine, batches, self)
+            return validate(engine, batches, self, beat=self.place.beat)
 
     def tensors(self) -> dict[str, Tensor]:
         """None."""

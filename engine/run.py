@@ -1,7 +1,7 @@
 """A whole training run: engine, streams, loop, checkpoints, logs. What is trained is a job."""
 
 import json
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,24 +11,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ssast.engine.agreement import check_agreement, code_version
 from ssast.engine.checkpoint import Checkpoints
 from ssast.engine.clips import fbank_spec
 from ssast.engine.config import Config, ConfigError, dump_config, to_plain
 from ssast.engine.deepspeed_engine import TrainEngine
-from ssast.engine.distributed import World, broadcast_object, init_world, run_on_main
+from ssast.engine.distributed import (
+    World,
+    broadcast_object,
+    expecting_peers,
+    init_world,
+    run_on_main,
+)
 from ssast.engine.flops import peak_flops, step_flops_per_clip
-from ssast.engine.loop import Progress, Task, train
+from ssast.engine.guard import SkipLog
+from ssast.engine.loop import Progress, Services, Task, TrainingError, train
 from ssast.engine.memory import keep_freed_memory
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.monitor import Monitor, environment
 from ssast.engine.optim import Plateau
+from ssast.engine.saving import Saver
 from ssast.engine.visualize import draw_curves
+from ssast.engine.watchdog import Watchdog
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.pipelines.batch import Batch
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.mix import MixedClips, fingerprint
 from ssast.pipelines.order import Weights, read_weights
 from ssast.pipelines.shards import ClipPaths
+
+MAX_ROLLBACKS = 3  # to one checkpoint, before a run is given up
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,9 @@ class Workplace:
     world: World
     batch_size: int
     """Clips of one rank in one micro-step."""
+
+    beat: Callable[[str], None] = lambda _: None
+    """Told before anything that may hang, what it is."""
 
     @property
     def folder(self) -> Path:
@@ -78,13 +93,14 @@ class Workplace:
             start=start,
             epochs=epochs,
             device=world.device,
-            num_threads=config.data.num_threads or _threads(world),
+            num_threads=config.data.num_threads or min(8, world.cores),
             read_ahead=config.data.read_ahead,
             fbank=config.data.fbank,
             max_rejected=config.data.max_rejected if split else 1.0,
             weights=weights,
             random_crop=training and config.data.random_crop,
             cache_gib=config.data.cache_gib if training else 0.0,
+            cache_folder=config.data.cache_folder,
             on_reject=on_reject,
         )
 
@@ -99,6 +115,9 @@ class Job(Task, Protocol):
 
     summary: str
     """One line on model and data."""
+
+    train_paths: ClipPaths
+    """Of the training clips."""
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Over the module's trainable parameters."""
@@ -155,110 +174,180 @@ def run_training(
         DataError: Too many unreadable clips.
         CheckpointError: A checkpoint cannot be written or read.
         TrainingError: Training diverged.
+        LostPeer: Another process of the run is gone.
     """
-    world = init_world()
-    place = Workplace(config, world, micro_batch_size(config, world))
-    run = place.folder
-    checkpoints = Checkpoints(run / "checkpoints", keep=config.train.keep)
-    listed: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
-    found = run_on_main(lambda: _open_run(run, config, checkpoints, listed, fixed, resume), world)
+    world = init_world(config.train.timeout_s)
+    with expecting_peers(world):
+        return _Run(config, world, clips=clips, fixed=fixed, resume=resume).train(build)
 
-    cuda = world.device.type == "cuda"
-    if not cuda:
-        keep_freed_memory()
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if cuda else "fp32"
-    torch.manual_seed(config.train.seed)
-    job = build(place)
-    job.module.to(world.device)
-    engine = TrainEngine(
-        job.module,
-        job.optimizer(),
-        world=world,
-        batch_size=place.batch_size,
-        accumulate=config.train.accumulate,
-        zero_stage=config.train.zero_stage,
-        precision=precision,
-        max_grad_norm=config.optim.max_grad_norm,
-    )
-    if config.train.compile:
-        for block in job.encoder.blocks:
-            block.compile()
-    progress = Progress()
-    if found is not None:
-        progress = _restore(engine, found, job)
 
-    def save(best: bool) -> None:
-        tensors, adam_step = engine.state()
+class _Run:
+    """The parts of a run, and how they work together."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        clips: ClipPaths,
+        fixed: Sequence[tuple[str, str]],
+        resume: bool,
+    ):
+        self.config, self.world = config, world
+        batch_size = micro_batch_size(config, world)
+        self.folder = Workplace(config, world, batch_size).folder
+        self.watchdog = Watchdog(
+            config.train.timeout_s,
+            self.folder / f"hung-rank{world.rank}.txt",
+            f"rank {world.rank}",
+        )
+        self.place = Workplace(config, world, batch_size, self.watchdog.beat)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.train.keep)
+        self.clips = {"count": len(clips), "sha256": fingerprint(clips)}
+        check_agreement(
+            {**to_plain(config), "code version": code_version(), "clips": self.clips}, world
+        )
+        self.found = run_on_main(
+            lambda: _open_run(self.folder, config, self.checkpoints, self.clips, fixed, resume),
+            world,
+        )
+        self.progress = Progress()
+        self.rolled_back: Counter[Path] = Counter()
+        self.precision = config.train.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if world.device.type == "cuda" else "fp32"
+
+    def train(self, build: Callable[[Workplace], Job]) -> int:
+        """Build everything else, go through the steps, finish; 0 or the signal that stopped it."""
+        config, world, run = self.config, self.world, self.folder
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(config.train.seed)
+        self.job = job = build(self.place)
+        self.engine = engine = self._engine()
+        if self.found is not None:
+            self.progress = _restore(engine, self.found, job)
+        self.monitor = monitor = self._monitor()
+        self.saver = Saver(self.checkpoints, world, monitor.say)
+        services = Services(
+            monitor=monitor,
+            beat=self.watchdog.beat,
+            skips=SkipLog(run / "skipped.jsonl", world.rank, lambda row: str(job.train_paths[row])),
+            validate=lambda: job.validate(engine, self.progress),
+            save=self._save,
+            roll_back=self._roll_back,
+        )
+        try:
+            with self.watchdog:
+                with job.train_batches(self.progress.position) as batches:
+                    stopped = train(engine, batches, self.progress, config, job, services)
+                self.watchdog.beat("writing a checkpoint")
+                self.saver.wait()
+                if not stopped:
+                    job.finish(engine, self.progress)
+        finally:
+            self.saver.close()
+            monitor.close()
+            engine.close()
+        if world.is_main:
+            draw_curves(run)
+            what = f"stopped by signal {stopped} after" if stopped else "finished"
+            print(f"{what} step {self.progress.step} of {config.train.steps}: {run}", flush=True)
+        return stopped
+
+    def _engine(self) -> TrainEngine:
+        config, job = self.config, self.job
+        job.module.to(self.world.device)
+        job.encoder.checkpoint_every = config.train.checkpoint_every
+        engine = TrainEngine(
+            job.module,
+            job.optimizer(),
+            world=self.world,
+            batch_size=self.place.batch_size,
+            accumulate=config.train.accumulate,
+            zero_stage=config.train.zero_stage,
+            precision=self.precision,
+            max_grad_norm=config.optim.max_grad_norm,
+            offload=config.train.offload,
+            reduce_dtype=config.train.reduce_dtype,
+        )
+        if config.train.compile:
+            for block in job.encoder.blocks:
+                block.compile()
+        return engine
+
+    def _monitor(self) -> Monitor:
+        """The logs, with what was chosen and why in their first lines."""
+        config, world, run = self.config, self.world, self.folder
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        facts = environment(
+            world,
+            attention=attention_backend(world.device, dtype),
+            precision=self.precision,
+            fbank=config.data.fbank,
+            code=code_version(),
+        )
+        if world.is_main:
+            for name, content in (("environment", facts), ("deepspeed", self.engine.settings)):
+                (run / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        monitor = Monitor(
+            run,
+            world=world,
+            step=self.progress.step,
+            steps=config.train.steps,
+            batch_size=config.train.batch_size,
+            flops_per_clip=step_flops_per_clip(config),
+            peak_flops=peak_flops(facts["device"]) if world.device.type == "cuda" else None,
+        )
+        monitor.say(
+            f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
+            f"{self.job.summary}; "
+            f"{world.world_size} x {facts['device']}, {self.precision}, "
+            f"attention {facts['attention']}, ZeRO stage {config.train.zero_stage}"
+        )
+        for backend, objection in attention_trials(world.device, dtype).items():
+            if objection:
+                monitor.say(f"attention {backend} is not used: {objection}")
+        if self.found is not None:
+            monitor.say(f"resumed from {self.found} at step {self.progress.step}")
+        return monitor
+
+    def _save(self, best: bool) -> None:
+        self.watchdog.beat("gathering a checkpoint")
+        progress = self.progress
+        tensors, adam_step = self.engine.state()
         tensors["rng/cpu"] = torch.get_rng_state()
-        tensors |= job.tensors()
+        tensors |= self.job.tensors()
         meta = {
-            "progress": vars(progress) | {"plateau": vars(progress.plateau)},
+            "progress": vars(progress) | {"plateau": dict(vars(progress.plateau))},
             "adam_step": adam_step,
-            "clips": listed,
-            "config": to_plain(config),
-            **job.meta(),
+            "clips": self.clips,
+            "config": to_plain(self.config),
+            **self.job.meta(),
         }
+        criterion = progress.best_loss if best else None
+        self.saver.save(tensors, meta, step=progress.step, best=criterion)
 
-        def write() -> None:
-            checkpoints.save(tensors, meta, step=progress.step)
-            if best:
-                checkpoints.mark_best(progress.step, progress.best_loss)
-
-        run_on_main(write, world)
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    facts = environment(
-        world,
-        attention=attention_backend(world.device, dtype),
-        precision=precision,
-        fbank=config.data.fbank,
-    )
-    if world.is_main:
-        (run / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    monitor = Monitor(
-        run,
-        world=world,
-        step=progress.step,
-        steps=config.train.steps,
-        batch_size=config.train.batch_size,
-        flops_per_clip=step_flops_per_clip(config),
-        peak_flops=peak_flops(facts["device"]) if cuda else None,
-    )
-    monitor.say(
-        f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
-        f"{job.summary}; "
-        f"{world.world_size} x {facts['device']}, {precision}, attention {facts['attention']}, "
-        f"ZeRO stage {config.train.zero_stage}"
-    )
-    for backend, objection in attention_trials(world.device, dtype).items():
-        if objection:
-            monitor.say(f"attention {backend} is not used: {objection}")
-    if found is not None:
-        monitor.say(f"resumed from {found} at step {progress.step}")
-    try:
-        with job.train_batches(progress.position) as batches:
-            stopped = train(
-                engine,
-                batches,
-                progress,
-                config,
-                job,
-                monitor=monitor,
-                validate=lambda: job.validate(engine, progress),
-                save=save,
+    def _roll_back(self) -> None:
+        step, position = self.progress.step, self.progress.position
+        run_on_main(self.saver.settle, self.world)
+        found = run_on_main(self.checkpoints.latest, self.world)
+        if found is None:
+            self.monitor.say(f"the loss has jumped at step {step}; there is no checkpoint yet")
+            return
+        self.rolled_back[found] += 1
+        if self.rolled_back[found] > MAX_ROLLBACKS:
+            raise TrainingError(
+                f"the loss has jumped {MAX_ROLLBACKS} times after {found}, the last time at step "
+                f"{step}: lower optim.lr or set optim.max_grad_norm, then --resume"
             )
-        if not stopped:
-            job.finish(engine, progress)
-    finally:
-        monitor.close()
-        engine.close()
-    if world.is_main:
-        draw_curves(run)
-        what = f"stopped by signal {stopped} after" if stopped else "finished"
-        print(f"{what} step {progress.step} of {config.train.steps}: {run}", flush=True)
-    return stopped
+        restored = _restore(self.engine, found, self.job)
+        restored.position = position  # over the clips with which it happened
+        vars(self.progress).update(vars(restored))
+        self.monitor.rewind(self.progress.step)
+        self.monitor.say(
+            f"the loss has jumped at step {step}: back to {found.name}, on with other clips"
+        )
 
 
 def micro_batch_size(config: Config, world: World) -> int:
@@ -350,9 +439,3 @@ def _restore(engine: TrainEngine, path: Path, job: Job) -> Progress:
     torch.set_rng_state(rng)
     plateau = Plateau(**meta["progress"].pop("plateau"))
     return Progress(**meta["progress"], plateau=plateau)
-
-
-def _threads(world: World) -> int:
-    cores = len(os.sched_getaffinity(0))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    return max(1, min(8, cores // local))

@@ -89,14 +89,19 @@ def lines(run: Path, split: str) -> list[dict]:
 
 
 def stop_at(step: int, number: signal.Signals, run: Path, *arguments: object) -> int:
-    """Start a run, send it a signal once it has logged a step; its exit status."""
+    """Start a run, send it a signal once it has logged a step; its exit status.
+
+    Checkpoints are written while training goes on: SIGKILL waits for the first one as well.
+    """
     process = subprocess.Popen(
         command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if any(line["step"] >= step for line in lines(run, "train")):
+            reached = any(line["step"] >= step for line in lines(run, "train"))
+            saved = (run / "checkpoints" / "latest").exists()
+            if reached and (saved or number != signal.SIGKILL):
                 process.send_signal(number)
                 break
         except json.JSONDecodeError:  # a line that is just being written

@@ -17,6 +17,7 @@ from ssast.engine.distributed import (
     broadcast_object,
     close_world,
     first_host,
+    gather_objects,
     init_world,
     read_launch,
     reduce_max,
@@ -48,23 +49,36 @@ OPENMPI = {
         ({}, Launch("single", 0, 0, 1)),
         (
             RANKS | {"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
-            Launch("torchrun", 5, 1, 8, "10.0.0.1", 1234),
+            Launch("torchrun", 5, 1, 8, "10.0.0.1", 1234, 8),
         ),
         (
-            RANKS | {"LOCAL_RANK": "1", "CROSS_RANK": "1"},
-            Launch("deepspeed", 5, 1, 8, "10.0.0.1", 1234),
+            RANKS | {"LOCAL_RANK": "1", "CROSS_RANK": "1", "LOCAL_SIZE": "4"},
+            Launch("deepspeed", 5, 1, 8, "10.0.0.1", 1234, 4),
         ),
-        (RANKS | {"LOCAL_WORLD_SIZE": "4"}, Launch("env", 5, 1, 8, "10.0.0.1", 1234)),
-        (RANKS, Launch("env", 5, 5, 8, "10.0.0.1", 1234)),
+        (RANKS | {"LOCAL_WORLD_SIZE": "4"}, Launch("env", 5, 1, 8, "10.0.0.1", 1234, 4)),
+        (RANKS, Launch("env", 5, 5, 8, "10.0.0.1", 1234, 8)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("env", 0, 0, 1)),
-        (SLURM, Launch("slurm", 5, 1, 8, "gpu003", 23456)),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "6"}, Launch("slurm", 5, 1, 6, "gpu003", 23456)),
-        (SLURM | {"SLURM_STEP_ID": "2"}, Launch("slurm", 5, 1, 8, "gpu003", 23470)),
-        (SLURM | MASTER, Launch("slurm", 5, 1, 8, "10.0.0.1", 1234)),
+        (SLURM, Launch("slurm", 5, 1, 8, "gpu003", 23456, 8)),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"},
+            Launch("slurm", 5, 1, 8, "gpu003", 23456, 1),
+        ),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "1"},
+            Launch("slurm", 5, 1, 8, "gpu003", 23456, 2),
+        ),
+        (SLURM | {"SLURM_CPUS_PER_TASK": "4"}, Launch("slurm", 5, 1, 8, "gpu003", 23456, 1)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "6"}, Launch("slurm", 5, 1, 6, "gpu003", 23456, 6)),
+        (SLURM | {"SLURM_STEP_ID": "2"}, Launch("slurm", 5, 1, 8, "gpu003", 23470, 8)),
+        (SLURM | MASTER, Launch("slurm", 5, 1, 8, "10.0.0.1", 1234, 8)),
         (SLURM | {"SLURM_NTASKS": "1"}, Launch("single", 0, 0, 1)),
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}, Launch("single", 0, 0, 1)),
-        (OPENMPI, Launch("mpi", 5, 1, 8, "10.0.0.1", 1234)),
-        (RANKS | SLURM | {"LOCAL_RANK": "2"}, Launch("env", 5, 2, 8, "10.0.0.1", 1234)),
+        (OPENMPI, Launch("mpi", 5, 1, 8, "10.0.0.1", 1234, 8)),
+        (
+            OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            Launch("mpi", 5, 1, 8, "10.0.0.1", 1234, 2),
+        ),
+        (RANKS | SLURM | {"LOCAL_RANK": "2"}, Launch("env", 5, 2, 8, "10.0.0.1", 1234, 8)),
     ],
 )
 def test_launchers_are_recognised(env, expected):
@@ -112,7 +126,7 @@ def test_one_process_is_a_world(world):
     assert reduce_sum([1, 0.5], world) == [1.0, 0.5]
     assert reduce_max([], world) == []
     assert broadcast_object("x", world) == "x"
-    distributed.barrier(world)
+    assert gather_objects(7, world) == [7]
     with pytest.raises(ZeroDivisionError):
         run_on_main(lambda: 1 // 0, world)
 
@@ -179,7 +193,7 @@ world = init_world(timeout_s=60)
 total = reduce_sum([world.rank + 1], world)
 if "--die" in sys.argv and attempt == "0" and world.rank == 1:
     os._exit(1)
-barrier(world)
+reduce_sum([0], world)
 if world.is_main:
     print(world.launcher, world.world_size, total[0], attempt, "deepspeed" in sys.modules)
 close_world()

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_the_pretrained_model_is_that_of_the_best_checkpoint(whole):
 def test_a_killed_run_resumes_bit_for_bit(whole, data, config_file, tmp_path):
     run = tmp_path / "killed"
     arguments = ("pretrain", config_file, *overrides(), *data, f"run.folder={run}")
-    step = random.randint(5, 10)  # the first checkpoint is that of step 4
+    step = random.randint(6, 9)  # the first checkpoint is that of step 4
     status = stop_at(step, signal.SIGKILL, run, *arguments)
     assert status == -signal.SIGKILL, f"killed at step {step}"
     done = call(*arguments, "--resume")
@@ -277,8 +278,17 @@ def test_mistakes_are_found_before_any_work(changed, error, message, config_file
 
 
 def test_diverging_training_stops_with_advice(config_file, data, tmp_path):
-    config = load(config_file, data, tmp_path / "run", optim__lr=1e18, train__log_every=4)
+    config = load(config_file, data, tmp_path / "run", optim__lr=1e18, train__max_skipped=3)
     from ssast.engine.loop import TrainingError
 
-    with pytest.raises(TrainingError, match=r"no step from \d+ to \d+ gave a finite gradient"):
+    with pytest.raises(
+        TrainingError, match=r"no step from (\d+) to \d+ gave a finite gradient"
+    ) as caught:
         pretrain(config)
+    first = int(re.search(r"from (\d+)", str(caught.value))[1])
+    saved, meta = weights(tmp_path / "run")
+    assert meta["progress"]["step"] == first + 2
+    assert all(tensor.isfinite().all() for name, tensor in saved.items() if "rng" not in name)
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").open()]
+    assert [line["step"] for line in skipped] == [first, first + 1, first + 2]
+    assert all(len(line["clips"]) == 4 and line["rank"] == 0 for line in skipped)
