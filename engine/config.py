@@ -70,6 +70,11 @@ class Config:
         if data.mix is not None and (data.train is not None or data.weights is not None):
             other = "train" if data.train is not None else "weights"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
+        if (data.cache_gib > 0) + (data.cache_folder is not None) + data.random_crop > 1:
+            raise ConfigError(
+                "data.cache_gib, data.cache_folder and data.random_crop exclude each other: one "
+                "place for filterbanks is enough, and a crop is used once"
+            )
         if self.finetune is not None:
             if data.mix is not None:
                 raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")

@@ -1,7 +1,25 @@
 """Filterbanks kept in memory, so that later epochs need neither decode nor compute them."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Cache(Protocol):
+    """Where filterbanks of clips are kept; the clips are numbered as in the manifest."""
+
+    def ready(self, clip_id: int) -> bool:
+        """Whether it has a clip, for which ``get`` will ask once then. From any thread."""
+        ...
+
+    def put(self, clip_ids: list[int], features: Tensor, lengths: list[int]) -> None:
+        """Keep clips that were not ready: features [B, T, F], and samples of each."""
+        ...
+
+    def get(self, clip_ids: list[int]) -> tuple[Tensor, list[int]]:
+        """Filterbanks [B, T, F] on the CPU, and samples of each clip."""
+        ...
 
 
 class FbankCache:
@@ -17,11 +35,9 @@ class FbankCache:
         self._room = limit_bytes
         self._kept: dict[int, tuple[Tensor, int]] = {}
 
-    def __contains__(self, clip_id: object) -> bool:
+    def ready(self, clip_id: int) -> bool:
+        """Whether a clip is kept."""
         return clip_id in self._kept
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def put(self, clip_ids: list[int], features: Tensor, lengths: list[int]) -> None:
         """Keep the clips that are new, while there is room.

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.pipelines.batch import Batch, DataError
-from ssast.pipelines.cache import FbankCache
+from ssast.pipelines.cache import Cache, FbankCache
+from ssast.pipelines.disk_cache import DiskCache
 from ssast.pipelines.graph import PREFETCH, FbankThreads, build_pipeline
 from ssast.pipelines.order import Weights
 from ssast.pipelines.shards import ClipPaths
@@ -60,6 +62,8 @@ class AudioStream:
             (seed, clip, epoch), instead of its beginning.
         cache_gib: Memory for filterbanks, which are then not computed again; as many clips
             are kept as fit. Not with ``random_crop``.
+        cache_folder: Keep them on disk instead, also for later runs; see
+            :mod:`ssast.pipelines.disk_cache`.
         on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
 
     Raises:
@@ -86,6 +90,7 @@ class AudioStream:
         weights: Weights | None = None,
         random_crop: bool = False,
         cache_gib: float = 0.0,
+        cache_folder: str | Path | None = None,
         on_reject: Callable[[int, str, str], None] | None = None,
     ) -> None:
         _check(paths, batch_size, seed, rank, world_size, start, epochs, num_threads, read_ahead)
@@ -93,8 +98,11 @@ class AudioStream:
             raise DataError(
                 f"{len(weights)} weights for {len(paths)} clips; they are for the endless stream"
             )
-        if cache_gib and random_crop:
-            raise DataError("cache_gib and random_crop exclude each other: a crop is used once")
+        if bool(cache_gib) + (cache_folder is not None) + random_crop > 1:
+            raise DataError(
+                "cache_gib, cache_folder and random_crop exclude each other: one place for "
+                "filterbanks is enough, and a crop is used once"
+            )
         if fbank not in ("auto", "torch", "dali"):
             raise DataError(f"fbank is {fbank!r}, it must be auto, torch or dali")
         self.spec, self.batch_size, self.device = spec, batch_size, device
@@ -125,7 +133,12 @@ class AudioStream:
         self._reported: set[int] = set()
         self._recoveries, self._recovered_at = 0, -1
         self._closed = False
-        self._cache = FbankCache(round(cache_gib * 2**30)) if cache_gib else None
+        self._cache: Cache | None = None
+        if cache_gib:
+            self._cache = FbankCache(round(cache_gib * 2**30))
+        elif cache_folder is not None:
+            computed_by = f"{fbank} {device.type}"
+            self._cache = DiskCache(Path(cache_folder), paths, spec, computed_by)
         self._source = ClipSource(
             paths,
             spec,
@@ -139,7 +152,7 @@ class AudioStream:
             read_ahead=read_ahead,
             weights=weights,
             random_crop=random_crop,
-            cached=() if self._cache is None else self._cache,
+            cache=self._cache,
         )
         self._pipeline = self._build()
 
@@ -235,7 +248,7 @@ class AudioStream:
         return Batch(features, frames, clip_ids, epochs, valid.bool())
 
     def _through_cache(
-        self, cache: FbankCache, features: Tensor, lengths: Tensor, labels: Tensor
+        self, cache: Cache, features: Tensor, lengths: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Put in what is kept, keep what is new; features become filterbanks."""
         if self._features == "waveform":

@@ -1,6 +1,6 @@
 """Feeds DALI with the clips' bytes: reads ahead in threads, never raises for a bad file."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
+from ssast.pipelines.cache import Cache
 from ssast.pipelines.clip import read_clip, silence
 from ssast.pipelines.order import Weights, clips_at, crop_place, rank_positions
 from ssast.pipelines.shards import ClipPaths
@@ -43,7 +44,7 @@ class ClipSource:
         weights: Of the clips in the endless stream, see :mod:`ssast.pipelines.order`.
         random_crop: Of a recording that is longer than ``spec``, take another part in each epoch
             instead of its beginning.
-        cached: Clips that need not be read: silence stands for them.
+        cache: Of clips that need not be read: silence stands for them.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class ClipSource:
         read_ahead: int = 3,
         weights: Weights | None = None,
         random_crop: bool = False,
-        cached: Container[int] = (),
+        cache: Cache | None = None,
     ) -> None:
-        self.cached = cached
+        self.cache = cache
         self.weights, self.random_crop = weights, random_crop
         self.paths, self.spec = paths, spec
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -158,7 +159,7 @@ class ClipSource:
         """The bytes of a clip; silence, and a note, if it cannot be read."""
         if clip_id in self.reasons:
             return self._silence, INVALID
-        if clip_id in self.cached:
+        if self.cache is not None and self.cache.ready(clip_id):
             return self._silence, CACHED
         trust = not (self._doubt_all or clip_id in self._doubted)
         place = crop_place(self.seed, clip_id, epoch) if self.random_crop else 0.0
