@@ -143,10 +143,13 @@ class Monitor:
         if self._board is None:
             return
         line = {"step": step, "split": split, "time": round(time.time(), 3), **values}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        except OSError as error:  # a full disk: the weights are worth more than their log
+            self.say(f"step {step} is not logged: {error}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

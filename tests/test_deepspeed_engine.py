@@ -5,6 +5,7 @@ import math
 import pytest
 import rank_jobs
 import torch
+from rank_pool import RankPool
 from torch import nn
 from toy import build_adam, build_engine, build_toy, clips, loss_of, lr_at, train
 
@@ -181,6 +182,26 @@ def test_resume_on_another_number_of_ranks_and_stage(world, two_ranks, tmp_path,
     losses += two_ranks.run(rank_jobs.train_from, folder, 2, 4, stages[1], "fp32")[0]
     losses += rank_jobs.train_from(world, folder, 4, 6, stages[0], "fp32")
     assert losses == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_and_go_on_where_two_have_stopped(world, two_ranks, tmp_path):
+    expected = rank_jobs.train_from(world, tmp_path / "whole", 0, 6, 1, "fp32")
+    four_ranks = RankPool(4)
+    try:
+        for stage in STAGES:
+            losses = four_ranks.run(
+                rank_jobs.train_from, tmp_path / f"{stage}", 0, 6, stage, "fp32"
+            )
+            assert losses[0] == pytest.approx(expected, rel=2e-6)
+        for first, second, third in ((1, 3, 2), (3, 1, 3), (2, 2, 1)):
+            folder = tmp_path / f"{first}{second}{third}"
+            losses = two_ranks.run(rank_jobs.train_from, folder, 0, 2, first, "fp32")[0]
+            losses += four_ranks.run(rank_jobs.train_from, folder, 2, 4, second, "fp32")[0]
+            losses += rank_jobs.train_from(world, folder, 4, 6, third, "fp32")
+            assert losses == pytest.approx(expected, rel=2e-6)
+    finally:
+        four_ranks.close()
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 1), (2, 2), (2, 3)])

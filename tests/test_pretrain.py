@@ -11,6 +11,7 @@ from runs import call, environment, lines, make_data, overrides, stop_at, write_
 
 from ssast.engine.checkpoint import Checkpoints
 from ssast.engine.config import ConfigError, dump_config, load_config
+from ssast.engine.model import Block
 from ssast.engine.pretrain import pretrain
 from ssast.engine.pretrained import load_pretrained
 from ssast.pipelines.batch import DataError
@@ -187,6 +188,24 @@ def test_accumulation_changes_nothing(whole, config_file, data, tmp_path):
         lines(tmp_path / "run", "train"), lines(whole[0], "train"), strict=True
     ):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_computing_blocks_again_changes_nothing(stage, config_file, data, tmp_path, monkeypatch):
+    calls = []
+    honest = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *a, **k: calls.append(0) or honest(*a, **k))
+    found, counts = [], []
+    for every in (None, 1, 2):
+        calls.clear()
+        run = tmp_path / f"every-{every}"
+        changed = {"model__depth": 3, "train__steps": 3, "train__zero_stage": stage}
+        assert pretrain(load(config_file, data, run, train__checkpoint_every=every, **changed)) == 0
+        found.append(lines(run, "train"))
+        counts.append(len(calls))
+    assert found[0] == found[1] == found[2]
+    # Three blocks again in each of three steps, or two of them.
+    assert (counts[1] - counts[0], counts[2] - counts[0]) == (9, 6)
 
 
 def test_a_run_is_repeated_from_its_own_configuration(whole, tmp_path):
