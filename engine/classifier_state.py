@@ -12,10 +12,11 @@ from ssast.engine.checkpoint import CheckpointError, Checkpoints
 from ssast.engine.classifier import Classifier
 from ssast.engine.config import Config, from_plain, to_plain
 from ssast.engine.finetune_data import finetune_settings
+from ssast.engine.huggingface import import_huggingface
 from ssast.engine.model import SpectrogramTransformer, resize_pos_embed
-from ssast.engine.objective import MSPM
 from ssast.engine.pretrained import find_checkpoint, load_pretrained
-from ssast.engine.published_state import load_published
+from ssast.engine.published_state import detect_layout, load_published, read_published
+from ssast.engine.settings import SIZES, Finetune, Model
 
 Kind = TypeVar("Kind", bound=Classifier)
 
@@ -31,27 +32,53 @@ class Trained:
     config: Config
 
 
-def load_initial(path: str | Path) -> tuple[MSPM, Config]:
-    """Pretrained weights: of a run, one of its checkpoints, or a published file.
+def load_initial(path: str | Path) -> tuple[SpectrogramTransformer, Config]:
+    """A pretrained encoder, and the model and the audio that it is for.
+
+    Args:
+        path: A run, one of its checkpoints, a published file, or a folder of transformers, with or
+            without a head, which is then left out.
 
     Raises:
-        CheckpointError: There are none, or they are of a fine-tuned model.
+        CheckpointError: There is none, or it is of a fine-tuned model.
     """
     path = Path(path)
     if path.is_file():
-        return load_published(path)
+        model, config = load_published(path)
+        return model.encoder, config
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if (path / "config.json").is_file():
+        found, audio, _ = import_huggingface(path)
+        encoder = found.encoder if isinstance(found, Classifier) else found
+        settings = Finetune(stride=encoder.embed.stride)
+        return encoder, Config(model=model_of(encoder), audio=audio, finetune=settings)
     if is_classifier(path):
         raise CheckpointError(f"{path}: expected a pretrained model, found a fine-tuned one")
-    return load_pretrained(path)
+    model, config = load_pretrained(path)
+    return model.encoder, config
+
+
+def model_of(encoder: SpectrogramTransformer) -> Model:
+    """The settings that an encoder is made from."""
+    size, depth = encoder.embed_dim, len(encoder.blocks)
+    name = next(name for name, known in SIZES.items() if known.embed_dim == size)
+    return Model(
+        size=name,  # type: ignore[arg-type]  # the keys of SIZES
+        patch=encoder.embed.patch,
+        depth=None if depth == SIZES[name].depth else depth,
+    )
 
 
 def is_classifier(path: str | Path) -> bool:
-    """Whether this is the folder of a fine-tuning run, or one of its checkpoints."""
+    """Whether this is a fine-tuned model: a run, one of its checkpoints, or a published file."""
     path = Path(path)
+    if path.is_file():
+        return detect_layout(read_published(path), path).num_classes is not None
     if not path.is_dir():
         return False
+    if (path / "config.json").is_file():
+        return isinstance(import_huggingface(path)[0], Classifier)
     if (path / CHOSEN).is_dir():
         return True
     _, meta = Checkpoints.load(find_checkpoint(path), check=False)
@@ -92,10 +119,10 @@ def check_fits(config: Config, pretrained: Config, source: str | Path) -> None:
 
 
 @torch.no_grad()
-def fill_encoder(encoder: SpectrogramTransformer, pretrained: MSPM) -> None:
+def fill_encoder(encoder: SpectrogramTransformer, pretrained: SpectrogramTransformer) -> None:
     """Give an encoder pretrained weights; positions are cut or interpolated to its patch grid."""
-    weights = {name: value.clone() for name, value in pretrained.encoder.state_dict().items()}
-    old, new = pretrained.encoder.embed.grid, encoder.embed.grid
+    weights = {name: value.clone() for name, value in pretrained.state_dict().items()}
+    old, new = pretrained.embed.grid, encoder.embed.grid
     # Interpolated in float32, as the published numbers were.
     positions = weights["embed.pos_embed"]
     resized = resize_pos_embed(positions.float(), old, new) if old != new else positions

@@ -50,20 +50,39 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         type=Path,
         help="a run's folder, a checkpoint, a published file, or a folder of transformers",
     )
+    add_unsaid(command)
+
+
+def add_unsaid(command: argparse.ArgumentParser, *, classifier: bool = False) -> None:
+    """Options for what a published file does not say; see :class:`~ssast.engine.opening.Unsaid`."""
     unsaid = command.add_argument_group("of a published file, which does not say it")
     unsaid.add_argument("--frames", type=int, metavar="T", help="frames of its input")
     unsaid.add_argument("--stride", type=int, nargs=2, metavar=("F", "T"), help="of its patches")
     unsaid.add_argument("--pooling", choices=("avgtok", "cls"), default="avgtok", help="(avgtok)")
     unsaid.add_argument("--mean", type=float, help="of its filterbanks (AudioSet's)")
     unsaid.add_argument("--std", type=float, help="of its filterbanks (AudioSet's)")
+    if classifier:
+        unsaid.add_argument(
+            "--loss", choices=("ce", "bce"), help="one class a clip, or several (ce)"
+        )
+        unsaid.add_argument(
+            "--labels", type=Path, metavar="CSV", help="its classes: index,mid,display_name"
+        )
+
+
+def unsaid_of(options: argparse.Namespace) -> Any:
+    """What these options say."""
+    from ssast.engine.opening import Unsaid
+
+    stride = None if options.stride is None else tuple(options.stride)
+    loss = getattr(options, "loss", None)
+    return Unsaid(options.frames, stride, options.pooling, options.mean, options.std, loss)
 
 
 def _open(options: argparse.Namespace) -> Any:
-    from ssast.engine.opening import Unsaid, open_model
+    from ssast.engine.opening import open_model
 
-    stride = None if options.stride is None else tuple(options.stride)
-    unsaid = Unsaid(options.frames, stride, options.pooling, options.mean, options.std)
-    return open_model(options.model, unsaid)
+    return open_model(options.model, unsaid_of(options))
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ssast.engine.cli_export import add_unsaid, unsaid_of
 
 RECIPES = """recipes: finetune, demo_finetune,
 audioset_20k_{patch,frame}, audioset_2m_{patch,frame},
@@ -44,7 +47,7 @@ def add_finetune_commands(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate", help="score a fine-tuned classifier on labelled clips"
     )
-    command.add_argument("checkpoint", metavar="RUN", type=Path, help="a fine-tuning run's folder")
+    _add_classifier(command)
     command.add_argument("manifest", metavar="MANIFEST", type=Path, help="clips with labels")
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="gets predictions.csv, metrics.json and pictures"
@@ -52,13 +55,33 @@ def add_finetune_commands(commands: Any) -> None:
     command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("predict", help="name what is in recordings")
-    command.add_argument("checkpoint", metavar="RUN", type=Path, help="a fine-tuning run's folder")
+    _add_classifier(command)
     command.add_argument(
         "sources", nargs="+", metavar="FILE_OR_FOLDER", help="audio files, folders, manifests"
     )
     command.add_argument("--top", type=int, default=3, help="how many classes (3)")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+    long = command.add_argument_group("of long recordings, window by window")
+    long.add_argument(
+        "--window-s", type=float, metavar="S", help="length in seconds (the model's input)"
+    )
+    long.add_argument(
+        "--hop-s", type=float, metavar="S", help="from window to window (half of one)"
+    )
+    long.add_argument(
+        "--out", type=Path, metavar="DIR", help="gets windows.jsonl and a picture of each recording"
+    )
     command.set_defaults(run=_predict)
+
+
+def _add_classifier(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "checkpoint",
+        metavar="RUN",
+        type=Path,
+        help="a fine-tuning run's folder, a published fine-tuned file, a folder of transformers",
+    )
+    add_unsaid(command, classifier=True)
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -74,13 +97,16 @@ def _finetune(options: argparse.Namespace) -> int:
     return 128 + stopped if stopped else 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from ssast.engine.classifier_state import load_classifier
+def _open(options: argparse.Namespace, *, named: bool = False) -> Any:
     from ssast.engine.finetune import FinetuneEngine
+    from ssast.engine.opening import open_classifier
 
-    trained = load_classifier(options.checkpoint)
-    engine = FinetuneEngine(trained.config, trained=trained)
-    for name, value in engine.evaluate(options.manifest, options.out).items():
+    found = open_classifier(options.checkpoint, unsaid_of(options), options.labels, named=named)
+    return FinetuneEngine(found.config, trained=found)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    for name, value in _open(options, named=True).evaluate(options.manifest, options.out).items():
         print(f"{name:10}{value:8.4f}")
     if options.out is not None:
         print(options.out)
@@ -88,17 +114,38 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from ssast.engine.classifier_state import load_classifier
-    from ssast.engine.finetune import FinetuneEngine
-
-    trained = load_classifier(options.checkpoint)
-    engine = FinetuneEngine(trained.config, trained=trained)
+    engine = _open(options)
+    if options.window_s is not None or options.hop_s is not None or options.out is not None:
+        return _predict_windows(engine, options)
     for found in engine.predict(options.sources, options.top):
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
-        elif found.reason is not None:
-            print(f"{found.path}  cannot be read: {found.reason}")
         else:
-            shown = "  ".join(f"{name} {probability:.1%}" for name, probability in found.classes)
-            print(f"{found.path}  {shown}")
+            print(found.path, _shown(found.reason, found.classes), sep="  ")
     return 0
+
+
+def _predict_windows(engine: Any, options: argparse.Namespace) -> int:
+    from ssast.engine.timeline import write_timelines
+
+    found = []
+    for timeline in engine.timelines(options.sources, options.window_s, options.hop_s):
+        for line in timeline.lines(options.top):
+            if options.json:
+                print(json.dumps(line))
+            else:
+                place = f"{line['start_s']:.2f}-{line['end_s']:.2f} s" if "start_s" in line else ""
+                shown = _shown(line.get("reason"), line.get("classes", ()))
+                print(line["path"], place, shown, sep="  ", flush=True)
+        if options.out is not None:
+            found.append(timeline)
+    if options.out is not None:
+        for path in write_timelines(options.out, found, options.top):
+            print(path)
+    return 0
+
+
+def _shown(reason: str | None, classes: Sequence[tuple[str, float]]) -> str:
+    if reason is not None:
+        return f"cannot be read: {reason}"
+    return "  ".join(f"{name} {probability:.1%}" for name, probability in classes)

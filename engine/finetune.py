@@ -6,7 +6,7 @@ engine.evaluate("test.json")
 engine.predict(["dog.wav"])
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from ssast.engine.config import Config, ConfigError, load_config
 from ssast.engine.finetune_data import find_splits, finetune_settings
 from ssast.engine.finetuning import Finetuning, steps_of_epochs
 from ssast.engine.labels import read_labelled
-from ssast.engine.metrics import classification_metrics, probabilities
-from ssast.engine.report import likeliest, write_split
+from ssast.engine.metrics import classification_metrics, likeliest, probabilities
+from ssast.engine.opening import Unsaid, open_classifier
 from ssast.engine.run import run_training
+from ssast.engine.timeline import Timeline, Windows, timeline
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
@@ -154,15 +155,21 @@ class FinetuneEngine:
         num_classes: int | None = None,
         config: str | Path = "finetune",
         overrides: Iterable[str] = (),
+        *,
+        unsaid: Unsaid | None = None,
+        labels: str | Path | None = None,
     ) -> "FinetuneEngine":
         """A classifier to be trained from pretrained weights, or a trained one.
 
         Args:
-            path: A published file, the folder of a run, or one of its checkpoints.
+            path: A published file, the folder of a run, one of its checkpoints, or a folder of
+                transformers.
             num_classes: How many classes are expected; any number if None.
             config: Of the training: a YAML file, or the name of a recipe. The model is that of the
                 checkpoint all the same.
             overrides: Settings that go before the file's, ``section.key=value``.
+            unsaid: What the published file of a trained classifier does not say.
+            labels: A CSV of the classes of a trained classifier that does not name them.
 
         Raises:
             CheckpointError: There is no checkpoint, or a trained classifier has another number of
@@ -171,7 +178,7 @@ class FinetuneEngine:
         """
         path = Path(path)
         if is_classifier(path):
-            trained = load_classifier(path)
+            trained = open_classifier(path, unsaid, labels)
             if num_classes not in (None, len(trained.classes)):
                 raise CheckpointError(
                     f"{path}: has {len(trained.classes)} classes, expected {num_classes}"
@@ -246,6 +253,8 @@ class FinetuneEngine:
             raise DataError(f"{manifest}: none of its {len(clips)} clips can be read")
         values = classification_metrics(logits[read], clips.targets()[read])
         if out is not None:
+            from ssast.engine.report import write_split  # matplotlib takes a second
+
             write_split(out, clips, logits, read, values, loss)
         return values
 
@@ -268,6 +277,28 @@ class FinetuneEngine:
             else Prediction(str(path), tuple(likeliest(scores[row], trained.classes, top)))
             for row, path in enumerate(paths)
         ]
+
+    def timelines(
+        self,
+        sources: Sequence[str | Path],
+        window_s: float | None = None,
+        hop_s: float | None = None,
+    ) -> Iterator[Timeline]:
+        """What is heard when in recordings of any length, one after the other.
+
+        Args:
+            sources: As for :meth:`predict`.
+            window_s: Length of a window in seconds, that of the model's input if None.
+            hop_s: From one window to the next, half a window if None.
+
+        Raises:
+            ConfigError: The classifier is not trained, or the windows are too long or have gaps.
+            DataError: A folder or a manifest is wrong.
+        """
+        trained = self._trained()
+        cutting = Windows.of(fbank_spec(trained.config.audio), window_s, hop_s)
+        paths = find_files(sources)
+        return (timeline(trained, path, cutting, self.device) for path in paths)
 
     def _trained(self) -> Trained:
         if self.trained is None:

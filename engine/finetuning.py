@@ -25,7 +25,7 @@ from ssast.engine.finetune_data import Splits, finetune_settings
 from ssast.engine.labels import LabelledClips, targets_of
 from ssast.engine.loop import Progress, validate
 from ssast.engine.metrics import classification_metrics
-from ssast.engine.objective import MSPM
+from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.optim import build_optimizer
 from ssast.engine.report import write_report, write_split
 from ssast.engine.run import Workplace
@@ -95,7 +95,11 @@ class Finetuning:
     """
 
     def __init__(
-        self, place: Workplace, splits: Splits, pretrained: MSPM | None, num_epoch_steps: int
+        self,
+        place: Workplace,
+        splits: Splits,
+        pretrained: SpectrogramTransformer | None,
+        num_epoch_steps: int,
     ):
         self.place, self.splits, self.steps_per_epoch = place, splits, num_epoch_steps
         self.train_paths = splits.train.paths

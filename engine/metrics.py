@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -114,3 +115,9 @@ def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
     if loss == "ce":
         return softmax(logits)
     return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def likeliest(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """The classes of the highest of some scores [C], with these."""
+    order = np.argsort(-scores, kind="stable")[:count]
+    return [(classes[i], float(scores[i])) for i in order]

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from ssast.engine.checkpoint import CheckpointError
 from ssast.engine.classifier import Classifier
-from ssast.engine.classifier_state import is_classifier, load_classifier
-from ssast.engine.config import ConfigError
+from ssast.engine.classifier_state import Trained, is_classifier, load_classifier, model_of
+from ssast.engine.config import Config, ConfigError
 from ssast.engine.huggingface import import_huggingface
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
@@ -18,7 +18,9 @@ from ssast.engine.published_state import (
     load_published_classifier,
     read_published,
 )
-from ssast.engine.settings import Audio
+from ssast.engine.settings import Audio, Finetune
+from ssast.pipelines.batch import DataError
+from ssast.pipelines.labelled import class_table
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Unsaid:
     pooling: Literal["avgtok", "cls"] = "avgtok"
     mean: float | None = None
     std: float | None = None
+    loss: Literal["ce", "bce"] | None = None
+    """Of a fine-tuned model, of a folder of transformers as well: one class a clip, or several; ce
+    if not given."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def open_model(path: str | Path, unsaid: Unsaid | None = None) -> Opened:
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a run, a checkpoint or a model, found nothing")
     if unsaid != Unsaid():
-        given = [f"{key}={value}" for key, value in vars(unsaid).items() if value is not None]
+        default = vars(Unsaid())
+        given = [f"{key}={value}" for key, value in vars(unsaid).items() if value != default[key]]
         raise ConfigError(f"{path} knows its own settings: leave out {', '.join(given)}")
     if (path / "config.json").is_file():
         model, audio, labels = import_huggingface(path)
@@ -84,6 +90,54 @@ def open_model(path: str | Path, unsaid: Unsaid | None = None) -> Opened:
         return Opened(trained.classifier, trained.config.audio, trained.classes)
     pretrained, config = load_pretrained(path)
     return Opened(pretrained, config.audio)
+
+
+def open_classifier(
+    path: str | Path,
+    unsaid: Unsaid | None = None,
+    labels: str | Path | None = None,
+    *,
+    named: bool = False,
+) -> Trained:
+    """The fine-tuned classifier at a path.
+
+    Args:
+        path: As for :func:`open_model`.
+        unsaid: For a published file.
+        labels: A CSV of the classes (index, mid, display_name), where the model does not name
+            them. Without it they are numbers from 0.
+        named: The classes must have names.
+
+    Raises:
+        CheckpointError: There is none, it is of a pretraining, or damaged.
+        ConfigError: See :func:`open_model`; or labels for a model that knows its own, or no names.
+        DataError: The table is wrong, or of another number of classes.
+    """
+    path, unsaid = Path(path), unsaid or Unsaid()
+    elsewhere = path.is_file() or (path / "config.json").is_file()
+    if not elsewhere:
+        if unsaid != Unsaid() or labels is not None:
+            raise ConfigError(f"{path} knows its own settings and labels: leave them out")
+        return load_classifier(path)
+    opened = open_model(path, unsaid if path.is_file() else replace(unsaid, loss=None))
+    if not isinstance(opened.model, Classifier):
+        raise CheckpointError(
+            f"{path}: expected a fine-tuned model, found a pretrained one: ssast finetune CONFIG "
+            f"--checkpoint {path} makes a classifier of it"
+        )
+    num_classes = len(opened.model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
+    classes = opened.labels or tuple(map(str, range(num_classes)))
+    if labels is not None:
+        classes = tuple(class_table(Path(labels)))
+    elif named and opened.labels is None:
+        raise ConfigError(f"{path} does not name its classes: give --labels, a CSV of them")
+    if len(classes) != num_classes:
+        raise DataError(f"{labels}: {len(classes)} classes, expected the {num_classes} of {path}")
+    settings = Finetune(
+        stride=opened.encoder.embed.stride, pooling=opened.model.pooling, loss=unsaid.loss or "ce"
+    )
+    config = Config(model=model_of(opened.encoder), audio=opened.audio, finetune=settings)
+    return Trained(opened.model, classes, config)
 
 
 def _open_published(path: Path, unsaid: Unsaid) -> Opened:

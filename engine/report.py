@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 from ssast.engine.config import Config
 from ssast.engine.finetune_data import Splits, finetune_settings
 from ssast.engine.labels import LabelledClips
-from ssast.engine.metrics import class_metrics, probabilities
+from ssast.engine.metrics import class_metrics, likeliest, probabilities
 
 PREDICTIONS = "predictions.csv"
 NUM_SHOWN = 5  # classes in a line of predictions.csv
@@ -90,12 +90,6 @@ def read_predictions(path: Path) -> list[tuple[str, str]]:
     """Labels and likeliest class of each clip of such a CSV."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return [(row["labels"], row["class1"]) for row in csv.DictReader(file)]
-
-
-def likeliest(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
-    """The classes of the highest of some scores [C], with these."""
-    order = np.argsort(-scores, kind="stable")[:count]
-    return [(classes[i], float(scores[i])) for i in order]
 
 
 def write_report(

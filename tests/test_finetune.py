@@ -168,7 +168,7 @@ def test_the_published_classifier_comes_out(kind):
             stride = [case["fstride"], case["tstride"]]
             config = from_plain({**plain, "finetune": {"stride": stride, "pooling": pooling}})
             classifier = build_classifier(config, case["label_dim"]).double()
-            fill_encoder(classifier.encoder, pretrained)
+            fill_encoder(classifier.encoder, pretrained.encoder)
             head = {name: value.double() for name, value in case["mlp_head"].items()}
             classifier.head.load_state_dict(head)
             logits, want = classifier(case["input"].double()), case[f"ft_{pooling}"]
@@ -240,7 +240,7 @@ def test_every_setting_trains(changed, config_file, splits, checkpoint, tmp_path
     assert len(lines(tmp_path / "run", "valid")) == 3
     trained = load_classifier(tmp_path / "run")
     if changed.get("finetune__freeze") == "encoder":
-        for name, value in load_initial(checkpoint)[0].encoder.blocks.state_dict().items():
+        for name, value in load_initial(checkpoint)[0].blocks.state_dict().items():
             assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
 
 
