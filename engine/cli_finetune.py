@@ -45,12 +45,23 @@ def add_finetune_commands(commands: Any) -> None:
     command.set_defaults(run=_finetune)
 
     command = commands.add_parser(
-        "evaluate", help="score a fine-tuned classifier on labelled clips"
+        "evaluate", help="score a classifier, or the features of a model, on labelled clips"
     )
     _add_classifier(command)
     command.add_argument("manifest", metavar="MANIFEST", type=Path, help="clips with labels")
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="gets predictions.csv, metrics.json and pictures"
+    )
+    command.add_argument(
+        "--probe",
+        action="store_true",
+        help="score the frozen encoder of any model by a linear and a nearest-neighbour classifier",
+    )
+    command.add_argument(
+        "--train",
+        type=Path,
+        metavar="TRAIN",
+        help="with --probe: clips to train on (else four fifths of MANIFEST in turn)",
     )
     command.set_defaults(run=_evaluate)
 
@@ -106,10 +117,25 @@ def _open(options: argparse.Namespace, *, named: bool = False) -> Any:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.probe:
+        return _probe(options)
     for name, value in _open(options, named=True).evaluate(options.manifest, options.out).items():
         print(f"{name:10}{value:8.4f}")
     if options.out is not None:
         print(options.out)
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from ssast.engine.opening import open_model
+    from ssast.engine.probe import format_scores, probe_model, write_scores
+
+    opened = open_model(options.checkpoint, unsaid_of(options))
+    scores = probe_model(opened, options.manifest, options.train)
+    print(format_scores(scores))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        print(write_scores(scores, options.out / "probe.json"))
     return 0
 
 

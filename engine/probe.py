@@ -1,32 +1,42 @@
 """What the encoder has learned: simple classifiers on its frozen features.
 
 A logistic regression and a k-nearest-neighbour vote, trained on the labelled clips of a task and
-scored on its evaluation clips, for the pretrained encoder and for the same encoder with the
-untrained weights that its pretraining began from.
+scored on its evaluation clips, for the pretrained encoder and for the same encoder with untrained
+weights; and how well the angle between the features of two clips tells whether they have the same
+label, as of speakers.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ssast.engine.classifier import embed_clips
+from ssast.engine.classifier_state import model_of
 from ssast.engine.clips import fbank_spec
 from ssast.engine.config import Config
+from ssast.engine.metrics import verification_metrics
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
+from ssast.engine.opening import Opened
 from ssast.engine.pretrained import load_pretrained
+from ssast.engine.settings import Audio
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
 from ssast.pipelines.shards import ClipPath, ClipPaths
+
+NUM_FOLDS = 5  # where there are no evaluation clips
+MOST_PAIRED = 2000  # clips whose pairs are looked at
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class Score:
     knn: float
     chance: float
     """Of always naming the most frequent class of the training clips."""
+
+    eer: float
+    """Equal error rate of telling by the cosine of their features whether two evaluation clips have
+    the same label; NaN if there are no pairs of both kinds."""
 
     num_train: int
     num_eval: int
@@ -67,12 +81,12 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
 
 @torch.no_grad()
 def features(
-    encoder: SpectrogramTransformer, paths: ClipPaths, config: Config, device: torch.device
+    encoder: SpectrogramTransformer, paths: ClipPaths, audio: Audio, device: torch.device
 ) -> dict[ClipPath, np.ndarray]:
     """Mean of the patch tokens that hold sound, [D], of each clip that can be read, by path."""
     encoder, found = encoder.to(device), {}
     with AudioStream(
-        paths, fbank_spec(config.audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
+        paths, fbank_spec(audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
     ) as batches:
         for batch in batches:
             pooled = embed_clips(encoder, batch.fbank, num_frames=batch.num_frames)
@@ -85,43 +99,109 @@ def features(
 
 def probe(
     encoders: dict[str, SpectrogramTransformer],
-    tasks: dict[str, tuple[Path, Path]],
-    config: Config,
+    tasks: Mapping[str, tuple[Path, Path | None]],
+    audio: Audio,
     device: torch.device,
 ) -> list[Score]:
     """Score each encoder on each task.
 
+    Args:
+        encoders: By a name for their weights.
+        tasks: Manifests of the training and of the evaluation clips. Where there are no evaluation
+            clips, each fifth of the training clips is evaluated on after training on the others.
+        audio: Of the encoders' input.
+        device: Where they shall work.
+
     Raises:
-        DataError: A manifest is wrong or has no labels, or none of its clips can be read.
+        DataError: A manifest is wrong or has no labels, none of its clips can be read, or a class
+            has only one clip where fifths are taken.
     """
-    labels = {task: [_labels(path) for path in pair] for task, pair in tasks.items()}
+    labels = {
+        task: [_labels(path) for path in pair if path is not None] for task, pair in tasks.items()
+    }
     # Tasks share clips: each is encoded once.
     paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
     scores = []
     for weights, encoder in encoders.items():
-        vectors = features(encoder, paths, config, device)
-        for task, (train, evaluate) in labels.items():
+        vectors = features(encoder, paths, audio, device)
+        for task, (train, *rest) in labels.items():
             x, y = _arrays(train, vectors, tasks[task][0])
-            x_eval, y_eval = _arrays(evaluate, vectors, tasks[task][1])
-            # Regularised rather strongly: a few thousand clips against a few hundred features.
-            linear = make_pipeline(
-                StandardScaler(), LogisticRegression(C=0.1, tol=1e-3, max_iter=2000)
-            )
-            vote = KNeighborsClassifier(min(10, len(x)), metric="cosine", weights="distance")
-            knn = make_pipeline(StandardScaler(), vote)
+            x_eval, y_eval = _arrays(rest[0], vectors, tasks[task][1] or "") if rest else (x, y)
             classes, counts = np.unique(y, return_counts=True)
+            if not rest and counts.min() < 2:
+                raise DataError(
+                    f"{tasks[task][0]}: {classes[counts.argmin()]} has one clip alone, expected "
+                    "two or more of each class, or other clips to train on"
+                )
+            linear, knn = (
+                model.fit(x, y).score(x_eval, y_eval) if rest else _cross_score(model, x, y)
+                for model in _models(len(x))
+            )
             score = Score(
                 task,
                 weights,
-                linear=linear.fit(x, y).score(x_eval, y_eval),
-                knn=knn.fit(x, y).score(x_eval, y_eval),
+                linear=float(linear),
+                knn=float(knn),
                 chance=float((y_eval == classes[counts.argmax()]).mean()),
+                eer=pairwise_eer(StandardScaler().fit(x).transform(x_eval), y_eval),
                 num_train=len(y),
                 num_eval=len(y_eval),
                 num_classes=len(classes),
             )
             scores.append(score)
     return sorted(scores, key=lambda score: list(labels).index(score.task))
+
+
+def _models(num_train: int) -> tuple[BaseEstimator, BaseEstimator]:
+    """The linear classifier and the vote of the nearest neighbours."""
+    # Regularised rather strongly: a few thousand clips against a few hundred features.
+    linear = LogisticRegression(C=0.1, tol=1e-3, max_iter=2000)
+    # In cross-validation, a half of the clips is left to vote at the least.
+    vote = KNeighborsClassifier(
+        min(10, max(1, num_train // 2)), metric="cosine", weights="distance"
+    )
+    return make_pipeline(StandardScaler(), linear), make_pipeline(StandardScaler(), vote)
+
+
+def _cross_score(model: BaseEstimator, x: np.ndarray, y: np.ndarray) -> float:
+    """Accuracy over all clips, each evaluated by a model that was trained without its fold."""
+    folds = min(NUM_FOLDS, int(np.unique(y, return_counts=True)[1].min()))
+    split = StratifiedKFold(folds, shuffle=True, random_state=0)
+    sizes = [len(held_out) for _, held_out in split.split(x, y)]
+    return float(np.average(cross_val_score(model, x, y, cv=split), weights=sizes))
+
+
+def pairwise_eer(x: np.ndarray, y: np.ndarray) -> float:
+    """Equal error rate of the cosine between features [n, D], for whether labels [n] are the same.
+
+    Over all pairs of the first clips; NaN if there are none that are the same, or none that differ.
+    """
+    x, y = x[:MOST_PAIRED], y[:MOST_PAIRED]
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    one, other = np.triu_indices(len(x), 1)
+    same = y[one] == y[other]
+    if same.all() or not same.any():
+        return float("nan")
+    return verification_metrics((x @ x.T)[one, other], same)["eer"]
+
+
+def probe_model(opened: Opened, manifest: Path, train: Path | None = None) -> list[Score]:
+    """Score the encoder of any model on labelled clips, beside one like it that is untrained.
+
+    Args:
+        opened: The model; a head is left out.
+        manifest: The clips, with one label each.
+        train: Others to train on; parts of the same if None, see :func:`probe`.
+
+    Raises:
+        DataError: See :func:`probe`.
+    """
+    trained = opened.encoder
+    torch.manual_seed(0)
+    fresh = SpectrogramTransformer(model_of(trained), opened.audio, trained.embed.stride).eval()
+    tasks = {manifest.stem: (manifest, None) if train is None else (train, manifest)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return probe({"untrained": fresh, "checkpoint": trained}, tasks, opened.audio, device)
 
 
 def probe_run(run: Path, tasks: Path) -> tuple[list[Score], Path]:
@@ -142,7 +222,7 @@ def probe_run(run: Path, tasks: Path) -> tuple[list[Score], Path]:
     model, config = load_pretrained(run)
     encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = probe(encoders, pairs, config, device)
+    scores = probe(encoders, pairs, config.audio, device)
     return scores, write_scores(scores, run / "probe.json")
 
 
@@ -156,12 +236,12 @@ def format_scores(scores: Sequence[Score]) -> str:
     """A table, one line for each task and encoder."""
     lines = [
         f"{'task':14}{'classes':>8}{'train':>7}{'eval':>6}  "
-        f"{'encoder':12}{'linear':>8}{'kNN':>8}{'chance':>8}"
+        f"{'encoder':12}{'linear':>8}{'kNN':>8}{'chance':>8}{'EER':>8}"
     ]
     for s in scores:
         lines.append(
             f"{s.task:14}{s.num_classes:8}{s.num_train:7}{s.num_eval:6}  {s.weights:12}"
-            f"{s.linear:8.1%}{s.knn:8.1%}{s.chance:8.1%}"
+            f"{s.linear:8.1%}{s.knn:8.1%}{s.chance:8.1%}{s.eer:8.1%}"
         )
     return "\n".join(lines)
 
@@ -178,7 +258,7 @@ def _labels(path: Path) -> dict[ClipPath, str]:
 
 
 def _arrays(
-    labels: dict[ClipPath, str], vectors: dict[ClipPath, np.ndarray], path: Path
+    labels: dict[ClipPath, str], vectors: dict[ClipPath, np.ndarray], path: Path | str
 ) -> tuple[np.ndarray, np.ndarray]:
     clips = [clip for clip in labels if clip in vectors]
     if not clips:
