@@ -65,9 +65,11 @@ def _add_prepare(kinds: Any) -> None:
         "with the same command. ffmpeg, if installed, reads what libsndfile cannot (m4a, wma, ...)",
     )
     command.add_argument(
-        "source", type=Path, metavar="SRC", help="a folder, a .json or .csv manifest, a plain .tar"
+        "source",
+        metavar="SRC",
+        help="a folder (or its URL), a .json or .csv manifest, a plain .tar",
     )
-    command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
+    command.add_argument("out", metavar="OUT", help="folder for the shards, or its URL (s3://...)")
     command.add_argument("--codec", choices=("flac", "wav"), default="flac", help="(flac)")
     command.add_argument(
         "--clip-s", type=float, default=10.0, metavar="S", help="longest clip in seconds (10)"
@@ -95,7 +97,7 @@ def _add_check(kinds: Any) -> None:
         description="Exit status 1 if anything is wrong.",
     )
     command.add_argument(
-        "path", type=Path, metavar="PATH", help="prepared shards, a manifest or a folder"
+        "path", metavar="PATH", help="prepared shards (or their URL), a manifest or a folder"
     )
     command.add_argument(
         "--labels", type=Path, metavar="CSV", help="known labels (labels.csv beside the manifest)"
@@ -113,7 +115,7 @@ def _add_stats(kinds: Any) -> None:
         "the log-mel are known well enough.",
     )
     command.add_argument(
-        "path", type=Path, metavar="PATH", help="prepared shards, a manifest or a folder"
+        "path", metavar="PATH", help="prepared shards (or their URL), a manifest or a folder"
     )
     command.add_argument(
         "--num-frames", type=int, default=1024, metavar="T", help="as audio.num_frames (1024)"

@@ -20,6 +20,7 @@ from ssast.pipelines.convert import sample_digest
 from ssast.pipelines.decode import Item, UnusableError, finite, sndfile_blocks
 from ssast.pipelines.manifest import read_manifest, write_atomically
 from ssast.pipelines.prepare import usable_cores
+from ssast.pipelines.remote import located
 from ssast.pipelines.shards import (
     BLOCK,
     INDEX,
@@ -67,7 +68,7 @@ class Checked:
 
 
 def check_data(
-    path: Path,
+    path: str | Path,
     *,
     classes: Path | None = None,
     report: Path | None = None,
@@ -93,6 +94,7 @@ def check_data(
     """
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs is {jobs}, expected at least 1")
+    path = located(path)
     manifest = read_manifest(path)
     known = known_labels(path, classes)
     paths = manifest.paths

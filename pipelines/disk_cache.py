@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.batch import DataError
+from ssast.pipelines.remote import is_url, version
 from ssast.pipelines.shards import ClipPath, ClipPaths, ShardClip
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,12 @@ def _identity(path: ClipPath, made_by: str) -> str:
         OSError: There is no such file.
     """
     where = (path.offset, path.size) if isinstance(path, ShardClip) else ()
-    file = os.path.abspath(path.path if isinstance(path, ShardClip) else path)
-    status = os.stat(file)
-    parts = (file, status.st_size, status.st_mtime_ns, where, made_by)
+    file = str(path.path if isinstance(path, ShardClip) else path)
+    if is_url(file):
+        changed: object = version(file)
+    else:
+        file = os.path.abspath(file)
+        status = os.stat(file)
+        changed = status.st_size, status.st_mtime_ns
+    parts = (file, changed, where, made_by)
     return hashlib.blake2b(ascii(parts).encode(), digest_size=20).hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.pipelines.batch import DataError
+from ssast.pipelines.remote import is_url, located
 from ssast.pipelines.shards import ClipPaths, ShardIndex, is_prepared, read_labels
 
 AUDIO_SUFFIXES = frozenset(
@@ -59,12 +60,16 @@ def read_manifest(path: str | Path) -> Manifest:
             - a folder that was prepared: the clips in its shards;
             - any other folder: all audio files in it and below, sorted.
 
+            A URL must be of a prepared folder.
+
             Relative paths are relative to the manifest's folder.
 
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
-    path = Path(path)
+    path = located(path)
+    if is_url(path) and not is_prepared(path):
+        raise DataError(f"{path}: not there, or no prepared shards: ssast data prepare makes some")
     if path.is_dir():
         if is_prepared(path):
             index = ShardIndex(path)

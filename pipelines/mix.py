@@ -11,6 +11,7 @@ import numpy as np
 
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.order import Weights
+from ssast.pipelines.remote import is_url
 from ssast.pipelines.shards import ClipPath, ClipPaths, ShardIndex
 
 
@@ -83,7 +84,8 @@ def check_disjoint(sets: dict[str, ClipPaths]) -> None:
     owners: dict[str, str] = {}
     for name, paths in sets.items():
         if isinstance(paths, ShardIndex):
-            paths = [os.path.realpath(paths.folder)]
+            folder = paths.folder
+            paths = [str(folder) if is_url(folder) else os.path.realpath(folder)]
         for path in map(str, paths):
             if owners.setdefault(path, name) != name:
                 raise DataError(f"data.mix: {owners[path]} and {name} both hold {path}")

@@ -5,9 +5,9 @@ on the source alone. A shard is written to a temporary file by one thread and ap
 sidecar, by renaming. A shard is finished if its sidecar has the digest of what it must be made of.
 """
 
+import contextlib
 import hashlib
 import os
-import re
 import shutil
 import tarfile
 import threading
@@ -17,20 +17,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.convert import Codec, Recipe, clip_stem, cut, encode, sample_digest
 from ssast.pipelines.decode import (
     FFMPEG_SUFFIXES,
+    Item,
     UnusableError,
     ffmpeg_installed,
     length_s,
     suffix,
 )
+from ssast.pipelines.mirror import Mirror, local_folder
 from ssast.pipelines.pack_index import write_index
 from ssast.pipelines.prepare import exclusive, usable_cores
 from ssast.pipelines.recordings import Recording, find_recordings
+from ssast.pipelines.remote import is_url, located, on_disk
 from ssast.pipelines.shards import BLOCK, REJECTED, REPORT, SHARD, SIDECAR, Sidecar
 
 FORMAT = 1  # raise it when other bytes come out of the same recordings
@@ -83,8 +87,8 @@ class Packing:
 
 
 def prepare_shards(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     packing: Packing,
     *,
     jobs: int | None = None,
@@ -95,7 +99,7 @@ def prepare_shards(
 
     Args:
         source: A folder, a manifest or a plain tar archive, see :func:`find_recordings`.
-        out: Output folder.
+        out: Output folder; if it is a URL, nothing keeps two runs from writing to it at once.
         packing: The settings.
         jobs: Threads, each with a shard; the number of usable cores by default.
         progress: Show a progress bar on stderr.
@@ -108,27 +112,37 @@ def prepare_shards(
         DataError: Wrong settings or source, no usable recording, too small a disk, or ``out``
             cannot be written to.
     """
+    source, out = located(source), located(out)
     packing.check()
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs is {jobs}, expected at least 1")
-    if re.match("[a-z0-9]+:/", str(out)):
-        raise DataError(f"{out}: expected a folder on a disk, from which shards can be copied")
-    recordings = find_recordings(source, out)
-    groups = grouped(recordings, round(packing.shard_mib * 2**20))
-    with exclusive(out):
-        digests = [digest(group, packing) for group in groups]
-        missing = [n for n in range(len(groups)) if not is_finished(out, n, digests[n])]
-        if missing:
-            todo = [recording for n in missing for recording in groups[n]]
-            check_space(out, todo, packing)
-            (out / REPORT).unlink(missing_ok=True)  # from here on unfinished
-            work = [(n, groups[n], digests[n]) for n in missing]
-            make_shards(work, out, packing, jobs or usable_cores(), progress)
-        has_labels = any(recording.labels for recording in recordings)
-        report = write_index(
-            out, source, len(groups), packing.settings(), has_labels, packing.drop_duplicates
-        )
-        remove_others(out, len(groups))  # now that no index speaks of them any more
+    with local_folder(out) as folder:
+        recordings = find_recordings(source, folder)
+        groups = grouped(recordings, round(packing.shard_mib * 2**20))
+        with exclusive(folder):
+            mirror = Mirror(out, folder) if is_url(out) else None
+            digests = [digest(group, packing) for group in groups]
+            missing = [n for n in range(len(groups)) if not is_finished(folder, n, digests[n])]
+            if missing:
+                if mirror is None:
+                    check_space(out, [item for n in missing for item in groups[n]], packing)
+                else:
+                    mirror.reopen()
+                (folder / REPORT).unlink(missing_ok=True)  # from here on unfinished
+                work = [(n, groups[n], digests[n]) for n in missing]
+                done = None if mirror is None else mirror.move
+                make_shards(work, folder, packing, jobs or usable_cores(), progress, done)
+            report = write_index(
+                folder,
+                source,
+                len(groups),
+                packing.settings(),
+                any(recording.labels for recording in recordings),
+                packing.drop_duplicates,
+            )
+            remove_others(folder, len(groups))  # now that no index speaks of them any more
+            if mirror is not None:
+                mirror.finish()
     log(
         f"{out}: {report['clips']} clips, {report['hours']:.2f} h in {len(groups)} shards, "
         f"{len(groups) - len(missing)} of them done before"
@@ -183,6 +197,7 @@ def make_shards(
     packing: Packing,
     jobs: int,
     progress: bool,
+    done: Callable[[int], None] | None = None,
 ) -> None:
     """Makes shards in parallel.
 
@@ -192,6 +207,7 @@ def make_shards(
         packing: The settings.
         jobs: Threads.
         progress: Show a progress bar.
+        done: Called with the number of each shard that is finished.
 
     Raises:
         OSError: A file cannot be written.
@@ -199,7 +215,7 @@ def make_shards(
     (out / SHARD).parent.mkdir(parents=True, exist_ok=True)
     total = sum(recording.num_bytes for _, group, _ in work for recording in group)
     stop, lock = threading.Event(), threading.Lock()
-    done = {"clips": 0, "seconds": 0.0}
+    so_far = {"clips": 0, "seconds": 0.0}
     with (
         tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=not progress) as bar,
         ThreadPoolExecutor(jobs, "shard") as pool,
@@ -207,13 +223,18 @@ def make_shards(
 
         def tick(num_bytes: int, clips: int, seconds: float) -> None:
             with lock:
-                done["clips"] += clips
-                done["seconds"] += seconds
-                facts = f"{done['clips']} clips, {done['seconds'] / 3600:.2f} h"
+                so_far["clips"] += clips
+                so_far["seconds"] += seconds
+                facts = f"{so_far['clips']} clips, {so_far['seconds'] / 3600:.2f} h"
                 bar.set_postfix_str(facts, refresh=False)
                 bar.update(num_bytes)
 
-        futures = [pool.submit(make_shard, *job, out, packing, tick, stop) for job in work]
+        def make(number: int, recordings: Sequence[Recording], made_of: str) -> None:
+            make_shard(number, recordings, made_of, out, packing, tick, stop)
+            if done is not None and not stop.is_set():
+                done(number)
+
+        futures = [pool.submit(make, *job) for job in work]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:  # after a failure, or an interrupt: the others shall not go on for minutes
@@ -292,7 +313,7 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
     """
     stem = clip_stem(recording.item.name, STEM)
     rate_hz = packing.recipe.sample_rate_hz
-    for part, samples, source_hz in cut(recording.item, packing.recipe):
+    for part, samples, source_hz in fetched_and_cut(recording.item, packing.recipe):
         data = encode(samples, rate_hz, packing.codec)
         member = tarfile.TarInfo(f"{stem}-{part:05d}.{packing.codec}")
         member.size = data.nbytes
@@ -313,6 +334,22 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
         yield line | ({"labels": recording.labels} if recording.labels else {})
 
 
+def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarray, int]]:
+    """The parts of a recording, see :func:`cut`, which may lie behind a URL.
+
+    Raises:
+        UnusableError: The recording cannot be used, or cannot be fetched now.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_url(item.data):
+            try:
+                item = Item(item.name, stack.enter_context(on_disk(item.data)))
+            except OSError as error:
+                why = f"cannot be fetched: {error.strerror or error}"
+                raise UnusableError(why, passing=True) from error
+        yield from cut(item, recipe)
+
+
 def remove_others(out: Path, num_shards: int) -> None:
     """Removes what an earlier run with other settings, or a killed one, has left."""
     wanted = {Path(kind.format(n)).name for n in range(num_shards) for kind in (SHARD, SIDECAR)}
@@ -327,7 +364,7 @@ def check_space(out: Path, recordings: Sequence[Recording], packing: Packing) ->
     Raises:
         DataError: The disk has no room for that.
     """
-    usable = [recording for recording in recordings if recording.problem is None]
+    usable = [r for r in recordings if r.problem is None and not is_url(r.item.data)]
     seconds = num_bytes = 0.0
     for recording in usable[:: max(1, len(usable) // PROBES)]:
         length = length_s(recording.item)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.decode import FFMPEG_SUFFIXES, Item, Span, suffix
 from ssast.pipelines.manifest import AUDIO_SUFFIXES, audio_files, read_manifest
+from ssast.pipelines.remote import is_url
 from ssast.pipelines.shards import is_prepared
 
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
@@ -48,6 +49,8 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
     labels: tuple[tuple[str, ...], ...] | None = None
     recordings: list[Recording] = []
     kind = suffix(source.name)
+    if is_url(source):
+        return remote_recordings(source)
     if source.is_dir():
         if os.path.realpath(source) == os.path.realpath(out):
             raise DataError(f"{out}: the shards need a folder of their own, not the recordings'")
@@ -88,6 +91,31 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
     if not recordings:
         raise DataError(f"{source}: no recordings in there")
     return _unique(sorted(recordings, key=lambda recording: recording.item.name))
+
+
+def remote_recordings(source: Path) -> list[Recording]:
+    """The recordings of a folder behind a URL; each is fetched when its turn comes.
+
+    Raises:
+        DataError: There are none, the folder cannot be listed, or it is prepared already.
+    """
+    if is_prepared(source):
+        raise DataError(f"{source}: is prepared already: train on it as it is")
+    system, base = source.fs, source.path  # type: ignore[attr-defined]
+    try:
+        found = system.find(base, detail=True)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be listed: {error.strerror or error}") from error
+    recordings = []
+    for path, facts in sorted(found.items()):
+        name = os.path.relpath(path, base)
+        if suffix(name) in SOUNDS and "/." not in f"/{name}":
+            signature = f"{facts['size']}-{system.ukey(path)}"
+            item = Item(name, source / name)
+            recordings.append(Recording(item, signature, facts["size"]))
+    if not recordings:
+        raise DataError(f"{source}: no recordings in there (archives must be on a disk)")
+    return recordings
 
 
 def tar_recordings(name: str, path: Path) -> Iterator[Recording]:

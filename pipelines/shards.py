@@ -14,6 +14,7 @@ The index is mapped into memory, so millions of clips cost neither time nor memo
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -25,6 +26,7 @@ from typing import Any, overload
 import numpy as np
 
 from ssast.pipelines.batch import DataError
+from ssast.pipelines.remote import is_url, located, read_range
 
 BLOCK = 512  # bytes of a tar header; members begin at multiples of it
 SHARD, SIDECAR = "shards/{:05d}.tar", "shards/{:05d}.jsonl"
@@ -68,18 +70,29 @@ class ShardClip:
     def name(self) -> str:
         """The clip's name: of the tar header, else of the sidecar, else its place."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                name = member_name(os.pread(file.fileno(), BLOCK, self.offset - BLOCK), self.size)
+            name = member_name(self.header(), self.size)
             if name is not None:
                 return name
         except (OSError, OverflowError):
             pass  # the sidecar knows it too
         try:
-            clips = Sidecar.read(Path(self.path).with_suffix(".jsonl")).clips
+            clips = Sidecar.read(located(self.path).with_suffix(".jsonl")).clips
         except (OSError, DataError):
             clips = []
         place = (clip["file"] for clip in clips if clip["offset"] == self.offset)
         return next(place, f"clip at byte {self.offset}")
+
+    def header(self) -> bytes:
+        """The tar header before the clip.
+
+        Raises:
+            OSError: The shard cannot be opened or read.
+        """
+        start = max(0, self.offset - BLOCK)
+        if is_url(self.path):
+            return read_range(self.path, start, start + BLOCK)
+        with open(self.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), BLOCK, start)
 
     def read(self) -> bytes:
         """The file of the clip.
@@ -88,14 +101,21 @@ class ShardClip:
             OSError: The shard cannot be opened or read.
             DataError: The shard is shorter than when it was prepared, or holds something else.
         """
-        with open(self.path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if not BLOCK <= self.offset < self.offset + self.size <= size:
-                raise DataError(
-                    f"{self}: the shard is truncated: expected {self.size} bytes at "
-                    f"{self.offset}, found a shard of {size} bytes"
-                )
-            data = os.pread(file.fileno(), BLOCK + self.size, self.offset - BLOCK)
+        if is_url(self.path):
+            start, end = self.offset - BLOCK, self.offset + self.size
+            data = read_range(self.path, start, end)
+            size = start + len(data) if len(data) < end - start else end
+        else:
+            with open(self.path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                data = b""
+                if BLOCK <= self.offset < self.offset + self.size <= size:
+                    data = os.pread(file.fileno(), BLOCK + self.size, self.offset - BLOCK)
+        if not BLOCK <= self.offset < self.offset + self.size <= size:
+            raise DataError(
+                f"{self}: the shard is truncated: expected {self.size} bytes at "
+                f"{self.offset}, found a shard of {size} bytes"
+            )
         if member_name(data[:BLOCK], self.size) is None or len(data) != BLOCK + self.size:
             raise DataError(f"{self}: the shard was overwritten: this clip is not where it was")
         return data[BLOCK:]
@@ -111,10 +131,8 @@ def header_problem(clip: ShardClip, name: str) -> str | None:
     Raises:
         OSError: The shard cannot be read.
     """
-    with open(clip.path, "rb", buffering=0) as file:
-        header = os.pread(file.fileno(), BLOCK, max(0, clip.offset - BLOCK))
     try:
-        member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+        member = tarfile.TarInfo.frombuf(clip.header(), "ascii", "strict")
     except (tarfile.HeaderError, ValueError) as error:
         return f"no tar header before byte {clip.offset}: {error}"
     if (member.name, member.size, member.isreg()) != (name, clip.size, True):
@@ -182,7 +200,7 @@ class ShardIndex(Sequence[ShardClip]):
         self._index = _mapped(folder / INDEX, 2)
         if self._index.shape[1] != 3:
             raise DataError(f"{folder / INDEX}: expected 3 columns, found {self._index.shape[1]}")
-        self._shard = os.path.join(os.path.abspath(folder), SHARD)
+        self._shard = str((folder if is_url(folder) else folder.absolute()) / SHARD)
 
     def __len__(self) -> int:
         """Number of clips."""
@@ -283,7 +301,10 @@ def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | N
 
 def _mapped(path: Path, dimensions: int) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r")
+        if is_url(path):
+            array = np.load(io.BytesIO(path.read_bytes()))
+        else:
+            array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if array.dtype != np.int64 or array.ndim != dimensions:

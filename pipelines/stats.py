@@ -100,7 +100,7 @@ def estimate(
 
 
 def measure(
-    path: Path,
+    path: str | Path,
     *,
     spec: FbankSpec | None = None,
     padding: bool = True,

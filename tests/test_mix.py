@@ -181,6 +181,7 @@ def test_mistakes_in_the_data_are_named(folders: dict[str, Path], tmp_path: Path
             find_clips(Config(data=Data(mix=mix)))
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_a_mix_and_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
     """Stopped in the middle and resumed, it is the run that went through; with other shares not."""
     config = write_config(tmp_path)

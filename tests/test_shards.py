@@ -569,7 +569,7 @@ def test_wrong_sources(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(DataError, match=message):
             prepared(wrong, source)
-    with pytest.raises(DataError, match="expected a folder on a disk"):
+    with pytest.raises(DataError, match="a URL does not survive as a Path"):
         prepared(source, Path("s3://bucket/out"))
     prepared(source, tmp_path / "out")
     with pytest.raises(DataError, match="is prepared already"):
