@@ -30,12 +30,14 @@ def add_export_commands(commands: Any) -> None:
     command.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
     command.set_defaults(run=_export)
 
-    command = commands.add_parser("embed", help="write embeddings of recordings as .npy")
+    command = commands.add_parser("embed", help="write embeddings of recordings")
     _add_model(command)
     command.add_argument(
         "source", metavar="SRC", type=Path, help="a manifest, a folder or an audio file"
     )
-    command.add_argument("--out", required=True, type=Path, metavar="X.npy", help="gets X.csv too")
+    command.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=".npy, with a .csv, or .parquet"
+    )
     command.add_argument(
         "--level", choices=("clip", "frame"), default="clip", help="one vector for each (clip)"
     )
@@ -122,7 +124,8 @@ def _embed(options: argparse.Namespace) -> int:
     embedded = embed_recordings(
         opened, options.source, options.out, level=options.level, batch_size=options.batch_size
     )
+    empty = "null" if embedded.listing == embedded.path else "NaN"
     for path, reason in embedded.rejected.items():
-        print(f"not read, its row is NaN: {path}: {reason}")
+        print(f"not read, its row is {empty}: {path}: {reason}")
     print(f"{embedded.path}: {' x '.join(map(str, embedded.shape))}; rows in {embedded.listing}")
     return 0

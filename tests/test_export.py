@@ -2,10 +2,12 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import pyarrow.parquet
 import pytest
 import torch
 from sounds import write_clips
@@ -156,7 +158,7 @@ def test_a_pretrained_run_exports_its_encoder(run, tmp_path, capsys):
         (["export", "{run}", "--frames", "9", "--to", "hf", "{out}"], "leave out num_frames=9"),
         (
             ["embed", "{run}", "{tuned}", "--out", "x.txt"],
-            "x.txt: expected a name that ends in .npy",
+            "x.txt: expected a name that ends in .npy or .parquet",
         ),
         (["embed", "{run}", "{nowhere}", "--out", "x.npy"], "expected a folder, a .json or a .csv"),
         (["embed", "{run}", "a", "--out", "x.npy", "--batch-size", "0"], "must be at least 1"),
@@ -248,6 +250,34 @@ def test_embeddings_are_those_of_the_encoder(level, run, recordings, tmp_path, c
                 found = rows[i][:count]
         torch.testing.assert_close(torch.from_numpy(found), want, rtol=1e-3, atol=1e-3)
     assert not list(out.parent.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("level", ["clip", "frame"])
+def test_parquet_holds_what_the_array_and_its_list_hold(level, run, recordings, tmp_path, capsys):
+    manifest, paths = recordings
+    for name in ("x.npy", "x.parquet"):
+        shown = call(
+            capsys, "embed", run, manifest, "--out", tmp_path / name, "--level", level,
+            "--batch-size", 2,
+        )  # fmt: skip
+    assert f"its row is null: {paths[2]}" in shown and not (tmp_path / "x.parquet.csv").exists()
+    want = np.load(tmp_path / "x.npy")
+    counts = [int(row["columns"]) for row in csv.DictReader((tmp_path / "x.csv").open())]
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    found = table.to_pydict()
+    assert found["path"] == list(map(str, paths)) and found["columns"] == counts
+    assert found["embedding"][2] is None
+    for i in (0, 1, 3, 4):
+        rows = want[i] if level == "clip" else want[i][: counts[i]]
+        assert np.array(found["embedding"][i], np.float32).tolist() == rows.tolist()
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_without_pyarrow_one_line_says_so(run, recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["embed", str(run), str(recordings[0]), "--out", str(tmp_path / "x.parquet")]) == 2
+    assert 'pip install "ssast-engine[parquet]"' in capsys.readouterr().err
+    assert not list(tmp_path.glob("*x.parquet"))
 
 
 def test_one_file_and_a_classifier_of_cls(recordings, tmp_path):
