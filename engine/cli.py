@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
-    command.add_argument("what", choices=("kernels", "step", "data"))
+    command.add_argument("what", choices=("kernels", "step", "data", "faults"))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
     command.set_defaults(run=_bench)
 

@@ -22,13 +22,13 @@ from ssast.engine.config import Config
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import broadcast_object, gather_rows, run_on_main
 from ssast.engine.finetune_data import Splits, finetune_settings
+from ssast.engine.job import Workplace
 from ssast.engine.labels import LabelledClips, targets_of
 from ssast.engine.loop import Progress, validate
 from ssast.engine.metrics import classification_metrics
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.optim import build_optimizer
 from ssast.engine.report import write_report, write_split
-from ssast.engine.run import Workplace
 from ssast.engine.sampling import Partners, balanced_weights
 from ssast.pipelines.batch import Batch, DataError
 from ssast.pipelines.order import rank_positions, read_weights
@@ -85,7 +85,7 @@ class LossClassifier(Classifier):
 
 
 class Finetuning:
-    """See :class:`~ssast.engine.run.Job`.
+    """See :class:`~ssast.engine.job.Job`.
 
     Args:
         place: The run.

@@ -48,7 +48,7 @@ class Monitor:
         self._batch_size, self._flops, self._peak = batch_size, flops_per_clip, peak_flops
         self._begin, self._waited, self._since = time.perf_counter(), 0.0, step
         self._bar: tqdm | None = None
-        self._board = None
+        self._board: Any = None
         if not world.is_main:
             return
         self._open(step)

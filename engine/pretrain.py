@@ -10,10 +10,11 @@ from torch import Tensor
 from ssast.engine.clips import find_clips
 from ssast.engine.config import Config, ConfigError
 from ssast.engine.deepspeed_engine import TrainEngine
+from ssast.engine.job import Workplace
 from ssast.engine.loop import Progress, validate
 from ssast.engine.objective import MSPM, mean_losses, with_masks
 from ssast.engine.optim import build_optimizer
-from ssast.engine.run import Workplace, run_training
+from ssast.engine.run import run_training
 from ssast.pipelines.batch import Batch
 from ssast.pipelines.shards import ClipPaths
 
@@ -66,7 +67,7 @@ class Pretraining:
         self.summary = f"{len(train_paths)} training and {len(valid_paths)} held-out clips"
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """See :class:`~ssast.engine.run.Job`, also for the other methods."""
+        """See :class:`~ssast.engine.job.Job`, also for the other methods."""
         return build_optimizer(self.module, self.place.config.optim)
 
     def arguments(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:

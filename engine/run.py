@@ -2,18 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ssast.engine.agreement import check_agreement, code_version
 from ssast.engine.checkpoint import Checkpoints
-from ssast.engine.clips import fbank_spec
 from ssast.engine.config import Config, ConfigError, dump_config, to_plain
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import (
@@ -25,127 +22,19 @@ from ssast.engine.distributed import (
 )
 from ssast.engine.flops import peak_flops, step_flops_per_clip
 from ssast.engine.guard import SkipLog
-from ssast.engine.loop import Progress, Services, Task, TrainingError, train
+from ssast.engine.job import Job, Workplace
+from ssast.engine.loop import Progress, Services, TrainingError, train
 from ssast.engine.memory import keep_freed_memory
-from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.monitor import Monitor, environment
 from ssast.engine.optim import Plateau
 from ssast.engine.saving import Saver
 from ssast.engine.visualize import draw_curves
 from ssast.engine.watchdog import Watchdog
 from ssast.kernels.attention import attention_backend, attention_trials
-from ssast.pipelines.batch import Batch
-from ssast.pipelines.dali import AudioStream
-from ssast.pipelines.mix import MixedClips, fingerprint
-from ssast.pipelines.order import Weights, read_weights
+from ssast.pipelines.mix import fingerprint
 from ssast.pipelines.shards import ClipPaths
 
 MAX_ROLLBACKS = 3  # to one checkpoint, before a run is given up
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What a job may use of its run."""
-
-    config: Config
-    world: World
-    batch_size: int
-    """Clips of one rank in one micro-step."""
-
-    beat: Callable[[str], None] = lambda _: None
-    """Told before anything that may hang, what it is."""
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        if self.config.run.folder is None:
-            raise ConfigError("run.folder is not set")
-        return Path(self.config.run.folder)
-
-    def stream(
-        self,
-        paths: Sequence[Any],
-        split: str | None,
-        *,
-        start: int = 0,
-        epochs: int | None = None,
-        weights: Weights | None = None,
-    ) -> AudioStream:
-        """The clips as the configuration wants them read; see :class:`AudioStream`.
-
-        Clips that cannot be read are noted with the split's name, and if they are too many they end
-        the run; without a name they do neither.
-        """
-        config, world = self.config, self.world
-        on_reject = RejectLog(self.folder / "rejected.jsonl", split) if split else None
-        training = epochs is None
-        if training and weights is None and config.data.weights is not None:
-            weights = read_weights(config.data.weights, len(paths))
-        if training and isinstance(paths, MixedClips):
-            weights = paths.weights()
-        return AudioStream(
-            paths,
-            fbank_spec(config.audio),
-            batch_size=self.batch_size,
-            seed=config.train.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            start=start,
-            epochs=epochs,
-            device=world.device,
-            num_threads=config.data.num_threads or min(8, world.cores),
-            read_ahead=config.data.read_ahead,
-            fbank=config.data.fbank,
-            max_rejected=config.data.max_rejected if split else 1.0,
-            weights=weights,
-            random_crop=training and config.data.random_crop,
-            cache_gib=config.data.cache_gib if training else 0.0,
-            cache_folder=config.data.cache_folder,
-            on_reject=on_reject,
-        )
-
-
-class Job(Task, Protocol):
-    """A task with its data and its validation."""
-
-    @property
-    def encoder(self) -> SpectrogramTransformer:
-        """Of the module."""
-        ...
-
-    summary: str
-    """One line on model and data."""
-
-    train_paths: ClipPaths
-    """Of the training clips."""
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Over the module's trainable parameters."""
-        ...
-
-    def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
-        """The training data from a position of its order on."""
-        ...
-
-    def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
-        """Values of the held-out clips. Collective."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides weights, moments and counters; on rank 0."""
-        ...
-
-    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Take that from a checkpoint; its tensors are on rank 0 alone."""
-        ...
-
-    def meta(self) -> dict[str, Any]:
-        """What a checkpoint says besides configuration and progress, as JSON has it."""
-        ...
-
-    def finish(self, engine: TrainEngine, progress: Progress) -> None:
-        """After the last step. Collective."""
-        ...
 
 
 def run_training(
@@ -203,7 +92,7 @@ class _Run:
         )
         self.place = Workplace(config, world, batch_size, self.watchdog.beat)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.train.keep)
-        self.clips = {"count": len(clips), "sha256": fingerprint(clips)}
+        self.clips: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
         check_agreement(
             {**to_plain(config), "code version": code_version(), "clips": self.clips}, world
         )
@@ -213,9 +102,10 @@ class _Run:
         )
         self.progress = Progress()
         self.rolled_back: Counter[Path] = Counter()
-        self.precision = config.train.precision
-        if self.precision == "auto":
-            self.precision = "bf16" if world.device.type == "cuda" else "fp32"
+        precision = config.train.precision
+        if precision == "auto":
+            precision = "bf16" if world.device.type == "cuda" else "fp32"
+        self.precision: Literal["bf16", "fp32"] = precision
 
     def train(self, build: Callable[[Workplace], Job]) -> int:
         """Build everything else, go through the steps, finish; 0 or the signal that stopped it."""
@@ -363,28 +253,6 @@ def micro_batch_size(config: Config, world: World) -> int:
             f"{world.world_size} processes x train.accumulate {config.train.accumulate}"
         )
     return config.train.batch_size // parts
-
-
-class RejectLog:
-    """Writes clips that could not be read to rejected.jsonl, each once for a run."""
-
-    def __init__(self, path: Path, split: str):
-        self._path, self._split = path, split
-        self._known: set[bytes] = set()
-        self._read_to = 0
-
-    def __call__(self, clip_id: int, path: str, reason: str) -> None:
-        """Write down a clip: its row in the manifest, its path, and what is wrong with it."""
-        line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
-        text = json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
-        with self._path.open("a+b") as file:
-            # Other ranks write here as well: only what has come since is read.
-            file.seek(self._read_to)
-            self._known.update(file)
-            self._read_to = file.tell()
-            if text not in self._known:
-                file.write(text)
 
 
 def _open_run(

@@ -14,6 +14,7 @@ import torch
 from rank_jobs import small_files
 from runs import environment, lines, make_data, overrides, write_config
 
+from ssast.benchmarks import faults
 from ssast.engine.agreement import code_version, odd_ranks
 from ssast.engine.checkpoint import CheckpointError, Checkpoints
 from ssast.engine.config import load_config
@@ -268,6 +269,16 @@ def test_torchrun_resumes_after_a_rank_is_killed(config_file, data, losses, tmp_
     assert "resumed from" in output
     for ours, theirs in zip(lines(run, "train"), losses, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_trial_with_random_kills(tmp_path, capsys):
+    assert faults.main(["--kills", "1", "--ranks", "1", "--out", str(tmp_path / "f.json")]) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["kills"] == 1
+    assert figures["lost_checkpoints"] == 0
+    assert figures["identical_losses"] == figures["losses"] > 60
+    assert len(capsys.readouterr().out.splitlines()) > 10
 
 
 @pytest.mark.slow

@@ -34,8 +34,8 @@ from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.finetune_data import find_splits
 from ssast.engine.finetuning import Finetuning, LossClassifier
+from ssast.engine.job import Workplace
 from ssast.engine.labels import LabelledClips, class_weights
-from ssast.engine.run import Workplace
 from ssast.pipelines.batch import DataError
 
 

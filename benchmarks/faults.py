@@ -1,0 +1,263 @@
+"""Kills random ranks at random moments, again and again, and looks at what is lost: nothing.
+
+One small run is killed many times, while it starts, trains, validates and saves, and is resumed
+each time. At its end its losses must be those of a run that nothing happened to.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ssast.benchmarks.data import write_clips
+from ssast.engine.checkpoint import Checkpoints
+from ssast.engine.monitor import read_metrics
+from ssast.engine.watchdog import STUCK
+
+SETTINGS = (
+    "model.size=tiny",
+    "model.depth=1",
+    "audio.n_mels=32",
+    "audio.num_frames=48",
+    "objective.num_masked=3",
+    "objective.mask=uniform",
+    "optim.warmup_steps=2",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "train.save_every=3",
+    "train.validate_every=40",
+    "train.timeout_s=20",
+    "data.num_threads=1",
+    "data.valid_share=0.2",
+)
+NOTICED_S = 60.0  # a rank that outlives another one for longer counts as hanging
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What was killed when, and what was left."""
+
+    number: int
+    rank: int
+    phase: str
+    at_s: float
+    step: int
+    """Last step that was logged."""
+
+    saving: bool
+    """Whether a checkpoint was being written."""
+
+    kept: int
+    """Step of the newest whole checkpoint afterwards."""
+
+    noticed_s: float
+    """Until all other ranks had ended."""
+
+
+class Ranks:
+    """The processes of one attempt."""
+
+    def __init__(self, world_size: int, arguments: Sequence[str], log: Path):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        shared = os.environ | {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "ssast.engine.cli", "pretrain", *arguments, "--resume"]
+        with log.open("a") as output:
+            self.processes = [
+                subprocess.Popen(
+                    command, env=shared | {"RANK": str(rank)}, stdout=output, stderr=output
+                )
+                for rank in range(world_size)
+            ]
+
+    def ended(self) -> bool:
+        """Whether any has."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def wait(self, timeout_s: float | None = None) -> list[int]:
+        """The exit status of each."""
+        return [process.wait(timeout_s) for process in self.processes]
+
+    def kill(self, rank: int) -> float:
+        """Kill one; seconds until the others had ended by themselves."""
+        self.processes[rank].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        try:
+            self.wait(NOTICED_S)
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.kill()
+            self.wait()
+        return time.monotonic() - begin
+
+    def unexpected(self, killed: int) -> list[int]:
+        """Exit statuses of others than the killed one that are not what the manual says."""
+        return [
+            process.returncode
+            for rank, process in enumerate(self.processes)
+            if rank != killed and process.returncode not in (0, STUCK)
+        ]
+
+
+def torment(
+    run: Path, arguments: Sequence[str], *, kills: int, world_size: int, seed: int
+) -> tuple[list[Kill], list[str]]:
+    """Kill a run many times, then let it finish.
+
+    Args:
+        run: Its folder.
+        arguments: Of ``ssast pretrain``.
+        kills: How many.
+        world_size: Number of ranks.
+        seed: Of the moments and the ranks.
+
+    Returns:
+        What was killed, and what went wrong.
+    """
+    draw, done, problems = random.Random(seed), list[Kill](), list[str]()
+    log, kept = run.parent / "output.log", 0
+    while len(done) < kills:
+        ranks, begin, first = Ranks(world_size, arguments, log), time.monotonic(), last_step(run)
+        # Mostly between two checkpoints, and now and then before the first step.
+        starting = draw.random() < 0.1
+        moment_s = draw.uniform(0.0, 4.0 if starting else 1.0)
+        while not starting and last_step(run) == first and not ranks.ended():
+            time.sleep(0.002)
+        reached = time.monotonic()
+        while time.monotonic() - reached < moment_s and not ranks.ended():
+            time.sleep(0.001)
+        if ranks.ended():
+            problems.append(f"a process ended by itself: {ranks.wait()}, see {log}")
+            break
+        rank, saving = draw.randrange(world_size), any(run.glob("checkpoints/.tmp-*"))
+        at_s, step = time.monotonic() - begin, last_step(run)
+        noticed_s = ranks.kill(rank)
+        found = Checkpoints(run / "checkpoints").latest()
+        now = int(found.name[4:]) if found is not None else 0
+        kill = Kill(
+            len(done) + 1,
+            rank,
+            "start" if starting else "steps",
+            at_s,
+            step,
+            saving,
+            now,
+            noticed_s,
+        )
+        done.append(kill)
+        print(row(kill), flush=True)
+        if now < kept:
+            problems.append(f"kill {kill.number}: step {kept} was saved, {now} is what is left")
+        if noticed_s > NOTICED_S:
+            problems.append(f"kill {kill.number}: the other ranks went on waiting")
+        if ranks.unexpected(rank):
+            problems.append(f"kill {kill.number}: exit status {ranks.unexpected(rank)}, see {log}")
+        kept = now
+    statuses = Ranks(world_size, arguments, log).wait()
+    if any(statuses):
+        problems.append(f"the last attempt ended with {statuses}, see {log}")
+    return done, problems
+
+
+def last_step(run: Path) -> int:
+    """The last training step that was logged; 0 if none."""
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "lr" in line]
+    return steps[-1] if steps else 0
+
+
+def losses(run: Path) -> dict[tuple[str, int], float]:
+    """Of each line of a run's log."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return {(line["split"], line["step"]): line["loss"] for line in lines}
+
+
+def row(kill: Kill) -> str:
+    """One line of the table."""
+    return (
+        f"{kill.number:6d} {kill.rank:5d} {kill.phase:>6} {kill.at_s:7.2f} {kill.step:6d} "
+        f"{'yes' if kill.saving else 'no':>7} {kill.kept:6d} {kill.noticed_s:9.2f}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trial; 1 if anything was lost."""
+    parser = argparse.ArgumentParser("ssast bench faults", description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the run (2)")
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of ranks and moments (0)")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        return _trial(Path(name), options)
+
+
+def _trial(folder: Path, options: argparse.Namespace) -> int:
+    (folder / "clips").mkdir()
+    write_clips(folder / "clips", 12, seconds=0.6, kind="wav")
+    (folder / "faults.yaml").write_text("{}")
+    common = [
+        str(folder / "faults.yaml"),
+        *SETTINGS,
+        f"data.train={folder / 'clips'}",
+        f"train.zero_stage={options.stage}",
+    ]
+    killed, whole = folder / "killed" / "run", folder / "whole" / "run"
+    killed.parent.mkdir()
+    whole.parent.mkdir()
+    steps = f"train.steps={25 * options.kills + 40}"
+    print("  kill  rank  phase  after s   step  saving   kept  noticed s")
+    kills, problems = torment(
+        killed,
+        [*common, steps, f"run.folder={killed}"],
+        kills=options.kills,
+        world_size=options.ranks,
+        seed=options.seed,
+    )
+    undisturbed = [*common, steps, f"run.folder={whole}"]
+    if any(Ranks(options.ranks, undisturbed, whole.parent / "output.log").wait()):
+        problems.append("the undisturbed run failed")
+    ours, theirs = losses(killed), losses(whole)
+    if ours.keys() != theirs.keys():
+        problems.append("the killed run has not logged the same steps")
+    differences = [abs(ours[k] - theirs[k]) / abs(theirs[k]) for k in ours.keys() & theirs.keys()]
+    figures = {
+        "kills": len(kills),
+        "while_saving": sum(kill.saving for kill in kills),
+        "while_starting": sum(kill.phase == "start" for kill in kills),
+        "lost_checkpoints": sum("is what is left" in problem for problem in problems),
+        "losses": len(differences),
+        "identical_losses": sum(difference == 0 for difference in differences),
+        "largest_relative_difference": max(differences, default=None),
+        "noticed_s_median": statistics.median(kill.noticed_s for kill in kills),
+        "noticed_s_largest": max(kill.noticed_s for kill in kills),
+        "problems": problems,
+    }
+    for key, value in figures.items():
+        print(f"{key}: {value}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(figures | {"table": [asdict(kill) for kill in kills]}, indent=1)
+        options.out.write_text(text + "\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
