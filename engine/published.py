@@ -22,6 +22,7 @@ from ssast.kernels.patch_embed import cut_patches, join_patches, patch_embed, pa
 
 # Names that versions of the published code have had for a size.
 _ALIASES = {"tiny224": "tiny", "small224": "small", "base224": "base", "base384": "base"}
+_ONE_TOKEN = "base_nokd"  # base without DeiT's distillation: cls alone, no dist, no second head
 _IMAGENET_CLASSES = 1000
 _SHOWN = 99.0  # what visualize_mask paints over a patch, as published
 _TASKS = ("ft_avgtok", "ft_cls", "pretrain_mpc", "pretrain_mpg", "visualize_mask")
@@ -40,23 +41,40 @@ class PatchEmbed(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The transformer with timm's names; the two heads are ImageNet's, which nothing uses."""
+    """The transformer with timm's names; the heads are ImageNet's, which nothing uses.
 
-    def __init__(self, encoder: SpectrogramTransformer):
+    Args:
+        encoder: Whose parameters it has.
+        num_extra: Tokens before those of the patches: cls and dist, or cls alone.
+    """
+
+    def __init__(self, encoder: SpectrogramTransformer, num_extra: int = NUM_EXTRA_TOKENS):
         super().__init__()
         embed, width = encoder.embed, encoder.embed_dim
         projection = nn.Conv2d(1, width, embed.patch, stride=embed.stride)
         projection.weight, projection.bias = embed.weight, embed.bias
         self.patch_embed = PatchEmbed(projection, embed.grid[0] * embed.grid[1])
-        self.cls_token, self.dist_token = embed.cls_token, embed.dist_token
-        self.pos_embed = embed.pos_embed
+        self.cls_token, self.pos_embed = embed.cls_token, embed.pos_embed
+        if num_extra == NUM_EXTRA_TOKENS:
+            self.dist_token = embed.dist_token
+        else:
+            places = torch.cat((embed.pos_embed[:, :1], embed.pos_embed[:, NUM_EXTRA_TOKENS:]), 1)
+            self.pos_embed = nn.Parameter(places.detach())
         self.pos_drop = nn.Dropout(0.0)
         self.blocks, self.norm = encoder.blocks, encoder.norm
         self.head = nn.Linear(width, _IMAGENET_CLASSES)
-        self.head_dist = nn.Linear(width, _IMAGENET_CLASSES)
+        if num_extra == NUM_EXTRA_TOKENS:
+            self.head_dist = nn.Linear(width, _IMAGENET_CLASSES)
+
+    @property
+    def extra_tokens(self) -> Tensor:
+        """[1, E, D]: cls, and dist if there is one."""
+        if hasattr(self, "dist_token"):
+            return torch.cat((self.cls_token, self.dist_token), 1)
+        return self.cls_token
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, 2 + N, D] of tokens that have their positions."""
+        """Hidden states [B, E + N, D] of tokens that have their positions."""
         tokens = self.pos_drop(tokens)
         for block in self.blocks:
             tokens = block(tokens)
@@ -74,7 +92,7 @@ class ASTModel(nn.Module):
         tstride: Frames between two patches; ``tshape`` in pretraining.
         input_fdim: Mel bins of the input.
         input_tdim: Frames of the input.
-        model_size: tiny, small or base (also large, huge, giant).
+        model_size: tiny, small, base or base_nokd (also large, huge, giant).
         pretrain_stage: Build a model to pretrain; False: one to fine-tune, from a file.
         load_pretrained_mdl_path: The file of a pretrained model, to fine-tune.
 
@@ -98,9 +116,10 @@ class ASTModel(nn.Module):
         load_pretrained_mdl_path: str | Path | None = None,
     ):
         super().__init__()
-        size = _ALIASES.get(model_size, model_size)
+        size = "base" if model_size == _ONE_TOKEN else _ALIASES.get(model_size, model_size)
         if size not in SIZES:
-            raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got {model_size!r}")
+            known = ", ".join((*SIZES, _ONE_TOKEN))
+            raise ValueError(f"model_size must be one of {known}, got {model_size!r}")
         patch, stride, shape = (fshape, tshape), (fstride, tstride), (input_fdim, input_tdim)
         if pretrain_stage and load_pretrained_mdl_path is not None:
             raise ValueError(
@@ -120,13 +139,13 @@ class ASTModel(nn.Module):
         self.fshape, self.tshape, self.fstride, self.tstride = *patch, *stride
         self.input_fdim, self.input_tdim = shape
         self.f_dim, self.t_dim = grid
-        self.cls_token_num = NUM_EXTRA_TOKENS
+        self.cls_token_num = 1 if model_size == _ONE_TOKEN else NUM_EXTRA_TOKENS
         self.num_patches = grid[0] * grid[1]
         self.original_embedding_dim = D = SIZES[size].embed_dim
         if load_pretrained_mdl_path is None:
             self.heads, self.depth = SIZES[size].num_heads, SIZES[size].depth
             self.p_f_dim, self.p_t_dim = grid
-            self.v = _trunk(size, None, patch, stride, shape)
+            self.v = _trunk(size, None, patch, stride, shape, self.cls_token_num)
             # Parameters, so that the state dict has them; never trained.
             self.p_input_fdim = nn.Parameter(torch.tensor(input_fdim), requires_grad=False)
             self.p_input_tdim = nn.Parameter(torch.tensor(input_tdim), requires_grad=False)
@@ -151,8 +170,10 @@ class ASTModel(nn.Module):
         layout = detect_layout(state, path)
         if layout.input is None:
             raise CheckpointError(f"{path}: expected a pretrained model, p_input_fdim is missing")
-        if layout.size != size:
-            raise CheckpointError(f"{path}: model_size is {layout.size}, expected {size}")
+        if (layout.size, layout.num_extra) != (size, self.cls_token_num):
+            expected = size if self.cls_token_num == NUM_EXTRA_TOKENS else _ONE_TOKEN
+            found = layout.size if layout.num_extra == NUM_EXTRA_TOKENS else _ONE_TOKEN
+            raise CheckpointError(f"{path}: model_size is {found}, expected {expected}")
         if layout.patch != patch:
             raise CheckpointError(
                 f"{path}: fshape x tshape is {layout.patch[0]} x {layout.patch[1]}, "
@@ -160,7 +181,7 @@ class ASTModel(nn.Module):
             )
         self.heads, self.depth = SIZES[size].num_heads, layout.depth
         self.p_f_dim, self.p_t_dim = old = patch_grid(*layout.input, patch, patch)
-        self.v = _trunk(size, layout.depth, patch, stride, shape)
+        self.v = _trunk(size, layout.depth, patch, stride, shape, layout.num_extra)
         weights = {n: t for n, t in state.items() if n.startswith("v.")}
         own = {f"v.{name}" for name in self.v.state_dict()}
         optional = {n for n in own if n.startswith(("v.head.", "v.head_dist."))}
@@ -170,7 +191,10 @@ class ASTModel(nn.Module):
                 f"{path}: missing {missing or 'nothing'}, unexpected {surplus or 'nothing'}"
             )
         pos_embed = weights["v.pos_embed"].float()
-        weights["v.pos_embed"] = resize_pos_embed(pos_embed, old, (self.f_dim, self.t_dim))
+        spare = NUM_EXTRA_TOKENS - self.cls_token_num  # filled up, for a function of two tokens
+        pos_embed = nn.functional.pad(pos_embed, (0, 0, spare, 0))
+        resized = resize_pos_embed(pos_embed, old, (self.f_dim, self.t_dim))
+        weights["v.pos_embed"] = resized[:, spare:]
         check_shapes(self, weights, path)
         self.load_state_dict(weights, strict=False)  # but for the optional ones: names are checked
 
@@ -229,16 +253,16 @@ class ASTModel(nn.Module):
 
     def finetuningavgtok(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, 1, F, T] from the mean of the patch tokens."""
-        return self.mlp_head(self._encode(image)[:, NUM_EXTRA_TOKENS:].mean(1))
+        return self.mlp_head(self._encode(image)[:, self.cls_token_num :].mean(1))
 
     def finetuningcls(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, 1, F, T] from the mean of cls and dist."""
-        return self.mlp_head(self._encode(image)[:, :NUM_EXTRA_TOKENS].mean(1))
+        return self.mlp_head(self._encode(image)[:, : self.cls_token_num].mean(1))
 
     def _encode(self, image: Tensor) -> Tensor:
-        v, B = self.v, len(image)
-        extra = (v.cls_token.expand(B, -1, -1), v.dist_token.expand(B, -1, -1))
-        return v.encode(torch.cat((*extra, v.patch_embed(image)), 1) + v.pos_embed)
+        v = self.v
+        extra = v.extra_tokens.expand(len(image), -1, -1)
+        return v.encode(torch.cat((extra, v.patch_embed(image)), 1) + v.pos_embed)
 
     def _encode_masked(self, x: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """The masked patches [B, M, P], in ascending order, and their hidden states [B, M, D]."""
@@ -250,13 +274,13 @@ class ASTModel(nn.Module):
             projection.bias,
             self.mask_embed.flatten(),
             v.pos_embed,
-            torch.cat((v.cls_token, v.dist_token), 1),
+            v.extra_tokens,
             masks,
             mean=0.0,  # normalised already
             std=0.5,
             stride=(self.fstride, self.tstride),
         )
-        return targets, take(v.encode(tokens), masks.mask_ids + NUM_EXTRA_TOKENS)
+        return targets, take(v.encode(tokens), masks.mask_ids + self.cls_token_num)
 
     def _masks(
         self, B: int, cluster: bool, num_masked: int, mask_ids: Tensor | None, device: torch.device
@@ -298,9 +322,10 @@ def _trunk(
     patch: tuple[int, int],
     stride: tuple[int, int],
     shape: tuple[int, int],
+    num_extra: int,
 ) -> Trunk:
     model, audio = (
         Model(size=size, patch=patch, depth=depth),
         Audio(n_mels=shape[0], num_frames=shape[1]),
     )
-    return Trunk(SpectrogramTransformer(model, audio, stride))
+    return Trunk(SpectrogramTransformer(model, audio, stride), num_extra)

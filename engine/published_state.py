@@ -60,6 +60,9 @@ class Layout:
     num_classes: int | None
     """Of a fine-tuned model."""
 
+    num_extra: int = NUM_EXTRA_TOKENS
+    """Tokens before those of the patches: cls and dist, or cls alone (base_nokd)."""
+
 
 def published_name(name: str) -> str:
     """The published name, without ``module.``, of one of our parameters."""
@@ -163,11 +166,8 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
         known = ", ".join(f"{w} ({name})" for w, name in sizes.items())
         raise CheckpointError(f"{source}: its width is {width}, expected one of {known}")
     patch = (projection.shape[2], projection.shape[3])
-    num_patches = pos_embed.shape[1] - NUM_EXTRA_TOKENS
-    if "v.dist_token" not in state:
-        raise CheckpointError(
-            f"{source}: one extra token (base_nokd), expected two: v.dist_token is missing"
-        )
+    num_extra = NUM_EXTRA_TOKENS if "v.dist_token" in state else 1
+    num_patches = pos_embed.shape[1] - num_extra
     given = None
     if "p_input_fdim" in state and "p_input_tdim" in state:
         given = (int(state["p_input_fdim"]), int(state["p_input_tdim"]))
@@ -186,6 +186,7 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
         num_patches=num_patches,
         input=given,
         num_classes=None if head is None else len(head),
+        num_extra=num_extra,
     )
 
 
@@ -208,6 +209,7 @@ def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
         if layout.num_classes is not None:
             kind = f"it is fine-tuned, for {layout.num_classes} classes"
         raise CheckpointError(f"{path}: expected a pretrained model, but {kind}")
+    _check_two_tokens(layout, path)
     n_mels, num_frames = layout.input
     config = from_plain(
         {
@@ -251,6 +253,7 @@ def load_published_classifier(
     layout = detect_layout(state, path)
     if layout.num_classes is None:
         raise CheckpointError(f"{path}: expected a fine-tuned model, found no mlp_head")
+    _check_two_tokens(layout, path)
     rows, columns = patch_grid(n_mels, num_frames, layout.patch, stride)
     if rows * columns != layout.num_patches:
         raise CheckpointError(
@@ -336,6 +339,14 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], source: str | Path
     ]
     if wrong:
         raise CheckpointError(f"{source}: shapes that do not fit: {'; '.join(wrong)}")
+
+
+def _check_two_tokens(layout: Layout, path: str | Path) -> None:
+    if layout.num_extra != NUM_EXTRA_TOKENS:
+        raise CheckpointError(
+            f"{path}: one extra token (base_nokd), expected two: v.dist_token is missing; "
+            "ssast.engine.interop.ASTModel takes it"
+        )
 
 
 def _plain_model(layout: Layout) -> dict[str, Any]:

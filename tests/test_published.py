@@ -6,7 +6,8 @@ import pytest
 import torch
 from golden_model import NOISE, PATCHES, golden
 
-from ssast.engine.interop import ASTModel
+from ssast.engine.checkpoint import CheckpointError
+from ssast.engine.interop import ASTModel, load_published, read_published
 from ssast.kernels.patch_embed import cut_patches
 
 KINDS = ["patch", "frame"]
@@ -80,6 +81,53 @@ def test_fine_tuning_tasks_equal_the_published_ones(kind, number, tmp_path):
     assert torch.autograd.grad(logits.sum(), x)[0].abs().sum() > 0  # as through the published one
 
 
+def without_distillation(path: Path, **changed) -> ASTModel:
+    """base_nokd with two blocks, to pretrain; also written to a file."""
+    torch.manual_seed(0)
+    model = ASTModel(**PATCH | {"model_size": "base_nokd", "input_tdim": 64} | changed)
+    model.v.blocks = model.v.blocks[:2]
+    torch.save(torch.nn.DataParallel(model).state_dict(), path)
+    return model
+
+
+def test_one_extra_token_is_base_without_distillation(tmp_path):
+    """Names, shapes, positions, pooling: timm's plain DeiT, computed here step by step."""
+    model = without_distillation(tmp_path / "a.pth").eval()
+    state = model.state_dict()
+    assert not [name for name in state if "dist" in name]
+    assert state["v.pos_embed"].shape == (1, 1 + 32, 768) and model.cls_token_num == 1
+    tuned = ASTModel(
+        5, 16, 16, 10, 10, 128, 48, "base_nokd", False, tmp_path / "a.pth"
+    ).eval()  # fmt: skip
+    assert tuned.v.pos_embed.shape == (1, 1 + 12 * 4, 768)
+    assert tuned.v.pos_embed[:, :1].equal(model.v.pos_embed[:, :1])
+    x = torch.randn(2, 48, 128)
+    patches = torch.nn.functional.conv2d(
+        x.transpose(1, 2)[:, None], tuned.v.patch_embed.proj.weight, tuned.v.patch_embed.proj.bias,
+        (10, 10),
+    )  # fmt: skip
+    tokens = patches.flatten(2).transpose(1, 2)
+    tokens = torch.cat((tuned.v.cls_token.expand(2, -1, -1), tokens), 1) + tuned.v.pos_embed
+    hidden = tuned.v.norm(tuned.v.blocks[1](tuned.v.blocks[0](tokens)))
+    with torch.no_grad():
+        for task, pooled in (("ft_cls", hidden[:, 0]), ("ft_avgtok", hidden[:, 1:].mean(1))):
+            torch.testing.assert_close(tuned(x, task), tuned.mlp_head(pooled))
+
+
+def test_one_extra_token_pretrains(tmp_path):
+    model = without_distillation(tmp_path / "a.pth")
+    x, ids = torch.randn(2, 64, 128), torch.tensor([[1, 5, 9], [2, 3, 30]])
+    accuracy, nce = model(x, "pretrain_mpc", mask_ids=ids)
+    (nce + model(x, "pretrain_mpg", mask_ids=ids)).backward()
+    assert model.v.cls_token.grad.abs().sum() > 0 and 0 <= accuracy <= 1
+    for name, value in read_published(tmp_path / "a.pth").items():
+        assert model.state_dict()[name].equal(value), name
+    with pytest.raises(CheckpointError, match="model_size is base_nokd, expected base"):
+        ASTModel(5, 16, 16, 10, 10, 128, 48, "base", False, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"one extra token \(base_nokd\), expected two"):
+        load_published(tmp_path / "a.pth")
+
+
 @kinds
 def test_names_are_the_published_ones(kind, tmp_path):
     assert set(pretraining_model(kind).state_dict()) == {
@@ -134,7 +182,7 @@ PATCH = {"fshape": 16, "tshape": 16, "fstride": 16, "tstride": 16, "model_size":
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_size": "base_nokd"}, "model_size must be one of tiny, small, base"),
+        ({"model_size": "basic"}, "model_size must be one of tiny, small, base.*, base_nokd"),
         ({"fstride": 10}, "may not overlap in pretraining: fstride, tstride must be .16, 16."),
         ({"load_pretrained_mdl_path": "a.pth"}, "must be None with pretrain_stage=True"),
         ({"pretrain_stage": False}, "must name a file with pretrain_stage=False"),
