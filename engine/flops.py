@@ -8,21 +8,9 @@ same: the figure measures the model, so that rates of different implementations 
 """
 
 from ssast.engine.config import Config
+from ssast.engine.gpus import find_gpu
 from ssast.engine.model import NUM_EXTRA_TOKENS
 from ssast.engine.settings import SIZES
-
-# Dense bf16 peak, TFLOP/s, from the makers' data sheets; the first name that fits counts.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "4090": 165.0,
-}
 
 
 def forward_flops(config: Config) -> float:
@@ -32,7 +20,14 @@ def forward_flops(config: Config) -> float:
     N = config.grid[0] * config.grid[1]
     P = config.model.patch[0] * config.model.patch[1]
     L = N + NUM_EXTRA_TOKENS
-    return 2.0 * N * P * D + depth * (24.0 * L * D * D + 4.0 * L * L * D)
+    return 2.0 * N * P * D + depth * 24.0 * L * D * D + attention_flops(config)
+
+
+def attention_flops(config: Config) -> float:
+    """Of these, FLOPs of the scores and of what they weigh, in all blocks."""
+    size = SIZES[config.model.size]
+    L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
+    return (config.model.depth or size.depth) * 4.0 * L * L * size.embed_dim
 
 
 def step_flops_per_clip(config: Config) -> float:
@@ -48,7 +43,5 @@ def step_flops_per_clip(config: Config) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Peak FLOP/s of a known accelerator, None for one that is not in the table."""
-    for name, tflops in PEAK_TFLOPS.items():
-        if name in device_name:
-            return tflops * 1e12
-    return None
+    gpu = find_gpu(device_name)
+    return None if gpu is None else gpu.peak_tflops * 1e12
