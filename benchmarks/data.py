@@ -1,9 +1,11 @@
-"""Clips per CPU second: this project's audio stream against a plain loader.
+"""Clips per CPU second: this project's audio stream against plain loaders.
 
-Both turn the same files into the same Kaldi filterbanks. The plain loader is what most training
+All turn the same files into the same Kaldi filterbanks. The plain loader is what most training
 code does: soundfile and torchaudio's way of computing the filterbank (its ``compliance.kaldi``
-written out) in a DataLoader with worker processes. "Decoding alone" is the same stream without its
-filterbanks: what is left for the CPU where a GPU computes them.
+written out) in a DataLoader with worker processes; where they are installed, torchcodec decodes in
+another one, and torchaudio itself computes in a third. "Decoding alone" is the stream without its
+filterbanks: what is left for the CPU where a GPU computes them. With ``--shards``, the stream reads
+the same clips from prepared shards as well.
 
 What is counted is CPU time, of worker processes as well: it does not depend on what else runs on
 the machine as wall-clock time does. All take turns, and the medians are compared.
@@ -17,94 +19,31 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
 import numpy as np
 import soundfile
 import torch
-from matplotlib import pyplot as plt
-from nvidia.dali import Pipeline
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ssast.kernels.fbank import EPS, FbankSpec, num_frames
+from ssast.benchmarks.data_report import Result, plot, rows
+from ssast.benchmarks.loaders import DecodedStream, PlainDataset, plain_loaders
+from ssast.kernels.fbank import FbankSpec, num_frames
+from ssast.pipelines.convert import Recipe
 from ssast.pipelines.dali import AudioStream
-from ssast.pipelines.graph import PREFETCH, decoded_clips
+from ssast.pipelines.manifest import write_manifest
+from ssast.pipelines.pack import Packing, prepare_shards
+from ssast.pipelines.shards import ClipPaths, ShardIndex
 from ssast.pipelines.source import ClipSource
 
 CLIP_S = 10.0
 SUBTYPES = {"flac": "PCM_16", "wav": "PCM_16", "ogg": "VORBIS"}
-
-
-@dataclass(frozen=True)
-class Result:
-    """Medians over the rounds; times are per clip."""
-
-    kind: str  # format of the files
-    seconds: float  # length of a clip
-    clips: int
-    rounds: int
-    plain_cpu_ms: float
-    stream_cpu_ms: float
-    decode_cpu_ms: float  # the stream without filterbanks
-    read_cpu_ms: float  # of these, to get the bytes that DALI decodes
-    plain_wall_ms: float
-    stream_wall_ms: float
-    ratio: float  # clips per CPU second of the stream over the plain loader's
-    decode_ratio: float  # of decoding alone over the plain loader's
-    max_difference: float  # between the two filterbanks, log-mel
-
-
-def plain_fbank(waveform: Tensor, spec: FbankSpec) -> Tensor:
-    """Kaldi's filterbank as torchaudio 2 computes it: [S] float32 to [T, F] float32."""
-    waveform = waveform - waveform.mean()
-    count = 1 + (len(waveform) - spec.window) // spec.hop
-    frames = waveform.as_strided((count, spec.window), (spec.hop, 1))
-    frames = frames - frames.mean(dim=1, keepdim=True)
-    before = torch.nn.functional.pad(frames[None], (1, 0), mode="replicate")[0]
-    frames = frames - 0.97 * before[:, :-1]
-    frames = frames * torch.hann_window(spec.window, periodic=False)[None]
-    frames = torch.nn.functional.pad(frames[None], (0, spec.n_fft - spec.window))[0]
-    power = torch.fft.rfft(frames).abs().pow(2.0)
-    mel = torch.mm(power, plain_mel_matrix(spec).T)
-    features = torch.max(mel, torch.tensor(EPS)).log()[: spec.num_frames]
-    return torch.nn.functional.pad(features, (0, 0, 0, spec.num_frames - len(features)))
-
-
-def plain_mel_matrix(spec: FbankSpec) -> Tensor:
-    """The mel filters as torchaudio builds them, for every clip anew: [F, n_fft / 2 + 1]."""
-    low = 1127.0 * math.log(1.0 + spec.low_hz / 700.0)
-    high = 1127.0 * math.log(1.0 + spec.sample_rate_hz / 2 / 700.0)
-    delta = (high - low) / (spec.n_mels + 1)
-    row = torch.arange(spec.n_mels).unsqueeze(1)
-    left, centre, right = (low + (row + k) * delta for k in range(3))
-    hz = spec.sample_rate_hz / spec.n_fft * torch.arange(spec.n_fft // 2)
-    mel = (1127.0 * (1.0 + hz / 700.0).log()).unsqueeze(0)
-    rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)
-    weights = torch.max(torch.zeros(1), torch.min(rising, falling))
-    return torch.nn.functional.pad(weights, (0, 1))
-
-
-class PlainDataset(Dataset[Tensor]):
-    """One clip at a time, as a map-style dataset."""
-
-    def __init__(self, paths: Sequence[Path], spec: FbankSpec) -> None:
-        self.paths, self.spec = paths, spec
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> Tensor:
-        samples, _ = soundfile.read(self.paths[row], dtype="float32")
-        return plain_fbank(torch.from_numpy(samples), self.spec)
+ENDLESS = 1 << 20  # passes
 
 
 def write_clips(
@@ -136,6 +75,23 @@ def write_clips(
     return paths
 
 
+def write_shards(folder: Path, paths: Sequence[Path], kind: str) -> ShardIndex:
+    """The same clips in shards, in the same order, each file as one clip.
+
+    Args:
+        folder: Where to write them.
+        paths: Files; one that is there several times is packed once.
+        kind: "wav", or anything else for FLAC.
+    """
+    unique = sorted(set(paths))
+    write_manifest(folder / "clips.json", [path.absolute() for path in unique])
+    packing = Packing(Recipe(clip_s=86_400.0, min_s=0.0), "wav" if kind == "wav" else "flac")
+    settings = {"progress": False, "log": lambda line: None}
+    prepare_shards(folder / "clips.json", folder / "shards", packing, **settings)  # type: ignore[arg-type]
+    row = {path: number for number, path in enumerate(unique)}
+    return ShardIndex(folder / "shards").subset(np.array([row[path] for path in paths]))
+
+
 def cpu_s() -> float:
     """CPU seconds of this process and of its living children."""
     total = time.process_time()
@@ -143,32 +99,6 @@ def cpu_s() -> float:
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
-
-
-class DecodedStream:
-    """The stream's source and decoder, without what a GPU would do after them."""
-
-    def __init__(self, paths: Sequence[Path], spec: FbankSpec, batch_size: int, threads: int):
-        self.source = ClipSource(
-            paths, spec, batch_size=batch_size, epochs=1 << 20, num_threads=threads
-        )
-        self.pipeline = Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=None,
-            prefetch_queue_depth=PREFETCH,
-        )
-        with self.pipeline:
-            self.pipeline.set_outputs(*decoded_clips(self.source, spec))
-        self.pipeline.build()
-
-    def __next__(self) -> None:
-        self.pipeline.run()
-
-    def close(self) -> None:
-        """End all threads."""
-        self.pipeline = None
-        self.source.close()
 
 
 def measure(
@@ -179,6 +109,7 @@ def measure(
     num_threads: int,
     rounds: int,
     seconds: float = CLIP_S,
+    shards: ShardIndex | None = None,
 ) -> Result:
     """Let the loaders read all clips in turn.
 
@@ -186,67 +117,57 @@ def measure(
         paths: 16 kHz mono files, a multiple of the batch size.
         spec: Filterbank settings.
         batch_size: Clips per batch.
-        num_threads: Worker processes of the one, threads of the others.
+        num_threads: Worker processes of the plain ones, threads of the others.
         rounds: Times that each of them reads all clips.
         seconds: Length of a clip, for the report.
+        shards: The same clips once more.
 
     Returns:
         The medians.
     """
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for the next sum would count as well
-    plain: DataLoader[Tensor] = DataLoader(
-        PlainDataset(paths, spec),
-        batch_size=batch_size,
-        num_workers=num_threads,
-        persistent_workers=True,
-    )
-    first_plain = next(iter(plain))  # the workers start before there are threads to inherit
-    decoded = DecodedStream(paths, spec, batch_size, num_threads)
-    source = ClipSource(
-        paths, spec, batch_size=batch_size, epochs=1 << 20, num_threads=num_threads, read_ahead=0
-    )
-    iterations = itertools.count()
-    with AudioStream(
-        paths,
-        spec,
-        batch_size=batch_size,
-        epochs=rounds + 1,
-        device=torch.device("cpu"),
-        num_threads=num_threads,
-    ) as stream:
-        batches = len(paths) // batch_size
-        first_stream, *_ = (next(stream) for _ in range(batches))
-        next(decoded)
-
-        def read_plain() -> None:
-            for batch in plain:
-                batch.sum()
-
-        def read_stream() -> None:
-            for _ in range(batches):
-                next(stream).fbank.sum()
-
-        def read_decoded() -> None:
-            for _ in range(batches):
-                next(decoded)
-
-        def read_bytes() -> None:
-            for _ in range(batches):
-                source(SimpleNamespace(iteration=next(iterations)))
-
-        loaders = {
-            "plain": read_plain,
-            "stream": read_stream,
-            "decode": read_decoded,
-            "read": read_bytes,
-        }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
+    num_batches = len(paths) // batch_size
+    passes: dict[str, Callable[[], None]] = {}
+    first: list[Tensor] = []  # batch of each
+    for name, compute in plain_loaders()[0].items():
+        plain: DataLoader[Tensor] = DataLoader(
+            PlainDataset(paths, spec, compute),
+            batch_size=batch_size,
+            num_workers=num_threads,
+            persistent_workers=True,
+        )
+        first.append(next(iter(plain)))  # the workers start before there are threads to inherit
+        passes[name] = _plain_pass(plain)
+    with ExitStack() as stack:
+        for name, clips in {"files": paths, "shards": shards}.items():
+            if clips is None:
+                continue
+            stream = stack.enter_context(
+                AudioStream(
+                    clips,
+                    spec,
+                    batch_size=batch_size,
+                    epochs=rounds + 1,
+                    device=torch.device("cpu"),
+                    num_threads=num_threads,
+                )
+            )
+            first.append(next(stream).fbank)
+            for _ in range(num_batches - 1):
+                next(stream)
+            passes[name] = _stream_pass(stream, num_batches)
+            decoded = DecodedStream(clips, spec, batch_size, num_threads)
+            stack.callback(decoded.close)
+            next(decoded)
+            passes[f"{name} decode"] = _decode_pass(decoded, num_batches)
+            passes[f"{name} read"] = _read_pass(
+                stack, clips, spec, batch_size, num_threads, num_batches
+            )
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
         for _ in range(rounds):
-            for name, read in loaders.items():
+            for name, read in passes.items():
                 times[name].append(_timed(read))
-    decoded.close()
-    source.close()
     torch.set_num_threads(torch_threads)
     medians = {
         name: [1e3 * statistics.median(column) / len(paths) for column in zip(*rows, strict=True)]
@@ -257,16 +178,55 @@ def measure(
         seconds=seconds,
         clips=len(paths),
         rounds=rounds,
-        plain_cpu_ms=medians["plain"][0],
-        stream_cpu_ms=medians["stream"][0],
-        decode_cpu_ms=medians["decode"][0],
-        read_cpu_ms=medians["read"][0],
-        plain_wall_ms=medians["plain"][1],
-        stream_wall_ms=medians["stream"][1],
-        ratio=medians["plain"][0] / medians["stream"][0],
-        decode_ratio=medians["plain"][0] / medians["decode"][0],
-        max_difference=float((first_plain - first_stream.fbank).abs().max()),
+        cpu_ms={name: cpu_ms for name, (cpu_ms, _) in medians.items()},
+        wall_ms={name: wall_ms for name, (_, wall_ms) in medians.items()},
+        max_difference=max(float((first[0] - other).abs().max()) for other in first[1:]),
     )
+
+
+def _plain_pass(loader: "DataLoader[Tensor]") -> Callable[[], None]:
+    def read() -> None:
+        for batch in loader:
+            batch.sum()
+
+    return read
+
+
+def _stream_pass(stream: AudioStream, num_batches: int) -> Callable[[], None]:
+    def read() -> None:
+        for _ in range(num_batches):
+            next(stream).fbank.sum()
+
+    return read
+
+
+def _decode_pass(stream: DecodedStream, num_batches: int) -> Callable[[], None]:
+    def read() -> None:
+        for _ in range(num_batches):
+            next(stream)
+
+    return read
+
+
+def _read_pass(
+    stack: ExitStack,
+    clips: ClipPaths,
+    spec: FbankSpec,
+    batch_size: int,
+    num_threads: int,
+    num_batches: int,
+) -> Callable[[], None]:
+    source = ClipSource(
+        clips, spec, batch_size=batch_size, epochs=ENDLESS, num_threads=num_threads, read_ahead=0
+    )
+    stack.callback(source.close)
+    iterations = itertools.count()
+
+    def read() -> None:
+        for _ in range(num_batches):
+            source(SimpleNamespace(iteration=next(iterations)))
+
+    return read
 
 
 def _timed(read: Callable[[], None]) -> tuple[float, float]:
@@ -280,54 +240,6 @@ def _timed(read: Callable[[], None]) -> tuple[float, float]:
         time.sleep(0.02)
         now, before = cpu_s(), now
     return now - cpu, wall
-
-
-def _rows(result: Result) -> Iterator[str]:
-    r = result
-    yield f"{r.kind}, {r.seconds:g} s, {r.clips} clips, medians of {r.rounds} rounds"
-    yield f"  {'':<34}{'CPU ms/clip':>12}{'clips/CPU s':>12}{'times plain':>12}"
-    for name, cpu_ms in (
-        ("soundfile + torch, DataLoader", r.plain_cpu_ms),
-        ("AudioStream", r.stream_cpu_ms),
-        ("AudioStream, decoding alone", r.decode_cpu_ms),
-    ):
-        times = r.plain_cpu_ms / cpu_ms
-        yield f"  {name:<34}{cpu_ms:>12.2f}{1e3 / cpu_ms:>12.0f}{times:>12.2f}"
-    stages = (
-        ("read", r.read_cpu_ms),
-        ("decode", r.decode_cpu_ms - r.read_cpu_ms),
-        ("filterbank", r.stream_cpu_ms - r.decode_cpu_ms),
-    )
-    yield "  CPU ms by stage: " + ", ".join(f"{name} {ms:.2f}" for name, ms in stages)
-    yield (
-        f"  16 cores feed {16e3 / r.stream_cpu_ms:,.0f} clips/s with filterbanks, "
-        f"{16e3 / r.decode_cpu_ms:,.0f} where a GPU computes them"
-    )
-    yield f"  largest difference between the two filterbanks: {r.max_difference:.1e} (log-mel)"
-
-
-def plot(results: Sequence[Result], path: Path) -> None:
-    """CPU time of a clip by loader, the stream's split into its stages."""
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(results)), layout="constrained")
-    for row, r in enumerate(results):
-        axes.barh(row - 0.2, r.plain_cpu_ms, 0.38, color="grey", label="plain loader")
-        left = 0.0
-        for name, ms, colour in (
-            ("read", r.read_cpu_ms, "tab:green"),
-            ("decode", r.decode_cpu_ms - r.read_cpu_ms, "tab:orange"),
-            ("filterbank", r.stream_cpu_ms - r.decode_cpu_ms, "tab:blue"),
-        ):
-            axes.barh(row + 0.2, ms, 0.38, left, color=colour, label=f"AudioStream: {name}")
-            left += ms
-        axes.text(r.plain_cpu_ms, row, f"  {r.ratio:.2f} times the clips", va="center", fontsize=8)
-    axes.set_yticks(range(len(results)), [f"{r.kind}, {r.seconds:g} s" for r in results])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(r.plain_cpu_ms for r in results))
-    axes.set_xlabel("CPU ms a clip")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:4], labels[:4])  # every row brings the same four
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,30 +258,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="workers or threads (default 2)")
     parser.add_argument("--kinds", nargs="+", choices=list(SUBTYPES), default=["flac", "wav"])
     parser.add_argument("--seconds", nargs="+", type=float, default=[CLIP_S], help="(default 10)")
+    parser.add_argument("--shards", action="store_true", help="read from prepared shards as well")
     parser.add_argument("--data", type=Path, help="a folder of 16 kHz mono FLAC, not synthetic")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--plot", type=Path, help="draw the results, PNG")
     args = parser.parse_args(argv)
     if args.rounds < 1 or min(args.seconds) < 0.1:
         parser.error("needs at least 1 round and 0.1 seconds")
+    for line in () if args.json else plain_loaders()[1]:
+        print(line, flush=True)
     count = args.batch_size * math.ceil(args.clips / args.batch_size)
     results = []
 
     def add(paths: Sequence[Path], seconds: float) -> None:
         spec = FbankSpec()
         spec = FbankSpec(num_frames=min(1024, num_frames(int(16000 * seconds), spec)))
-        results.append(
-            measure(
-                paths,
-                spec,
-                batch_size=args.batch_size,
-                num_threads=args.threads,
-                rounds=args.rounds,
-                seconds=seconds,
+        with tempfile.TemporaryDirectory() as folder:
+            kind = paths[0].suffix[1:]
+            results.append(
+                measure(
+                    paths,
+                    spec,
+                    batch_size=args.batch_size,
+                    num_threads=args.threads,
+                    rounds=args.rounds,
+                    seconds=seconds,
+                    shards=write_shards(Path(folder), paths, kind) if args.shards else None,
+                )
             )
-        )
         if not args.json:
-            print("\n".join(_rows(results[-1])), flush=True)
+            print("\n".join(rows(results[-1])), flush=True)
 
     if args.data is not None:
         found = sorted(args.data.rglob("*.flac"))
@@ -382,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with tempfile.TemporaryDirectory() as folder:
                     add(write_clips(Path(folder), count, seconds=seconds, kind=kind), seconds)
     if args.json:
-        print(json.dumps([asdict(result) for result in results]))
+        print(json.dumps([result.as_json() for result in results]))
     if args.plot is not None:
         plot(results, args.plot)
     return 0
