@@ -40,7 +40,6 @@ setup(
         "remote": ["universal-pathlib>=0.3"],
         "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "parquet": ["pyarrow>=17"],
-        "parquet": ["pyarrow>=17"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "types-pyyaml"],
     },
     entry_points={"console_scripts": ["ssast = ssast.engine.cli:main"]},
