@@ -1,6 +1,7 @@
-"""The published training step, written anew in plain PyTorch: what ours is measured against.
+"""The published training steps, written anew in plain PyTorch: what ours are measured against.
 
     step = pass with mask 1, InfoNCE; pass with mask 2, MSE; backward of InfoNCE + 10 MSE; Adam
+    step = pass over overlapping patches, binary cross entropy; backward; Adam     (fine-tuning)
 
 It does what the published code does, in fp32 and in the same places: masks drawn by a Python loop
 for each clip, every patch projected and the masked ones blended away, attention with its
@@ -13,6 +14,7 @@ import random
 import torch
 from torch import Tensor, nn
 
+from ssast.engine.classifier import Classifier
 from ssast.engine.config import Config
 from ssast.engine.interop import published_name
 from ssast.engine.objective import MSPM
@@ -73,9 +75,9 @@ class _Block(nn.Module):
 
 
 class _PatchEmbed(nn.Module):
-    def __init__(self, patch: tuple[int, int], embed_dim: int):
+    def __init__(self, patch: tuple[int, int], stride: tuple[int, int], embed_dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(1, embed_dim, patch, stride=patch)
+        self.proj = nn.Conv2d(1, embed_dim, patch, stride=stride)
 
 
 class _Trunk(nn.Module):
@@ -86,10 +88,20 @@ class _Trunk(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, N + 2, D))
-        self.patch_embed = _PatchEmbed(config.model.patch, D)
+        stride = (config.finetune and config.finetune.stride) or config.model.patch
+        self.patch_embed = _PatchEmbed(config.model.patch, stride, D)
         depth = config.model.depth or size.depth
         self.blocks = nn.ModuleList(_Block(D, size.num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Hidden states [B, 2 + N, D] of the tokens of the patches [B, N, D]."""
+        cls_token = self.cls_token.expand(len(tokens), -1, -1)
+        dist_token = self.dist_token.expand(len(tokens), -1, -1)
+        hidden = torch.cat((cls_token, dist_token, tokens), dim=1) + self.pos_embed
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.norm(hidden)
 
 
 class Baseline(nn.Module):
@@ -130,12 +142,7 @@ class Baseline(nn.Module):
             kept[i, mask_ids[i], :] = 0
         mask_tokens = self.mask_embed.expand(B, tokens.shape[1], -1)
         tokens = tokens * kept + (1 - kept) * mask_tokens
-        cls_token = self.v.cls_token.expand(B, -1, -1)
-        dist_token = self.v.dist_token.expand(B, -1, -1)
-        hidden = torch.cat((cls_token, dist_token, tokens), dim=1) + self.v.pos_embed
-        for block in self.v.blocks:
-            hidden = block(hidden)
-        return self.v.norm(hidden), targets
+        return self.v.encode(tokens), targets
 
     def contrast(self, x: Tensor, mask_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """InfoNCE and its accuracy, means over the batch, from a pass of its own."""
@@ -176,14 +183,39 @@ class Baseline(nn.Module):
         return {"loss": nce + 10 * mse, "nce": nce, "mse": mse, "accuracy": accuracy}
 
 
+class ClassifierBaseline(nn.Module):
+    """The published classifier; takes its weights from one of ours."""
+
+    def __init__(self, config: Config, weights: Classifier):
+        super().__init__()
+        D = SIZES[config.model.size].embed_dim
+        self.v = _Trunk(config)
+        num_classes = len(weights.head[1].weight)  # type: ignore[arg-type]  # a Linear's
+        self.mlp_head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, num_classes))
+        state = {n: t for n, t in weights.state_dict().items() if not n.endswith("mask_embed")}
+        self.load_state_dict({published_name(name): state[name] for name in state})
+
+    def losses(self, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The loss of normalised filterbanks [B, T, F] with targets [B, C], from the mean token."""
+        tokens = self.v.patch_embed.proj(x.unsqueeze(1).transpose(2, 3))
+        hidden = self.v.encode(tokens.flatten(2).transpose(1, 2))
+        logits = self.mlp_head(hidden[:, 2:].mean(1))
+        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, targets)}
+
+
 def published_optimizer(model: nn.Module, lr: float = 1e-4) -> torch.optim.Adam:
     """Adam as the published recipe calls it."""
     return torch.optim.Adam(model.parameters(), lr, betas=(0.95, 0.999), weight_decay=5e-7)
 
 
-def train_step(model: Baseline, optimizer: torch.optim.Optimizer, x: Tensor) -> dict[str, Tensor]:
-    """One published step on normalised filterbanks [B, T, F]; masks are drawn inside."""
-    losses = model.losses(x)
+def train_step(
+    model: Baseline | ClassifierBaseline, optimizer: torch.optim.Optimizer, *batch: Tensor
+) -> dict[str, Tensor]:
+    """One published step on normalised filterbanks [B, T, F], of a classifier with targets [B, C].
+
+    Masks are drawn inside.
+    """
+    losses = model.losses(*batch)
     optimizer.zero_grad()
     losses["loss"].backward()
     optimizer.step()

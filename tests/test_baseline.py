@@ -4,15 +4,19 @@ import random
 
 import pytest
 import torch
-from golden_model import NOISE, config, golden, pretraining_case
+from golden_model import NOISE, PATCHES, config, golden, pretraining_case
 from test_golden import DTYPES, KINDS, gradients, joint_loss, relative
 
 from ssast.benchmarks.baseline import (
     Baseline,
+    ClassifierBaseline,
     draw_published_mask,
     published_optimizer,
     train_step,
 )
+from ssast.engine.classifier_state import build_classifier
+from ssast.engine.config import from_plain
+from ssast.engine.finetuning import LossClassifier
 from ssast.engine.interop import published_name
 
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -70,3 +74,33 @@ def test_masks_obey_the_published_rules() -> None:
         assert ids[0] > 0 and ids[-1] < 511
     low = sum(i < 64 for ids in masks for i in ids) / (50 * 64)
     assert low == pytest.approx(0.41, abs=0.08)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_classifier_equals_ours(kind: str) -> None:
+    """Loss and gradients, with overlapping patches."""
+    case = golden(kind)["finetune"][0]
+    plain = {
+        "model": {"size": "tiny", "depth": 2, "patch": list(PATCHES[kind])},
+        "audio": {"num_frames": case["input_tdim"], "mean": 0.0, "std": 0.5},
+        "finetune": {"stride": [case["fstride"], case["tstride"]], "loss": "bce"},
+    }
+    settings = from_plain(plain)
+    ours = build_classifier(settings, case["label_dim"], LossClassifier).double()
+    ours.loss = "bce"
+    theirs = ClassifierBaseline(settings, ours).double()
+    x = case["input"].double()
+    targets = torch.eye(case["label_dim"], dtype=torch.float64)[: len(x)]
+    mine = ours(x, targets)
+    loss = theirs.losses(x, targets)["loss"]
+    # Ours gives logits, and with them the loss, in float32.
+    assert mine["loss"].mean().item() == pytest.approx(loss.item(), rel=1e-6)
+    mine["loss"].mean().backward()
+    loss.backward()
+    published = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            expected = published[published_name(name)].grad
+            assert expected is not None and parameter.grad is not None
+            error, largest = (parameter.grad - expected).abs().max(), expected.abs().max()
+            assert error < 1e-5 * largest + 1e-12, name

@@ -38,12 +38,14 @@ def test_spread() -> None:
 
 
 @pytest.mark.slow
-def test_both_steps_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--sizes tiny --frames 64 --batch 2 --repeats 2 --threads 1 --json"
+@pytest.mark.parametrize("more", ["", " --finetune"], ids=["pretraining", "fine-tuning"])
+def test_both_steps_are_measured(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--sizes tiny --frames 64 --batch 2 --repeats 2 --threads 1 --json" + more
     assert main(arguments.split()) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert result["loss_difference"] < 5e-6
-    assert result["cpu_ratio"]["median"] > 1
+    # A fine-tuning of so few patches is no faster than the published one.
+    assert result["cpu_ratio"]["median"] > (0.3 if more else 1)
     assert result["gflop"] > 1 and result["gflops_per_cpu_s"] > 0
 
 
