@@ -223,7 +223,7 @@ def test_what_is_done_is_not_done_again(
 
 PROGRAM = textwrap.dedent(
     """
-    import os, signal, sys, time
+    import itertools, os, signal, sys, time
     from pathlib import Path
     from ssast.pipelines.convert import Recipe
     from ssast.pipelines.pack import Packing, prepare_shards
@@ -234,13 +234,48 @@ PROGRAM = textwrap.dedent(
             Path(source), Path(out), packing, jobs=2, progress=False, log=lambda line: None
         )
 
-    source, out, *waits = sys.argv[1:]
-    killed = 0
-    for wait in waits:
+    def die_at(moment, after):
+        # That call, of those that make a file last, appear or vanish, kills the process.
+        moments = itertools.count()
+
+        def deadly(call):
+            def called(*args, **settings):
+                here = next(moments) == moment
+                if here and not after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                try:
+                    return call(*args, **settings)
+                finally:
+                    if here:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            return called
+
+        for name in ("fsync", "replace", "unlink"):
+            setattr(os, name, deadly(getattr(os, name)))
+
+    def in_child(work):
         child = os.fork()
         if child == 0:
-            run(source, out)
+            work()
             os._exit(0)
+        return child
+
+    def calls_of(source, out):
+        # Killed at each in turn, before it or after it, until there are no more.
+        for moment in itertools.count():
+            here = f"{out}{moment}"
+            child = in_child(lambda: (die_at(moment, moment % 2), run(source, here)))
+            if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+                return moment
+            run(source, here)
+
+    source, out, *waits = sys.argv[1:]
+    if waits == ["calls"]:
+        print(calls_of(source, out), 0.0)
+        raise SystemExit
+    killed = 0
+    for wait in waits:
+        child = in_child(lambda: run(source, out))
         time.sleep(float(wait))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -249,6 +284,14 @@ PROGRAM = textwrap.dedent(
     print(killed, time.perf_counter() - start)
     """
 )
+
+
+def interrupted(source: Path, out: Path, *waits: object) -> tuple[int, float]:
+    """How often preparing was killed before it was through, and the seconds of its last run."""
+    arguments = [sys.executable, "-c", PROGRAM, str(source), str(out), *map(str, waits)]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    count, seconds = done.stdout.split()
+    return int(count), float(seconds)
 
 
 @pytest.mark.slow
@@ -260,22 +303,26 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
         sound = rng.uniform(-0.5, 0.5, (int(44100 * rng.uniform(0.5, 5)), 2))
         write(tmp_path / f"in/{n % 50:03d}{'' if n < 50 else 'x'}.wav", sound, 44100)
     (tmp_path / "in/bad.wav").write_bytes(b"no sound")
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "in")]
-
-    def call(out: Path, *waits: float) -> tuple[int, float]:
-        """How often it was killed before it was through, and the seconds of its last run."""
-        arguments = [*command, str(out), *map(str, waits)]
-        done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-        count, seconds = done.stdout.split()
-        return int(count), float(seconds)
-
-    _, seconds = call(tmp_path / "whole")
+    _, seconds = interrupted(tmp_path / "in", tmp_path / "whole")
     killed = 0
     for round_ in range(4):
         out = tmp_path / f"killed{round_}"
-        killed += call(out, *(seconds * moments.uniform(0.01, 0.3) for _ in range(5)))[0]
+        waits = (seconds * moments.uniform(0.01, 0.3) for _ in range(5))
+        killed += interrupted(tmp_path / "in", out, *waits)[0]
         assert tree(out) == tree(tmp_path / "whole")
     assert killed >= 10  # the others were through before
+
+
+def test_killed_at_each_call_that_finishes_a_file(tmp_path: Path) -> None:
+    """Before or after each fsync, rename and removal: shards, sidecars, index, lists, report."""
+    (tmp_path / "in").mkdir()
+    for n in range(7):
+        write(tmp_path / f"in/{n}.wav", tone(66150, seed=n % 4, rate_hz=44100), 44100)
+    interrupted(tmp_path / "in", tmp_path / "whole")
+    moments, _ = interrupted(tmp_path / "in", tmp_path / "killed", "calls")
+    assert moments >= 20
+    for moment in range(moments):
+        assert tree(tmp_path / f"killed{moment}") == tree(tmp_path / "whole"), moment
 
 
 def awkward(folder: Path) -> dict[str, str]:
