@@ -178,7 +178,7 @@ def _check(options: argparse.Namespace) -> int:
     labels = f", {len(found.labels)} labels" if found.labels else ""
     print(
         f"{options.path}: {found.num_clips} clips, {found.seconds / 3600:.2f} h{labels}, "
-        f"{len(found.problems)} problems"
+        f"{len(found.problems)} problem{'' if len(found.problems) == 1 else 's'}"
     )
     for problem in found.problems[:SHOWN]:
         print(f"{problem.where}: {problem.problem}")

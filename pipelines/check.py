@@ -87,7 +87,7 @@ def check_data(
             the manifest or in the folder, if there is one.
         report: Gets all problems as lines of JSON.
         jobs: Threads; the number of usable cores by default.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         DataError: The list of clips itself, or that of the labels, cannot be read.
@@ -134,7 +134,7 @@ def parallel(
         return Checked() if stop.is_set() else task()
 
     with (
-        tqdm(total=total, desc="check", unit=" clips", disable=not progress) as bar,
+        tqdm(total=total, desc="check", unit=" clips", disable=None if progress else True) as bar,
         ThreadPoolExecutor(jobs, "check") as pool,
     ):
         try:

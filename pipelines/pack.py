@@ -102,7 +102,7 @@ def prepare_shards(
         out: Output folder; if it is a URL, nothing keeps two runs from writing to it at once.
         packing: The settings.
         jobs: Threads, each with a shard; the number of usable cores by default.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr, if that is a terminal.
         log: Gets a few lines of summary.
 
     Returns:
@@ -217,7 +217,13 @@ def make_shards(
     stop, lock = threading.Event(), threading.Lock()
     so_far = {"clips": 0, "seconds": 0.0}
     with (
-        tqdm(total=total, desc="prepare", unit="B", unit_scale=True, disable=not progress) as bar,
+        tqdm(
+            total=total,
+            desc="prepare",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
         ThreadPoolExecutor(jobs, "shard") as pool,
     ):
 

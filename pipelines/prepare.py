@@ -96,7 +96,7 @@ def prepare(
         out: Output folder.
         recipe: The settings. Recordings that were done with others are done again.
         jobs: Threads; the number of usable cores by default.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr, if that is a terminal.
         title: Its text.
 
     Returns:
@@ -114,7 +114,7 @@ def prepare(
     with (
         index,
         ThreadPoolExecutor(jobs, "prepare") as pool,
-        tqdm(total=total, desc=title, unit=" files", disable=not progress) as bar,
+        tqdm(total=total, desc=title, unit=" files", disable=None if progress else True) as bar,
     ):
         running: deque[tuple[int, Future[dict]]] = deque()
 

@@ -126,7 +126,7 @@ def measure(
         seed: Of the order of the clips.
         batch_size: Clips at a time.
         num_threads: See :class:`AudioStream`.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         DataError: A setting is out of range, or no clip can be used.
@@ -157,7 +157,7 @@ def measure(
             num_threads=num_threads,
             max_rejected=1.0,
         ) as stream,
-        tqdm(total=wanted, desc="stats", unit=" clips", disable=not progress) as bar,
+        tqdm(total=wanted, desc="stats", unit=" clips", disable=None if progress else True) as bar,
     ):
         while seen < wanted:
             batch = next(stream)

@@ -313,6 +313,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
     assert killed >= 10  # the others were through before
 
 
+@pytest.mark.slow
 def test_killed_at_each_call_that_finishes_a_file(tmp_path: Path) -> None:
     """Before or after each fsync, rename and removal: shards, sidecars, index, lists, report."""
     (tmp_path / "in").mkdir()
