@@ -10,6 +10,7 @@ from pathlib import Path
 from ssast.engine.cli_data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.cli_export import add_export_commands
 from ssast.engine.cli_finetune import add_finetune_commands
+from ssast.engine.cli_plan import add_plan_commands
 from ssast.engine.config import CONFIGS, ConfigError
 from ssast.engine.watchdog import STUCK
 
@@ -27,6 +28,8 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
   ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json
   ssast predict runs/esc50_patch dog.wav /my/recordings
+  ssast plan base_patch --gpus 64 --gpu h100  memory, speed, days, before it is started
+  ssast tune base_patch --out tuned.yaml      the fastest settings on this machine
   ssast probe runs/demo --tasks data/demo/tasks
   ssast visualize runs/demo
   ssast export runs/demo --to published SSAST-Demo.pth
@@ -111,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add_finetune_commands(commands)
     add_export_commands(commands)
     add_data_commands(commands)
+    add_plan_commands(commands)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
     command.add_argument("what", choices=("kernels", "step", "data", "faults"))

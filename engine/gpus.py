@@ -1,7 +1,7 @@
 """Accelerators that a run can be planned for: what their makers say, and what of it is reached.
 
 Peaks are dense bf16 without sparsity, from the data sheets. The shares are what training reaches of
-them, set so that the published rates below come out within 15 %:
+them, set so that the published rates below come out within 20 %:
 
     MPT-125M on A100, 42.6 % of the peak; MPT-760M on H100, 40.4 %   llm-foundry's tables
     attention of 512 tokens, heads of 64, forward, H100: 335 TFLOP/s Shah et al. 2024, figure 5
@@ -12,6 +12,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -57,8 +58,8 @@ class Gpu:
     fragmentation: float = 1.08
 
 
-_AMPERE = {"gemm_share": 0.73, "attention_share": 0.38}
-_CARD = {"gemm_share": 0.73, "attention_share": 0.4}
+_AMPERE: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.38}
+_CARD: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.4}
 # The first name that fits a device's counts.
 GPUS = (
     Gpu(
