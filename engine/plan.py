@@ -42,6 +42,7 @@ ENGINE_S = {1: 0.017, 2: 0.017, 3: 0.053}  # DeepSpeed's own host time of a step
 HOP_S = 6e-6  # of a ring, from machine to machine
 LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
 ADAM_BYTES = 32  # read and written for a parameter
+MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
 HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
 
 
@@ -373,7 +374,8 @@ def _knee(
     every: int | None,
     most: int,
 ) -> tuple[int, str]:
-    powers = [2**k for k in range(11) if 2**k <= most]
+    limit = max(1, MOST_CLIPS // (world_size * config.train.accumulate))
+    powers = [2**k for k in range(11) if 2**k <= min(most, limit)]
 
     def rate(batch: int) -> float:
         time = step_time(

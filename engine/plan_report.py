@@ -12,6 +12,8 @@ from ssast.engine.flops import step_flops_per_clip
 from ssast.engine.gpus import Gpu
 from ssast.engine.plan import (
     GIB,
+    HIDDEN,
+    HOP_S,
     LIVE_ELEMENTS,
     TRAFFIC,
     Choice,
@@ -26,8 +28,9 @@ from ssast.engine.plan import (
     wire_elements,
 )
 
-# Of `ssast bench data` with 10 s FLAC clips, on a core of a Xeon with AVX-512; see --loader.
-CLIPS_PER_CORE = {"decoded": 380.0, "filterbank": 220.0}
+# Of `ssast bench data --threads 1`, 10 s FLAC, on a Xeon with AVX-512: 640 and 300; see --loader.
+CLIPS_PER_CORE = {"decoded": 600.0, "filterbank": 300.0}
+FEW_STEPS = 10_000
 FLAC_SHARE = 0.6  # of 16-bit samples
 SCALES = [2**k for k in range(13)]  # 1 to 4096
 BATCHES = (1, 8, 32, 128)
@@ -97,6 +100,11 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
     clips = wish.clips or float(train.steps) * train.batch_size
     global_batch = choice.batch * parts
     hours = clips / facts["clips_per_s"] / 3600
+    if clips < FEW_STEPS * global_batch:
+        reasons.append(
+            f"only {math.ceil(clips / global_batch):,} steps: batches of {global_batch:,} clips "
+            "learn less from each clip, so train on more of them, or on fewer devices"
+        )
     on_cpu = gpu.precision == "fp32"
     per_core = wish.clips_per_core or CLIPS_PER_CORE["filterbank" if on_cpu else "decoded"]
     seconds = config.audio.num_frames / 100
@@ -204,6 +212,8 @@ def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> l
         f"reached: {D_share or f'{gpu.gemm_share:.0%}'} of the peak in products, "
         f"{gpu.attention_share:.0%} in attention, {gpu.bandwidth_share:.0%} of the bandwidth; "
         f"{TRAFFIC[mode]:g} elements moved per token, width and block ({mode})",
+        f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
+        f"{HIDDEN:.0%} of the backward pass, gathering after the step in the open (ZeRO 1, 2)",
         f"{gpu.base_gib:.3g} GiB for driver and libraries, allocations "
         f"{gpu.fragmentation - 1:.0%} larger than what they hold, ZeRO 3 keeps "
         f"{LIVE_ELEMENTS / 1e6:.0f} M weights gathered",
@@ -276,7 +286,8 @@ def format_plan(plan: dict[str, Any]) -> str:
         name += ", all blocks computed again" if row["checkpoint_every"] else ""
         sizes = "".join(f"{gib:9.1f}" for gib in row["gib"].values())
         lines.append(f"  {name:32}{sizes}   {row['fit']:,}")
-    lines += ["", "    GPUs      clips/s  efficiency     MFU  GiB per GPU"]
+    lines += ["", f"with {choice['batch_per_gpu']} clips on each GPU"]
+    lines += ["    GPUs      clips/s  efficiency     MFU  GiB per GPU"]
     for row in plan["scaling"]:
         lines.append(
             f"  {row['gpus']:6,}  {row['clips_per_s']:11,.0f}  {row['efficiency']:10.1%}  "
