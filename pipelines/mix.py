@@ -57,6 +57,12 @@ class MixedClips(Sequence[ClipPath]):
         )
 
 
+def is_remote(paths: ClipPaths) -> bool:
+    """Whether some of the clips lie behind a URL."""
+    parts = paths.parts if isinstance(paths, MixedClips) else (paths,)
+    return any(isinstance(part, ShardIndex) and is_url(part.folder) for part in parts)
+
+
 def fingerprint(paths: ClipPaths) -> str:
     """Hash that changes when clips are added, left out or put in another order.
 

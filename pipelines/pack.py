@@ -188,7 +188,8 @@ def is_finished(out: Path, number: int, wanted: str) -> bool:
         size = (out / SHARD.format(number)).stat().st_size
     except (OSError, DataError):
         return False
-    return sidecar.digest == wanted and sidecar.size == size and not sidecar.again
+    as_wanted = sidecar.digest == wanted and not sidecar.again
+    return as_wanted and sidecar.size == size and sidecar.is_whole()
 
 
 def make_shards(

@@ -177,6 +177,11 @@ class Sidecar:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged: prepare the data again") from error
 
+    def is_whole(self) -> bool:
+        """Whether no clip is missing: the last one ends where the archive does."""
+        last = self.clips[-1]["offset"] + self.clips[-1]["size"] if self.clips else 0
+        return last + -last % BLOCK + 2 * BLOCK == self.size
+
     def text(self) -> str:
         """The lines of the file."""
         first = {"digest": self.digest, "size": self.size, "again": self.again}

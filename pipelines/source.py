@@ -10,10 +10,12 @@ from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.cache import Cache
 from ssast.pipelines.clip import read_clip, silence
+from ssast.pipelines.mix import is_remote
 from ssast.pipelines.order import Weights, clips_at, crop_place, rank_positions
 from ssast.pipelines.shards import ClipPaths
 
 INVALID, READ, CACHED = 0, 1, 2
+REQUESTS = 32  # at once, of a storage that answers after some 50 ms: a few hundred clips a second
 Loaded = tuple[np.ndarray, int]  # a file, and one of these
 
 
@@ -39,7 +41,8 @@ class ClipSource:
         world_size: Number of ranks.
         start: First position of the stream, over all ranks.
         epochs: Passes over the manifest in its order; None for the endless shuffled stream.
-        num_threads: Threads that read (and convert what needs it).
+        num_threads: Threads that read (and convert what needs it); more of them wait for clips
+            that lie behind a URL.
         read_ahead: Batches to read ahead.
         weights: Of the clips in the endless stream, see :mod:`ssast.pipelines.order`.
         random_crop: Of a recording that is longer than ``spec``, take another part in each epoch
@@ -74,6 +77,8 @@ class ClipSource:
         self._doubt_all = False
         self._ahead: dict[int, list[Future[Loaded]]] = {}
         self._silence = silence(spec)
+        if is_remote(paths):
+            num_threads = max(num_threads, REQUESTS)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-read")
 
     def clips(self, iteration: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

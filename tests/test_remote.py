@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +37,14 @@ class Storage:
     """What memory:// is asked for, and when it fails."""
 
     asked: Counter[str] = field(default_factory=Counter)
+    together: threading.Barrier | None = None  # requests wait for so many others
     fails: int = 0  # of the next requests
     fails_at: int | None = None  # or: at so many uploads from now on
 
     def answer(self, request: str) -> None:
         self.asked[request] += 1
+        if self.together is not None:
+            self.together.wait(timeout=20)
         if request == "put" and self.fails_at is not None:
             self.fails_at -= 1
         if self.fails > 0 or self.fails_at == -1:
@@ -160,6 +164,31 @@ def test_training_reads_ranges(source: Path, tmp_path: Path, storage: Storage) -
         for _ in range(8):
             assert torch.equal(next(a).fbank, next(b).fbank)
     assert storage.asked["range"] >= 32 and storage.asked["whole"] == 0
+
+
+def test_many_requests_at_once(source: Path, storage: Storage) -> None:
+    """However few threads decode; a request waits for 15 others here."""
+    prepared(source, "memory://bucket/out", shard_mib=1.0)
+    clips = read_manifest("memory://bucket/out").paths
+    storage.asked.clear()
+    storage.together = threading.Barrier(16)
+    with AudioStream(
+        clips, SPEC, batch_size=8, device=torch.device("cpu"), num_threads=1, read_ahead=3
+    ) as stream:
+        assert bool(next(stream).valid.all()) and storage.asked["range"] >= 16
+        storage.together.abort()
+
+
+def test_a_sidecar_that_was_cut_off_is_made_again(source: Path, tmp_path: Path) -> None:
+    """As storage may leave it that is no object store."""
+    prepared(source, "memory://bucket/out")
+    whole = contents("memory://bucket/out")
+    sidecar = located("memory://bucket/out/shards/00000.jsonl")
+    lines = sidecar.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    sidecar.write_bytes(b"".join(lines[:-1]))
+    prepared(source, "memory://bucket/out")
+    assert contents("memory://bucket/out") == whole
 
 
 def test_a_disk_cache_of_remote_clips(source: Path, tmp_path: Path, storage: Storage) -> None:
