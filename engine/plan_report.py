@@ -231,9 +231,9 @@ def clips_per_core(path: Path, gpu: Gpu) -> float:
     Raises:
         ConfigError: It is something else.
     """
-    key = "stream_cpu_ms" if gpu.precision == "fp32" else "decode_cpu_ms"
+    key = "files" if gpu.precision == "fp32" else "files decode"
     try:
-        return 1e3 / float(json.loads(path.read_text())[0][key])
+        return 1e3 / float(json.loads(path.read_text())[0]["cpu_ms"][key])
     except OSError as error:
         raise ConfigError(f"--loader {path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
