@@ -98,12 +98,10 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
 def _finetune(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
     from ssast.engine.finetune import finetune
-    from ssast.engine.finetune_data import finetune_settings
-    from ssast.engine.folds import cross_validate
+    from ssast.engine.folds import are_asked_for, cross_validate
 
     config = load_config(options.config, options.overrides)
-    many = finetune_settings(config).folds is not None and config.data.train is None
-    train = cross_validate if many else finetune
+    train = cross_validate if are_asked_for(config, options.overrides) else finetune
     stopped = train(config, options.checkpoint, resume=options.resume)
     return 128 + stopped if stopped else 0
 

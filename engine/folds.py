@@ -7,7 +7,7 @@ runs/esc50_patch/
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,27 @@ def find_folds(folder: str | Path) -> list[Fold]:
             "them; or set data.train for a single run"
         )
     return [Fold(n, paths[f"train_{n}"], paths[f"eval_{n}"]) for n in sorted(numbers)]
+
+
+def are_asked_for(config: Config, overrides: Iterable[str] = ()) -> bool:
+    """Whether a configuration means cross-validation, not a single run.
+
+    Args:
+        config: With both, the folds of a recipe give way to ``data.train``.
+        overrides: What was set on the command line, ``section.key=value``: folds that are named
+            there do not.
+
+    Raises:
+        ConfigError: Both were named there.
+    """
+    if finetune_settings(config).folds is None:
+        return False
+    named = {override.partition("=")[0].strip() for override in overrides}
+    if "finetune.folds" not in named:
+        return config.data.train is None
+    if "data.train" in named and config.data.train is not None:
+        raise ConfigError("finetune.folds and data.train exclude each other: set one of them")
+    return True
 
 
 def cross_validate(

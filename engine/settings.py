@@ -238,8 +238,8 @@ class Finetune:
 
     folds: str | None = None
     """A folder with train_1.json, eval_1.json, train_2.json, ..., as ``ssast data manifests``
-    writes it of ESC-50 and IEMOCAP: cross-validation, a run for each fold. Not looked at where
-    ``data.train`` is given."""
+    writes it of ESC-50 and IEMOCAP: cross-validation, a run for each fold. Those of a recipe
+    give way to ``data.train``."""
 
     fold_role: Literal["test", "valid"] = "test"
     """What the eval manifest of a fold is: test clips, looked at once, while a share of the

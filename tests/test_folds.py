@@ -11,7 +11,7 @@ from runs import call, lines, stop_at
 from ssast.engine.cli import main
 from ssast.engine.config import ConfigError, load_config
 from ssast.engine.finetune_data import finetune_settings
-from ssast.engine.folds import cross_validate, find_folds, fold_config
+from ssast.engine.folds import are_asked_for, cross_validate, find_folds, fold_config
 from ssast.engine.report import read_predictions
 from ssast.pipelines.batch import DataError
 
@@ -113,6 +113,22 @@ def test_a_fold_is_looked_at_once_or_chosen_on(recipe, folds):
     chosen = fold_config(load_config(recipe), fold)
     assert chosen.data.valid == str(folds / "eval_1.json")
     assert finetune_settings(chosen).test is None
+
+
+def test_folds_or_a_single_run(recipe, folds, tmp_path):
+    """What is named on the command line goes before what a recipe names."""
+    single = tmp_path / "single.yaml"
+    single.write_text("data: {train: a.json}\nfinetune: {}\n")
+    for path, overrides, many in (
+        (recipe, [], True),
+        (recipe, ["data.train=a.json"], False),
+        (single, [], False),
+        (single, [f"finetune.folds={folds}"], True),
+    ):
+        assert are_asked_for(load_config(path, overrides), overrides) == many
+    both = [f"finetune.folds={folds}", "data.train=a.json"]
+    with pytest.raises(ConfigError, match=r"finetune\.folds and data\.train exclude each other"):
+        are_asked_for(load_config(single, both), both)
 
 
 def test_the_published_recipes_have_five_folds():
