@@ -45,9 +45,11 @@ class Storage:
         self.asked[request] += 1
         if self.together is not None:
             self.together.wait(timeout=20)
+        now = False
         if request == "put" and self.fails_at is not None:
             self.fails_at -= 1
-        if self.fails > 0 or self.fails_at == -1:
+            now = self.fails_at == -1
+        if now or self.fails > 0:
             self.fails -= 1
             raise RuntimeError("503 slow down")  # no OSError, as of many libraries
 
@@ -110,11 +112,14 @@ def test_the_same_bytes_as_on_a_disk(source: Path, tmp_path: Path) -> None:
 
 def test_goes_on_after_a_failure(source: Path, tmp_path: Path, storage: Storage) -> None:
     whole = prepared(source, tmp_path / "out")
-    for storage.fails_at in (0, 3, 2):
+    for storage.fails_at in (0, 3, 1, 2):
         with pytest.raises(DataError, match=r"preparing the data failed: .*503 slow down"):
             prepared(source, "memory://bucket/out")
         with pytest.raises(DataError, match="not there, or no prepared shards"):
             read_manifest("memory://bucket/out")
+        there = contents("memory://bucket/out")
+        sidecars = [name for name in there if name.endswith(".jsonl")]
+        assert all(name.replace(".jsonl", ".tar") in there for name in sidecars)
     before, storage.fails_at = storage.asked["put"], None
     assert prepared(source, "memory://bucket/out") == whole
     assert contents("memory://bucket/out") == contents(tmp_path / "out")
@@ -124,8 +129,14 @@ def test_goes_on_after_a_failure(source: Path, tmp_path: Path, storage: Storage)
     assert storage.asked["put"] - before == 4  # the lists alone
 
 
-def test_other_settings_leave_nothing_old(source: Path, tmp_path: Path) -> None:
+def test_other_settings_leave_nothing_old(source: Path, tmp_path: Path, storage: Storage) -> None:
     prepared(source, "memory://bucket/out", shard_mib=0.01)
+    storage.fails_at = 5
+    with pytest.raises(DataError, match="503 slow down"):
+        prepared(source, "memory://bucket/out", shard_mib=0.01, codec="wav")
+    storage.fails_at = None
+    with pytest.raises(DataError, match="not there, or no prepared shards"):  # half of it is
+        read_manifest("memory://bucket/out")
     prepared(source, "memory://bucket/out", shard_mib=1.0, codec="wav")
     prepared(source, tmp_path / "out", shard_mib=1.0, codec="wav")
     assert contents("memory://bucket/out") == contents(tmp_path / "out")
