@@ -64,7 +64,8 @@ def try_out(
     Args:
         config: Of one process; ``train.batch_size`` is that process's. Reads clips where
             ``data.train`` is set.
-        seconds: For the steps that count; at least three are taken all the same.
+        seconds: For the steps that count; at least three, or two steps in all if they are long,
+            are taken all the same.
         max_steps: Steps that count, at most.
         num_threads: Of PyTorch; its own choice if None.
         attention: A backend of :mod:`ssast.kernels.attention`; the fastest if None.
@@ -170,12 +171,16 @@ def _measure(config: Config, world: Any, task: dict[str, Any]) -> Trial:
                 block.compile()
         steps_s: list[float] = []
         least_s = float("inf")
+        start = time.perf_counter()
         deadline = float("inf")
-        while len(steps_s) < WARM_UP + task["max_steps"] and (
-            len(steps_s) < WARM_UP + 3 or time.perf_counter() < deadline
-        ):
+        while len(steps_s) < WARM_UP + task["max_steps"]:
+            now = time.perf_counter()
             if len(steps_s) == WARM_UP:
-                deadline = time.perf_counter() + task["seconds"]
+                deadline = now + task["seconds"]
+            if len(steps_s) >= WARM_UP + 3 and now > deadline:
+                break
+            if len(steps_s) >= 2 and now > start + 2 * task["seconds"]:  # long ones, of which
+                break  # the first are hardly longer than the others
             begin, cpu_s = time.perf_counter(), time.process_time()
             for _ in range(train.accumulate):
                 engine.backward(loss_of(engine, next(batches)))
@@ -184,9 +189,9 @@ def _measure(config: Config, world: Any, task: dict[str, Any]) -> Trial:
                 torch.cuda.synchronize()
             steps_s.append(time.perf_counter() - begin)
             cpu_s = (time.process_time() - cpu_s) / torch.get_num_threads()
-            if len(steps_s) > WARM_UP:
+            if len(steps_s) > 1:
                 least_s = min(least_s, steps_s[-1] if cuda else cpu_s)
-        counted = steps_s[WARM_UP:]
+        counted = steps_s[WARM_UP:] or steps_s[-1:]
         step_s = statistics.median(counted)
         return Trial(
             "ok",

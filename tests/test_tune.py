@@ -67,6 +67,15 @@ def test_a_batch_that_does_not_fit_ends_nothing(config):
     assert "out of memory: cannot allocate" in format_results(results)
 
 
+def test_a_batch_that_takes_too_long_is_quartered(config):
+    def slow(candidate, **options):
+        batch = candidate.train.batch_size
+        ok = Trial("ok", step_s=1.0, clips_per_s=batch, memory_gib=1.0)
+        return ok if batch <= 2 else Trial("too slow", "no result within 48 s")
+
+    assert fastest(tune(config, run=slow)).config.train.batch_size == 2
+
+
 def test_blocks_are_computed_again_where_nothing_fits(config):
     run, _ = machine(overhead_s=0.01, fits=4)
     best = fastest(tune(config, run=run))
