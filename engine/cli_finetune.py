@@ -158,9 +158,10 @@ def _predict_windows(engine: Any, options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps(line))
             else:
-                place = f"{line['start_s']:.2f}-{line['end_s']:.2f} s" if "start_s" in line else ""
-                shown = _shown(line.get("reason"), line.get("classes", ()))
-                print(line["path"], place, shown, sep="  ", flush=True)
+                shown = [line["path"], _shown(line.get("reason"), line.get("classes", ()))]
+                if "start_s" in line:
+                    shown.insert(1, f"{line['start_s']:.2f}-{line['end_s']:.2f} s")
+                print(*shown, sep="  ", flush=True)
         if options.out is not None:
             found.append(timeline)
     if options.out is not None:

@@ -101,11 +101,16 @@ def _with_checkpoint(config: Config, checkpoint: str | Path | None, resume: bool
     """The configuration with where its weights are from."""
     settings = finetune_settings(config)
     name = settings.checkpoint if checkpoint is None else str(checkpoint)
-    stored = Path(config.run.folder or "", "config.yaml")
-    if name is None and resume and stored.is_file():
-        begun = load_config(stored).finetune
-        name = begun.checkpoint if begun is not None else None
+    if name is None and resume:
+        name = begun_from(Path(config.run.folder or ""))
     return replace(config, finetune=replace(settings, checkpoint=name))
+
+
+def begun_from(run: Path) -> str | None:
+    """The checkpoint that a run began from; None if from scratch, or if there is no run."""
+    stored = run / "config.yaml"
+    settings = load_config(stored).finetune if stored.is_file() else None
+    return None if settings is None else settings.checkpoint
 
 
 @dataclass(frozen=True)
@@ -332,18 +337,29 @@ def score_clips(
     audio = trained.config.audio
     logits = np.zeros((len(paths), len(trained.classes)))
     reasons: dict[int, str] = {}
-    with AudioStream(
-        paths,
-        fbank_spec(audio),
-        batch_size=min(BATCH, len(paths)),
-        epochs=1,
-        device=device,
-        max_rejected=1.0,
-        on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
-    ) as batches:
-        for batch in batches:
-            frames = batch.num_frames if audio.ignore_padding else None
-            found = classifier(batch.fbank, frames).double().cpu().numpy()
-            valid = batch.valid.cpu().numpy()
-            logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
+    size = min(BATCH, len(paths))
+    start = 0
+    while start < len(paths):
+        with AudioStream(
+            paths,
+            fbank_spec(audio),
+            batch_size=size,
+            start=start,
+            epochs=1,
+            device=device,
+            max_rejected=1.0,
+            on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
+        ) as batches:
+            try:
+                for batch in batches:
+                    start += size
+                    frames = batch.num_frames if audio.ignore_padding else None
+                    found = classifier(batch.fbank, frames).double().cpu().numpy()
+                    valid = batch.valid.cpu().numpy()
+                    logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
+            except DataError:
+                # A stream ends at a first batch without any sound; the next begins behind it.
+                start += size
+                if not reasons.keys() >= set(range(start - size, min(start, len(paths)))):
+                    raise
     return logits, reasons

@@ -16,9 +16,9 @@ import numpy as np
 
 from ssast.engine.checkpoint import CheckpointError, Checkpoints
 from ssast.engine.classifier_state import CHOSEN
-from ssast.engine.config import Config, ConfigError
+from ssast.engine.config import Config, ConfigError, load_config
 from ssast.engine.distributed import init_world, run_on_main
-from ssast.engine.finetune import finetune
+from ssast.engine.finetune import begun_from, finetune
 from ssast.engine.finetune_data import find_splits, finetune_settings
 from ssast.engine.report import PREDICTIONS, describe, draw_confusion, read_predictions
 from ssast.pipelines.batch import DataError
@@ -103,6 +103,9 @@ def cross_validate(
         raise ConfigError("finetune.folds and run.folder must both be set")
     run = Path(config.run.folder)
     folds = find_folds(settings.folds)
+    if checkpoint is None and settings.checkpoint is None and resume:
+        # Folds that have not begun shall begin from where the first did.
+        checkpoint = begun_from(run_of(run, folds[0].number))
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     for fold in folds:
         folder = run_of(run, fold.number)
@@ -119,7 +122,8 @@ def cross_validate(
         if stopped:
             return stopped
     split = settings.fold_role
-    run_on_main(lambda: write_folds(run, [fold.number for fold in folds], split, config), world)
+    numbers = [fold.number for fold in folds]
+    run_on_main(lambda: write_folds(run, numbers, split, settings.folds), world)
     return 0
 
 
@@ -144,14 +148,16 @@ def run_of(run: Path, number: int) -> Path:
     return run / f"fold_{number}"
 
 
-def write_folds(run: Path, numbers: Sequence[int], split: str, config: Config) -> dict[str, Any]:
+def write_folds(
+    run: Path, numbers: Sequence[int], split: str, source: str | None
+) -> dict[str, Any]:
     """Write report.md, metrics.json and confusion.png of runs that are finished.
 
     Args:
         run: Their common folder.
         numbers: Of the folds.
         split: ``test`` or ``valid``, where each run has the results on its fold.
-        config: Of all of them.
+        source: Where the manifests of the folds are, for the report.
 
     Returns:
         What metrics.json holds: ``folds`` (metrics by fold), ``mean`` and ``std`` (of a sample:
@@ -177,7 +183,9 @@ def write_folds(run: Path, numbers: Sequence[int], split: str, config: Config) -
         draw_confusion(run / "confusion.png", named, truth, classes)
     (run / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
     counts = {number: len(rows) for number, rows in clips.items()}
-    (run / "report.md").write_text(_report(run.name, config, counts, found), encoding="utf-8")
+    config = load_config(run_of(run, numbers[0]) / "config.yaml")
+    text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
+    (run / "report.md").write_text(text, encoding="utf-8")
     shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
     print(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}", flush=True)
     return found
@@ -191,14 +199,13 @@ def _classes(run: Path) -> list[str]:
     return Checkpoints.load(chosen, check=False)[1]["classes"]
 
 
-def _report(name: str, config: Config, counts: Mapping[int, int], found: Mapping[str, Any]) -> str:
+def _report(title: str, config: Config, counts: Mapping[int, int], found: Mapping[str, Any]) -> str:
     settings, names = finetune_settings(config), list(found["mean"])
     chosen_on = "the fold itself" if settings.fold_role == "valid" else "held-out training clips"
     lines = [
-        f"# {name}",
+        f"# {title}",
         "",
-        f"{describe(config)}, {len(counts)} folds of {settings.folds}, {settings.epochs} epochs "
-        f"each. Weights are chosen on {chosen_on}.",
+        f"{describe(config)}, {settings.epochs} epochs each. Weights are chosen on {chosen_on}.",
         "",
         "| fold | clips | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),

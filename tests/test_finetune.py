@@ -20,6 +20,7 @@ from golden_model import golden, pretraining_case
 from runs import call, environment, lines, stop_at
 from sounds import write_clips
 
+import ssast.engine.finetune
 from ssast.engine.checkpoint import CheckpointError, Checkpoints
 from ssast.engine.classifier_state import (
     CHOSEN,
@@ -377,6 +378,26 @@ def test_predict_and_evaluate_from_the_command_line(whole, splits, capsys):
     right = sum(line["classes"][0][0][-1] == line["path"].rpartition("/")[2][0]
                 for line in found[:-1])  # fmt: skip
     assert want["accuracy"] == pytest.approx(right / 9)
+
+
+@pytest.mark.parametrize("bad", [[0], [0, 1], [2, 3, 4], [0, 1, 2, 3, 4], [4]])
+def test_bad_files_stop_no_prediction(bad, whole, splits, tmp_path, monkeypatch):
+    """However many there are, and wherever; two at a time."""
+    monkeypatch.setattr(ssast.engine.finetune, "BATCH", 2)
+    engine = FinetuneEngine.from_checkpoint(whole[0])
+    good = sorted((splits["test"].parent / "test").glob("*.wav"))[:5]
+    want = engine.predict(good)
+    paths = [tmp_path / f"{i}.wav" if i in bad else path for i, path in enumerate(good)]
+    for i in bad[1:]:
+        paths[i].touch()
+    for i, found in enumerate(engine.predict(paths)):
+        assert (found.reason is not None) == (i in bad) == (not found.classes)
+        if i not in bad:
+            assert dict(found.classes) == pytest.approx(dict(want[i].classes), abs=1e-6)
+    if len(bad) == 5:
+        clips = manifest(tmp_path / "bad.json", paths, ["pitch0"] * 5)
+        with pytest.raises(DataError, match=r"bad\.json: none of its 5 clips can be read"):
+            engine.evaluate(clips)
 
 
 def test_a_trained_classifier_is_loaded_by_the_engine(whole, splits):
