@@ -89,7 +89,8 @@ class Data:
     """Where the clips are and how they are read."""
 
     train: str | None = None
-    """A manifest (JSON or CSV) or a folder of audio files."""
+    """A manifest (JSON or CSV), a folder of audio files or of prepared shards, or the URL of such
+    shards."""
 
     mix: Mapping[str, float] | None = setting(None, 1e-9, 1e9)
     """Several data sets instead of ``train``, each as it takes it, with the share of each:
