@@ -200,12 +200,31 @@ class StepProfiler:
 
 
 def communication_ms(trace: Path) -> float:
-    """Milliseconds in collectives, all steps together, of a trace in Chrome's format."""
+    """Milliseconds in collectives, all steps together, of a trace in Chrome's format.
+
+    Those of the device where there is one; else those of the host while a step is going on. What
+    goes on at the same time counts once.
+    """
     events = json.loads(trace.read_text())["traceEvents"]
-    found = [e for e in events if e.get("ph") == "X" and e["name"].startswith(_COMMUNICATION)]
+    complete = [e for e in events if e.get("ph") == "X"]
+    found = [e for e in complete if e["name"].startswith(_COMMUNICATION)]
     # The host's launch of a kernel bears the name of the collective too.
     kernels = [e for e in found if e.get("cat") == "kernel"]
-    return sum(e["dur"] for e in kernels or found) / 1e3
+    if kernels:
+        return _covered(kernels) / 1e3
+    steps = [e for e in complete if e["name"] in PARTS]
+    # Of both together, less than they cover one by one: that is what they share.
+    shared = _covered(found) + _covered(steps) - _covered(found + steps)
+    return shared / 1e3
+
+
+def _covered(events: list[dict[str, Any]]) -> float:
+    """Microseconds in which at least one of the events goes on."""
+    total, end = 0.0, float("-inf")
+    for begin, last in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        total += max(0.0, last - max(begin, end))
+        end = max(end, last)
+    return total
 
 
 def format_profile(table: dict[str, Any]) -> str:

@@ -139,7 +139,8 @@ def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
         ConfigError: None of them ran.
     """
     best = fastest(tried)
-    words = [f"# {format_line(best).strip()}", f"# as given: {format_line(tried[0]).strip()}"]
+    found, given = (" ".join(format_line(candidate).split()) for candidate in (best, tried[0]))
+    words = [f"# {found}", f"# as given: {given}"]
     if best.num_threads is not None and best.num_threads != _cores():
         words.append(f"# to be run with OMP_NUM_THREADS={best.num_threads}")
     if best.config.train.batch_size != config.train.batch_size:
@@ -174,12 +175,13 @@ def format_results(tried: list[Candidate]) -> str:
     """All of them, the fastest first."""
     best = fastest(tried)
     ranked = sorted(tried, key=lambda candidate: -candidate.rate)
-    gain = best.rate / tried[0].rate if tried[0].rate else float("inf")
+    given = tried[0].rate
+    gain = f"{best.rate / given:.2f} times as fast as given" if given else "as given it did not run"
     return "\n".join(
         [
             "fastest first:",
             *map(format_line, ranked),
-            f"chosen ({gain:.2f} times as fast as given):",
+            f"chosen ({gain}):",
             format_line(best),
         ]
     )
