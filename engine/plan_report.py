@@ -100,7 +100,7 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
     clips = wish.clips or float(train.steps) * train.batch_size
     global_batch = choice.batch * parts
     hours = clips / facts["clips_per_s"] / 3600
-    if clips < FEW_STEPS * global_batch:
+    if train.batch_size < global_batch and clips < FEW_STEPS * global_batch:
         reasons.append(
             f"only {math.ceil(clips / global_batch):,} steps: batches of {global_batch:,} clips "
             "learn less from each clip, so train on more of them, or on fewer devices"
@@ -108,7 +108,9 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
     on_cpu = gpu.precision == "fp32"
     per_core = wish.clips_per_core or CLIPS_PER_CORE["filterbank" if on_cpu else "decoded"]
     seconds = config.audio.num_frames / 100
-    reduced, gathered = wire_elements(parameters, choice.stage, train.accumulate)
+    reduced, gathered = 0.0, 0.0
+    if W > 1:
+        reduced, gathered = wire_elements(parameters, choice.stage, train.accumulate)
     e = element_bytes(gpu)
     return {
         "model": f"{config.model.size}, patch {list(config.model.patch)}",
@@ -271,7 +273,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"{1e3 * (wire['seconds'] - wire['exposed_seconds']):.1f} ms",
         f"  speed            {plan['clips_per_s']:,.0f} clips/s "
         f"({plan['clips_per_s_per_gpu']:,.1f} per GPU), MFU {plan['mfu']:.1%}",
-        f"  data             {data['cores']:,.0f} CPU cores ({data['cores_per_gpu']:.1f} per GPU), "
+        f"  data             {data['cores']:,.1f} CPU cores ({data['cores_per_gpu']:.1f} per GPU), "
         f"{data['read_gb_per_s']:.2f} GB/s read",
         f"  run              {plan['clips']:,.0f} clips, {plan['steps']:,} steps: "
         f"{_duration(plan['days'])}, {plan['gpu_hours']:,.1f} GPU hours"

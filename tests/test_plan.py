@@ -8,7 +8,7 @@ import torch
 
 from ssast.benchmarks.data_report import Result
 from ssast.engine import plan_order
-from ssast.engine.calibrate import fit, plain_cpu, write_gpu
+from ssast.engine.calibrate import calibrate, fit, plain_cpu, write_gpu
 from ssast.engine.cli import main
 from ssast.engine.config import ConfigError, load_config
 from ssast.engine.gpus import GPUS, Gpu, find_gpu, load_gpu
@@ -206,6 +206,14 @@ def test_shares_are_found_again_from_trials():
         assert expected(other, start, batch) != pytest.approx(expected(other, true, batch), rel=0.2)
 
 
+def test_a_machine_on_which_nothing_runs_is_not_calibrated():
+    def broken(config, **options):
+        return Trial("failed", "no compiler")
+
+    with pytest.raises(ConfigError, match="--calibrate: tiny_patch: failed: no compiler"):
+        calibrate(print, run=broken)
+
+
 def test_the_command_prints_a_plan(capsys, tmp_path):
     assert main(["plan", "base_patch", "--gpus", "64", "--gpu", "h100", "--price", "2"]) == 0
     text = capsys.readouterr().out
@@ -236,6 +244,10 @@ def test_a_batch_that_is_given_is_planned_with():
     assert plan["choice"]["train.batch_size"] == 512 and plan["choice"]["batch_per_gpu"] == 8
     plan = make_plan(load_config("base_patch"), replace(wish, batch=16, clips=1e6))
     assert plan["steps"] == 977 and plan["choice"]["train.batch_size"] == 1024
+    assert "only 977 steps" in " ".join(plan["reasons"])
+    alone = make_plan(load_config("base_patch"), Wish(gpus=1, gpu=load_gpu("h100"), clips=1e4))
+    assert alone["choice"]["train.batch_size"] == 24 and not alone["communication"]["reduced_gib"]
+    assert "steps" not in " ".join(alone["reasons"])
 
 
 @pytest.mark.parametrize(
