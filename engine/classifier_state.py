@@ -29,7 +29,11 @@ class Trained:
 
     classifier: Classifier
     classes: tuple[str, ...]
+    """Labels, in the order of the logits."""
+
     config: Config
+    names: tuple[str, ...]
+    """What people call them."""
 
 
 def load_initial(path: str | Path) -> tuple[SpectrogramTransformer, Config]:
@@ -166,7 +170,8 @@ def load_classifier(path: str | Path) -> Trained:
     classifier: Classifier = build_classifier(config, len(meta["classes"]))
     weights = {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
     classifier.load_state_dict(weights)
-    return Trained(classifier.eval(), tuple(meta["classes"]), config)
+    classes = tuple(meta["classes"])
+    return Trained(classifier.eval(), classes, config, tuple(meta.get("names", classes)))
 
 
 def with_model_of(config: Config, pretrained: Config) -> Config:

@@ -266,7 +266,8 @@ class FinetuneEngine:
     def predict(self, sources: Sequence[str | Path], top: int = 5) -> list[Prediction]:
         """The likeliest classes of files, of all files in folders, or of the clips of manifests.
 
-        Of a file that is longer than the model's input, the beginning counts.
+        They are given the names that people know them by. Of a file that is longer than the model's
+        input, the beginning counts.
 
         Raises:
             ConfigError: The classifier is not trained.
@@ -279,7 +280,7 @@ class FinetuneEngine:
         return [
             Prediction(str(path), (), reasons[row])
             if row in reasons
-            else Prediction(str(path), tuple(likeliest(scores[row], trained.classes, top)))
+            else Prediction(str(path), tuple(likeliest(scores[row], trained.names, top)))
             for row, path in enumerate(paths)
         ]
 

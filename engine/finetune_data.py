@@ -10,6 +10,7 @@ from ssast.engine.labels import (
     check_classes_are_learned,
     check_files_are_there,
     check_no_leakage,
+    class_names,
     class_weights,
     find_classes,
     hold_out,
@@ -28,6 +29,9 @@ class Splits:
     test: LabelledClips | None
     class_weights: np.ndarray | None = None
     """[C], factors of the classes in the loss."""
+
+    names: tuple[str, ...] = ()
+    """What people call the classes."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -107,4 +111,4 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
         )
     if not settings.allow_leakage:
         check_no_leakage(splits)
-    return Splits(train, valid, test, weights)
+    return Splits(train, valid, test, weights, class_names(classes, settings.labels))

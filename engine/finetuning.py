@@ -273,7 +273,8 @@ class Finetuning:
 
     def meta(self) -> dict[str, Any]:
         """The classes, and how many weights were averaged."""
-        return {"classes": list(self.splits.classes), "num_averaged": self._num_averaged}
+        classes = {"classes": list(self.splits.classes), "names": list(self.splits.names)}
+        return {**classes, "num_averaged": self._num_averaged}
 
     def finish(self, engine: TrainEngine, progress: Progress) -> None:
         """Keep the weights that did best on the held-out clips, then look at the test clips."""
@@ -304,7 +305,7 @@ class Finetuning:
                 if world.is_main:
                     write_split(run / split, clips, logits, read, values, self.settings.loss)
         if world.is_main:
-            facts = {"chosen": chosen, "values": results}
+            facts = {"names": list(self.splits.names), "chosen": chosen, "values": results}
             write_report(run / "report.md", config, self.splits, chosen, results)
             save_chosen(
                 run,

@@ -106,6 +106,20 @@ def find_classes(train: str, labels_csv: str | None) -> tuple[str, ...]:
     return names
 
 
+def class_names(classes: Sequence[str], table: str | Path | None) -> tuple[str, ...]:
+    """What people call the classes: as their table says, if that tells them apart.
+
+    Args:
+        classes: Labels, in their order.
+        table: A CSV of them, see :func:`find_classes`; without it labels are names.
+
+    Raises:
+        DataError: The table is wrong.
+    """
+    names = tuple(classes) if table is None else tuple(class_table(Path(table)).values())
+    return names if len(set(names)) == len(names) else tuple(classes)
+
+
 def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> LabelledClips:
     """The clips of a manifest with the numbers of their classes.
 

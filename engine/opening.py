@@ -9,6 +9,7 @@ from ssast.engine.classifier import Classifier
 from ssast.engine.classifier_state import Trained, is_classifier, load_classifier, model_of
 from ssast.engine.config import Config, ConfigError
 from ssast.engine.huggingface import import_huggingface
+from ssast.engine.labels import class_names
 from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.objective import MSPM
 from ssast.engine.pretrained import load_pretrained
@@ -137,7 +138,7 @@ def open_classifier(
         stride=opened.encoder.embed.stride, pooling=opened.model.pooling, loss=unsaid.loss or "ce"
     )
     config = Config(model=model_of(opened.encoder), audio=opened.audio, finetune=settings)
-    return Trained(opened.model, classes, config)
+    return Trained(opened.model, classes, config, class_names(classes, labels))
 
 
 def _open_published(path: Path, unsaid: Unsaid) -> Opened:

@@ -28,7 +28,7 @@ class Timeline:
 
     Attributes:
         path: Of the recording.
-        classes: C names.
+        classes: C names, as people call them.
         starts_s: [n] seconds.
         ends_s: [n] seconds.
         probabilities: [n, C].
@@ -148,7 +148,7 @@ def timeline(trained: Trained, path: Any, cutting: Windows, device: torch.device
     rate = spec.sample_rate_hz
     return Timeline(
         str(path),
-        trained.classes,
+        trained.names,
         np.array(starts) / rate,
         np.array(ends) / rate,
         probabilities(np.concatenate(logits), finetune_settings(trained.config).loss),

@@ -36,7 +36,7 @@ from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.finetune_data import find_splits
 from ssast.engine.finetuning import Finetuning, LossClassifier
 from ssast.engine.job import Workplace
-from ssast.engine.labels import LabelledClips, class_weights
+from ssast.engine.labels import LabelledClips, class_names, class_weights
 from ssast.pipelines.batch import DataError
 
 
@@ -294,6 +294,23 @@ def test_training_from_scratch(splits, tmp_path):
     assert engine.evaluate(splits["test"])["accuracy"] > 0.5
     assert "from scratch" in (tmp_path / "run" / "report.md").read_text()
     assert load_config(tmp_path / "run" / "config.yaml").finetune.checkpoint is None
+
+
+def test_people_read_names_not_labels(splits, tmp_path):
+    """Where there is a table of classes that tells them apart."""
+    table = tmp_path / "labels.csv"
+    head, rows = "index,mid,display_name\n", [f'{i},pitch{i},"Pitch, {i}"\n' for i in range(3)]
+    table.write_text(head + "".join(rows))
+    config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__epochs=1,
+                  finetune__labels=str(table))  # fmt: skip
+    assert finetune(config) == 0
+    trained = load_classifier(tmp_path / "run")
+    assert trained.classes == ("pitch0", "pitch1", "pitch2")
+    clip = splits["test"].parent / "test" / "0_0.wav"
+    (found,) = FinetuneEngine(config, trained=trained).predict([clip])
+    assert {name for name, _ in found.classes} == {"Pitch, 0", "Pitch, 1", "Pitch, 2"}
+    table.write_text(head + "".join(f"{i},pitch{i},same\n" for i in range(3)))
+    assert class_names(trained.classes, table) == trained.classes
 
 
 def test_a_run_remembers_its_checkpoint(whole, checkpoint, config_file, splits):

@@ -47,7 +47,9 @@ def published(classifier, tmp_path):
 @pytest.fixture
 def labels(tmp_path):
     table = tmp_path / "labels.csv"
-    table.write_text("index,mid,display_name\n" + "".join(f"{i},pitch{i},p\n" for i in range(3)))
+    table.write_text(
+        "index,mid,display_name\n" + "".join(f"{i},pitch{i},Pitch {i}\n" for i in range(3))
+    )
     return table
 
 
@@ -61,7 +63,7 @@ def test_a_published_file_predicts_and_is_evaluated(published, labels, tmp_path,
     assert main(["evaluate", str(published), str(clips), *arguments]) == 0
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
     right = [
-        line["classes"][0][0] == f"pitch{line['path'].rpartition('/')[2][0]}" for line in found
+        line["classes"][0][0] == f"Pitch {line['path'].rpartition('/')[2][0]}" for line in found
     ]
     assert float(shown["accuracy"]) == pytest.approx(np.mean(right), abs=1e-4)
 
