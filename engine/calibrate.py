@@ -152,4 +152,5 @@ def write_gpu(gpu: Gpu, path: Path) -> None:
         key: float(f"{value:.4g}") if isinstance(value, float) else value
         for key, value in dataclasses.asdict(gpu).items()
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(rounded, sort_keys=False))

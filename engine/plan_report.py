@@ -339,5 +339,6 @@ def draw_scaling(plan: dict[str, Any], path: Path) -> None:
         f"ZeRO stage {plan['choice']['train.zero_stage']}",
         fontsize=11,
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

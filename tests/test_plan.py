@@ -223,7 +223,7 @@ def test_the_command_prints_a_plan(capsys, tmp_path):
 
 
 def test_the_command_prints_json_and_draws(capsys, tmp_path):
-    picture = tmp_path / "scaling.png"
+    picture = tmp_path / "new" / "scaling.png"
     arguments = ["base_patch", "--gpus", "10000", "--gpu", "h100", "--png", picture, "--json"]
     assert main(["plan", *map(str, arguments)]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -268,7 +268,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
 
 
 def test_a_described_gpu(tmp_path):
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "new" / "mine.yaml"
     write_gpu(GPUS[0], path)
     assert load_gpu(str(path)) == GPUS[0]
     good = "name: x\npeak_tflops: 100\nmemory_gib: 40\nbandwidth_gb_s: 900\n"
