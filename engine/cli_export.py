@@ -32,9 +32,7 @@ def add_export_commands(commands: Any) -> None:
 
     command = commands.add_parser("embed", help="write embeddings of recordings")
     _add_model(command)
-    command.add_argument(
-        "source", metavar="SRC", type=Path, help="a manifest, a folder or an audio file"
-    )
+    command.add_argument("source", metavar="SRC", help="a manifest, a folder or an audio file")
     command.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help=".npy, with a .csv, or .parquet"
     )

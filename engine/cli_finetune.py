@@ -48,7 +48,7 @@ def add_finetune_commands(commands: Any) -> None:
         "evaluate", help="score a classifier, or the features of a model, on labelled clips"
     )
     _add_classifier(command)
-    command.add_argument("manifest", metavar="MANIFEST", type=Path, help="clips with labels")
+    command.add_argument("manifest", metavar="MANIFEST", help="clips with labels")
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="gets predictions.csv, metrics.json and pictures"
     )
@@ -129,7 +129,7 @@ def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.probe import format_scores, probe_model, write_scores
 
     opened = open_model(options.checkpoint, unsaid_of(options))
-    scores = probe_model(opened, options.manifest, options.train)
+    scores = probe_model(opened, Path(options.manifest), options.train)
     print(format_scores(scores))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

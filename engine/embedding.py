@@ -18,6 +18,7 @@ from ssast.engine.upstream import layer_states, over_time
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
+from ssast.pipelines.remote import located
 from ssast.pipelines.shards import ClipPaths
 
 Level = Literal["clip", "frame"]
@@ -137,7 +138,7 @@ def embed_recordings(
     out = Path(out)
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
-    paths = _paths(Path(source))
+    paths = _paths(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = opened.encoder.to(device).eval()
     columns = encoder.embed.grid[1]
@@ -211,7 +212,8 @@ def _embed(
     return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)
 
 
-def _paths(source: Path) -> ClipPaths:
-    if source.is_file() and source.suffix.lower() not in (".json", ".csv"):
-        return (str(source),)
-    return read_manifest(source).paths
+def _paths(source: str | Path) -> ClipPaths:
+    place = located(source)
+    if place.is_file() and place.suffix.lower() not in (".json", ".csv"):
+        return (str(place),)
+    return read_manifest(place).paths

@@ -35,6 +35,7 @@ from ssast.engine.timeline import Timeline, Windows, timeline
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
+from ssast.pipelines.remote import located
 
 BATCH = 32  # clips at a time outside of training
 
@@ -315,13 +316,16 @@ class FinetuneEngine:
 def find_files(sources: Sequence[str | Path]) -> list[Any]:
     """Files as they are; folders and manifests as the clips that they stand for.
 
+    A folder may be a URL, if it was prepared.
+
     Raises:
         DataError: A folder or a manifest is wrong, or nothing is named.
     """
     paths: list[Any] = []
-    for source in map(Path, sources):
-        if source.is_dir() or source.suffix.lower() in (".json", ".csv"):
-            paths += list(read_manifest(source).paths)
+    for source in sources:
+        place = located(source)
+        if place.is_dir() or place.suffix.lower() in (".json", ".csv"):
+            paths += list(read_manifest(place).paths)
         else:
             paths.append(str(source))
     if not paths:

@@ -32,7 +32,7 @@ from ssast.engine.classifier_state import (
 from ssast.engine.cli import main
 from ssast.engine.config import ConfigError, from_plain, load_config
 from ssast.engine.deepspeed_engine import TrainEngine
-from ssast.engine.finetune import FinetuneEngine, finetune
+from ssast.engine.finetune import FinetuneEngine, find_files, finetune
 from ssast.engine.finetune_data import find_splits
 from ssast.engine.finetuning import Finetuning, LossClassifier
 from ssast.engine.job import Workplace
@@ -395,6 +395,16 @@ def test_predict_and_evaluate_from_the_command_line(whole, splits, capsys):
     right = sum(line["classes"][0][0][-1] == line["path"].rpartition("/")[2][0]
                 for line in found[:-1])  # fmt: skip
     assert want["accuracy"] == pytest.approx(right / 9)
+
+
+def test_what_predict_is_given(splits, tmp_path):
+    folder = splits["test"].parent / "test"
+    clips = sorted(map(str, folder.glob("*.wav")))
+    assert find_files([folder]) == find_files([f"file://{folder}"]) == clips
+    assert find_files([splits["test"]]) == clips
+    assert find_files([clips[1], "none.wav"]) == [clips[1], "none.wav"]
+    with pytest.raises(DataError, match="no files: expected audio files"):
+        find_files([])
 
 
 @pytest.mark.parametrize("bad", [[0], [0, 1], [2, 3, 4], [0, 1, 2, 3, 4], [4]])
