@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,9 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return options.run(options)
-    except (ConfigError, DataError, CheckpointError, TrainingError, OSError, LostPeer) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
         print(f"ssast: error: {error}", file=sys.stderr)
-        return STUCK if isinstance(error, LostPeer) else USER_ERROR
+        return USER_ERROR
+    except LostPeer as error:
+        print(f"ssast: error: {error}", file=sys.stderr, flush=True)
+        os._exit(STUCK)  # leaving the group in order could wait for who is gone
     except KeyboardInterrupt:
         return 130
 
@@ -117,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_commands(commands)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
-    command.add_argument("what", choices=("kernels", "step", "data", "faults"))
+    command.add_argument(
+        "what", choices=("kernels", "step", "data", "faults", "reproduce", "results")
+    )
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
     command.set_defaults(run=_bench)
 

@@ -78,6 +78,8 @@ class Config:
         if self.finetune is not None:
             if data.mix is not None:
                 raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")
+            if self.train.spike is not None:
+                raise ConfigError("train.spike is for pretraining: fine-tuning goes by epochs")
             return
         if self.optim.schedule == "multistep":
             raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")

@@ -105,6 +105,15 @@ def test_mistakes_are_named_in_one_line(override, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_what_needs_the_other_kind_of_training_is_refused(tmp_path):
+    for text, override, message in (
+        ("{}", "optim.schedule=multistep", "multistep needs epochs"),
+        ("finetune: {}", "train.spike=20", "train.spike is for pretraining"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(write(tmp_path, text), [override])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a: [", "cannot be read as YAML"), ("- 1", "expected a mapping"), ("\x00", "cannot be read")],
