@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssast.engine.agreement import check_agreement, code_version
 from ssast.engine.checkpoint import Checkpoints
-from ssast.engine.config import Config, ConfigError, dump_config, to_plain
+from ssast.engine.config import Config, ConfigError, dump_config, from_plain, to_plain
 from ssast.engine.deepspeed_engine import TrainEngine
 from ssast.engine.distributed import (
     World,
@@ -272,7 +272,8 @@ def _open_run(
         )
     if found is not None:
         _, meta = Checkpoints.load(found, check=False)
-        old, new = meta["config"], to_plain(config)
+        # What an older version did not know had its default.
+        old, new = to_plain(from_plain(meta["config"])), to_plain(config)
         for section, key in fixed:
             before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
             if before != now:

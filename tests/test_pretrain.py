@@ -242,6 +242,19 @@ def test_resuming_refuses_other_clips(whole, config_file, data, tmp_path):
         pretrain(load(config_file, other, whole[0]), resume=True)
 
 
+def test_a_run_goes_on_that_does_not_know_a_setting(config_file, data, tmp_path):
+    config = load(config_file, data, tmp_path / "run", train__steps=4)
+    assert pretrain(config) == 0
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    tensors, meta = Checkpoints.load(checkpoints.latest())
+    del meta["config"]["objective"]["two_pass"], meta["config"]["profile"]
+    checkpoints.save({name: t.clone() for name, t in tensors.items()}, meta, step=4)
+    assert pretrain(load(config_file, data, tmp_path / "run", train__steps=6), resume=True) == 0
+    other = load(config_file, data, tmp_path / "run", train__steps=8, objective__two_pass=True)
+    with pytest.raises(ConfigError, match=r"objective\.two_pass was False when"):
+        pretrain(other, resume=True)
+
+
 def test_a_torn_checkpoint_is_passed_over(config_file, data, tmp_path):
     run = tmp_path / "run"
     assert pretrain(load(config_file, data, run, train__save_every=2, train__steps=4)) == 0
