@@ -1,15 +1,20 @@
 # make demo                    pretrain a tiny model on real recordings, in minutes, and see what came out
 # make demo DATA=/my/folder    the same on your own audio
+# make reproduce               check the method's claims at small scale; stop and go on at any time
+# make reproduce HOURS=3       in about so many hours (8)
 # make test                    run all checks and tests
 # make lint                    ruff and mypy alone
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup
+.PHONY: demo reproduce test lint setup
 
 demo: setup
 	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
+
+reproduce: setup
+	$(BIN)/ssast bench reproduce $(if $(HOURS),--hours $(HOURS))
 
 test: lint
 	$(BIN)/python -m pytest

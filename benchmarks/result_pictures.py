@@ -1,0 +1,123 @@
+"""Pictures of the results page."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[float, float]]
+
+
+def draw_gains(
+    path: Path, tasks: Mapping[str, Mapping[str, Sequence[float]]], chances: Mapping[str, float]
+) -> Path:
+    """Bars of accuracy by task and model, with the standard deviation over seeds.
+
+    Args:
+        path: Of the PNG.
+        tasks: Accuracies of each seed, by task and model.
+        chances: Of each task, a dashed line.
+    """
+    names = list(dict.fromkeys(name for models in tasks.values() for name in models))
+    figure, axis = plt.subplots(figsize=(2.5 + 2 * len(tasks), 4))
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        found = [(place, m[name]) for place, m in enumerate(tasks.values()) if name in m]
+        axis.bar(
+            [place + (number + 0.5) * width - 0.4 for place, _ in found],
+            [100 * statistics.mean(values) for _, values in found],
+            width,
+            yerr=[100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in found],
+            capsize=3,
+            color=_colour(name),
+            label=name,
+        )
+    for place, task in enumerate(tasks):
+        axis.hlines(100 * chances[task], place - 0.45, place + 0.45, "black", "--", lw=1)
+    axis.set_xticks(range(len(tasks)), list(tasks))
+    axis.set_ylabel("test accuracy, % (dashed: the largest class)")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Path:
+    """Accuracy on held-out clips over the epochs of fine-tuning: each seed thin, their mean thick.
+
+    Args:
+        path: Of the PNG.
+        tasks: (epoch, accuracy) of each seed, by task and model.
+    """
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), squeeze=False)
+    for axis, (task, models) in zip(axes.flat, tasks.items(), strict=True):
+        for name, curves in models.items():
+            for curve in curves:
+                axis.plot(*_percent(curve), color=_colour(name), lw=0.6, alpha=0.5)
+            mean = [
+                (points[0][0], statistics.mean(value for _, value in points))
+                for points in zip(*curves, strict=False)
+            ]
+            if mean:
+                axis.plot(*_percent(mean), color=_colour(name), lw=2, label=name)
+        _label(axis, task, "epoch", "accuracy on held-out clips, %")
+    axes.flat[0].legend(fontsize=8)
+    return _save(figure, path)
+
+
+def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Losses and accuracy on held-out clips over the steps of pretraining, a line a model.
+
+    Args:
+        path: Of the PNG.
+        logs: The lines of metrics.jsonl, by model.
+    """
+    panels = (
+        ("nce", "InfoNCE (nats)", 1),
+        ("mse", "reconstruction MSE", 1),
+        ("accuracy", "patches told apart, %", 100),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6))
+    for axis, (key, title, scale) in zip(axes, panels, strict=True):
+        for name, lines in logs.items():
+            points = [
+                (line["step"], scale * line[key])
+                for line in lines
+                if line["split"] == "valid" and key in line
+            ]
+            # The colour of a model is the same in all panels, also where it has no line.
+            axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, lw=1.5)
+        _label(axis, title, "step", "")
+    axes[0].legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _percent(curve: Curve) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [100 * y for _, y in curve]
+
+
+def _colour(name: str) -> str:
+    """Of the form of the patches; from scratch is paler."""
+    dark, pale = ("#b5482b", "#e9b9a6") if name.startswith("frame") else ("#2b5fb5", "#a9c2ea")
+    return pale if "scratch" in name else dark
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.grid(alpha=0.3)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
