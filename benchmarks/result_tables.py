@@ -73,7 +73,8 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
     columns = [f"{f}, {kind}" for f in FAMILIES for kind in ("scratch", "pretrained", "gain %")]
     lines = table(["task", "test clips", "chance", *columns], [*rows, row])
     lines += [
-        "The paper's, of base models (it gives 60.9 % for patches); from scratch there is a patch model alone:",
+        "The paper's, of base models (its own average is 60.9 %); from scratch there is a patch "
+        "model alone:",
         "",
     ]
     published = [

@@ -208,7 +208,7 @@ def _family(plan: Plan, model: Model) -> list[str]:
     """The form of the patches: a frame model's are as high as the spectrogram, 2 frames wide."""
     if model.family == "patch":
         return ["objective.mask=official"]
-    n_mels = load_config("demo", plan.overrides).audio.n_mels
+    n_mels = load_config("demo", [*plan.overrides, "objective.num_masked=2"]).audio.n_mels
     return [f"model.patch=[{n_mels}, 2]", "objective.mask=random"]
 
 

@@ -142,8 +142,8 @@ def test_a_test_clip_in_the_pretraining_is_refused(plan):
 def test_everything_once(plan, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ssast.benchmarks.reproduce.GROUPS", (GROUPS[0],))
     where = ["--out", str(tmp_path / "run"), "--docs", str(tmp_path / "docs")]
-    length = "--steps 8 --epochs 1 --seeds 1 --rates 1e-3 --tasks pitch".split()
-    command = ["--data", plan.data, *where, *length, "--set", *SMALL]
+    length = ["--steps", "8", "--epochs", "1", "--seeds", "1", "--rates", "1e-3"]
+    command = ["--data", plan.data, *where, *length, "--tasks", "pitch", "--set", *SMALL]
     assert main(command) == 0
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "| pitch: pitch | 8 | 50.0 |" in page
