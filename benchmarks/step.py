@@ -28,7 +28,7 @@ from ssast.benchmarks.baseline import (
 from ssast.engine.classifier_state import build_classifier
 from ssast.engine.config import Config, from_plain
 from ssast.engine.finetuning import LossClassifier
-from ssast.engine.flops import step_flops_per_clip
+from ssast.engine.flops import PEAK_SHAPE, step_flops_per_clip
 from ssast.engine.memory import keep_freed_memory
 from ssast.engine.objective import MSPM, mean_losses
 from ssast.engine.optim import build_optimizer
@@ -172,10 +172,6 @@ def _published_step(setting: Setting) -> Callable[[], None]:
         train_step(model, optimizer, *batch)
 
     return step
-
-
-# Of the matrix product that the peak is taken from: the base model's MLP, 19.3 GFLOP.
-PEAK_SHAPE = (4096, 768, 3072)
 
 
 def _work(connection: Connection, name: str, setting: Setting) -> None:

@@ -18,6 +18,7 @@ import yaml
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from ssast.engine.config import Config, ConfigError, load_config
+from ssast.engine.flops import PEAK_SHAPE
 from ssast.engine.gpus import Gpu, find_gpu
 from ssast.engine.plan import GIB, activations, count_parameters, element_bytes, memory, step_time
 from ssast.engine.trial import Trial, try_out
@@ -28,7 +29,6 @@ PROBES = (
     ("tiny_patch", 384, 150, 8),
     ("small_patch", 1024, 400, 4),
 )
-PEAK_SHAPE = (4096, 768, 3072)
 PRIOR = 0.05  # weight of what is usual, against one run
 
 

@@ -27,6 +27,7 @@ from ssast.engine.clips import fbank_spec
 from ssast.engine.config import Config, ConfigError, load_config
 from ssast.engine.finetune_data import find_splits, finetune_settings
 from ssast.engine.finetuning import Finetuning, steps_of_epochs
+from ssast.engine.job import run_folder
 from ssast.engine.labels import read_labelled
 from ssast.engine.metrics import classification_metrics, likeliest, probabilities
 from ssast.engine.opening import Unsaid, open_classifier
@@ -66,8 +67,7 @@ def finetune(
         CheckpointError: The pretrained weights do not fit, or a checkpoint cannot be written.
         TrainingError: Training diverged.
     """
-    if config.run.folder is None:
-        raise ConfigError("run.folder is not set")
+    run_folder(config)  # must be set, before anything is read
     config = _with_checkpoint(config, checkpoint, resume)
     settings = finetune_settings(config)
     pretrained = None

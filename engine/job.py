@@ -23,6 +23,17 @@ from ssast.pipelines.order import Weights, read_weights
 from ssast.pipelines.shards import ClipPaths
 
 
+def run_folder(config: Config) -> Path:
+    """Where a run's results go.
+
+    Raises:
+        ConfigError: It is not set.
+    """
+    if config.run.folder is None:
+        raise ConfigError("run.folder is not set")
+    return Path(config.run.folder)
+
+
 @dataclass(frozen=True)
 class Workplace:
     """What a job may use of its run."""
@@ -38,9 +49,7 @@ class Workplace:
     @property
     def folder(self) -> Path:
         """Of the run."""
-        if self.config.run.folder is None:
-            raise ConfigError("run.folder is not set")
-        return Path(self.config.run.folder)
+        return run_folder(self.config)
 
     def stream(
         self,

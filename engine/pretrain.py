@@ -10,7 +10,7 @@ from torch import Tensor
 from ssast.engine.clips import find_clips
 from ssast.engine.config import Config, ConfigError
 from ssast.engine.deepspeed_engine import TrainEngine
-from ssast.engine.job import Workplace
+from ssast.engine.job import Workplace, run_folder
 from ssast.engine.loop import Progress, validate
 from ssast.engine.objective import MSPM, mean_losses, with_masks
 from ssast.engine.optim import build_optimizer
@@ -36,8 +36,7 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         CheckpointError: A checkpoint cannot be written or read.
         TrainingError: Training diverged.
     """
-    if config.run.folder is None:
-        raise ConfigError("run.folder is not set")
+    run_folder(config)  # must be set, before anything is read
     if config.finetune is not None:
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"

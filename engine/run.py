@@ -4,12 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssast.engine.agreement import check_agreement, code_version
+from ssast.engine.building import build_engine, precision_of
 from ssast.engine.checkpoint import Checkpoints
 from ssast.engine.config import Config, ConfigError, dump_config, from_plain, to_plain
 from ssast.engine.deepspeed_engine import TrainEngine
@@ -22,7 +23,7 @@ from ssast.engine.distributed import (
 )
 from ssast.engine.flops import peak_flops, step_flops_per_clip
 from ssast.engine.guard import SkipLog
-from ssast.engine.job import Job, Workplace
+from ssast.engine.job import Job, Workplace, run_folder
 from ssast.engine.loop import Progress, Services, TrainingError, train
 from ssast.engine.memory import keep_freed_memory
 from ssast.engine.monitor import Monitor, environment
@@ -84,7 +85,7 @@ class _Run:
     ):
         self.config, self.world = config, world
         batch_size = micro_batch_size(config, world)
-        self.folder = Workplace(config, world, batch_size).folder
+        self.folder = run_folder(config)
         self.watchdog = Watchdog(
             config.train.timeout_s,
             self.folder / f"hung-rank{world.rank}.txt",
@@ -102,10 +103,7 @@ class _Run:
         )
         self.progress = Progress()
         self.rolled_back: Counter[Path] = Counter()
-        precision = config.train.precision
-        if precision == "auto":
-            precision = "bf16" if world.device.type == "cuda" else "fp32"
-        self.precision: Literal["bf16", "fp32"] = precision
+        self.precision = precision_of(config, world.device)
 
     def train(self, build: Callable[[Workplace], Job]) -> int:
         """Build everything else, go through the steps, finish; 0 or the signal that stopped it."""
@@ -114,7 +112,15 @@ class _Run:
             keep_freed_memory()
         torch.manual_seed(config.train.seed)
         self.job = job = build(self.place)
-        self.engine = engine = self._engine()
+        job.module.to(world.device)
+        self.engine = engine = build_engine(
+            config,
+            job.module,
+            job.encoder,
+            job.optimizer(),
+            world=world,
+            batch_size=self.place.batch_size,
+        )
         if self.found is not None:
             self.progress = _restore(engine, self.found, job)
         self.monitor = monitor = self._monitor()
@@ -144,27 +150,6 @@ class _Run:
             what = f"stopped by signal {stopped} after" if stopped else "finished"
             print(f"{what} step {self.progress.step} of {config.train.steps}: {run}", flush=True)
         return stopped
-
-    def _engine(self) -> TrainEngine:
-        config, job = self.config, self.job
-        job.module.to(self.world.device)
-        job.encoder.checkpoint_every = config.train.checkpoint_every
-        engine = TrainEngine(
-            job.module,
-            job.optimizer(),
-            world=self.world,
-            batch_size=self.place.batch_size,
-            accumulate=config.train.accumulate,
-            zero_stage=config.train.zero_stage,
-            precision=self.precision,
-            max_grad_norm=config.optim.max_grad_norm,
-            offload=config.train.offload,
-            reduce_dtype=config.train.reduce_dtype,
-        )
-        if config.train.compile:
-            for block in job.encoder.blocks:
-                block.compile()
-        return engine
 
     def _monitor(self) -> Monitor:
         """The logs, with what was chosen and why in their first lines."""

@@ -134,7 +134,7 @@ def _main() -> None:
 def _measure(config: Config, world: Any, task: dict[str, Any]) -> Trial:
     import torch
 
-    from ssast.engine.deepspeed_engine import TrainEngine
+    from ssast.engine.building import build_engine
     from ssast.engine.memory import keep_freed_memory
     from ssast.engine.monitor import peak_memory_gib
     from ssast.engine.optim import build_optimizer
@@ -145,30 +145,15 @@ def _measure(config: Config, world: Any, task: dict[str, Any]) -> Trial:
     cuda, train = world.device.type == "cuda", config.train
     if not cuda:
         keep_freed_memory()
-    precision = train.precision
-    if precision == "auto":
-        precision = "bf16" if cuda else "fp32"
     module, loss_of = _task(config, world.device)
     micro = train.batch_size // train.accumulate
     with _batches(config, micro, world) as batches:
         next(batches)
         base_gib = peak_memory_gib(world.device)
-        engine = TrainEngine(
-            module,
-            build_optimizer(module, config.optim),
-            world=world,
-            batch_size=micro,
-            accumulate=train.accumulate,
-            zero_stage=train.zero_stage,
-            precision=precision,
-            max_grad_norm=config.optim.max_grad_norm,
-            offload=train.offload,
-            reduce_dtype=train.reduce_dtype,
+        optimizer = build_optimizer(module, config.optim)
+        engine = build_engine(
+            config, module, module.encoder, optimizer, world=world, batch_size=micro
         )
-        module.encoder.checkpoint_every = train.checkpoint_every
-        if train.compile:
-            for block in module.encoder.blocks:
-                block.compile()
         steps_s: list[float] = []
         least_s = float("inf")
         start = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Worlds of one and of two ranks."""
+"""Worlds of one and of two ranks; clips and a configuration for small runs."""
 
 import pytest
 from rank_pool import RankPool
+from runs import make_data, write_config
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,14 @@ def world():
     close_world()
     yield init_world(timeout_s=60)
     close_world()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Overrides that point to a few clips, which no test may change."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))

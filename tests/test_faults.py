@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_jobs import small_files
-from runs import environment, lines, make_data, overrides, write_config
+from runs import environment, lines, overrides
 
 from ssast.benchmarks import faults
 from ssast.engine.agreement import code_version, odd_ranks
@@ -23,16 +23,6 @@ from ssast.engine.guard import SkipLog, SpikeGuard, culprits
 from ssast.engine.loop import TrainingError
 from ssast.engine.pretrain import Pretraining, pretrain
 from ssast.engine.saving import Saver
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from runs import call, environment, lines, make_data, overrides, stop_at, write_config
+from runs import call, environment, lines, make_data, overrides, stop_at
 
 from ssast.engine.checkpoint import Checkpoints
 from ssast.engine.config import ConfigError, dump_config, load_config
@@ -15,16 +15,6 @@ from ssast.engine.model import Block
 from ssast.engine.pretrain import pretrain
 from ssast.engine.pretrained import load_pretrained
 from ssast.pipelines.batch import DataError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
