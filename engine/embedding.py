@@ -15,6 +15,7 @@ from ssast.engine.clips import fbank_spec
 from ssast.engine.config import ConfigError
 from ssast.engine.opening import Opened
 from ssast.engine.upstream import layer_states, over_time
+from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
@@ -108,6 +109,7 @@ class ParquetRows:
         self._writer.close()
 
 
+@fast_matmul()
 @torch.no_grad()
 def embed_recordings(
     opened: Opened,

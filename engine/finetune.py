@@ -33,6 +33,7 @@ from ssast.engine.metrics import classification_metrics, likeliest, probabilitie
 from ssast.engine.opening import Unsaid, open_classifier
 from ssast.engine.run import run_training
 from ssast.engine.timeline import Timeline, Windows, timeline
+from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
@@ -333,6 +334,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
     return paths
 
 
+@fast_matmul()
 @torch.inference_mode()
 def score_clips(
     trained: Trained, paths: Sequence[Any], device: torch.device

@@ -30,6 +30,7 @@ from ssast.engine.objective import MSPM
 from ssast.engine.opening import Opened
 from ssast.engine.pretrained import load_pretrained
 from ssast.engine.settings import Audio
+from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.dali import AudioStream
 from ssast.pipelines.manifest import read_manifest
@@ -79,6 +80,7 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
     return MSPM(config).encoder.eval()
 
 
+@fast_matmul()
 @torch.no_grad()
 def features(
     encoder: SpectrogramTransformer, paths: ClipPaths, audio: Audio, device: torch.device

@@ -32,6 +32,7 @@ from ssast.engine.saving import Saver
 from ssast.engine.visualize import draw_curves
 from ssast.engine.watchdog import Watchdog
 from ssast.kernels.attention import attention_backend, attention_trials
+from ssast.kernels.matmul import fast_matmul, is_fast
 from ssast.pipelines.mix import fingerprint
 from ssast.pipelines.shards import ClipPaths
 
@@ -67,7 +68,7 @@ def run_training(
         LostPeer: Another process of the run is gone.
     """
     world = init_world(config.train.timeout_s)
-    with expecting_peers(world):
+    with expecting_peers(world), fast_matmul():
         return _Run(config, world, clips=clips, fixed=fixed, resume=resume).train(build)
 
 
@@ -159,6 +160,7 @@ class _Run:
             world,
             attention=attention_backend(world.device, dtype),
             precision=self.precision,
+            matmul="oneDNN" if is_fast() else "PyTorch's choice",
             fbank=config.data.fbank,
             code=code_version(),
         )
@@ -174,11 +176,12 @@ class _Run:
             flops_per_clip=step_flops_per_clip(config),
             peak_flops=peak_flops(facts["device"]) if world.device.type == "cuda" else None,
         )
+        products = "products by oneDNN, " if is_fast() else ""
         monitor.say(
             f"{config.model.size} with {config.model.patch[0]} x {config.model.patch[1]} patches, "
             f"{self.job.summary}; "
             f"{world.world_size} x {facts['device']}, {self.precision}, "
-            f"attention {facts['attention']}, ZeRO stage {config.train.zero_stage}"
+            f"{products}attention {facts['attention']}, ZeRO stage {config.train.zero_stage}"
         )
         for backend, objection in attention_trials(world.device, dtype).items():
             if objection:

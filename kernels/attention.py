@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssast.kernels.blocked_attention import blocked_attention
 from ssast.kernels.launch import architecture
+from ssast.kernels.matmul import is_fast
 
-Backend = Literal["flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "math", "sdpa"]
+Backend = Literal[
+    "flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "math", "sdpa", "blocked"
+]
 
 # In half precision by architecture, the fastest first; later ones are as the last.
 CANDIDATES: dict[int, tuple[Backend, ...]] = {
@@ -28,6 +32,7 @@ CANDIDATES: dict[int, tuple[Backend, ...]] = {
     100: ("cudnn", "flash-attn-2", "flash", "efficient", "math"),
 }
 IN_FULL_PRECISION: tuple[Backend, ...] = ("efficient", "math")
+UNTRIED = ("sdpa", "blocked")  # those of CPUs
 
 _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -73,10 +78,19 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = N
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None) -> Tensor:
     mask = None
     if keys is not None:
-        mask, padding = keys.real[:, None, None], ~keys.real[..., None, None]
-        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        mask, k, v = keys.real[:, None, None], _finite(k, keys), _finite(v, keys)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+
+
+def _finite(x: Tensor, keys: RealKeys) -> Tensor:
+    return x.masked_fill(~keys.real[..., None, None], 0)
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None) -> Tensor:
+    if keys is None:
+        return blocked_attention(q, k, v)
+    return blocked_attention(q, _finite(k, keys), _finite(v, keys), keys.real)
 
 
 def _flash_attn(
@@ -113,14 +127,24 @@ def run_backend(
         return _flash_attn(flash2.flash_attn_func, flash2.flash_attn_varlen_func, q, k, v, keys)
     if backend == "sdpa":
         return _sdpa(q, k, v, keys)
+    if backend == "blocked":
+        return _blocked(q, k, v, keys)
     with sdpa_kernel([_SDPA[backend]] if keys is None else _FOR_MASKS):
         return _sdpa(q, k, v, keys)
+
+
+def _products_are_fast(dtype: torch.dtype) -> bool:
+    """Whether a CPU's matrix products leave behind those inside PyTorch's attention."""
+    if dtype == torch.bfloat16:  # with AMX, PyTorch's attention has them as well
+        cpu = torch.cpu.get_capabilities()
+        return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_tile")
+    return dtype == torch.float32 and is_fast()
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
     """What may run there, the fastest first."""
     if device.type != "cuda":
-        return ("sdpa",)
+        return ("blocked",) if _products_are_fast(dtype) else ("sdpa",)
     if dtype not in (torch.bfloat16, torch.float16):
         return IN_FULL_PRECISION
     return CANDIDATES[max(a for a in CANDIDATES if a <= max(80, architecture(device)))]
@@ -161,7 +185,7 @@ def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, 
     """
     trials: dict[Backend, str] = {}
     for backend in candidates(device, dtype):
-        trials[backend] = "" if backend == "sdpa" else objection(backend, device, dtype)
+        trials[backend] = "" if backend in UNTRIED else objection(backend, device, dtype)
         if not trials[backend]:
             return trials
     raise RuntimeError(f"no attention works on {device} in {dtype}: {trials}")
@@ -170,7 +194,9 @@ def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, 
 @torch.compiler.assume_constant_result
 def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """What :func:`attention` uses for tensors of this device and dtype."""
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return candidates(device, dtype)[0]  # it depends on settings: nothing to remember
+    if not torch.cuda.is_available():
         return "math"  # shapes alone are asked for
     return next(reversed(attention_trials(device, dtype)))
 
@@ -188,4 +214,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None = None) -> 
     Returns:
         [B, L, H, D_h].
     """
+    if torch.compiler.is_exporting():  # a file for other programs has PyTorch's operations alone
+        return run_backend("sdpa", q, k, v, keys)
     return run_backend(attention_backend(q.device, q.dtype), q, k, v, keys)

@@ -1,0 +1,126 @@
+"""Attention on a CPU by batched matrix products, a few heads at a time.
+
+    P = softmax(q k^T / sqrt(D_h));  out = P v
+    dv = P^T g;  dS = P * (g v^T - rowsum(P * g v^T)) / sqrt(D_h);  dq = dS k;  dk = dS^T q
+
+PyTorch's own kernel for CPUs works on tiles of a head, with MKL's products. Where oneDNN's are far
+faster, whole heads are better: their scores stay in the cache from the first product to the last,
+and are computed again in the backward pass. Scores and softmax are float32 at least.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 20  # scores at a time, 4 MiB
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)  # [B * H, L, D_h], contiguous
+
+
+def _by_token(x: Tensor, like: Tensor) -> Tensor:
+    B, L, H, width = like.shape
+    return x.view(B, H, L, width).transpose(1, 2).contiguous()
+
+
+def _blocks(q: Tensor, k: Tensor) -> list[slice]:
+    """Of the first axis of q [B * H, L, D_h] and k."""
+    rows = max(1, BLOCK // max(1, q.shape[1] * k.shape[1]))
+    return [slice(i, min(i + rows, len(q))) for i in range(0, len(q), rows)]
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _buffer(q: Tensor, k: Tensor, blocks: list[slice], dtype: torch.dtype) -> Tensor:
+    rows = blocks[0].stop if blocks else 0
+    return q.new_empty(rows, q.shape[1], k.shape[1], dtype=dtype)
+
+
+def _probabilities(q: Tensor, k: Tensor, padding: Tensor | None, out: Tensor) -> Tensor:
+    scale = q.shape[2] ** -0.5
+    left, right = q.to(out.dtype), k.to(out.dtype).transpose(1, 2)
+    torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
+    if padding is not None:
+        out.masked_fill_(padding[:, None], float("-inf"))
+    return torch.softmax(out, 2, out=out).to(q.dtype)
+
+
+def _padding(real: Tensor | None, heads: int) -> Tensor | None:
+    return None if real is None else ~real.repeat_interleave(heads, 0)  # [B * H, L']
+
+
+def _rows(padding: Tensor | None, block: slice) -> Tensor | None:
+    return None if padding is None else padding[block]
+
+
+@torch.library.custom_op("ssast::blocked_attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    like, padding = q, _padding(real, q.shape[2])
+    q, k, v = map(_by_head, (q, k, v))
+    blocks, out = _blocks(q, k), torch.empty_like(q)
+    scores = _buffer(q, k, blocks, _precise(q))
+    for b in blocks:
+        P = _probabilities(q[b], k[b], _rows(padding, b), scores[: b.stop - b.start])
+        torch.bmm(P, v[b], out=out[b])
+    return _by_token(out, like)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("ssast::blocked_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, padding = q.shape[3] ** -0.5, _padding(real, q.shape[2])
+    queries, keys = q, k
+    grad, q, k, v = map(_by_head, (grad, q, k, v))
+    blocks = _blocks(q, k)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scores, dscores = (_buffer(q, k, blocks, dtype) for dtype in (_precise(q), q.dtype))
+    for b in blocks:
+        n = b.stop - b.start
+        P = _probabilities(q[b], k[b], _rows(padding, b), scores[:n])
+        torch.bmm(P.transpose(1, 2), grad[b], out=dv[b])
+        dS = torch.bmm(grad[b], v[b].transpose(1, 2), out=dscores[:n])
+        torch._softmax_backward_data(dS, P, 2, q.dtype, grad_input=dS)
+        torch.baddbmm(dq[b], dS, k[b], beta=0, alpha=scale, out=dq[b])
+        torch.baddbmm(dk[b], dS.transpose(1, 2), q[b], beta=0, alpha=scale, out=dk[b])
+    return _by_token(dq, queries), _by_token(dk, keys), _by_token(dv, keys)
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor):
+    return *_attention_backward(grad, *ctx.saved_tensors), None
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+    """Attention of every query to every key that counts.
+
+    Args:
+        q: [B, L, H, D_h] on a CPU.
+        k: [B, L', H, D_h].
+        v: [B, L', H, D_h].
+        real: [B, L'] bool, False for keys that do not count; what stands there must be finite.
+
+    Returns:
+        [B, L, H, D_h].
+    """
+    return _attention(q, k, v, real)
