@@ -25,11 +25,17 @@ def add_data_commands(commands: Any) -> None:
 
 def _add_demo(kinds: Any) -> None:
     command = kinds.add_parser("demo", help="16 kHz clips, a held-out split and labelled tasks")
-    command.add_argument(
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument(
         "--source", type=Path, metavar="DIR", help="a folder of your own audio instead"
     )
+    kind.add_argument(
+        "--sounds",
+        action="store_true",
+        help="800 MB of packages instead of 200: also sound events and drums, for make reproduce",
+    )
     command.add_argument(
-        "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="(data/demo)"
+        "--out", type=Path, metavar="DIR", help="(data/demo; with --sounds data/sounds)"
     )
     command.add_argument(
         "--cache", type=Path, default=PACKAGE_CACHE, metavar="DIR", help=f"default: {PACKAGE_CACHE}"
@@ -142,12 +148,15 @@ def _add_stats(kinds: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from ssast.pipelines.corpora import fetch_demo, prepare_folder
+    from ssast.pipelines.corpora import fetch_demo, fetch_sounds, prepare_folder
 
+    out = options.out or Path("data/sounds" if options.sounds else "data/demo")
     if options.source is not None:
-        prepare_folder(options.source, options.out)
+        prepare_folder(options.source, out)
+    elif options.sounds:
+        fetch_sounds(out, options.cache.expanduser())
     else:
-        fetch_demo(options.out, options.cache.expanduser())
+        fetch_demo(out, options.cache.expanduser())
     return 0
 
 

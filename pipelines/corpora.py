@@ -13,11 +13,11 @@ Both end as the same files in an output folder::
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ssast.pipelines.archives import ARCHIVES, members
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.convert import Clip, Recipe, name_hash
 from ssast.pipelines.decode import Item
@@ -45,6 +45,7 @@ from ssast.pipelines.prepare import (
     prepare,
 )
 from ssast.pipelines.publish import VALID_SHARE, Prepared, finished, publish
+from ssast.pipelines.sounds import STUDY_TASKS
 from ssast.pipelines.tasks import DEMO_TASKS, Label, Task
 
 DEMO_PACKAGES = (
@@ -55,9 +56,25 @@ DEMO_PACKAGES = (
     "fillets-ng-data-cs",
     "flight-of-the-amazon-queen",  # English dialogue, many speakers
 )
+SOUND_PACKAGES = (
+    *DEMO_PACKAGES,
+    "tuxpaint-stamps-default",  # animals and things; their descriptions in eleven languages
+    "hydrogen-drumkits",
+    "sonic-pi-samples",  # drums, instruments, noises
+    "qabcs-data",  # animals, instruments
+    "scratch",  # all kinds of sounds
+    "bucklespring-data",  # the keys of a keyboard
+    "lincity-ng-data",  # machines, vehicles
+    "minetest-data",  # steps, tools, doors
+    "ufoai-sound",  # steps, shots, screams, machines
+    "openarena-data",
+    "freedoom",
+    "lugaru-data",
+    "scorched3d-data",
+)
 # Game speech is as loud as it was left; the ends of many clips are digital silence.
 DEMO_RECIPE = Recipe(trim_db=60.0, level_rms=0.07)
-SYNTHESISED = re.compile(r"fillets-ng/sound/elk/")
+SYNTHESISED = re.compile(r"fillets-ng/sound/elk/|qabcs/abcs/\w+/sounds/|voices/festivoxmale/")
 DEMO_VERSION = 1  # raise it when names, tasks or splits change
 
 
@@ -68,6 +85,7 @@ def fetch_demo(
     jobs: int | None = None,
     progress: bool = True,
     packages: Sequence[str] = DEMO_PACKAGES,
+    tasks: Sequence[Task] = DEMO_TASKS,
     log: Callable[[str], None] = print,
 ) -> Prepared:
     """Downloads and prepares a few hours of real speech, with labelled tasks.
@@ -80,6 +98,7 @@ def fetch_demo(
         jobs: Threads; the number of usable cores by default.
         progress: Show progress bars.
         packages: Debian packages.
+        tasks: The labelled tasks.
         log: Gets one line for each package and task.
 
     Returns:
@@ -125,7 +144,27 @@ def fetch_demo(
                     future.cancel()
         if not versions:
             raise DataError(f"none of the demo's packages is in this distribution; {OWN_AUDIO}")
-        return publish(out, clips, rejected, DEMO_TASKS, settings, {"packages": versions}, log)
+        return publish(out, clips, rejected, tasks, settings, {"packages": versions}, log)
+
+
+def fetch_sounds(
+    out: Path,
+    cache: Path,
+    *,
+    jobs: int | None = None,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+) -> Prepared:
+    """Like :func:`fetch_demo`, with sounds of animals, things and drums, and tasks on them."""
+    return fetch_demo(
+        out,
+        cache,
+        jobs=jobs,
+        progress=progress,
+        packages=SOUND_PACKAGES,
+        tasks=STUDY_TASKS,
+        log=log,
+    )
 
 
 def convert_package(
@@ -174,24 +213,9 @@ def package_items(name: str, folder: Path) -> Iterator[Item]:
                 continue
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 yield Item(item_name, path, name)
-            elif file == "queen.1c":
-                for member, data in queen_members(path.read_bytes()):
+            elif path.suffix in ARCHIVES:
+                for member, data in members(path):
                     yield Item(f"{item_name}/{member}", data, name)
-
-
-def queen_members(archive: bytes) -> Iterator[tuple[str, bytes]]:
-    """Speech of Flight of the Amazon Queen: MP3 members (``*.SB``) of its one archive.
-
-    The archive opens with a 15 byte header and a table of 21 byte entries: name padded with zeros
-    (12 bytes), bundle (1), offset (4, big endian), size (4). The table ends where no name stands.
-    """
-    place = 15
-    while re.fullmatch(rb"[0-9A-Z_.$ ~\x00-]{12}", archive[place : place + 12]):
-        name = archive[place : place + 12].rstrip(b"\0").decode("ascii")
-        offset, size = struct.unpack(">II", archive[place + 13 : place + 21])
-        place += 21
-        if name.endswith(".SB"):
-            yield name, archive[offset : offset + size]
 
 
 def prepare_folder(

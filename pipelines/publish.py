@@ -110,6 +110,9 @@ def publish(
             log(f"task {task.name}: left out, too few labelled clips")
             continue
         held |= {clip.file for clip, _ in eval_part}
+        if task.first_part:
+            names = {clip.name for clip, _ in eval_part}
+            held |= {clip.file for clip in unique if clip.name in names}
         task_files[task.name] = []
         for kind, part in (("train", train_part), ("eval", eval_part)):
             file = f"tasks/{task.name}_{kind}.json"

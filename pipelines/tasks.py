@@ -6,7 +6,7 @@ utterance) in every evaluation clip.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +32,13 @@ SPEECH = (
         r"\2",
         r"fish-\4-\2",
         r"\1-\3\5",
+    ),
+    (
+        r"tuxpaint-stamps-default",
+        r"/stamps/(.+)_desc_(bg|ca|da|el|es|fr|be|ro|ru|nl|lt)\.ogg$",
+        r"\2",
+        r"tuxpaint-\2",
+        r"\1",
     ),
     (r"flight-of-the-amazon-queen", r"/(JOE\d+\w*)", "en", "queen-joe", r"\1"),
     (r"flight-of-the-amazon-queen", r"/([^/]+)$", "en", "", r"\1"),
@@ -62,6 +69,11 @@ class Task:
         min_clips: Classes with fewer clips are left out.
         max_clips: Clips of a class beyond this number are left out.
         min_s: Shorter clips are left out.
+        first_part: Of a recording that was cut, only the first clip is taken; the others of an
+            evaluated one are in no training data either.
+        held: The groups to evaluate on; by default they are drawn by their names.
+        even: Draw groups in each class until they have their share of its clips, for small classes.
+            No group may have clips of two classes.
     """
 
     name: str
@@ -70,6 +82,32 @@ class Task:
     min_clips: int = 40
     max_clips: int = 100
     min_s: float = 0.0
+    first_part: bool = False
+    held: frozenset[str] | None = None
+    even: bool = False
+
+    def takes(self, clip: Clip) -> bool:
+        """Whether a clip can be in the task, whatever its label."""
+        return clip.duration_s >= self.min_s and not (self.first_part and clip.part)
+
+    def groups_to_hold(self, labels: Sequence[Label]) -> set[str]:
+        """Which groups of a class are on the evaluation side.
+
+        Args:
+            labels: Of all its clips.
+        """
+        sizes = Counter(label.group for label in labels)
+        if self.held is not None:
+            return set(sizes) & self.held
+        if not self.even:
+            return {label.group for label in labels if is_held(label)}
+        chosen: set[str] = set()
+        room = EVAL_SHARE * len(labels)
+        for group in sorted(sizes, key=share_of):
+            if sizes[group] <= room:
+                chosen.add(group)
+                room -= sizes[group]
+        return chosen
 
 
 def syllable(name: str) -> tuple[str, str, str, str] | None:
@@ -152,7 +190,7 @@ def divide(
     """
     found: dict[str, list[tuple[Clip, Label]]] = defaultdict(list)
     for clip in clips:
-        label = task.label(clip.name) if clip.duration_s >= task.min_s else None
+        label = task.label(clip.name) if task.takes(clip) else None
         if label is not None:
             found[label.label].append((clip, label))
     train: list[tuple[Clip, str]] = []
@@ -161,8 +199,9 @@ def divide(
         if len(members) < task.min_clips:
             continue
         members = sorted(members, key=lambda m: share_of(m[0].file))[: task.max_clips]
-        held = [(clip, name) for clip, label in members if is_held(label)]
-        rest = [(clip, name) for clip, label in members if not is_held(label)]
+        groups = task.groups_to_hold([label for _, label in members])
+        held = [(clip, name) for clip, label in members if label.group in groups]
+        rest = [(clip, name) for clip, label in members if label.group not in groups]
         if held and rest:
             train += rest
             evaluation += held
@@ -172,7 +211,7 @@ def divide(
 
 
 def is_held(label: Label) -> bool:
-    """Whether a group is on the evaluation side."""
+    """Whether a group is drawn by its name for the evaluation side."""
     return share_of(label.group) < EVAL_SHARE
 
 

@@ -1,11 +1,11 @@
 """The demo from packages of our own making, a fake apt-get, and folders as users have them."""
 
-import io
+import itertools
 import json
 import os
 import shutil
-import struct
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import soundfile
 
 from ssast.pipelines import packages
 from ssast.pipelines.batch import DataError
-from ssast.pipelines.corpora import fetch_demo, prepare_folder, queen_members
+from ssast.pipelines.corpora import fetch_demo, fetch_sounds, prepare_folder
 from ssast.pipelines.manifest import read_manifest, write_manifest
 from ssast.pipelines.packages import licences, package_version
 
@@ -197,6 +197,39 @@ def test_the_folder_can_be_moved(tmp_path: Path, repo: Path) -> None:
     )
 
 
+LONG = "sound/explosion-barrel"  # one of those that are drawn for evaluation
+
+
+def fill_ufoai(share: Path) -> None:
+    save(share / "long.ogg", 8000, 25.0)
+    (share / "games/ufoai/base").mkdir(parents=True)
+    with zipfile.ZipFile(share / "games/ufoai/base/0snd.pk3", "w") as archive:
+        archive.write(share / "long.ogg", f"{LONG}.ogg")
+        for n, letters in enumerate(itertools.product("abcdefgh", repeat=2)):
+            save(share / "short.ogg", 7000 + n, 0.3)
+            kind = "explosion" if n % 2 else "creak"
+            archive.write(share / "short.ogg", f"sound/{kind}-{''.join(letters)}.ogg")
+    for path in share.glob("*.ogg"):
+        path.unlink()
+
+
+def test_sounds(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(repo, "ufoai-sound", fill_ufoai)
+    monkeypatch.setattr("ssast.pipelines.corpora.SOUND_PACKAGES", (*PACKAGES, "ufoai-sound"))
+    fetch_sounds(tmp_path / "out", tmp_path / "cache", progress=False, log=[].append)
+    lists = manifests(tmp_path / "out")
+    tasks = {name.rpartition("_")[0] for name in lists if "_" in name}
+    assert tasks == {"voice", "language", "events"}
+    held = set().union(*(lists[f"{name}_eval.json"] for name in tasks))
+    training = lists["train.json"] | lists["valid.json"]
+    assert not training & held
+    events = lists["events_train.json"] | lists["events_eval.json"]
+    assert len(events) == 2 * 32 + 1  # the first clip of the long one
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["num_held_for_tasks"] == len(held) + 2  # and its other two
+    assert not any("barrel" in path for path in training)
+
+
 def test_a_damaged_package_is_downloaded_again(tmp_path: Path, repo: Path) -> None:
     demo(tmp_path)
     expected = manifests(tmp_path / "out")
@@ -285,25 +318,6 @@ def test_an_interrupted_repair_is_not_taken_for_finished(
     assert not (tmp_path / "out/report.json").exists()
     demo(tmp_path)
     assert manifests(tmp_path / "out") == whole
-
-
-def queen_archive() -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, sound(0), 22050, format="MP3", subtype="MPEG_LAYER_III")
-    members = {"JOE1.SB": buffer.getvalue(), "PIC.LBM": b"picture", "A_B.SB": buffer.getvalue()}
-    place, table, data = 15 + 21 * len(members) + 2, b"", b""
-    for name, content in members.items():
-        entry = struct.pack(">12sBII", name.encode(), 1, place + len(data), len(content))
-        table += entry
-        data += content
-    return b"QTBLCEM10\0\0\0\1\1\2" + table + b"\x01\xff" + data
-
-
-def test_queen_archive() -> None:
-    members = dict(queen_members(queen_archive()))
-    assert list(members) == ["JOE1.SB", "A_B.SB"]
-    assert soundfile.info(io.BytesIO(members["A_B.SB"])).samplerate == 22050
-    assert list(queen_members(b"QTBLCEM10")) == []
 
 
 def test_licences() -> None:
