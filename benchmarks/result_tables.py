@@ -21,7 +21,7 @@ from ssast.benchmarks.study import ABLATIONS, BATCH, FAMILIES, MODELS, SHORT, Pl
 from ssast.engine.config import load_config
 from ssast.engine.labels import find_classes, read_labelled
 from ssast.engine.monitor import read_metrics
-from ssast.pipelines.tasks import DEMO_TASKS
+from ssast.pipelines.sounds import STUDY_TASKS
 
 PLUS_MINUS = " \N{PLUS-MINUS SIGN} "
 
@@ -51,7 +51,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def what(task: str) -> str:
     """A task in words."""
-    return next((known.what for known in DEMO_TASKS if known.name == task), task)
+    return next((known.what for known in STUDY_TASKS if known.name == task), task)
 
 
 def headline(plan: Plan, cells: Cells) -> list[str]:

@@ -244,8 +244,8 @@ def write_page(out: Path, docs: Path) -> Path:
         ]),
         ("## What this does not show", [
             "- Each model is pretrained once: the spread is that of fine-tuning.",
-            "- Held-out clips are drawn clip by clip, test clips by syllable or utterance: "
-            "the first are easier.",
+            "- Held-out clips are drawn clip by clip, test clips by syllable, utterance, "
+            "sound or drum kit: the first are easier.",
             "- The recordings are of a few voices and many channels: `voice` and `language` can in "
             "part be told from the channel.",
             "- Models, recordings and training are thousands of times smaller than the published "
