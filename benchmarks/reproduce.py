@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.write(options.out)
     write_atomically(options.out / "leaks.json", json.dumps(compared) + "\n")
     try:
-        Study(plan, options.out).run()
+        Study(plan, options.out).run(options.only or tuple(MODELS))
     except Stopped as stopped:
         print("run the same command again to go on; ssast bench results shows what is finished")
         return 128 + stopped.number
@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data", type=Path, help=f"a folder like that of ssast data demo --sounds, {DATA}"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(MODELS),
+        metavar="MODEL",
+        help="do these alone, so that several calls share the work and --out: %(choices)s",
     )
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs ({OUT})")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (docs)")
@@ -204,15 +211,15 @@ class Study:
     def __init__(self, plan: Plan, out: Path):
         self.plan, self.out = plan, out
 
-    def run(self) -> None:
-        """Everything.
+    def run(self, only: Sequence[str]) -> None:
+        """Everything about the models that are named.
 
         Raises:
             Stopped: By a signal.
             ConfigError, DataError, CheckpointError, TrainingError: A run failed; a fine-tuning that
                 diverges is passed over.
         """
-        for group in GROUPS:
+        for group in ([model for model in group if model.name in only] for group in GROUPS):
             for model in group:
                 if model.share:
                     self.pretrain(model)
@@ -237,7 +244,8 @@ class Study:
         for rate in rates:
             self.finetune(FineTuning(model, task, rate, seed))
         chosen = chosen_rate(self.plan, model, task, self.out)
-        assert chosen is not None, "the learning rates have been tried by now"
+        if chosen is None:
+            raise ConfigError(f"--only {model.name}: takes the learning rates of patch, finish it")
         run = FineTuning(model, task, chosen, seed)
         self.finetune(run)
         folder = run.folder(self.out)

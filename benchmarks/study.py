@@ -165,7 +165,7 @@ def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
         f"train.validate_every={max(1, math.ceil(steps / 20))}",
         f"train.save_every={max(1, min(500, steps // 4))}",
         "train.keep=1",
-        "optim.lr=5e-4",
+        "optim.lr=1e-3",
         f"optim.warmup_steps={min(1000, steps // 10)}",
         *_family(plan, model),
         *model.changes,

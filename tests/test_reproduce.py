@@ -9,7 +9,7 @@ import pytest
 from finetune_runs import make_sounds, manifest
 
 from ssast.benchmarks.outcomes import comparison, gains, gather, published_gain
-from ssast.benchmarks.reproduce import main
+from ssast.benchmarks.reproduce import Study, main
 from ssast.benchmarks.results import write_page
 from ssast.benchmarks.study import (
     GROUPS,
@@ -130,6 +130,18 @@ def test_gains_and_differences(plan, tmp_path):
     assert "**reproduced** (1 of 2 tasks are finished)" in page
 
 
+def test_the_work_is_shared(plan, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(Study, "pretrain", lambda self, model: done.append(model.name))
+    monkeypatch.setattr(Study, "score", lambda self, model, task, rates, seed: None)
+    study = Study(plan, tmp_path)
+    study.run(["frame", "frame-scratch", "short"])
+    assert done == ["frame", "short"]
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="--only short: takes the learning rates of patch"):
+        study.score(MODELS["short"], "pitch", (), 0)
+
+
 def test_a_test_clip_in_the_pretraining_is_refused(plan):
     assert check_no_leak(plan) == {"pretraining": 28, "test": 16}
     data = Path(plan.data)
@@ -153,5 +165,8 @@ def test_everything_once(plan, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["--data", plan.data, *where]) == 0  # nothing is run again, and the plan is kept
     assert "pretrain patch" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*where, "--only", "pach"])
+    assert "invalid choice: 'pach'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"plan.json has steps 8, got 9: go on without"):
         main(["--data", plan.data, *where, "--steps", "9"])
