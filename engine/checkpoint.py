@@ -79,7 +79,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             work.mkdir()
-            _write_files(work, tensors, {**meta, "step": step})
+            write_files(work, tensors, {**meta, "step": step})
             old = self.folder / f"{target.name}.old"
             if target.exists():  # never without a whole checkpoint, not even for a moment
                 os.rename(target, old)
@@ -214,8 +214,12 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
     return None
 
 
-def _write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """State, meta data and, last of all, the manifest; each flushed to the disk."""
+def write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """State, meta data and, last of all, the manifest; each flushed to the disk.
+
+    Raises:
+        OSError, safetensors.SafetensorError: One cannot be written.
+    """
     safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, folder / STATE)
     _flush(folder / STATE)
     _write_flushed(folder / META, json.dumps(meta, indent=1) + "\n")

@@ -10,6 +10,7 @@ FORMATS = {
     "hf": "a folder for transformers' from_pretrained",
     "onnx": "an ONNX file, for any number of clips",
     "pt2": "a file of torch.export, for any number of clips",
+    "weights": "of a pretraining run, what finetune --checkpoint needs: a folder, in float16",
 }
 
 
@@ -86,13 +87,22 @@ def _open(options: argparse.Namespace) -> Any:
 
 
 def _export(options: argparse.Namespace) -> int:
+    import torch
+
     from ssast.engine.config import ConfigError
     from ssast.engine.huggingface import export_huggingface
     from ssast.engine.model import SpectrogramTransformer
+    from ssast.engine.objective import MSPM
     from ssast.engine.portable import save_onnx, save_program
+    from ssast.engine.pretrained import export_weights
     from ssast.engine.published_state import save_published
 
     opened, out = _open(options), options.out
+    if options.to == "weights":
+        if not isinstance(opened.model, MSPM) or options.model.is_file():
+            raise ConfigError(f"{options.model}: expected a pretraining run for --to weights")
+        print(export_weights(options.model, out, torch.float16))
+        return 0
     if options.to == "published":
         if isinstance(opened.model, SpectrogramTransformer):
             raise ConfigError(f"{options.model}: an encoder alone has no published form")

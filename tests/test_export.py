@@ -49,6 +49,25 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def test_the_weights_of_a_run_alone(run, tmp_path, capsys):
+    out = tmp_path / "weights"
+    assert call(capsys, "export", run, "--to", "weights", out).strip() == str(out)
+    ours, theirs = open_model(run).model, open_model(out).model
+    assert open_model(out).audio == open_model(run).audio
+    for (name, wanted), got in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, wanted, rtol=2**-11, atol=2**-24, msg=name)
+    (out / "state.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"state.safetensors has 0 bytes, expected"):
+        open_model(out)
+
+
+def test_only_a_pretraining_has_weights_to_export(tuned, tmp_path, capsys):
+    arguments = ["export", str(tuned), "--to", "weights", str(tmp_path / "w"), *TUNED]
+    assert main(arguments) == 2
+    assert "tuned.pth: expected a pretraining run for --to weights" in capsys.readouterr().err
+
+
 @pytest.fixture
 def tuned(tmp_path) -> Path:
     """A published fine-tuned file."""
