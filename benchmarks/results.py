@@ -180,6 +180,19 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
     return found
 
 
+def stored_plan(out: Path) -> Plan:
+    """The plan of a folder of runs.
+
+    Raises:
+        ConfigError: There is none.
+        DataError: It is damaged.
+    """
+    plan = Plan.read(out)
+    if plan is None:
+        raise ConfigError(f"{out}: no runs of ssast bench reproduce there: plan.json is missing")
+    return plan
+
+
 def write_page(out: Path, docs: Path) -> Path:
     """Write results.md and its pictures.
 
@@ -194,9 +207,7 @@ def write_page(out: Path, docs: Path) -> Path:
         ConfigError: There are no runs.
         DataError: The plan or a manifest is damaged.
     """
-    plan = Plan.read(out)
-    if plan is None:
-        raise ConfigError(f"{out}: no runs of ssast bench reproduce there: plan.json is missing")
+    plan = stored_plan(out)
     cells = gather(plan, out)
     drawn = pictures(plan, out, cells, docs / "results")
     images = {

@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
     command.add_argument(
-        "what", choices=("kernels", "step", "data", "faults", "reproduce", "results")
+        "what", choices=("kernels", "step", "data", "faults", "reproduce", "results", "release")
     )
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
     command.set_defaults(run=_bench)
