@@ -9,9 +9,11 @@ import pytest
 from finetune_runs import make_sounds, manifest
 
 from ssast.benchmarks.outcomes import comparison, gains, gather, published_gain
+from ssast.benchmarks.release import main as release
 from ssast.benchmarks.reproduce import Study, main
 from ssast.benchmarks.results import write_page
 from ssast.benchmarks.study import (
+    FAMILIES,
     GROUPS,
     MODELS,
     FineTuning,
@@ -24,7 +26,10 @@ from ssast.benchmarks.study import (
     pretraining_config,
     steps_and_epochs,
 )
-from ssast.engine.config import ConfigError
+from ssast.engine.checkpoint import CheckpointError, Checkpoints
+from ssast.engine.config import ConfigError, to_plain
+from ssast.engine.objective import MSPM
+from ssast.engine.pretrained import load_pretrained
 from ssast.pipelines.batch import DataError
 from ssast.pipelines.manifest import write_manifest
 
@@ -148,6 +153,39 @@ def test_a_test_clip_in_the_pretraining_is_refused(plan):
     shutil.copy(data / "tone" / "eval" / "1_0.wav", data / "p" / "0_3.wav")
     with pytest.raises(DataError, match=r"tone_eval.json: .*1_0.wav is also in train.json or"):
         check_no_leak(plan)
+
+
+def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
+    plan.write(tmp_path)
+    made = {"hours": 1.25, "num_train": 24, "packages": {"tones": "1"}}
+    Path(plan.data, "report.json").write_text(json.dumps(made))
+    for family in FAMILIES:
+        config = pretraining_config(plan, MODELS[family], tmp_path)
+        state = MSPM(config).state_dict()
+        checkpoints = Checkpoints(tmp_path / "pretrain" / family / "checkpoints")
+        weights = {f"weight/{name}": value for name, value in state.items()}
+        checkpoints.save(weights, {"config": to_plain(config)}, step=plan.steps - 1)
+    command = ["--out", str(tmp_path), "--checkpoints", str(tmp_path / "released")]
+    with pytest.raises(CheckpointError, match="patch has 7 of 8 steps"):
+        release(command)
+    for family in FAMILIES:
+        checkpoints = Checkpoints(tmp_path / "pretrain" / family / "checkpoints")
+        tensors, meta = checkpoints.load(checkpoints.latest())
+        checkpoints.save(tensors, meta, step=plan.steps)
+        for rate in plan.rates:
+            fake(plan, tmp_path, family, "pitch", rate, 0, 0.5, 9)
+            fake(plan, tmp_path, f"{family}-scratch", "pitch", rate, 0, 0.5, 3)
+    assert release(command) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in paths] == ["tiny_patch", "tiny_frame"]
+    for path in paths:
+        text = (path / "README.md").read_text()
+        assert "| pitch: pitch | 50.0 | 30.0 | 90.0 |" in text
+        assert "8 steps of 24 clips" in text and "1.2 h of 24 clips" in text
+        model, config = load_pretrained(path)
+        number = sum(p.numel() for p in model.parameters())
+        assert f"{number / 1e6:.2f} M weights" in text
+        assert config.model.patch == ((16, 16) if path.name == "tiny_patch" else (128, 2))
 
 
 @pytest.mark.slow
