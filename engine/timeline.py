@@ -15,6 +15,7 @@ from ssast.engine.config import ConfigError
 from ssast.engine.finetune_data import finetune_settings
 from ssast.engine.metrics import likeliest, probabilities
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
+from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.convert import resampled, windows
 from ssast.pipelines.decode import Item, UnusableError, read_blocks
 
@@ -106,6 +107,7 @@ class Windows:
             before = window
 
 
+@fast_matmul()
 @torch.inference_mode()
 def timeline(trained: Trained, path: Any, cutting: Windows, device: torch.device) -> Timeline:
     """Classify the windows of a recording, which is read block by block.
