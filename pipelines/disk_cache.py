@@ -28,7 +28,7 @@ from ssast.pipelines.shards import ClipPath, ClipPaths, ShardClip
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the filterbank of the same clip comes out differently
+FORMAT = 2  # raise it when the filterbank of the same clip comes out differently
 TAIL = struct.Struct("<QI")  # samples of the clip, checksum of the filterbank
 FREE_SHARE = 0.05  # of the disk that is left to others: checkpoints must fit as well
 
