@@ -129,7 +129,7 @@ class DecodedStream:
             prefetch_queue_depth=PREFETCH,
         )
         with self.pipeline:
-            self.pipeline.set_outputs(*decoded_clips(self.source, spec))
+            self.pipeline.set_outputs(*decoded_clips(self.source))
         self.pipeline.build()
 
     def __next__(self) -> None:

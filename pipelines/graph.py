@@ -68,7 +68,7 @@ class FbankThreads:
         torch.set_num_threads(num_torch_threads)
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Filterbanks of up to B waveforms [S_b] float32, their means removed.
+        """Filterbanks of up to B waveforms [S_b] float32.
 
         Returns:
             Arrays [T, F] float32, which are valid until the next call.
@@ -136,7 +136,7 @@ def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str)
     """The filterbank in stock DALI operators.
 
     Args:
-        waveform: [S] float32 on ``device``, the mean removed.
+        waveform: [S] float32 on ``device``.
         num_samples: [1] int32 on the CPU, S.
         spec: Filterbank settings.
         device: "cpu" or "gpu".
@@ -146,8 +146,7 @@ def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str)
     """
     window, hop, frames = spec.window, spec.hop, spec.num_frames
     whole, rest = divmod(window, hop)
-    padded = fn.pad(waveform, axes=[0], shape=[(frames + whole) * hop])
-    rows = fn.reshape(padded, shape=[frames + whole, hop])
+    rows = fn.reshape(_cut_or_padded(waveform, (frames + whole) * hop), shape=[frames + whole, hop])
     parts = [fn.slice(rows, [k, 0], [frames, hop], axes=[0, 1]) for k in range(whole)]
     if rest:
         parts.append(fn.slice(rows, [whole, 0], [frames, rest], axes=[0, 1]))
@@ -176,16 +175,15 @@ def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str)
 
 
 def decoded_clips(
-    source: Callable[..., tuple[list[np.ndarray], list[np.ndarray]]], spec: FbankSpec
+    source: Callable[..., tuple[list[np.ndarray], list[np.ndarray]]],
 ) -> tuple[Node, Node]:
     """The part of the graph that runs on a CPU in any case.
 
     Args:
         source: See :func:`build_pipeline`.
-        spec: Filterbank settings.
 
     Returns:
-        Waveforms [S] float32, of the part that counts, and labels [3] int64.
+        Waveforms [S] float32 and labels [3] int64.
     """
     encoded, labels = fn.external_source(
         source=source,
@@ -196,10 +194,12 @@ def decoded_clips(
         ndim=[1, 1],
     )
     waveform, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
-    waveform = fn.slice(
-        waveform, 0, spec.num_samples, axes=[0], out_of_bounds_policy="trim_to_shape"
-    )
     return waveform, labels
+
+
+def _cut_or_padded(waveform: Node, num_samples: int) -> Node:
+    """[S] to [num_samples]."""
+    return fn.slice(waveform, 0, num_samples, axes=[0], out_of_bounds_policy="pad")
 
 
 def build_pipeline(
@@ -222,7 +222,7 @@ def build_pipeline(
         device_id: GPU that the outputs shall be on; None for a pipeline without one.
         features: Threads that compute filterbanks on the CPU, in a pipeline without a GPU;
             "dali": stock operators, on the GPU if there is one; "waveform": none, the samples
-            are padded to ``spec.num_samples``.
+            are cut or padded to ``spec.num_samples``.
 
     Returns:
         A pipeline with three outputs: features [T, F] float32 or waveform [S] float32; samples
@@ -235,15 +235,15 @@ def build_pipeline(
         prefetch_queue_depth=PREFETCH,
     )
     with pipeline:
-        waveform, labels = decoded_clips(source, spec)
-        num_samples = waveform.shape(dtype=types.INT32)
+        # Of the clip's mean nothing is left once each window has lost its own: it may stay.
+        waveform, labels = decoded_clips(source)
+        num_samples = dali_math.min(waveform.shape(dtype=types.INT32), spec.num_samples)
         device = "cpu" if device_id is None else "gpu"
         waveform = waveform.gpu() if device == "gpu" else waveform
-        waveform = waveform - fn.reductions.mean(waveform)
         if features == "dali":
             output = kaldi_fbank(waveform, num_samples, spec, device)
         elif features == "waveform":
-            output = fn.pad(waveform, axes=[0], shape=[spec.num_samples])
+            output = _cut_or_padded(waveform, spec.num_samples)
         else:
             output = fn.python_function(waveform, function=features, batch_processing=True)
         pipeline.set_outputs(output, num_samples, labels)
