@@ -239,7 +239,9 @@ def build_pipeline(
         waveform, labels = decoded_clips(source)
         num_samples = dali_math.min(waveform.shape(dtype=types.INT32), spec.num_samples)
         device = "cpu" if device_id is None else "gpu"
-        waveform = waveform.gpu() if device == "gpu" else waveform
+        if device == "gpu":  # what will be cut need not travel
+            cut = {"axes": [0], "out_of_bounds_policy": "trim_to_shape"}
+            waveform = fn.slice(waveform, 0, spec.num_samples, **cut).gpu()
         if features == "dali":
             output = kaldi_fbank(waveform, num_samples, spec, device)
         elif features == "waveform":
