@@ -2,19 +2,23 @@
 # make demo DATA=/my/folder    the same on your own audio
 # make reproduce               check the method's claims at small scale; stop and go on at any time
 # make reproduce HOURS=3       in about so many hours (8)
+# make performance             measure the training step, the loader and short runs; writes docs/performance.md
 # make test                    run all checks and tests
 # make lint                    ruff and mypy alone
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo reproduce test lint setup
+.PHONY: demo reproduce performance test lint setup
 
 demo: setup
 	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
 
 reproduce: setup
 	$(BIN)/ssast bench reproduce $(if $(HOURS),--hours $(HOURS))
+
+performance: setup
+	$(BIN)/ssast bench performance
 
 test: lint
 	$(BIN)/python -m pytest

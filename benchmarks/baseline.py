@@ -35,10 +35,16 @@ def draw_published_mask(rows: int, columns: int, num_masked: int) -> list[int]:
     return sorted(set(ids))[:num_masked]
 
 
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of [B, H, L, D_h], with the probabilities in memory."""
+    scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
+    return scores.softmax(-1) @ v
+
+
 class _Attention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
-        self.num_heads, self.scale = num_heads, (embed_dim // num_heads) ** -0.5
+        self.num_heads, self.attend = num_heads, explicit_attention
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
@@ -46,9 +52,7 @@ class _Attention(nn.Module):
         B, L, D = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(2, 3)) * self.scale
-        x = attention.softmax(-1) @ v
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, L, D))
 
 
 class _Mlp(nn.Module):
@@ -147,12 +151,17 @@ class Baseline(nn.Module):
     def contrast(self, x: Tensor, mask_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """InfoNCE and its accuracy, means over the batch, from a pass of its own."""
         mask_ids = self.draw_masks(len(x)) if mask_ids is None else mask_ids
-        hidden, targets = self.encode(x, mask_ids)
+        return self.tell_apart(*self.encode(x, mask_ids), mask_ids)
+
+    def tell_apart(
+        self, hidden: Tensor, targets: Tensor, mask_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """InfoNCE and its accuracy from what :meth:`encode` gives."""
         B, M = mask_ids.shape
         predictions = torch.empty_like(targets)
         for i in range(B):
             predictions[i] = self.cpredlayer(hidden[i, mask_ids[i] + 2, :])
-        nce, correct = x.new_zeros(()), x.new_zeros(())
+        nce, correct = hidden.new_zeros(()), hidden.new_zeros(())
         for i in range(B):
             scores = targets[i] @ predictions[i].transpose(0, 1)
             correct += (scores.softmax(-1).argmax(0) == torch.arange(M)).sum()
@@ -162,9 +171,12 @@ class Baseline(nn.Module):
     def rebuild(self, x: Tensor, mask_ids: Tensor | None = None) -> Tensor:
         """The reconstruction loss, mean over the batch, from a pass of its own."""
         mask_ids = self.draw_masks(len(x)) if mask_ids is None else mask_ids
-        hidden, targets = self.encode(x, mask_ids)
+        return self.draw(*self.encode(x, mask_ids), mask_ids)
+
+    def draw(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
+        """The reconstruction loss from what :meth:`encode` gives."""
         predictions = torch.empty_like(targets)
-        for i in range(len(x)):
+        for i in range(len(hidden)):
             predictions[i] = self.gpredlayer(hidden[i, mask_ids[i] + 2, :])
         return torch.mean((predictions - targets) ** 2)
 

@@ -92,6 +92,11 @@ def write_shards(folder: Path, paths: Sequence[Path], kind: str) -> ShardIndex:
     return ShardIndex(folder / "shards").subset(np.array([row[path] for path in paths]))
 
 
+def spec_of(seconds: float) -> FbankSpec:
+    """Filterbank settings of clips of this length."""
+    return FbankSpec(num_frames=min(1024, num_frames(int(16000 * seconds), FbankSpec())))
+
+
 def cpu_s() -> float:
     """CPU seconds of this process and of its living children."""
     total = time.process_time()
@@ -271,14 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
 
     def add(paths: Sequence[Path], seconds: float) -> None:
-        spec = FbankSpec()
-        spec = FbankSpec(num_frames=min(1024, num_frames(int(16000 * seconds), spec)))
         with tempfile.TemporaryDirectory() as folder:
             kind = paths[0].suffix[1:]
             results.append(
                 measure(
                     paths,
-                    spec,
+                    spec_of(seconds),
                     batch_size=args.batch_size,
                     num_threads=args.threads,
                     rounds=args.rounds,

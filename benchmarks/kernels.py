@@ -262,7 +262,8 @@ def compile_kernels(
     ]
 
 
-def _facts(device: torch.device) -> dict[str, Any]:
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What a report says of the machine, the versions and the code."""
     facts = environment(World(0, 0, 1, "single", device))
     folder = Path(__file__).resolve().parents[1]
     found = subprocess.run(
@@ -272,6 +273,7 @@ def _facts(device: torch.device) -> dict[str, Any]:
     return {
         "device": facts["device"],
         "cuda": facts["cuda"],
+        "cores": facts["cores"],
         "threads": facts["threads"],
         **versions,
         "commit": found.stdout.strip() if found.returncode == 0 else None,
@@ -319,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = _facts(device)
+    facts = machine_facts(device)
 
     if args.aot:
         dtypes = [DTYPES[name] for name in args.dtypes or DTYPES]

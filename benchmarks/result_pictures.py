@@ -46,7 +46,7 @@ def draw_gains(
     axis.set_ylabel("test accuracy, % (dashed: the largest class)")
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Path:
@@ -69,7 +69,7 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
                 axis.plot(*_percent(mean), color=_colour(name), lw=2, label=name)
         _label(axis, task, "epoch", "accuracy on held-out clips, %")
     axes.flat[0].legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
@@ -96,7 +96,7 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, lw=1.5)
         _label(axis, title, "step", "")
     axes[0].legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _percent(curve: Curve) -> tuple[list[float], list[float]]:
@@ -116,7 +116,8 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG."""
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

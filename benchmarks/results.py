@@ -263,8 +263,12 @@ def write_page(out: Path, docs: Path) -> Path:
             "ones: a claim that is not seen here is not refuted.", "",
         ]),
     ]  # fmt: skip
+    return write_sections(docs / "results.md", sections)
+
+
+def write_sections(page: Path, sections: Iterable[tuple[str, Sequence[str]]]) -> Path:
+    """Write Markdown from headings and the lines below them; what has no lines is left out."""
     text = "\n".join(line for title, lines in sections if lines for line in (title, "", *lines))
-    page = docs / "results.md"
     write_atomically(page, text.rstrip() + "\n")
     return page
 

@@ -43,6 +43,10 @@ STATUSES = """exit status:
   128+n  stopped by signal n (INT 130, TERM 143, USR1 138) after saving: start again with --resume
 """
 USER_ERROR = 2
+BENCHMARKS = (
+    *("kernels", "step", "data", "faults"),
+    *("reproduce", "results", "release", "performance"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_commands(commands)
 
     command = commands.add_parser("bench", help="measure this machine", add_help=False)
-    command.add_argument(
-        "what", choices=("kernels", "step", "data", "faults", "reproduce", "results", "release")
-    )
+    command.add_argument("what", choices=BENCHMARKS)
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
     command.set_defaults(run=_bench)
 

@@ -53,11 +53,18 @@ class StepProfiler:
         world: This process's place.
         module: What is trained, with a :class:`SpectrogramTransformer` in it.
         say: Is given the table.
+        skipped: Steps before the recorded ones, at least 1.
     """
 
     def __init__(
-        self, config: Config, world: World, module: nn.Module, say: Callable[[str], None]
+        self,
+        config: Config,
+        world: World,
+        module: nn.Module,
+        say: Callable[[str], None],
+        skipped: int = SKIPPED,
     ) -> None:
+        self._skipped = skipped
         self._wanted = config.profile.steps if world.is_main else 0
         self._folder = Path(config.run.folder or ".") / "profile"
         self._module, self._say = module, say
@@ -76,7 +83,7 @@ class StepProfiler:
             self._profile = profile(
                 activities=activities,
                 schedule=schedule(
-                    skip_first=SKIPPED - 1, wait=0, warmup=1, active=self._wanted, repeat=1
+                    skip_first=self._skipped - 1, wait=0, warmup=1, active=self._wanted, repeat=1
                 ),
             )
             self._profile.start()
@@ -91,12 +98,14 @@ class StepProfiler:
         """Write what was recorded of a run that ended early."""
         if self._profile is None:
             return
-        recorded = self._done - SKIPPED
+        recorded = self._done - self._skipped
         if recorded > 0 and kind is None:
             self._finish(recorded)
         else:
             self._stop()
-            self._say(f"profile.steps: the run ended before step {SKIPPED + 1} of this process")
+            self._say(
+                f"profile.steps: the run ended before step {self._skipped + 1} of this process"
+            )
 
     def mark(self, part: str) -> None:
         """From here to the next mark is ``part``, one of :data:`PARTS`."""
@@ -111,14 +120,14 @@ class StepProfiler:
             self._stamp("between")
         self._done += 1
         self._profile.step()
-        if self._done == SKIPPED:
+        if self._done == self._skipped:
             self._watch_module()
-        if self._done == SKIPPED + self._wanted:
+        if self._done == self._skipped + self._wanted:
             self._finish(self._wanted)
 
     @property
     def _recording(self) -> bool:
-        return self._profile is not None and self._done >= SKIPPED
+        return self._profile is not None and self._done >= self._skipped
 
     def _stamp(self, part: str) -> None:
         self._close_range()
