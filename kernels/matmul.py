@@ -8,6 +8,7 @@ be rounded to bfloat16, and oneDNN then rounds where that is faster, which is wi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -47,9 +48,14 @@ def _may_be_used() -> bool:
         return is_exact()
 
 
+def _settings() -> Any:
+    backend: Any = torch.backends.mkldnn  # where torch puts its settings is hidden from mypy
+    return backend.matmul
+
+
 @contextmanager
 def _allowed() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings = _settings()
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -73,4 +79,4 @@ def fast_matmul() -> Iterator[bool]:
 
 def is_fast() -> bool:
     """Whether float32 products are oneDNN's now."""
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16" and _may_be_used()
+    return _settings().fp32_precision == "bf16" and _may_be_used()

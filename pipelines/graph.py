@@ -146,7 +146,7 @@ def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str)
     """
     window, hop, frames = spec.window, spec.hop, spec.num_frames
     whole, rest = divmod(window, hop)
-    rows = fn.reshape(_cut_or_padded(waveform, (frames + whole) * hop), shape=[frames + whole, hop])
+    rows = fn.reshape(_cut(waveform, (frames + whole) * hop, "pad"), shape=[frames + whole, hop])
     parts = [fn.slice(rows, [k, 0], [frames, hop], axes=[0, 1]) for k in range(whole)]
     if rest:
         parts.append(fn.slice(rows, [whole, 0], [frames, rest], axes=[0, 1]))
@@ -197,9 +197,9 @@ def decoded_clips(
     return waveform, labels
 
 
-def _cut_or_padded(waveform: Node, num_samples: int) -> Node:
-    """[S] to [num_samples]."""
-    return fn.slice(waveform, 0, num_samples, axes=[0], out_of_bounds_policy="pad")
+def _cut(waveform: Node, num_samples: int, shorter: Literal["pad", "trim_to_shape"]) -> Node:
+    """[S] to [num_samples]; a shorter one is padded or stays as short."""
+    return fn.slice(waveform, 0, num_samples, axes=[0], out_of_bounds_policy=shorter)
 
 
 def build_pipeline(
@@ -240,12 +240,11 @@ def build_pipeline(
         num_samples = dali_math.min(waveform.shape(dtype=types.INT32), spec.num_samples)
         device = "cpu" if device_id is None else "gpu"
         if device == "gpu":  # what will be cut need not travel
-            cut = {"axes": [0], "out_of_bounds_policy": "trim_to_shape"}
-            waveform = fn.slice(waveform, 0, spec.num_samples, **cut).gpu()
+            waveform = _cut(waveform, spec.num_samples, "trim_to_shape").gpu()
         if features == "dali":
             output = kaldi_fbank(waveform, num_samples, spec, device)
         elif features == "waveform":
-            output = _cut_or_padded(waveform, spec.num_samples)
+            output = _cut(waveform, spec.num_samples, "pad")
         else:
             output = fn.python_function(waveform, function=features, batch_processing=True)
         pipeline.set_outputs(output, num_samples, labels)
