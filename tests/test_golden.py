@@ -13,12 +13,25 @@ from ssast.engine.config import from_plain
 from ssast.engine.interop import published_name
 from ssast.engine.model import NUM_EXTRA_TOKENS, take
 from ssast.engine.objective import MSPM, mean_losses
+from ssast.kernels.matmul import fast_matmul
 
 KINDS = ["patch", "frame"]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 OBJECTIVES = {"nce": "discriminative", "mse": "generative", "joint": "joint"}
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "fast_matmul"])
+def products(request):
+    """PyTorch's own matrix products and attention; then those of a run on this CPU."""
+    if not request.param:
+        yield
+        return
+    with fast_matmul() as fast:
+        if not fast:
+            pytest.skip("PyTorch's own products are those of a run here")
+        yield
 
 
 def relative(dtype: torch.dtype, float32: float) -> float:
