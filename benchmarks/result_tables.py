@@ -176,7 +176,11 @@ def facts(plan: Plan, out: Path) -> list[str]:
     """What was trained, on what, where, for how long."""
     environments = [json.loads(p.read_text()) for p in sorted(out.glob("*/**/environment.json"))]
     machines = sorted(
-        {f"{e['device']}, {e['cores']} cores, {e['precision']}" for e in environments}
+        {
+            f"{e['device']}, {e['cores']} core{'s' if e['cores'] > 1 else ''} a process, "
+            f"{e['precision']}"
+            for e in environments
+        }
     )
     codes = sorted({str(e["code"]) for e in environments})
     metrics = [*out.glob("pretrain/*/metrics.jsonl"), *out.glob("finetune/*/*/*/metrics.jsonl")]

@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from ssast.engine.checkpoint import CheckpointError, Checkpoints, write_files
+from ssast.engine.checkpoint import META, STATE, CheckpointError, Checkpoints, write_files
 from ssast.engine.config import Config, from_plain, to_plain
 from ssast.engine.objective import MSPM
 
@@ -63,6 +63,8 @@ def export_weights(path: str | Path, folder: str | Path, dtype: torch.dtype) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, weights, {"config": to_plain(config), "step": meta["step"]})
+        # safetensors makes a file that nobody else may read.
+        (folder / STATE).chmod((folder / META).stat().st_mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     return folder
