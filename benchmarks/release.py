@@ -73,7 +73,8 @@ def card(plan: Plan, cells: Cells, family: str, config: Config, steps: int, path
         "without labels. It is small, and has heard little: a beginning for experiments with few "
         "clips, and a means to try the commands; not a substitute for the published models.",
         "",
-        f"    ssast finetune demo_finetune --checkpoint {path} data.train=mine.json",
+        f"    ssast finetune demo_finetune --checkpoint {path} "
+        f"'model.patch=[{model.patch[0]}, {model.patch[1]}]' data.train=mine.json",
         f"    ssast embed {path} /my/recordings --out x.npy",
         "",
         "## How it came about",
