@@ -14,9 +14,8 @@ from ssast.benchmarks.outcomes import Cells, gather
 from ssast.benchmarks.result_tables import chance_of, spread, table, what
 from ssast.benchmarks.results import OUT, stored_plan
 from ssast.benchmarks.study import BATCH, FAMILIES, Plan
-from ssast.engine.checkpoint import META, CheckpointError
-from ssast.engine.config import Config, from_plain
-from ssast.engine.pretrained import export_weights
+from ssast.engine.checkpoint import CheckpointError, Checkpoints
+from ssast.engine.pretrained import export_weights, find_checkpoint, load_pretrained
 from ssast.pipelines.manifest import write_atomically
 
 CHECKPOINTS = Path("checkpoints")
@@ -37,20 +36,20 @@ def release(out: Path, folder: Path) -> list[Path]:
     plan = stored_plan(out)
     cells, written = gather(plan, out), []
     for family in FAMILIES:
-        path = export_weights(
-            out / "pretrain" / family, folder / f"tiny_{family}", dtype=torch.float16
-        )
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        run = out / "pretrain" / family
+        _, meta = Checkpoints.load(find_checkpoint(run), check=False)
         if meta["step"] < plan.steps:
             raise CheckpointError(f"{out}: {family} has {meta['step']} of {plan.steps} steps")
-        text = card(plan, cells, family, from_plain(meta["config"]), meta["step"], path)
-        write_atomically(path / CARD, text)
+        path = export_weights(run, folder / f"tiny_{family}", dtype=torch.float16)
+        write_atomically(path / CARD, card(plan, cells, family, meta["step"], path))
         written.append(path)
     return written
 
 
-def card(plan: Plan, cells: Cells, family: str, config: Config, steps: int, path: Path) -> str:
+def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
     """What a user should know of the weights, in Markdown."""
+    weights, config = load_pretrained(path)
+    number = sum(p.numel() for p in weights.parameters()) / 1e6
     made = json.loads(Path(plan.data, "report.json").read_text(encoding="utf-8"))
     audio, model, objective = config.audio, config.model, config.objective
     patches = f"{model.patch[0]} mel bins x {model.patch[1]} frames"
@@ -68,7 +67,7 @@ def card(plan: Plan, cells: Cells, family: str, config: Config, steps: int, path
     lines = [
         f"# {model.size}, {family} model",
         "",
-        f"An audio spectrogram transformer ({model.size}: {num_weights(path):.2f} M weights, with "
+        f"An audio spectrogram transformer ({model.size}: {number:.2f} M weights, with "
         "both heads of its pretraining) pretrained with masked spectrogram patch modelling, "
         "without labels. It is small, and has heard little: a beginning for experiments with few "
         "clips, and a means to try the commands; not a substitute for the published models.",
@@ -111,15 +110,6 @@ def card(plan: Plan, cells: Cells, family: str, config: Config, steps: int, path
         "",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def num_weights(path: Path) -> float:
-    """Millions of weights in a folder of weights."""
-    from safetensors import safe_open
-
-    with safe_open(path / "state.safetensors", "pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-    return sum(torch.Size(shape).numel() for shape in shapes) / 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import safetensors
 import torch
 
 from ssast.engine.checkpoint import META, STATE, CheckpointError, Checkpoints, write_files
-from ssast.engine.config import Config, from_plain, to_plain
+from ssast.engine.config import Config, from_plain
 from ssast.engine.objective import MSPM
 
 
@@ -56,13 +56,12 @@ def export_weights(path: str | Path, folder: str | Path, dtype: torch.dtype) -> 
     Raises:
         CheckpointError: There is no whole checkpoint, or the folder cannot be written.
     """
-    model, config = load_pretrained(path)
-    _, meta = Checkpoints.load(find_checkpoint(Path(path)), check=False)
-    weights = {f"weight/{name}": value.to(dtype) for name, value in model.state_dict().items()}
+    tensors, meta = Checkpoints.load(find_checkpoint(Path(path)))
+    weights = {n: value.to(dtype) for n, value in tensors.items() if n.startswith("weight/")}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, weights, {"config": to_plain(config), "step": meta["step"]})
+        write_files(folder, weights, {key: meta[key] for key in ("config", "step")})
         # safetensors makes a file that nobody else may read.
         (folder / STATE).chmod((folder / META).stat().st_mode)
     except (OSError, safetensors.SafetensorError) as error:
