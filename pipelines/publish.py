@@ -80,6 +80,7 @@ def publish(
     facts: dict,
     log: Callable[[str], None],
     valid_share: float = VALID_SHARE,
+    unheard: Iterable[Clip] = (),
 ) -> Prepared:
     """Writes the manifests, and last the report that says that all is done.
 
@@ -92,6 +93,7 @@ def publish(
         facts: More for the report.
         log: Gets one line for each task and for the whole.
         valid_share: Share to hold out.
+        unheard: More clips that are for no pretraining, like those that tasks evaluate on.
 
     Raises:
         DataError: Fewer than two clips are left.
@@ -102,7 +104,7 @@ def publish(
     all_clips = list(clips)
     unique = without_duplicates(all_clips)
     shutil.rmtree(out / "tasks", ignore_errors=True)  # of another data set in this folder
-    held: set[str] = set()
+    held = {clip.file for clip in unheard}
     task_files: dict[str, list[str]] = {}
     for task in tasks:
         train_part, eval_part = divide(task, unique)
