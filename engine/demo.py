@@ -4,12 +4,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssast.engine.config import load_config
+from ssast.engine.config import Config, load_config
+from ssast.engine.model import SpectrogramTransformer
 from ssast.engine.monitor import read_metrics
 from ssast.engine.pretrain import pretrain
+from ssast.engine.pretrained import load_pretrained
 from ssast.engine.probe import format_scores, probe_run
 from ssast.engine.visualize import visualize
 from ssast.pipelines.corpora import fetch_demo, prepare_folder
+
+RELEASED = Path(__file__).parents[1] / "checkpoints" / "tiny_patch"
 
 
 def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int:
@@ -58,9 +62,18 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
     )
     results = [*pictures, run / "metrics.jsonl"]
     if (folder / "tasks").is_dir() and any((folder / "tasks").iterdir()):
-        scores, written = probe_run(run, folder / "tasks")
+        scores, written = probe_run(run, folder / "tasks", _released(config))
         print("\nAccuracy on held-out labelled clips, from frozen features:")
         print(format_scores(scores))
         results.append(written)
     print("\nResults:", *results, sep="\n  ")
     return 0
+
+
+def _released(config: Config) -> dict[str, SpectrogramTransformer]:
+    """What hours of pretraining make of the same model: the weights that come with the project."""
+    if not RELEASED.is_dir():
+        return {}  # an installed package has none
+    model, theirs = load_pretrained(RELEASED)
+    same = (theirs.audio, theirs.model) == (config.audio, config.model)
+    return {"released": model.encoder} if same else {}

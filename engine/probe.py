@@ -206,12 +206,15 @@ def probe_model(opened: Opened, manifest: Path, train: Path | None = None) -> li
     return probe({"untrained": fresh, "checkpoint": trained}, tasks, opened.audio, device)
 
 
-def probe_run(run: Path, tasks: Path) -> tuple[list[Score], Path]:
+def probe_run(
+    run: Path, tasks: Path, others: Mapping[str, SpectrogramTransformer] | None = None
+) -> tuple[list[Score], Path]:
     """Score the encoder of a run beside the untrained one.
 
     Args:
         run: Folder of the run.
         tasks: Folder of the tasks.
+        others: More encoders of the same input, by a name for their weights.
 
     Returns:
         The scores, and where they were written: probe.json in the run's folder.
@@ -223,6 +226,7 @@ def probe_run(run: Path, tasks: Path) -> tuple[list[Score], Path]:
     pairs = find_tasks(tasks)
     model, config = load_pretrained(run)
     encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
+    encoders |= others or {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores = probe(encoders, pairs, config.audio, device)
     return scores, write_scores(scores, run / "probe.json")

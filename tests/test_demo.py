@@ -1,12 +1,14 @@
 import json
 
 import pytest
+import torch
 from runs import overrides
 from sounds import tone, write, write_clips
 
 from ssast.engine.cli import main
 from ssast.engine.demo import demo
 from ssast.engine.monitor import read_metrics
+from ssast.engine.pretrained import export_weights
 from ssast.pipelines.corpora import Prepared
 from ssast.pipelines.manifest import write_manifest
 
@@ -48,14 +50,20 @@ def test_labelled_recordings_are_probed(tmp_path, monkeypatch, capsys):
     write_manifest(out / "tasks" / "kind_eval.json", clips[8:], labels[8:])
     prepared = Prepared(out / "train.json", out / "valid.json", {}, 12, 0.0)
     monkeypatch.setattr("ssast.engine.demo.fetch_demo", lambda *_: prepared)
-    assert demo(None, tmp_path, overrides(train__steps=2)) == 0
+    run = tmp_path / "runs" / "demo"
+
+    def probed() -> list[tuple[str, str, int]]:
+        assert demo(None, tmp_path, overrides(train__steps=2)) == 0
+        scores = json.loads((run / "probe.json").read_text())
+        return [(s["task"], s["weights"], s["num_eval"]) for s in scores]
+
+    monkeypatch.setattr("ssast.engine.demo.RELEASED", tmp_path / "released")
+    found = [("kind", "untrained", 4), ("kind", "pretrained", 4)]
+    assert probed() == found
     shown = capsys.readouterr().out
-    assert "untrained" in shown and "pretrained" in shown
-    scores = json.loads((tmp_path / "runs" / "demo" / "probe.json").read_text())
-    assert [(s["task"], s["weights"], s["num_eval"]) for s in scores] == [
-        ("kind", "untrained", 4),
-        ("kind", "pretrained", 4),
-    ]
+    assert "untrained" in shown and "pretrained" in shown and "released" not in shown
+    export_weights(run, tmp_path / "released", torch.float16)
+    assert probed() == [*found, ("kind", "released", 4)]
 
 
 def test_a_folder_without_audio_is_named(tmp_path, monkeypatch, capsys):
