@@ -230,6 +230,29 @@ def test_sounds(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not any("barrel" in path for path in training)
 
 
+def fill_tuxpaint(share: Path) -> None:
+    for n in range(140):  # more clips in French than a task takes
+        save(share / f"tuxpaint/stamps/animals/{n}_desc_fr.ogg", 9000 + n, 0.5)
+
+
+def test_what_the_demo_evaluates_on_is_not_heard_with_more_recordings(
+    tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(repo, "tuxpaint-stamps-default", fill_tuxpaint)
+    packages = (*PACKAGES, "tuxpaint-stamps-default")
+    monkeypatch.setattr("ssast.pipelines.corpora.SOUND_PACKAGES", packages)
+    demo(tmp_path, "demo")
+    fetch_sounds(tmp_path / "more", tmp_path / "cache", progress=False, log=[].append)
+
+    def names(out: str, *files: str) -> set[str]:
+        lists = manifests(tmp_path / out)
+        return {os.path.relpath(p, tmp_path / out) for file in files for p in lists[file]}
+
+    evaluated = names("demo", "language_eval.json")
+    assert evaluated - names("more", "language_eval.json")  # others were drawn
+    assert not evaluated & names("more", "train.json", "valid.json")
+
+
 def test_a_damaged_package_is_downloaded_again(tmp_path: Path, repo: Path) -> None:
     demo(tmp_path)
     expected = manifests(tmp_path / "out")
