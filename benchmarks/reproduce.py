@@ -47,9 +47,8 @@ from ssast.pipelines.manifest import read_manifest, write_atomically
 DATA = Path("data/sounds")
 HOURS = 8.0
 EPOCHS = 10
-# Sounds, speakers, words and languages, as the paper's tasks are, those of sounds first: on sounds it
-# compares ways of pretraining. The others of `ssast data demo` ask the same recordings similar
-# questions.
+# Sounds, speakers, words and languages, as the paper's; sounds first, as its ablations are on them.
+# The others of `ssast data demo` ask similar questions.
 TASKS = ("events", "drums", "voice", "zh_initial", "language")
 MEASURED_S = 20.0
 

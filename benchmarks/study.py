@@ -19,7 +19,7 @@ from ssast.pipelines.batch import DataError
 from ssast.pipelines.manifest import read_manifest, write_atomically
 
 PUBLISHED_PATCHES = 512  # of the published input, of which 100, 250 or 400 are masked
-SHORT = 0.25  # of the steps, for the models that ablations compare with each other
+SHORT = 0.2  # of the steps, for the models that ablations compare with each other
 RATES = (3e-4, 1e-3, 3e-3)  # learning rates of fine-tuning that are tried with seed 0
 VALID_SHARE = 0.15  # of a task's training clips: for the learning rate and the best epoch
 NUM_ABLATION_TASKS = 2  # the first ones: differences are small there, and need seeds, not tasks
