@@ -84,7 +84,7 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
         ("mse", "reconstruction MSE", 1),
         ("accuracy", "patches told apart, %", 100),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6))
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4))
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         for name, lines in logs.items():
             points = [
@@ -95,7 +95,8 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
             # The colour of a model is the same in all panels, also where it has no line.
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, lw=1.5)
         _label(axis, title, "step", "")
-    axes[0].legend(fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     return save(figure, path)
 
 
@@ -118,7 +119,7 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG."""
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
