@@ -5,11 +5,12 @@
 # make performance             measure the training step, the loader and short runs; writes docs/performance.md
 # make test                    run all checks and tests
 # make lint                    ruff and mypy alone
+# make architecture            print the rooms of the code and the imports between them
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo reproduce performance test lint setup
+.PHONY: demo reproduce performance test lint architecture setup
 
 demo: setup
 	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
@@ -30,6 +31,9 @@ lint: setup
 	for folder in engine kernels pipelines benchmarks; do \
 	  ln -sfn ../../../$$folder build/types/ssast/$$folder; done
 	$(BIN)/mypy -p ssast.engine -p ssast.kernels -p ssast.pipelines -p ssast.benchmarks
+
+architecture:
+	@$(PYTHON) tests/support/architecture.py
 
 setup: .venv/installed
 

@@ -5,6 +5,12 @@ from pathlib import Path
 from setuptools import setup
 
 FOLDERS = ("engine", "kernels", "pipelines", "benchmarks", "configs")
+PACKAGES = [
+    ".".join(("ssast", *path.parts))
+    for folder in FOLDERS
+    for path in (Path(folder), *sorted(Path(folder).rglob("*")))
+    if path.is_dir() and path.name != "__pycache__"
+]
 
 setup(
     name="ssast-engine",
@@ -16,7 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.15",
     # Namespace packages: no folder has an __init__.py, so none can shadow a package of its name.
-    packages=[f"ssast.{folder}" for folder in FOLDERS],
+    packages=PACKAGES,
     package_dir={f"ssast.{folder}": folder for folder in FOLDERS},
     package_data={"ssast.configs": ["*.yaml"]},
     install_requires=[
@@ -42,5 +48,5 @@ setup(
         "parquet": ["pyarrow>=17"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "types-pyyaml"],
     },
-    entry_points={"console_scripts": ["ssast = ssast.engine.cli:main"]},
+    entry_points={"console_scripts": ["ssast = ssast.engine.cli.main:main"]},
 )

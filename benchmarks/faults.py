@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ssast.benchmarks.data import write_clips
-from ssast.engine.checkpoint import Checkpoints
-from ssast.engine.monitor import read_metrics
-from ssast.engine.watchdog import STUCK
+from ssast.benchmarks.loading.data import write_clips
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.watchdog import STUCK
 
 SETTINGS = (
     "model.size=tiny",

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ssast.engine.errors import ConfigError
 from ssast.engine.settings import (
     Audio,
     Data,
@@ -32,10 +33,6 @@ from ssast.engine.settings import (
 )
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message names the key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,3 +264,17 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def finetune_settings(config: Config) -> Finetune:
+    """The section ``finetune``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if config.finetune is None:
+        raise ConfigError(
+            "this configuration has no section finetune: it is for ssast pretrain; see the "
+            "recipes, such as finetune or esc50_patch"
+        )
+    return config.finetune

@@ -7,39 +7,26 @@ engine.predict(["dog.wav"])
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ssast.engine.checkpoint import CheckpointError
-from ssast.engine.classifier_state import (
-    Trained,
-    check_fits,
-    is_classifier,
-    load_classifier,
-    load_initial,
-    with_model_of,
-)
-from ssast.engine.clips import fbank_spec
-from ssast.engine.config import Config, ConfigError, load_config
-from ssast.engine.finetune_data import find_splits, finetune_settings
-from ssast.engine.finetuning import Finetuning, steps_of_epochs
-from ssast.engine.job import run_folder
-from ssast.engine.labels import read_labelled
-from ssast.engine.metrics import classification_metrics, likeliest, probabilities
-from ssast.engine.opening import Unsaid, open_classifier
-from ssast.engine.run import run_training
-from ssast.engine.timeline import Timeline, Windows, timeline
-from ssast.kernels.matmul import fast_matmul
-from ssast.pipelines.batch import DataError
-from ssast.pipelines.dali import AudioStream
-from ssast.pipelines.manifest import read_manifest
-from ssast.pipelines.remote import located
-
-BATCH = 32  # clips at a time outside of training
+from ssast.engine.checkpoints.classifier import Trained, check_fits, load_classifier, with_model_of
+from ssast.engine.config import Config, finetune_settings, load_config
+from ssast.engine.data.clips import fbank_spec
+from ssast.engine.data.labels import read_labelled
+from ssast.engine.data.splits import find_splits
+from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.evaluation.metrics import classification_metrics, likeliest, probabilities
+from ssast.engine.evaluation.predict import Prediction, find_files, score_clips
+from ssast.engine.evaluation.timeline import Timeline, Windows, timeline
+from ssast.engine.formats.open import Unsaid, is_classifier, load_initial, open_classifier
+from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
+from ssast.engine.train.job import run_folder
+from ssast.engine.train.run import run_training
+from ssast.pipelines.errors import DataError
 
 
 def finetune(
@@ -63,7 +50,7 @@ def finetune(
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
 
     Raises:
-        ConfigError: See :func:`~ssast.engine.run.run_training`.
+        ConfigError: See :func:`~ssast.engine.train.run.run_training`.
         DataError: Wrong manifests or labels, splits that share clips, too many unreadable clips.
         CheckpointError: The pretrained weights do not fit, or a checkpoint cannot be written.
         TrainingError: Training diverged.
@@ -113,21 +100,6 @@ def begun_from(run: Path) -> str | None:
     stored = run / "config.yaml"
     settings = load_config(stored).finetune if stored.is_file() else None
     return None if settings is None else settings.checkpoint
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a classifier makes of a clip.
-
-    Attributes:
-        path: Of the clip.
-        classes: (name, probability), the likeliest first; none if it could not be read.
-        reason: Why it could not be read.
-    """
-
-    path: str
-    classes: tuple[tuple[str, float], ...]
-    reason: str | None = None
 
 
 class FinetuneEngine:
@@ -260,7 +232,7 @@ class FinetuneEngine:
             raise DataError(f"{manifest}: none of its {len(clips)} clips can be read")
         values = classification_metrics(logits[read], clips.targets()[read])
         if out is not None:
-            from ssast.engine.report import write_split  # matplotlib takes a second
+            from ssast.engine.evaluation.report import write_split  # matplotlib takes a second
 
             write_split(out, clips, logits, read, values, loss)
         return values
@@ -312,61 +284,3 @@ class FinetuneEngine:
         if self.trained is None:
             raise ConfigError("this classifier is not trained yet: call fit first")
         return self.trained
-
-
-def find_files(sources: Sequence[str | Path]) -> list[Any]:
-    """Files as they are; folders and manifests as the clips that they stand for.
-
-    A folder may be a URL, if it was prepared.
-
-    Raises:
-        DataError: A folder or a manifest is wrong, or nothing is named.
-    """
-    paths: list[Any] = []
-    for source in sources:
-        place = located(source)
-        if place.is_dir() or place.suffix.lower() in (".json", ".csv"):
-            paths += list(read_manifest(place).paths)
-        else:
-            paths.append(str(source))
-    if not paths:
-        raise DataError("no files: expected audio files, folders or manifests")
-    return paths
-
-
-@fast_matmul()
-@torch.inference_mode()
-def score_clips(
-    trained: Trained, paths: Sequence[Any], device: torch.device
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Logits [n, C] of clips, 0 for those that cannot be read, and the reason why, by clip."""
-    classifier = trained.classifier.to(device).eval()
-    audio = trained.config.audio
-    logits = np.zeros((len(paths), len(trained.classes)))
-    reasons: dict[int, str] = {}
-    size = min(BATCH, len(paths))
-    start = 0
-    while start < len(paths):
-        with AudioStream(
-            paths,
-            fbank_spec(audio),
-            batch_size=size,
-            start=start,
-            epochs=1,
-            device=device,
-            max_rejected=1.0,
-            on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
-        ) as batches:
-            try:
-                for batch in batches:
-                    start += size
-                    frames = batch.num_frames if audio.ignore_padding else None
-                    found = classifier(batch.fbank, frames).double().cpu().numpy()
-                    valid = batch.valid.cpu().numpy()
-                    logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
-            except DataError:
-                # A stream ends at a first batch without any sound; the next begins behind it.
-                start += size
-                if not reasons.keys() >= set(range(start - size, min(start, len(paths)))):
-                    raise
-    return logits, reasons

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ssast.engine.checkpoint import CheckpointError, Checkpoints
-from ssast.engine.classifier_state import CHOSEN
-from ssast.engine.config import Config, ConfigError, load_config
-from ssast.engine.distributed import init_world, run_on_main
+from ssast.engine.checkpoints.classifier import CHOSEN
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.config import Config, finetune_settings, load_config
+from ssast.engine.data.splits import find_splits
+from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.evaluation.report import PREDICTIONS, describe, draw_confusion, read_predictions
 from ssast.engine.finetune import begun_from, finetune
-from ssast.engine.finetune_data import find_splits, finetune_settings
-from ssast.engine.report import PREDICTIONS, describe, draw_confusion, read_predictions
-from ssast.pipelines.batch import DataError
+from ssast.engine.parallel.ranks import init_world, run_on_main
+from ssast.pipelines.errors import DataError
 
 LABELS = "labels.csv"  # of the classes, beside the manifests of the folds
 

@@ -5,10 +5,10 @@ Folders of Hugging Face transformers. Whatever a path holds: :func:`open_model`.
 torch.export are in portable.py, s3prl in upstream.py.
 """
 
-from ssast.engine.huggingface import export_huggingface, import_huggingface
-from ssast.engine.opening import Opened, Unsaid, open_model
-from ssast.engine.published import ASTModel
-from ssast.engine.published_state import (
+from ssast.engine.formats.ast_model import ASTModel
+from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
+from ssast.engine.formats.open import Opened, Unsaid, open_model
+from ssast.engine.formats.published import (
     Layout,
     detect_layout,
     from_published,

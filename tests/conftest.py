@@ -16,7 +16,7 @@ def two_ranks():
 @pytest.fixture
 def world():
     """This process as a world of its own."""
-    from ssast.engine.distributed import close_world, init_world
+    from ssast.engine.parallel.ranks import close_world, init_world
 
     close_world()
     yield init_world(timeout_s=60)

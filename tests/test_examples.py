@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 
 from ssast.engine.config import load_config
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def submit(folder: Path, status: int, **variables: str) -> tuple[int, list[str], list[str]]:

@@ -5,8 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from paths import ROOT
 
 
 def run(*arguments, cwd, **environment):
@@ -38,7 +37,8 @@ def test_a_wheel_works_from_any_folder(tmp_path):
     code = (
         "import sys, site; site.addsitedir(sys.argv[1]);"
         f"sys.path.append({str(Path(pytest.__file__).parents[1])!r});"
-        "import ssast.engine.cli as cli; assert cli.__file__.startswith(sys.argv[1]), cli.__file__;"
+        "import ssast.engine.cli.main as cli;"
+        "assert cli.__file__.startswith(sys.argv[1]), cli.__file__;"
         "sys.exit(cli.main(['pretrain', 'base_patch']))"
     )
     done = run("-S", "-E", "-c", code, site, cwd=tmp_path)

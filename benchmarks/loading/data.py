@@ -1,0 +1,313 @@
+"""Clips per CPU second: this project's audio stream against plain loaders.
+
+All turn the same files into the same Kaldi filterbanks. The plain loader is what most training
+code does: soundfile and torchaudio's way of computing the filterbank (its ``compliance.kaldi``
+written out) in a DataLoader with worker processes; where they are installed, torchcodec decodes in
+another one, and torchaudio itself computes in a third. "Decoding alone" is the stream without its
+filterbanks: what is left for the CPU where a GPU computes them. With ``--shards``, the stream reads
+the same clips from prepared shards as well.
+
+What is counted is CPU time, of worker processes as well: it does not depend on what else runs on
+the machine as wall-clock time does. All take turns, and the medians are compared.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from multiprocessing import active_children
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ssast.benchmarks.loading.loaders import DecodedStream, PlainDataset, plain_loaders
+from ssast.benchmarks.loading.report import Result, plot, rows
+from ssast.kernels.fbank import FbankSpec, num_frames
+from ssast.pipelines.audio.convert import Recipe
+from ssast.pipelines.clips.manifest import write_manifest
+from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
+from ssast.pipelines.prepare.pack import Packing, prepare_shards
+from ssast.pipelines.stream.source import ClipSource
+from ssast.pipelines.stream.stream import AudioStream
+
+CLIP_S = 10.0
+SUBTYPES = {"flac": "PCM_16", "wav": "PCM_16", "ogg": "VORBIS"}
+ENDLESS = 1 << 20  # passes
+
+
+def write_clips(
+    folder: Path, count: int, *, seconds: float = CLIP_S, kind: str = "flac"
+) -> list[Path]:
+    """Synthetic recordings: voiced sounds with moving formants over noise, 16 kHz mono.
+
+    Args:
+        folder: Where to write them.
+        count: How many.
+        seconds: Length of each.
+        kind: "flac", "wav" or "ogg".
+
+    Returns:
+        The paths.
+    """
+    paths = []
+    times = np.arange(int(16000 * seconds)) / 16000
+    for row in range(count):
+        random = np.random.default_rng(row)
+        pitch_hz = random.uniform(80, 300) * (1 + 0.1 * np.sin(2 * np.pi * 3 * times))
+        phase = 2 * np.pi * np.cumsum(pitch_hz) / 16000
+        voice = sum(np.sin(k * phase) / k ** random.uniform(0.5, 2) for k in range(1, 20))
+        loudness = np.clip(np.sin(2 * np.pi * random.uniform(0.5, 2) * times), 0, 1)
+        sound = voice * loudness + 0.03 * random.standard_normal(len(times))
+        path = folder / f"clip{row:05d}.{kind}"
+        soundfile.write(path, 0.2 * sound, 16000, subtype=SUBTYPES[kind])
+        paths.append(path)
+    return paths
+
+
+def write_shards(folder: Path, paths: Sequence[Path], kind: str) -> ShardIndex:
+    """The same clips in shards, in the same order, each file as one clip.
+
+    Args:
+        folder: Where to write them.
+        paths: Files; one that is there several times is packed once.
+        kind: "wav", or anything else for FLAC.
+    """
+    unique = sorted(set(paths))
+    write_manifest(folder / "clips.json", [path.absolute() for path in unique])
+    packing = Packing(Recipe(clip_s=86_400.0, min_s=0.0), "wav" if kind == "wav" else "flac")
+    settings = {"progress": False, "log": lambda line: None}
+    prepare_shards(folder / "clips.json", folder / "shards", packing, **settings)  # type: ignore[arg-type]
+    row = {path: number for number, path in enumerate(unique)}
+    return ShardIndex(folder / "shards").subset(np.array([row[path] for path in paths]))
+
+
+def spec_of(seconds: float) -> FbankSpec:
+    """Filterbank settings of clips of this length."""
+    return FbankSpec(num_frames=min(1024, num_frames(int(16000 * seconds), FbankSpec())))
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of its living children."""
+    total = time.process_time()
+    for child in active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def measure(
+    paths: Sequence[Path],
+    spec: FbankSpec,
+    *,
+    batch_size: int,
+    num_threads: int,
+    rounds: int,
+    seconds: float = CLIP_S,
+    shards: ShardIndex | None = None,
+) -> Result:
+    """Let the loaders read all clips in turn.
+
+    Args:
+        paths: 16 kHz mono files, a multiple of the batch size.
+        spec: Filterbank settings.
+        batch_size: Clips per batch.
+        num_threads: Worker processes of the plain ones, threads of the others.
+        rounds: Times that each of them reads all clips.
+        seconds: Length of a clip, for the report.
+        shards: The same clips once more.
+
+    Returns:
+        The medians.
+    """
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for the next sum would count as well
+    num_batches = len(paths) // batch_size
+    passes: dict[str, Callable[[], None]] = {}
+    first: list[Tensor] = []  # batch of each
+    for name, compute in plain_loaders()[0].items():
+        plain: DataLoader[Tensor] = DataLoader(
+            PlainDataset(paths, spec, compute),
+            batch_size=batch_size,
+            num_workers=num_threads,
+            persistent_workers=True,
+        )
+        first.append(next(iter(plain)))  # the workers start before there are threads to inherit
+        passes[name] = _plain_pass(plain)
+    with ExitStack() as stack:
+        for name, clips in {"files": paths, "shards": shards}.items():
+            if clips is None:
+                continue
+            stream = stack.enter_context(
+                AudioStream(
+                    clips,
+                    spec,
+                    batch_size=batch_size,
+                    epochs=rounds + 1,
+                    device=torch.device("cpu"),
+                    num_threads=num_threads,
+                )
+            )
+            first.append(next(stream).fbank)
+            for _ in range(num_batches - 1):
+                next(stream)
+            passes[name] = _stream_pass(stream, num_batches)
+            decoded = DecodedStream(clips, spec, batch_size, num_threads)
+            stack.callback(decoded.close)
+            next(decoded)
+            passes[f"{name} decode"] = _decode_pass(decoded, num_batches)
+            passes[f"{name} read"] = _read_pass(
+                stack, clips, spec, batch_size, num_threads, num_batches
+            )
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
+        for _ in range(rounds):
+            for name, read in passes.items():
+                times[name].append(_timed(read))
+    torch.set_num_threads(torch_threads)
+    medians = {
+        name: [1e3 * statistics.median(column) / len(paths) for column in zip(*rows, strict=True)]
+        for name, rows in times.items()
+    }
+    return Result(
+        kind=paths[0].suffix[1:],
+        seconds=seconds,
+        clips=len(paths),
+        rounds=rounds,
+        cpu_ms={name: cpu_ms for name, (cpu_ms, _) in medians.items()},
+        wall_ms={name: wall_ms for name, (_, wall_ms) in medians.items()},
+        max_difference=max(float((first[0] - other).abs().max()) for other in first[1:]),
+    )
+
+
+def _plain_pass(loader: "DataLoader[Tensor]") -> Callable[[], None]:
+    def read() -> None:
+        for batch in loader:
+            batch.sum()
+
+    return read
+
+
+def _stream_pass(stream: AudioStream, num_batches: int) -> Callable[[], None]:
+    def read() -> None:
+        for _ in range(num_batches):
+            next(stream).fbank.sum()
+
+    return read
+
+
+def _decode_pass(stream: DecodedStream, num_batches: int) -> Callable[[], None]:
+    def read() -> None:
+        for _ in range(num_batches):
+            next(stream)
+
+    return read
+
+
+def _read_pass(
+    stack: ExitStack,
+    clips: ClipPaths,
+    spec: FbankSpec,
+    batch_size: int,
+    num_threads: int,
+    num_batches: int,
+) -> Callable[[], None]:
+    source = ClipSource(
+        clips, spec, batch_size=batch_size, epochs=ENDLESS, num_threads=num_threads, read_ahead=0
+    )
+    stack.callback(source.close)
+    iterations = itertools.count()
+
+    def read() -> None:
+        for _ in range(num_batches):
+            source(SimpleNamespace(iteration=next(iterations)))
+
+    return read
+
+
+def _timed(read: Callable[[], None]) -> tuple[float, float]:
+    """CPU and wall-clock seconds."""
+    cpu, wall = cpu_s(), time.perf_counter()
+    read()
+    wall = time.perf_counter() - wall
+    # Whoever reads ahead goes on for a while: as much as was ready at the start.
+    now, before = cpu_s(), cpu
+    while now - before > 0.002:
+        time.sleep(0.02)
+        now, before = cpu_s(), now
+    return now - cpu, wall
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print a table, or JSON.
+
+    Args:
+        argv: Command-line arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status, 0.
+    """
+    parser = argparse.ArgumentParser(prog="ssast bench data", description=__doc__.split("\n")[0])
+    parser.add_argument("--clips", type=int, default=128, help="clips to read (default 128)")
+    parser.add_argument("--rounds", type=int, default=5, help="times to read them (default 5)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2, help="workers or threads (default 2)")
+    parser.add_argument("--kinds", nargs="+", choices=list(SUBTYPES), default=["flac", "wav"])
+    parser.add_argument("--seconds", nargs="+", type=float, default=[CLIP_S], help="(default 10)")
+    parser.add_argument("--shards", action="store_true", help="read from prepared shards as well")
+    parser.add_argument("--data", type=Path, help="a folder of 16 kHz mono FLAC, not synthetic")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--plot", type=Path, help="draw the results, PNG")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or min(args.seconds) < 0.1:
+        parser.error("needs at least 1 round and 0.1 seconds")
+    for line in () if args.json else plain_loaders()[1]:
+        print(line, flush=True)
+    count = args.batch_size * math.ceil(args.clips / args.batch_size)
+    results = []
+
+    def add(paths: Sequence[Path], seconds: float) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            kind = paths[0].suffix[1:]
+            results.append(
+                measure(
+                    paths,
+                    spec_of(seconds),
+                    batch_size=args.batch_size,
+                    num_threads=args.threads,
+                    rounds=args.rounds,
+                    seconds=seconds,
+                    shards=write_shards(Path(folder), paths, kind) if args.shards else None,
+                )
+            )
+        if not args.json:
+            print("\n".join(rows(results[-1])), flush=True)
+
+    if args.data is not None:
+        found = sorted(args.data.rglob("*.flac"))
+        if not found:
+            parser.error(f"{args.data} holds no .flac files")
+        add([found[k % len(found)] for k in range(count)], args.seconds[0])
+    else:
+        for kind in args.kinds:
+            for seconds in args.seconds:
+                with tempfile.TemporaryDirectory() as folder:
+                    add(write_clips(Path(folder), count, seconds=seconds, kind=kind), seconds)
+    if args.json:
+        print(json.dumps([result.as_json() for result in results]))
+    if args.plot is not None:
+        plot(results, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

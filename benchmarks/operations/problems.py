@@ -1,0 +1,302 @@
+"""The operations of a training step as separate problems: inputs, providers, work."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from ssast.benchmarks.training.baseline import draw_published_mask
+from ssast.engine.settings import SIZES
+from ssast.kernels import roofline
+from ssast.kernels.attention import (
+    attention,
+    attention_reference,
+    candidates,
+    objection,
+    run_backend,
+)
+from ssast.kernels.fbank import FbankSpec, _fbank, fbank, fbank_reference
+from ssast.kernels.masking import Masks, _draw_masks, draw_masks
+from ssast.kernels.mspm_loss import (
+    _info_nce,
+    _mse,
+    info_nce,
+    info_nce_reference,
+    mse,
+    mse_reference,
+)
+from ssast.kernels.patch_embed import (
+    _patch_embed,
+    _patch_embed_backward,
+    patch_embed,
+    patch_embed_reference,
+)
+from ssast.kernels.roofline import Work
+
+MEAN, STD = -4.27, 4.57  # AudioSet's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of clips for the patch model, with its share of masked patches, 400 of 512."""
+
+    size: str
+    batch: int
+    frames: int = 1024
+    n_mels: int = 128
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        return SIZES[self.size].embed_dim
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of 16 x 16 patches."""
+        return self.n_mels // 16, self.frames // 16
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_masked(self) -> int:
+        """M."""
+        return round(400 / 512 * self.num_patches)
+
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation on given inputs.
+
+    Attributes:
+        operation: Its name.
+        dtype: Of the floating point inputs.
+        leaves: What the providers take and what gradients are for.
+        providers: Ways to compute the same, "ours" and "eager" among them.
+        forward: The least work of a call.
+        backward: That of its backward pass; None where there is no gradient.
+        kernels: The custom operations behind "ours" that have Triton kernels, with a name for
+            the variant and arguments: what is compiled ahead of time.
+        comparable: Whether all providers return the same numbers.
+    """
+
+    operation: str
+    dtype: torch.dtype
+    leaves: list[Tensor]
+    providers: dict[str, Callable[..., Outputs]]
+    forward: Work
+    backward: Work | None = None
+    kernels: list[tuple[str, CustomOpDef, tuple[Any, ...]]] = field(default_factory=list)
+    comparable: bool = True
+
+
+def _masks(shape: Shape, device: torch.device) -> Masks:
+    B, N, M = shape.batch, shape.num_patches, shape.num_masked
+    if device.type == "meta":
+        empty = functools.partial(torch.empty, dtype=torch.int64, device=device)
+        return Masks(empty(B, M), empty(B, N - M))
+    clips = torch.arange(B, device=device)
+    return draw_masks(
+        clips, torch.zeros_like(clips), seed=0, kind="official", grid=shape.grid, num_masked=M
+    )
+
+
+def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Cluster masks as published; eager is the published loop over clips."""
+    B, N, M = shape.batch, shape.num_patches, shape.num_masked
+    clips = torch.arange(B, device=device)
+    epochs = torch.zeros_like(clips)
+
+    def ours() -> Outputs:
+        return draw_masks(clips, epochs, seed=0, kind="official", grid=shape.grid, num_masked=M)[0]
+
+    def eager() -> Outputs:
+        masks = [draw_published_mask(*shape.grid, M) for _ in range(B)]
+        return torch.tensor(masks, device=device)
+
+    return Problem(
+        "draw_masks",
+        torch.int64,
+        [],
+        {"ours": ours, "eager": eager},
+        roofline.draw_masks(B, N),
+        kernels=[
+            (kind, _draw_masks, (clips, epochs, None, None, 0, 0, kind, *shape.grid, M))
+            for kind in ("official", "uniform", "random")
+        ],
+        comparable=False,  # each has its own random numbers
+    )
+
+
+def patch_embed_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """fp32 filterbanks to tokens of ``dtype``."""
+    B, N, M, D = shape.batch, shape.num_patches, shape.num_masked, shape.embed_dim
+    normal = functools.partial(torch.randn, device=device)
+    fbank = MEAN + 2 * STD * normal(B, shape.frames, shape.n_mels)
+    leaves = [
+        (0.05 * normal(*s)).to(dtype)
+        for s in ((D, 1, 16, 16), (D,), (D,), (1, 2 + N, D), (1, 2, D))
+    ]
+    masks, settings = _masks(shape, device), (MEAN, STD, [16, 16])
+
+    def ours(*p: Tensor) -> Outputs:
+        weight, bias, mask_embed, pos_embed, prefix = p
+        return patch_embed(
+            fbank, weight, bias, mask_embed, pos_embed, prefix, masks,
+            mean=MEAN, std=STD, stride=(16, 16),
+        )  # fmt: skip
+
+    def eager(*p: Tensor) -> Outputs:
+        x = fbank.to(torch.promote_types(p[0].dtype, torch.float32))  # normalised before rounding
+        weight, bias, mask_embed, pos_embed, prefix = p
+        return patch_embed_reference(
+            x, weight, bias, mask_embed, pos_embed, prefix, masks.mask_ids, MEAN, STD, (16, 16)
+        )
+
+    size = {"fbank_bytes": 4, "weight_bytes": dtype.itemsize}
+    gradient = torch.empty(B, 2 + N, D, dtype=dtype, device=device)
+    return Problem(
+        "patch_embed",
+        dtype,
+        leaves,
+        {"ours": ours, "eager": eager},
+        roofline.patch_embed(B, N, M, 256, D, **size),
+        roofline.patch_embed_backward(B, N, M, 256, D, **size),
+        [
+            ("", _patch_embed, (fbank, *leaves, *masks[:2], *settings)),
+            ("", _patch_embed_backward, (gradient, fbank, leaves[0], *masks[:2], *settings)),
+        ],
+    )
+
+
+def _targets_and_predictions(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    size = shape.batch, shape.num_masked, 256
+    targets = 0.5 * torch.randn(size, device=device)
+    predictions = 0.05 * targets + 0.1 * torch.randn(size, device=device)
+    return targets.to(dtype), predictions.to(dtype)
+
+
+def info_nce_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Contrastive loss and accuracy; eager keeps the matrix of scores."""
+    targets, predictions = _targets_and_predictions(shape, dtype, device)
+    size = shape.batch, shape.num_masked, 256
+    return Problem(
+        "info_nce",
+        dtype,
+        [predictions],
+        {
+            "ours": lambda c: info_nce(targets, c)[0],
+            "eager": lambda c: info_nce_reference(targets.to(c.dtype), c, "official")[0],
+        },
+        roofline.info_nce(*size, itemsize=dtype.itemsize),
+        roofline.scale_gradient(*size, itemsize=dtype.itemsize),
+        [
+            (axis, _info_nce, (targets, predictions, axis == "paper"))
+            for axis in ("official", "paper")
+        ],
+    )
+
+
+def mse_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Reconstruction loss."""
+    targets, predictions = _targets_and_predictions(shape, dtype, device)
+    size = shape.batch, shape.num_masked, 256
+    return Problem(
+        "mse",
+        dtype,
+        [predictions],
+        {
+            "ours": lambda r: mse(targets, r),
+            "eager": lambda r: mse_reference(targets.to(r.dtype), r),
+        },
+        roofline.mse(*size, itemsize=dtype.itemsize),
+        roofline.scale_gradient(*size, itemsize=dtype.itemsize),
+        [("", _mse, (targets, predictions))],
+    )
+
+
+def attention_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Self-attention over all tokens; eager keeps the probabilities."""
+    B, L, D = shape.batch, shape.num_patches + 2, shape.embed_dim
+    heads = SIZES[shape.size].num_heads
+    qkv = torch.randn(3, B, L, heads, D // heads, device=device).to(dtype)
+    providers: dict[str, Callable[..., Outputs]] = {"ours": attention, "eager": attention_reference}
+    if device.type == "cuda":
+        for backend in candidates(device, dtype):
+            if not objection(backend, device, dtype):
+                providers[backend] = functools.partial(run_backend, backend)
+    return Problem(
+        "attention",
+        dtype,
+        list(qkv),
+        providers,
+        roofline.attention(B, L, D, itemsize=dtype.itemsize),
+        roofline.attention_backward(B, L, D, itemsize=dtype.itemsize),
+    )
+
+
+def fbank_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Kaldi's filterbank of 16 kHz waveforms, fp32 whatever the model's dtype is."""
+    spec = FbankSpec(n_mels=shape.n_mels, num_frames=shape.frames)
+    waveforms = 0.1 * torch.randn(shape.batch, spec.num_samples, device=device)
+    lengths = torch.full((shape.batch,), spec.num_samples, device=device)
+    args = spec.sample_rate_hz, spec.n_mels, spec.num_frames, float(spec.low_hz)
+    return Problem(
+        "fbank",
+        torch.float32,
+        [],
+        {
+            "ours": lambda: fbank(waveforms, lengths, spec),
+            "eager": lambda: fbank_reference(waveforms, lengths, spec),
+        },
+        roofline.fbank(shape.batch, spec.num_samples, spec.num_frames, spec.n_mels, spec.n_fft),
+        kernels=[("", _fbank, (waveforms, lengths, *args))],
+    )
+
+
+PROBLEMS: dict[str, Callable[[Shape, torch.dtype, torch.device], Problem]] = {
+    "draw_masks": masking_problem,
+    "patch_embed": patch_embed_problem,
+    "info_nce": info_nce_problem,
+    "mse": mse_problem,
+    "attention": attention_problem,
+    "fbank": fbank_problem,
+}
+# These are the same whatever the size of the model is; the losses as well, but for their batch.
+SIZELESS = ("draw_masks", "info_nce", "mse", "fbank")
+
+
+def size_name(operation: str, shape: Shape) -> str:
+    """Of the model that an operation's problem is for."""
+    return "any" if operation in SIZELESS else shape.size
+
+
+def problems(
+    operations: Sequence[str],
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    frames: int = 1024,
+) -> Iterator[tuple[Shape, Problem]]:
+    """Every problem of these once: some depend neither on the model's size nor on its dtype."""
+    for name in operations:
+        for size in sizes[:1] if name in SIZELESS else sizes:
+            for batch in batches:
+                shape, seen = Shape(size, batch, frames), set()
+                for dtype in dtypes:
+                    problem = PROBLEMS[name](shape, dtype, device)
+                    if problem.dtype not in seen:
+                        seen.add(problem.dtype)
+                        yield shape, problem

@@ -1,0 +1,243 @@
+"""The sections of ``ssast bench performance``: cases by key, each a function that measures it."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+
+from ssast.benchmarks.loading.data import measure as measure_loaders
+from ssast.benchmarks.loading.data import spec_of, write_clips
+from ssast.benchmarks.performance.notes import Case, Scope
+from ssast.benchmarks.training.contender import Sample, in_process, measure, start, take_steps
+from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
+from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant, our_step
+from ssast.engine.config import load_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.model.objective import MSPM
+from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.profiling import StepProfiler
+from ssast.engine.parallel.ranks import init_world
+from ssast.engine.planning.trial import try_out
+from ssast.engine.settings import Profile, Run
+from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+
+TURNS = {"tiny": 2, "small": 2, "base": 1}  # processes of each variant
+MOST_STEPS, STEPS_S = 5, 6.0  # that count in each of them, as many as fit
+PROFILED_STEPS = 3
+SCALING_STEPS, PEAK_TURNS = 3, 10
+# Variants whose products they are.
+PEAKS = {"fp32": "published", "fp32 by AVX-512": "fast products", "bf16": "bf16"}
+KINDS, CLIP_SECONDS = ("flac", "wav", "ogg"), (1.0, 10.0)
+RUN_STEPS = {"demo": 240, "long": 24}
+REPORTS, HELD_OUT = 6, 16  # of a run
+CPU = torch.device("cpu")
+QUIET = {"KINETO_LOG_LEVEL": "99"}  # else the profiler tells of every start and stop
+
+
+def sections(scope: Scope) -> dict[str, dict[str, Case]]:
+    """All cases by section and key, in the order in which they are measured."""
+    return {
+        **{f"step-{size}": step_cases(scope, size) for size in scope.sizes},
+        "roofline": roofline_cases(scope),
+        "scaling": scaling_cases(scope),
+        "loader": loader_cases(scope),
+        "runs": run_cases(scope),
+    }
+
+
+def step_cases(scope: Scope, size: str) -> dict[str, Case]:
+    """The variants of the step in turn, so that what else runs there disturbs all alike."""
+    turns = scope.turns or TURNS.get(size, 1)
+    return {
+        f"{name}, turn {turn}": partial(_step, variant, scope.setting(size))
+        for turn in range(1, turns + 1)
+        for name, variant in {**VARIANTS, **OPTIONS}.items()
+    }
+
+
+def _step(variant: Variant, setting: Setting) -> dict[str, Any]:
+    found = measure(variant, setting, MOST_STEPS, STEPS_S)
+    return {"left_out": found} if isinstance(found, str) else asdict(found)
+
+
+def roofline_cases(scope: Scope) -> dict[str, Case]:
+    """What the machine can do, and where the time of a step goes."""
+    cases: dict[str, Case] = {
+        f"peak {name}": partial(in_process, _peaks, name, scope.threads) for name in PEAKS
+    }
+    for size in scope.sizes:
+        setting = scope.setting(size)
+        cases[f"profile {size}"] = partial(in_process, _profile, setting, PROFILED_STEPS, env=QUIET)
+    return cases
+
+
+def _peaks(name: str, threads: int) -> dict[str, Any]:
+    """Of the fastest large copy and the fastest large product, by the clock."""
+    torch.set_num_threads(threads)
+    variant = VARIANTS[PEAKS[name]] if PEAKS[name] in VARIANTS else OPTIONS[PEAKS[name]]
+    with variant.prepared() as lacking:
+        if lacking:
+            return {"left_out": lacking}
+        source = torch.ones(1 << 26)
+        target = torch.empty_like(source)
+        copy_s = min(timed(lambda: target.copy_(source))[1] for _ in range(PEAK_TURNS))
+        return {
+            "gb_per_s": 2e-9 * source.nbytes / copy_s,
+            "gflop_per_s": peak_gflops(product_s(variant.dtype, PEAK_TURNS)[1]),
+        }
+
+
+def _profile(setting: Setting, steps: int) -> dict[str, Any]:
+    """Milliseconds of the parts of a step; see :mod:`ssast.engine.monitoring.profiling`."""
+    torch.set_num_threads(setting.threads)
+    with DEFAULT.prepared(), tempfile.TemporaryDirectory() as folder:
+        config = replace(
+            DEFAULT.config(setting), run=Run(folder=folder), profile=Profile(steps=steps)
+        )
+        model = MSPM(config)
+        step = our_step(setting, config, model, engine=True)
+        with StepProfiler(config, init_world(), model, lambda text: None, skipped=1) as profiler:
+            for _ in range(1 + steps):
+                step(mark=profiler.mark)
+                profiler.end_step()
+        return json.loads((Path(folder) / "profile" / "table.json").read_text())
+
+
+def scaling_cases(scope: Scope) -> dict[str, Case]:
+    """The default step with other batches, lengths, threads and numbers of processes."""
+    whole = scope.setting()
+    cases: dict[str, Case] = {}
+
+    def add(key: str, **changes: Any) -> None:
+        cases[key] = partial(_rate, replace(whole, **changes))
+
+    for batch in (2**k for k in range(5) if 2**k <= 2 * scope.batch):
+        add(f"batch {batch}", batch=batch)
+    for frames in (scope.frames // n for n in (8, 4, 2, 1) if scope.frames // n >= 32):
+        add(f"frames {frames}", frames=frames)
+    for threads in (n for n in (1, 2, 4, 8, 16, scope.threads) if n <= scope.threads):
+        add(f"threads {threads}", threads=threads)
+    cases["processes 2"] = partial(_processes, replace(whole, batch=whole.batch // 2, threads=1), 2)
+    return cases
+
+
+def _rate(setting: Setting) -> dict[str, float]:
+    found = measure(DEFAULT, setting, SCALING_STEPS)
+    assert isinstance(found, Sample)  # the default runs everywhere
+    return _clips_per_s(setting, [found])
+
+
+def _clips_per_s(setting: Setting, ranks: Sequence[Sample]) -> dict[str, float]:
+    """Of ranks that have so many clips each."""
+    wall_s = max(statistics.median(sample.wall_s) for sample in ranks)
+    memory_gib = sum(sample.memory_gib for sample in ranks)
+    return {"clips_per_s": len(ranks) * setting.batch / wall_s, "memory_gib": memory_gib}
+
+
+def _processes(setting: Setting, count: int) -> dict[str, float]:
+    """As many ranks, each with a batch and threads as the setting says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    results = []
+    for rank in map(str, range(count)):
+        env = {**world, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(count)}
+        results.append(start(take_steps, DEFAULT, setting, SCALING_STEPS, env=env))
+    return _clips_per_s(setting, [result() for result in results])
+
+
+def loader_cases(scope: Scope) -> dict[str, Case]:
+    """The audio stream against plain loaders."""
+    return {
+        f"{kind}, {seconds:g} s": partial(_loaders, scope, kind, seconds)
+        for kind in KINDS
+        for seconds in CLIP_SECONDS
+    }
+
+
+def _loaders(scope: Scope, kind: str, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_loaders(
+            write_clips(Path(folder), scope.clips, seconds=seconds, kind=kind),
+            spec_of(seconds),
+            batch_size=min(16, scope.clips),
+            num_threads=scope.threads,
+            rounds=3,
+            seconds=seconds,
+        )
+    return asdict(found)
+
+
+def run_cases(scope: Scope) -> dict[str, Case]:
+    """Short runs of ``ssast pretrain`` on files, and their steps alone."""
+    masked = scope.setting().config().objective.num_masked
+    long = [
+        f"audio.num_frames={scope.frames}",
+        f"objective.num_masked={masked}",
+        f"train.batch_size={scope.batch}",
+    ]
+    return {
+        "demo": partial(_run, scope, "demo", [], RUN_STEPS["demo"]),
+        "demo's recordings": partial(_run, scope, "tiny_patch", long, RUN_STEPS["long"]),
+        "10 s FLAC": partial(_run, scope, "tiny_patch", long, RUN_STEPS["long"], synthetic=True),
+    }
+
+
+def _run(
+    scope: Scope, recipe: str, overrides: list[str], steps: int, *, synthetic: bool = False
+) -> dict[str, Any]:
+    """Rates of a run, medians of its reports but the first, and the rate of its step alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train, valid = Path(scope.data) / "train.json", Path(scope.data) / "valid.json"
+        if synthetic:
+            train = valid = folder / "clips.json"
+            write_manifest(train, write_clips(folder, scope.clips))
+        clips, held_out = (list(map(str, read_manifest(p).paths)) for p in (train, valid))
+        write_manifest(folder / "valid.json", held_out[:HELD_OUT])
+        settings = [
+            f"data.train={train}",
+            f"data.valid={folder / 'valid.json'}",
+            f"data.num_threads={scope.threads}",
+            f"run.folder={folder / 'run'}",
+            f"train.steps={steps}",
+            f"train.log_every={max(1, steps // REPORTS)}",
+            f"train.validate_every={steps}",
+            f"train.save_every={steps}",
+        ]
+        command = [*("ssast.engine.cli.main", "pretrain", recipe), *overrides, *settings]
+        env = {**os.environ, "OMP_NUM_THREADS": str(scope.threads)}
+        done = subprocess.run(
+            [sys.executable, "-m", *command], env=env, capture_output=True, text=True
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            raise ConfigError(f"ssast {' '.join(command[1:])} ended with {done.returncode}: {last}")
+        lines = read_metrics(folder / "run" / "metrics.jsonl")
+        some = [soundfile.info(path).duration for path in clips[:: max(1, len(clips) // 100)]]
+    reports = [line for line in lines if line["split"] == "train"][1:]
+    rates = {
+        key: statistics.median(report[key] for report in reports)
+        for key in ("clips_per_s", "data_wait_share")
+    }
+    config = load_config(recipe, [*overrides, "data.train=null"])
+    alone = try_out(config, seconds=5.0, num_threads=scope.threads)
+    return {
+        "command": " ".join(["ssast pretrain", recipe, *overrides]),
+        "steps": steps,
+        "clip_s": statistics.mean(some),
+        **rates,
+        "clips_per_s_alone": alone.clips_per_s,
+    }

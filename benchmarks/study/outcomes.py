@@ -1,0 +1,144 @@
+"""What the runs of ``ssast bench reproduce`` amount to: accuracies, gains, differences."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan, accuracy, chosen_rate, diverged
+from ssast.engine.evaluation.report import PREDICTIONS, read_predictions
+
+# Gong et al., AAAI 2022: base models, mAP (AudioSet-20K) or accuracy, in percent. From scratch
+# there is a patch model alone, and the average gain of the pretrained one is said to be 60.9 %.
+PUBLISHED = {
+    "AudioSet-20K": {"scratch": 14.8, "patch": 31.0, "frame": 29.2},
+    "ESC-50": {"scratch": 41.9, "patch": 88.8, "frame": 85.9},
+    "Speech Commands 2": {"scratch": 92.6, "patch": 98.0, "frame": 98.1},
+    "Speech Commands 1": {"scratch": 87.2, "patch": 96.0, "frame": 96.7},
+    "VoxCeleb1": {"scratch": 30.1, "patch": 64.3, "frame": 80.8},
+    "IEMOCAP": {"scratch": 51.9, "patch": 59.6, "frame": 60.5},
+}
+# The same, AudioSet-20K, of patch models pretrained in other ways.
+PUBLISHED_ABLATIONS = {
+    "short": 31.0,
+    "generative": 16.1,
+    "discriminative": 30.6,
+    "masked-100": 28.7,
+    "masked-250": 30.4,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is finished of a model on a task.
+
+    Attributes:
+        rate: The chosen learning rate.
+        tried: Accuracies on held-out clips by learning rate, NaN where training diverged.
+        accuracies: On the test clips, by seed.
+        num_diverged: Seeds without an accuracy.
+        correct: Share of the seeds that name each test clip rightly.
+    """
+
+    rate: float
+    tried: Mapping[float, float]
+    accuracies: tuple[float, ...]
+    num_diverged: int
+    correct: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.mean(self.accuracies)
+
+
+Cells = Mapping[tuple[str, str], Cell]
+
+
+def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
+    """The cells with a test accuracy, by names of model and task."""
+    cells = {}
+    for model in MODELS.values():
+        for task in plan.tasks_of(model):
+            rate = chosen_rate(plan, model, task, out)
+            if rate is None:
+                continue
+            folders = [
+                FineTuning(model, task, rate, seed).folder(out) for seed in range(plan.seeds)
+            ]
+            found = [accuracy(folder, "test") for folder in folders]
+            values = tuple(value for value in found if value is not None)
+            if not values:
+                continue
+            tried = {}
+            for each in plan.rates if model.tuned else ():
+                value = accuracy(FineTuning(model, task, each, 0).folder(out), "valid")
+                tried[each] = float("nan") if value is None else value
+            named = [
+                [label == name for label, name in read_predictions(folder / "test" / PREDICTIONS)]
+                for folder, value in zip(folders, found, strict=True)
+                if value is not None
+            ]
+            correct = tuple(map(statistics.mean, zip(*named, strict=True)))
+            gone = sum(map(diverged, folders))
+            cells[model.name, task] = Cell(rate, tried, values, gone, correct)
+    return cells
+
+
+def gains(cells: Cells, family: str) -> dict[str, float]:
+    """Relative gains of the pretrained model over the one from scratch, by task."""
+    pairs = _pretrained_and_scratch(cells, family)
+    return {task: ours.mean / theirs.mean - 1 for task, (ours, theirs) in pairs.items()}
+
+
+def gains_by_seed(cells: Cells, family: str) -> list[float]:
+    """The relative gain on average over the tasks, for each seed that all of them have."""
+    return over_tasks(
+        [a / b - 1 for a, b in zip(ours.accuracies, theirs.accuracies, strict=False) if b]
+        for ours, theirs in _pretrained_and_scratch(cells, family).values()
+    )
+
+
+def _pretrained_and_scratch(cells: Cells, family: str) -> dict[str, tuple[Cell, Cell]]:
+    found = {}
+    for (name, task), cell in cells.items():
+        other = cells.get((f"{family}-scratch", task))
+        if name == family and other is not None and other.mean:
+            found[task] = cell, other
+    return found
+
+
+def over_tasks(columns: Iterable[Sequence[float]]) -> list[float]:
+    """The mean over the tasks, for each seed that all of them have."""
+    return [statistics.mean(row) for row in zip(*columns, strict=False)]
+
+
+def comparison(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
+    """1 or -1 if ours are higher or lower by more than two standard errors, else 0.
+
+    The error is that of few seeds and, the differences taken clip by clip, that of few test clips.
+
+    Args:
+        ours: Of each task.
+        theirs: Of the same tasks; with fewer than two seeds of either, nothing is told apart.
+    """
+    seeds = [over_tasks(cell.accuracies for cell in cells) for cells in (ours, theirs)]
+    if min(map(len, seeds)) < 2:
+        return 0
+    error = sum(statistics.variance(values) / len(values) for values in seeds)
+    for one, other in zip(ours, theirs, strict=True):
+        differences = [a - b for a, b in zip(one.correct, other.correct, strict=True)]
+        error += statistics.variance(differences) / len(differences) / len(ours) ** 2
+    difference = statistics.mean(seeds[0]) - statistics.mean(seeds[1])
+    return (difference > 2 * error**0.5) - (difference < -2 * error**0.5)
+
+
+def on_tasks(cells: Cells, name: str, tasks: Sequence[str]) -> list[Cell]:
+    """The cells of a model on some tasks; none if one is not finished."""
+    found = [cells[name, task] for task in tasks if (name, task) in cells]
+    return found if len(found) == len(tasks) else []
+
+
+def published_gain(family: str) -> float:
+    """Mean relative gain over training from scratch in the paper, in percent."""
+    return 100 * statistics.mean(row[family] / row["scratch"] - 1 for row in PUBLISHED.values())

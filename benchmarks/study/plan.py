@@ -1,0 +1,333 @@
+"""What ``ssast bench reproduce`` trains: models, settings and folders, all functions of a plan.
+
+    pretrain/MODEL/                          a run of ssast pretrain
+    finetune/MODEL/TASK/lr0.001-seed0/       a run of ssast finetune, and test/ of the chosen ones
+    plan.json                                the plan, which a later call keeps to
+
+The models come in groups, the headline first: the page can be made when any of them is finished.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ssast.engine.config import Config, load_config
+from ssast.engine.data.labels import shared_clips
+from ssast.engine.errors import ConfigError
+from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import write_atomically
+
+PUBLISHED_PATCHES = 512  # of the published input, of which 100, 250 or 400 are masked
+SHORT = 0.2  # of the steps, for the models that ablations compare with each other
+RATES = (3e-4, 1e-3, 3e-3)  # learning rates of fine-tuning that are tried with seed 0
+VALID_SHARE = 0.15  # of a task's training clips: for the learning rate and the best epoch
+NUM_ABLATION_TASKS = 2  # the first ones: differences are small there, and need seeds, not tasks
+PRETRAINING_TIME = 0.45  # share of the hours
+USEFUL_TIME = 0.8  # share of it in training steps; the rest is validation, tests, beginnings
+BATCH = {"pretrain": 24, "finetune": 16}
+FAMILIES = ("patch", "frame")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is fine-tuned.
+
+    Attributes:
+        name: Of its folders.
+        what: For people.
+        family: ``patch`` or ``frame``.
+        share: Of the plan's pretraining steps; 0 is from scratch.
+        num_masked: Patches hidden, of 512.
+        changes: Settings of the pretraining that are not the published ones.
+        tuned: Whether learning rates are tried; else those chosen for the patch model are taken.
+    """
+
+    name: str
+    what: str
+    family: str = "patch"
+    share: float = 1.0
+    num_masked: int = 400
+    changes: tuple[str, ...] = ()
+    tuned: bool = True
+
+
+def _ablation(name: str, what: str, *changes: str, num_masked: int = 400) -> Model:
+    return Model(name, what, "patch", SHORT, num_masked, changes, tuned=False)
+
+
+GROUPS: tuple[tuple[Model, ...], ...] = (
+    (
+        Model("patch", "patch, pretrained"),
+        Model("patch-scratch", "patch, from scratch", share=0.0),
+    ),
+    (
+        Model("frame", "frame, pretrained", "frame"),
+        Model("frame-scratch", "frame, from scratch", "frame", 0.0),
+    ),
+    (
+        _ablation("short", "joint, 400 of 512 masked, as published"),
+        _ablation("generative", "generative alone", "objective.kind=generative"),
+        _ablation("discriminative", "discriminative alone", "objective.kind=discriminative"),
+        _ablation("masked-100", "100 of 512 masked", num_masked=100),
+        _ablation("masked-250", "250 of 512 masked", num_masked=250),
+        _ablation("uniform", "masks that favour no position", "objective.mask=uniform"),
+        _ablation("paper", "softmax over targets (equation 1)", "objective.softmax_axis=paper"),
+    ),
+)
+MODELS = {model.name: model for group in GROUPS for model in group}
+ABLATIONS = GROUPS[2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained on what.
+
+    Attributes:
+        data: Folder with train.json, valid.json and tasks/.
+        tasks: Names of the labelled tasks, the most important first.
+        steps: Of the pretraining of the patch and of the frame model.
+        epochs: Of each fine-tuning.
+        seeds: How many of each.
+        rates: Learning rates that are tried.
+        overrides: Settings that go before all others, ``section.key=value``.
+        hours: What steps and epochs were chosen for, if they were.
+    """
+
+    data: str
+    tasks: tuple[str, ...]
+    steps: int
+    epochs: int
+    seeds: int = 3
+    rates: tuple[float, ...] = RATES
+    overrides: tuple[str, ...] = ()
+    hours: float | None = None
+
+    def labelled(self, task: str, part: str) -> Path:
+        """The manifest of a task; ``part`` is ``train`` or ``eval``."""
+        return Path(self.data, "tasks", f"{task}_{part}.json")
+
+    def tasks_of(self, model: Model) -> tuple[str, ...]:
+        """The tasks that a model is fine-tuned on."""
+        return self.tasks if model.tuned else self.tasks[:NUM_ABLATION_TASKS]
+
+    def write(self, out: Path) -> None:
+        """Into the study's folder."""
+        write_atomically(out / "plan.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, out: Path) -> "Plan | None":
+        """The plan of a folder, if it has one.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        path = out / "plan.json"
+        if not path.exists():
+            return None
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            lists = {key: tuple(raw[key]) for key in ("tasks", "rates", "overrides")}
+            return cls(**{**raw, **lists})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: not a plan of ssast bench reproduce: {error}") from error
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One run of ``ssast finetune``."""
+
+    model: Model
+    task: str
+    rate: float
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Of the run."""
+        name = f"lr{self.rate:g}-seed{self.seed}"
+        return out / "finetune" / self.model.name / self.task / name
+
+
+def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
+    """Settings of a model's pretraining: configs/demo.yaml with the published masks.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    steps = max(1, round(model.share * plan.steps))
+    settings = [
+        f"data.train={Path(plan.data, 'train.json')}",
+        f"data.valid={Path(plan.data, 'valid.json')}",
+        "data.random_crop=true",  # all of long clips is heard
+        f"train.steps={steps}",
+        f"train.batch_size={BATCH['pretrain']}",
+        f"train.log_every={max(1, steps // 200)}",
+        f"train.validate_every={max(1, math.ceil(steps / 20))}",
+        f"train.save_every={max(1, min(500, steps // 4))}",
+        "train.keep=1",
+        "optim.lr=1e-3",
+        f"optim.warmup_steps={min(1000, steps // 10)}",
+        *_family(plan, model),
+        *model.changes,
+        *plan.overrides,
+        f"run.folder={out / 'pretrain' / model.name}",
+    ]
+    rows, columns = load_config("demo", [*settings, "objective.num_masked=2"]).grid
+    hidden = max(2, round(rows * columns * model.num_masked / PUBLISHED_PATCHES))
+    return load_config("demo", [*settings, f"objective.num_masked={hidden}"])
+
+
+def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
+    """Settings of a fine-tuning: configs/demo_finetune.yaml. The test clips are not in it.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    pretrained = out / "pretrain" / run.model.name if run.model.share else "null"
+    return load_config(
+        "demo_finetune",
+        [
+            f"data.train={plan.labelled(run.task, 'train')}",
+            f"data.valid_share={VALID_SHARE}",
+            f"data.cache_folder={out / 'filterbanks'}",
+            f"finetune.checkpoint={pretrained}",
+            "finetune.test=null",
+            f"finetune.epochs={plan.epochs}",
+            f"optim.lr={run.rate!r}",
+            f"train.batch_size={BATCH['finetune']}",
+            "train.keep=1",
+            *_family(plan, run.model),
+            *plan.overrides,
+            f"train.seed={run.seed}",
+            f"run.folder={run.folder(out)}",
+        ],
+    )
+
+
+def _family(plan: Plan, model: Model) -> list[str]:
+    """The form of the patches: a frame model's are as high as the spectrogram, 2 frames wide."""
+    if model.family == "patch":
+        return ["objective.mask=official"]
+    n_mels = load_config("demo", [*plan.overrides, "objective.num_masked=2"]).audio.n_mels
+    return [f"model.patch=[{n_mels}, 2]", "objective.mask=random"]
+
+
+def runs_of(plan: Plan, model: Model, seed: int) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Tasks, and the learning rates that are tried on them with this seed.
+
+    No rates are the one that is chosen by then.
+    """
+    for task in plan.tasks_of(model):
+        yield task, plan.rates if model.tuned and seed == 0 else ()
+
+
+def num_runs(plan: Plan, task: str) -> int:
+    """How many fine-tunings a task takes."""
+    return sum(
+        max(1, len(rates))
+        for model in MODELS.values()
+        for seed in range(plan.seeds)
+        for name, rates in runs_of(plan, model, seed)
+        if name == task
+    )
+
+
+def best_rate(accuracies: Mapping[float, float]) -> float:
+    """The learning rate with the best accuracy on held-out clips; of several, the lowest.
+
+    Raises:
+        ConfigError: There is none: training diverged with every one.
+    """
+    if not accuracies:
+        raise ConfigError("--rates: training diverged with every one of them, try lower ones")
+    return min(accuracies, key=lambda rate: (-accuracies[rate], rate))
+
+
+def chosen_rate(plan: Plan, model: Model, task: str, out: Path) -> float | None:
+    """The learning rate chosen for a model on a task; None before all of them have been tried."""
+    tuned = model if model.tuned else MODELS["patch"]
+    runs = [FineTuning(tuned, task, rate, 0) for rate in plan.rates]
+    accuracies = {}
+    for run in runs:
+        if diverged(run.folder(out)):
+            continue
+        value = accuracy(run.folder(out), "valid")
+        if value is None:
+            return None
+        accuracies[run.rate] = value
+    return best_rate(accuracies)
+
+
+def accuracy(run: Path, split: str) -> float | None:
+    """Of a finished fine-tuning on the held-out (``valid``) or the ``test`` clips."""
+    path = run / split / "metrics.json"
+    return json.loads(path.read_text())["accuracy"] if path.exists() else None
+
+
+def diverged(run: Path) -> bool:
+    """Whether a fine-tuning was given up."""
+    return (run / "diverged.txt").exists()
+
+
+def steps_and_epochs(
+    hours: float, rates: Mapping[str, float], clips: Mapping[str, int], runs: Mapping[str, int]
+) -> tuple[int, int]:
+    """Pretraining steps and fine-tuning epochs that fill the hours.
+
+    Args:
+        hours: For everything.
+        rates: Clips/s of ``pretrain`` and ``finetune``.
+        clips: Training clips of each task.
+        runs: Fine-tunings of each task.
+
+    Raises:
+        ConfigError: There is no time for one epoch.
+    """
+    useful_s = hours * 3600 * USEFUL_TIME
+    shares = sum(model.share for model in MODELS.values())
+    pretrained = PRETRAINING_TIME * useful_s * rates["pretrain"] / BATCH["pretrain"]
+    epoch = sum(clips[task] * runs[task] for task in clips) / rates["finetune"]
+    steps, epochs = int(pretrained / shares), int((1 - PRETRAINING_TIME) * useful_s / epoch)
+    if steps < 1 / SHORT or epochs < 1:
+        least = epoch / 3600 / USEFUL_TIME / (1 - PRETRAINING_TIME)
+        raise ConfigError(
+            f"--hours {hours:g} is too short: one epoch of every fine-tuning takes {least:.2g} "
+            "hours on this machine, give more hours or fewer --tasks, --seeds and --rates"
+        )
+    return steps, epochs
+
+
+def check_no_leak(plan: Plan) -> dict[str, int]:
+    """No test clip of a task is among the pretraining clips, be it a copy by another name.
+
+    Returns:
+        How many clips were compared: ``pretraining`` and ``test``.
+
+    Raises:
+        DataError: One is; or a manifest is missing or wrong.
+    """
+    pretraining = [
+        path
+        for name in ("train.json", "valid.json")
+        for path in read_manifest(Path(plan.data, name)).paths
+    ]
+    tests: dict[str, Sequence[str]] = {}
+    for task in plan.tasks:
+        tests[task] = [str(path) for path in read_manifest(plan.labelled(task, "eval")).paths]
+        trained = read_manifest(plan.labelled(task, "train")).paths
+        _refuse(shared_clips(tests[task], trained), plan, task, f"tasks/{task}_train.json")
+    every = sorted({path for paths in tests.values() for path in paths})
+    for first, second in shared_clips(every, pretraining):
+        task = next(name for name, paths in tests.items() if first in paths)
+        _refuse([(first, second)], plan, task, "train.json or valid.json")
+    return {"pretraining": len(pretraining), "test": len(every)}
+
+
+def _refuse(shared: Sequence[tuple[str, str]], plan: Plan, task: str, other: str) -> None:
+    if shared:
+        raise DataError(
+            f"{plan.labelled(task, 'eval')}: {shared[0][0]} is also in {other}, as "
+            f"{shared[0][1]}: expected test clips that no model has been trained on"
+        )

@@ -1,0 +1,125 @@
+"""Puts the study's pretrained weights under checkpoints/, in float16, each with a model card.
+
+The cards are written from the files of the runs, as the page of results is.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ssast.benchmarks.study.outcomes import Cells, gather
+from ssast.benchmarks.study.page import OUT, stored_plan
+from ssast.benchmarks.study.plan import BATCH, FAMILIES, Plan
+from ssast.benchmarks.study.tables import chance_of, spread, table, what
+from ssast.engine.checkpoints.pretrained import export_weights, find_checkpoint, load_pretrained
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.errors import CheckpointError
+from ssast.pipelines.files import write_atomically
+
+CHECKPOINTS = Path("checkpoints")
+CARD = "README.md"
+
+
+def release(out: Path, folder: Path) -> list[Path]:
+    """Write the weights of the patch and of the frame model.
+
+    Args:
+        out: Folder of the study's runs.
+        folder: Gets tiny_patch/ and tiny_frame/.
+
+    Raises:
+        ConfigError: There are no runs.
+        CheckpointError: A pretraining is not finished, or a folder cannot be written.
+    """
+    plan = stored_plan(out)
+    cells, written = gather(plan, out), []
+    for family in FAMILIES:
+        run = out / "pretrain" / family
+        _, meta = Checkpoints.load(find_checkpoint(run), check=False)
+        if meta["step"] < plan.steps:
+            raise CheckpointError(f"{out}: {family} has {meta['step']} of {plan.steps} steps")
+        path = export_weights(run, folder / f"tiny_{family}", dtype=torch.float16)
+        write_atomically(path / CARD, card(plan, cells, family, meta["step"], path))
+        written.append(path)
+    return written
+
+
+def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
+    """What a user should know of the weights, in Markdown."""
+    weights, config = load_pretrained(path)
+    number = sum(p.numel() for p in weights.parameters()) / 1e6
+    made = json.loads(Path(plan.data, "report.json").read_text(encoding="utf-8"))
+    audio, model, objective = config.audio, config.model, config.objective
+    patches = f"{model.patch[0]} mel bins x {model.patch[1]} frames"
+    rows, columns = config.grid
+    scores = [
+        [
+            f"{task}: {what(task)}",
+            f"{100 * chance_of(plan, task)[0]:.1f}",
+            spread(cells[f"{family}-scratch", task].accuracies),
+            spread(cells[family, task].accuracies),
+        ]
+        for task in plan.tasks
+        if (family, task) in cells and (f"{family}-scratch", task) in cells
+    ]
+    lines = [
+        f"# {model.size}, {family} model",
+        "",
+        f"An audio spectrogram transformer ({model.size}: {number:.2f} M weights, with "
+        "both heads of its pretraining) pretrained with masked spectrogram patch modelling, "
+        "without labels. It is small, and has heard little: a beginning for experiments with few "
+        "clips, and a means to try the commands; not a substitute for the published models.",
+        "",
+        f"    ssast finetune demo_finetune --checkpoint {path} "
+        f"'model.patch=[{model.patch[0]}, {model.patch[1]}]' data.train=mine.json",
+        f"    ssast embed {path} /my/recordings --out x.npy",
+        "",
+        "## How it came about",
+        "",
+        *table(["what", "here"], [
+            ("input", f"16 kHz mono, {audio.num_frames} frames of 10 ms, {audio.n_mels} mel bins, "
+                      f"mean {audio.mean:g}, standard deviation {audio.std:g}"),
+            ("patches", f"{patches}, {rows} x {columns} of them"),
+            ("hidden", f"{objective.num_masked} of {rows * columns}, `{objective.mask}`"),
+            ("objective", f"{objective.kind}, softmax axis `{objective.softmax_axis}`"),
+            ("training", f"{steps:,} steps of {BATCH['pretrain']} clips, {config.train.precision}, "
+                         f"{config.optim.name}, rate {config.optim.lr:g}, {config.optim.schedule}"),
+            ("recordings", f"{made['hours']:.1f} h of {made['num_train']:,} clips from Debian's "
+                           f"packages {', '.join(made['packages'])}"),
+            ("in this folder", "weights in float16, settings, hashes; float32 when loaded"),
+        ]),
+        "The recordings are those of `ssast data demo --sounds`, speech of games and learning "
+        "programs for the greater part. Their licences (free ones, each package its own) are in "
+        "the folder `licences/` that this command makes; no recording is in this folder.",
+        "",
+        "## What it brings",
+        "",
+        "Accuracy in percent on test clips that no training has seen, fine-tuned with few epochs, "
+        f"mean and standard deviation of {plan.seeds} seeds:",
+        "",
+        *table(["task", "largest class", "from scratch", "from these weights"], scores),
+        "All of it: docs/results.md. `make reproduce` makes these weights again.",
+        "",
+        "## Limits",
+        "",
+        "Voices, languages and channels of the recordings are few, and tied to each other. Nothing "
+        "was tried for noise, distance, music, or languages outside of the packages. Apache-2.0, "
+        "as the project.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write both folders."""
+    parser = argparse.ArgumentParser("ssast bench release", description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs ({OUT})")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=CHECKPOINTS, help=f"folder to write ({CHECKPOINTS})"
+    )
+    options = parser.parse_args(arguments)
+    print(*release(options.out, options.checkpoints), sep="\n")
+    return 0

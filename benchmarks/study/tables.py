@@ -1,0 +1,232 @@
+"""The tables of the results page, in Markdown."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ssast.benchmarks.study.outcomes import (
+    PUBLISHED,
+    PUBLISHED_ABLATIONS,
+    Cell,
+    Cells,
+    gains,
+    gains_by_seed,
+    on_tasks,
+    over_tasks,
+    published_gain,
+)
+from ssast.benchmarks.study.plan import ABLATIONS, BATCH, FAMILIES, MODELS, SHORT, Plan
+from ssast.engine.config import load_config
+from ssast.engine.data.labels import find_classes, read_labelled
+from ssast.engine.monitoring.monitor import read_metrics
+from ssast.pipelines.demo.sounds import STUDY_TASKS
+
+PLUS_MINUS = " \N{PLUS-MINUS SIGN} "
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in percent."""
+    if not values:
+        return ""
+    numbers = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return PLUS_MINUS.join(f"{100 * number:.1f}" for number in numbers)
+
+
+def average_gain(cells: Cells, family: str) -> str:
+    """The relative gain on average over the tasks, and its deviation over seeds, in percent."""
+    found = gains(cells, family)
+    if not found:
+        return ""
+    deviation = spread(gains_by_seed(cells, family)).split(PLUS_MINUS)[1:]
+    return PLUS_MINUS.join([f"{100 * statistics.mean(found.values()):+.1f}", *deviation])
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; all columns but the first to the right."""
+    marks = [":--", *["--:"] * (len(header) - 1)]
+    return [f"| {' | '.join(line)} |" for line in (header, marks, *rows)] + [""]
+
+
+def what(task: str) -> str:
+    """A task in words."""
+    return next((known.what for known in STUDY_TASKS if known.name == task), task)
+
+
+def headline(plan: Plan, cells: Cells) -> list[str]:
+    """Test accuracies from scratch and pretrained, ours and the published ones."""
+    rows = []
+    for task in plan.tasks:
+        chance, num_clips = chance_of(plan, task)
+        row = [f"{task}: {what(task)}", str(num_clips), f"{100 * chance:.1f}"]
+        for family in FAMILIES:
+            for name in (f"{family}-scratch", family):
+                row.append(_of_seeds(plan, cells.get((name, task))))
+            gain = gains(cells, family).get(task)
+            row.append("" if gain is None else f"{100 * gain:+.1f}")
+        rows.append(row)
+    row = ["**relative gain on average, %**", "", ""]
+    for family in FAMILIES:
+        average = average_gain(cells, family)
+        row += ["", "", average and f"**{average}**"]
+    columns = [f"{f}, {kind}" for f in FAMILIES for kind in ("scratch", "pretrained", "gain %")]
+    lines = table(["task", "test clips", "chance", *columns], [*rows, row])
+    lines += [
+        "The paper's, of base models (its own average is 60.9 %); from scratch there is a patch "
+        "model alone:",
+        "",
+    ]
+    published = [
+        [name, f"{row['scratch']}"]
+        + [
+            cell
+            for family in FAMILIES
+            for cell in (f"{row[family]}", f"{100 * (row[family] / row['scratch'] - 1):+.1f}")
+        ]
+        for name, row in PUBLISHED.items()
+    ]
+    means = [f"**{published_gain(family):+.1f}**" for family in FAMILIES]
+    published.append(["**relative gain on average, %**", "", "", means[0], "", means[1]])
+    return lines + table(
+        ["task", "scratch", "patch, pretrained", "gain %", "frame, pretrained", "gain %"],
+        published,
+    )
+
+
+def chance_of(plan: Plan, task: str) -> tuple[float, int]:
+    """Share of the largest class among the test clips, and how many clips there are."""
+    classes = find_classes(str(plan.labelled(task, "train")), None)
+    clips = read_labelled(str(plan.labelled(task, "eval")), classes, one_label=True)
+    return clips.counts().max() / len(clips), len(clips)
+
+
+def _of_seeds(plan: Plan, cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if cell.num_diverged:
+        return f"{spread(cell.accuracies)} ({cell.num_diverged} diverged)"
+    finished = len(cell.accuracies)
+    return spread(cell.accuracies) + (
+        f" ({finished} of {plan.seeds})" if finished < plan.seeds else ""
+    )
+
+
+def pretraining(out: Path) -> list[str]:
+    """Losses on held-out clips at the end, of each model."""
+    rows = []
+    for model in MODELS.values():
+        lines = read_metrics(out / "pretrain" / model.name / "metrics.jsonl")
+        held_out = [line for line in lines if line["split"] == "valid"]
+        if not model.share or not held_out:
+            continue
+        config = load_config(out / "pretrain" / model.name / "config.yaml")
+        last, objective = held_out[-1], config.objective
+        values = [f"{last[key]:.{digits}f}" if key in last else ""
+                  for key, digits in (("loss", 3), ("nce", 3), ("mse", 4))]  # fmt: skip
+        told_apart = chance = ""
+        if "accuracy" in last:
+            told_apart = f"{100 * last['accuracy']:.1f}"
+            chance = f"{100 / objective.num_masked:.1f}"
+        rows.append(
+            [
+                f"{model.name}: {model.what}",
+                f"{last['step']:,} of {config.train.steps:,}",
+                f"{objective.num_masked} of {config.grid[0] * config.grid[1]}",
+                *values,
+                told_apart,
+                chance,
+            ]
+        )
+    header = ["model", "steps", "masked", "loss", "InfoNCE", "MSE", "told apart %", "chance %"]
+    return table(header, rows)
+
+
+def ablations(plan: Plan, cells: Cells) -> list[str]:
+    """Test accuracies of models that were pretrained in other ways, as long as each other."""
+    tasks = plan.tasks_of(ABLATIONS[0])
+    rows = []
+    for model in (MODELS["patch-scratch"], *ABLATIONS, MODELS["patch"]):
+        long = model.name == "patch"
+        row = [f"{model.what}, all of the steps" if long else model.what]
+        row += [_of_seeds(plan, cells.get((model.name, task))) for task in tasks]
+        row.append(spread(over_tasks(c.accuracies for c in on_tasks(cells, model.name, tasks))))
+        published = PUBLISHED_ABLATIONS.get(model.name)
+        if model.name == "patch-scratch":
+            published = PUBLISHED["AudioSet-20K"]["scratch"]
+        rows.append([*row, "" if published is None else f"{published}"])
+    return table(["pretraining", *tasks, "mean", "paper, AudioSet-20K"], rows)
+
+
+def learning_rates(plan: Plan, cells: Cells) -> list[str]:
+    """Accuracies on held-out clips for each learning rate, with seed 0; the chosen one in bold."""
+    rows = []
+    for (name, task), cell in cells.items():
+        if cell.tried:
+            marked = {True: "**{}**", False: "{}"}
+            shown = [
+                marked[rate == cell.rate].format("diverged" if math.isnan(v) else f"{100 * v:.1f}")
+                for rate, v in cell.tried.items()
+            ]
+            rows.append([f"{name}, {task}", *shown])
+    return table(["model, task", *(f"{rate:g}" for rate in plan.rates)], rows)
+
+
+def facts(plan: Plan, out: Path) -> list[str]:
+    """What was trained, on what, where, for how long."""
+    environments = [json.loads(p.read_text()) for p in sorted(out.glob("*/**/environment.json"))]
+    machines = sorted(
+        {
+            f"{e['device']}, {e['cores']} core{'s' if e['cores'] > 1 else ''} a process, "
+            f"{e['precision']}"
+            for e in environments
+        }
+    )
+    codes = sorted({str(e["code"]) for e in environments})
+    metrics = [*out.glob("pretrain/*/metrics.jsonl"), *out.glob("finetune/*/*/*/metrics.jsonl")]
+    config = next((load_config(p) for p in sorted(out.glob("pretrain/*/config.yaml"))), None)
+    rows = [
+        ("machine", "; ".join(machines)),
+        ("code", ", ".join(codes)),
+        ("hours of training steps", f"{sum(map(training_s, metrics)) / 3600:.2f}"),
+        ("runs", f"{len(metrics)}, of which pretraining {len(list(out.glob('pretrain/*')))}"),
+        (
+            "pretraining",
+            f"{plan.steps:,} steps of {BATCH['pretrain']} clips; ablations {SHORT:.0%} of them",
+        ),
+        (
+            "fine-tuning",
+            f"{plan.epochs} epochs in steps of {BATCH['finetune']} clips, {plan.seeds} seeds",
+        ),
+    ]
+    if config is not None:
+        audio, model = config.audio, config.model
+        depth = "" if model.depth is None else f", model.depth {model.depth}"
+        rows.append(("model", f"{model.size}{depth}, {audio.num_frames} frames of 10 ms"))
+    report = Path(plan.data, "report.json")
+    if report.exists():
+        made = json.loads(report.read_text(encoding="utf-8"))
+        rows.append(("recordings", f"{made['hours']:.1f} h, {', '.join(made['packages'])}"))
+    leaks = out / "leaks.json"
+    if leaks.exists():
+        compared = json.loads(leaks.read_text())
+        rows.append(
+            (
+                "test clips in pretraining",
+                f"0: {compared['test']:,} compared with {compared['pretraining']:,} by content",
+            )
+        )
+    if plan.overrides:
+        rows.append(("settings of all runs", f"`{' '.join(plan.overrides)}`"))
+    return table(["what", "here"], rows)
+
+
+def training_s(metrics: Path) -> float:
+    """Seconds in the training steps of a run, as its log has them."""
+    lines = [line for line in read_metrics(metrics) if line["split"] == "train"]
+    config = load_config(metrics.parent / "config.yaml")
+    steps = [line["step"] for line in lines]
+    return sum(
+        (step - before) * config.train.batch_size / line["clips_per_s"]
+        for before, step, line in zip([0, *steps], steps, lines, strict=False)
+    )

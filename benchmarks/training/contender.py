@@ -1,0 +1,132 @@
+"""A variant of the training step in a process of its own: what a few steps take there.
+
+Only one such process is alive at a time, so that it has the machine, and what it keeps in memory
+goes with it. A process that keeps freed memory takes one step more, the first, which does not
+count: there it asks for the memory once and for all.
+"""
+
+import math
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
+from ssast.benchmarks.training.variants import Variant, check_mask_ids
+from ssast.engine.errors import ConfigError
+from ssast.engine.monitoring.monitor import peak_memory_gib
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was measured in one process.
+
+    Attributes:
+        cpu_s: CPU seconds of each step, over all threads.
+        wall_s: The same by the clock.
+        loss: Of the first step: fresh weights, the masks that all variants are compared on.
+        memory_gib: Highest resident memory of the process.
+        peak_gflops: Of a large matrix product per CPU second, in the precision and by the library
+            of the variant's.
+    """
+
+    cpu_s: list[float]
+    wall_s: list[float]
+    loss: float
+    memory_gib: float
+    peak_gflops: float
+
+
+def measure(
+    variant: Variant, setting: Setting, most: int, seconds: float = math.inf
+) -> Sample | str:
+    """Take some steps in a new process; or say why this machine cannot.
+
+    Args:
+        variant: Whose steps.
+        setting: What they compute.
+        most: Steps that count, at most.
+        seconds: After which no other one is begun; one is taken in any case.
+
+    Raises:
+        ConfigError: The process ended without a result.
+    """
+    return in_process(take_steps, variant, setting, most, seconds)
+
+
+def take_steps(
+    variant: Variant, setting: Setting, most: int, seconds: float = math.inf
+) -> Sample | str:
+    """What :func:`measure` does, in this process."""
+    torch.set_num_threads(setting.threads)
+    random.seed(0)
+    with variant.prepared() as lacking:
+        if lacking:
+            return lacking
+        peak = peak_gflops(product_s(variant.dtype)[0])  # first, as it wakes the libraries up
+        step, masks = variant.build(setting), check_mask_ids(setting)
+        losses: list[float] = []
+
+        def run() -> None:
+            losses.append(step(None if losses else masks))
+
+        if variant.keep_memory:
+            run()
+        times = [timed(run)]
+        while len(times) < most and sum(wall_s for _, wall_s in times) < seconds:
+            times.append(timed(run))
+    cpu_s, wall_s = (list(column) for column in zip(*times, strict=True))
+    return Sample(cpu_s, wall_s, losses[0], peak_memory_gib(torch.device("cpu")), peak)
+
+
+def in_process(task: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> Any:
+    """What a function returns in a new process.
+
+    Args:
+        task: Of a module; it and what it is given and returns can be pickled.
+        arguments: Of the function.
+        env: Variables of the environment.
+
+    Raises:
+        ConfigError: The process ended without a result.
+    """
+    return start(task, *arguments, env=env)()
+
+
+def start(
+    task: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None
+) -> Callable[[], Any]:
+    """Begin with :func:`in_process`; what is returned waits for the result."""
+    # Forked from a process that has imported this module, and done nothing else yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs, env or {}, task, arguments))
+    process.daemon = True
+    process.start()
+    theirs.close()
+
+    def result() -> Any:
+        try:
+            found = ours.recv()
+        except EOFError:
+            found = None
+        process.join()
+        if found is None:
+            raise ConfigError(f"a process ended with status {process.exitcode} and no result")
+        return found
+
+    return result
+
+
+def _answer(
+    connection: Connection, env: dict[str, str], task: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ.update(env)
+    connection.send(task(*arguments))
+    connection.close()

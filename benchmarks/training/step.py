@@ -1,0 +1,343 @@
+"""A training step against the published one, on this machine's CPU.
+
+Both train the same weights on the same filterbanks; masks, forward, backward and Adam are inside
+the step. In pretraining it is the joint one; in fine-tuning patches are 10 mel bins and 10 frames
+apart, there are 527 classes, and augmentations are left out on both sides. Each contender lives in
+a process of its own, as in practice, and they take turns, so that whatever else runs on the machine
+disturbs both alike. The ratio is the median over the turns.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ssast.benchmarks.training.baseline import (
+    Baseline,
+    ClassifierBaseline,
+    published_optimizer,
+    train_step,
+)
+from ssast.engine.checkpoints.classifier import build_classifier
+from ssast.engine.config import Config, from_plain
+from ssast.engine.model.classifier import LossClassifier
+from ssast.engine.model.objective import MSPM, mean_losses
+from ssast.engine.monitoring.flops import PEAK_SHAPE, step_flops_per_clip
+from ssast.engine.settings import SIZES
+from ssast.engine.train.memory import keep_freed_memory
+from ssast.engine.train.optim import build_optimizer
+from ssast.kernels.matmul import fast_matmul
+
+NUM_CLASSES = 527  # AudioSet's
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both contenders compute."""
+
+    size: str
+    batch: int
+    frames: int
+    threads: int
+    default_memory: bool  # leave the C library's allocator as it is in our process too
+    finetune: bool = False  # instead of pretraining
+
+    def config(self, *, two_pass: bool = False) -> Config:
+        """The patch model; in pretraining with its share of masked patches, 400 of 512."""
+        if self.finetune:
+            return from_plain(
+                {
+                    "model": {"size": self.size},
+                    "audio": {"num_frames": self.frames},
+                    "finetune": {"stride": [10, 10], "loss": "bce"},
+                }
+            )
+        num_masked = round(400 / 512 * 8 * (self.frames // 16))
+        return from_plain(
+            {
+                "model": {"size": self.size},
+                "audio": {"num_frames": self.frames},
+                "objective": {"num_masked": num_masked, "two_pass": two_pass},
+            }
+        )
+
+    def fbank(self) -> torch.Tensor:
+        """[B, T, F] log-mel filterbanks."""
+        audio = self.config().audio
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(self.batch, self.frames, audio.n_mels, generator=generator)
+        return audio.mean + 2 * audio.std * noise
+
+    def targets(self) -> torch.Tensor:
+        """[B, C], two classes a clip."""
+        numbers = torch.arange(2 * self.batch).view(self.batch, 2)
+        return torch.zeros(self.batch, NUM_CLASSES).scatter_(1, numbers % NUM_CLASSES, 1.0)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the two quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of a few measurements."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(low, median, high)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured; seconds are those of one step."""
+
+    setting: Setting
+    baseline_cpu_s: Spread
+    baseline_wall_s: Spread
+    ours_cpu_s: Spread
+    ours_wall_s: Spread
+    cpu_ratio: Spread
+    wall_ratio: Spread
+    gflop: float  # of our step, counted as if nothing were left out
+    gflops_per_cpu_s: float  # of ours
+    peak_gflops_per_cpu_s: float  # of a large fp32 matrix product on as many threads
+    loss_difference: float  # relative, on the same masks
+
+
+def _our_step(setting: Setting) -> Callable[[], None]:
+    config = setting.config()
+    if setting.finetune:
+        return _our_finetune_step(setting)
+    model = MSPM(config)
+    optimizer = build_optimizer(model, config.optim)
+    fbank, clips = setting.fbank(), torch.arange(setting.batch)
+    epochs, valid = torch.zeros_like(clips), torch.ones(setting.batch, dtype=torch.bool)
+
+    def step() -> None:
+        losses = model(fbank, *model.draw_masks(clips, epochs))
+        loss = mean_losses(losses, valid, config.objective.mse_weight)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        epochs.add_(1)
+
+    return step
+
+
+def _our_finetune_step(setting: Setting) -> Callable[[], None]:
+    config = setting.config()
+    model = _classifier(config)
+    optimizer = build_optimizer(model, config.optim)
+    fbank, targets = setting.fbank(), setting.targets()
+
+    def step() -> None:
+        loss = model(fbank, targets)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _classifier(config: Config) -> LossClassifier:
+    classifier = build_classifier(config, NUM_CLASSES, LossClassifier)
+    classifier.loss = "bce"
+    return classifier
+
+
+def _published_step(setting: Setting) -> Callable[[], None]:
+    config = setting.config()
+    # The published data loader normalises before the step.
+    x = (setting.fbank() - config.audio.mean) / (2 * config.audio.std)
+    model: Baseline | ClassifierBaseline
+    batch: tuple[torch.Tensor, ...]
+    if setting.finetune:
+        model, batch = ClassifierBaseline(config, _classifier(config)), (x, setting.targets())
+    else:
+        model, batch = Baseline(config, MSPM(config)), (x,)
+    optimizer = published_optimizer(model)
+
+    def step() -> None:
+        train_step(model, optimizer, *batch)
+
+    return step
+
+
+def _work(connection: Connection, name: str, setting: Setting) -> None:
+    """A contender's process: a step, or a matrix product, for every message."""
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+    if name == "ours" and not setting.default_memory:
+        keep_freed_memory()
+    step = _our_step(setting) if name == "ours" else _published_step(setting)
+    tasks = {"step": lambda: timed(step), "peak": lambda: peak_gflops(product_s()[0])}
+    with fast_matmul() if name == "ours" else nullcontext():  # as ssast pretrain does
+        for task in iter(connection.recv, None):
+            connection.send(tasks[task]())
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """CPU seconds, of all threads, and seconds by the clock of a call."""
+    cpu_s, wall_s = time.process_time(), time.perf_counter()
+    call()
+    return time.process_time() - cpu_s, time.perf_counter() - wall_s
+
+
+def product_s(dtype: torch.dtype = torch.float32, turns: int = 3) -> tuple[float, float]:
+    """Least CPU seconds and least seconds of the product of :data:`PEAK_SHAPE` in this process."""
+    M, K, N = PEAK_SHAPE
+    left, right = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
+    out = torch.empty(M, N, dtype=dtype)
+    times = [timed(lambda: torch.mm(left, right, out=out)) for _ in range(turns + 1)][1:]
+    return min(cpu_s for cpu_s, _ in times), min(wall_s for _, wall_s in times)
+
+
+def peak_gflops(seconds: float) -> float:
+    """GFLOP per second, where the product of :data:`PEAK_SHAPE` takes so long."""
+    return 2e-9 * math.prod(PEAK_SHAPE) / seconds
+
+
+def measure(setting: Setting, repeats: int) -> Result:
+    """Let both take turns.
+
+    Args:
+        setting: What to compute.
+        repeats: Turns that count, at least 2; one before them does not.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, workers = {}, []
+    for name in ("baseline", "ours"):
+        pipes[name], theirs = context.Pipe()
+        worker = context.Process(target=_work, args=(theirs, name, setting), daemon=True)
+        worker.start()
+        workers.append(worker)
+
+    def run(name: str, task: str) -> Any:
+        pipes[name].send(task)
+        return pipes[name].recv()
+
+    turns, peaks = [], []
+    for turn in range(repeats + 1):
+        times = run("baseline", "step"), run("ours", "step")
+        peaks.append(run("ours", "peak"))
+        if turn >= 1:
+            turns.append(times)
+    for pipe, worker in zip(pipes.values(), workers, strict=True):
+        pipe.send(None)
+        worker.join()
+    baseline, ours = zip(*turns, strict=True)
+    gflop = step_flops_per_clip(setting.config()) * setting.batch / 1e9
+    return Result(
+        setting,
+        Spread.of([cpu for cpu, _ in baseline]),
+        Spread.of([wall for _, wall in baseline]),
+        Spread.of([cpu for cpu, _ in ours]),
+        Spread.of([wall for _, wall in ours]),
+        Spread.of([b[0] / o[0] for b, o in turns]),
+        Spread.of([b[1] / o[1] for b, o in turns]),
+        gflop,
+        gflop / statistics.median(cpu for cpu, _ in ours),
+        max(peaks),
+        loss_difference(setting),
+    )
+
+
+@torch.no_grad()
+def loss_difference(setting: Setting) -> float:
+    """Relative difference of the two losses with the same weights, and on the same two masks."""
+    torch.manual_seed(0)
+    config = setting.config(two_pass=True)
+    if setting.finetune:
+        classifier, fbank, targets = _classifier(config), setting.fbank()[:2], setting.targets()[:2]
+        ours = classifier(fbank, targets)["loss"].mean().item()
+        x = classifier.encoder.embed.normalise(fbank)
+        theirs = ClassifierBaseline(config, classifier).losses(x, targets)["loss"].item()
+        return abs(ours - theirs) / abs(theirs)
+    model = MSPM(config)
+    fbank, clips = setting.fbank()[:2], torch.arange(min(setting.batch, 2))
+    masks = model.draw_masks(clips, torch.zeros_like(clips))
+    losses = model(fbank, *masks)
+    valid = torch.ones(len(clips), dtype=torch.bool)
+    ours = mean_losses(losses, valid, config.objective.mse_weight)["loss"].item()
+    x = (fbank - config.audio.mean) / (2 * config.audio.std)
+    theirs = Baseline(config, model).losses(x, *(m.mask_ids for m in masks))["loss"].item()
+    return abs(ours - theirs) / abs(theirs)
+
+
+def _row(*cells: str) -> str:
+    return f"  {cells[0]:16}{cells[1]:24}{cells[2]}"
+
+
+def _table(result: Result) -> str:
+    s, peak = result.setting, result.peak_gflops_per_cpu_s
+    rows = [
+        f"{'fine-tuning' if s.finetune else 'pretraining'} {s.size}, {s.frames} frames, "
+        f"batch {s.batch}, {s.threads} threads; "
+        "median (quartiles) of one step",
+        _row("", "CPU s", "wall s"),
+        _row("published step", f"{result.baseline_cpu_s:.2f}", f"{result.baseline_wall_s:.2f}"),
+        _row("this project", f"{result.ours_cpu_s:.2f}", f"{result.ours_wall_s:.2f}"),
+        _row("times faster", f"{result.cpu_ratio:.2f}", f"{result.wall_ratio:.2f}"),
+        f"  {result.gflop:.0f} GFLOP a step: {result.gflops_per_cpu_s:.0f} GFLOP per CPU second, "
+        f"{result.gflops_per_cpu_s / peak:.0%} of a large matrix product's {peak:.0f}",
+        f"  loss of the same weights: relative difference {result.loss_difference:.1e}",
+    ]
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print a table, or a JSON list.
+
+    Args:
+        argv: Command-line arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status, 0.
+    """
+    parser = argparse.ArgumentParser(prog="ssast bench step", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "base"], choices=list(SIZES))
+    parser.add_argument("--batch", type=int, default=8, help="clips of a step (default 8)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames of a clip (default 1024)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="(default 2)")
+    parser.add_argument(
+        "--default-memory", action="store_true", help="do not tune the allocator for our step"
+    )
+    parser.add_argument(
+        "--finetune", action="store_true", help="a step of fine-tuning instead of pretraining"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    args = parser.parse_args(argv)
+    if args.repeats < 2 or args.frames < 32:
+        parser.error("needs at least 2 repeats and 32 frames")
+    results = []
+    for size in args.sizes:
+        setting = Setting(
+            size, args.batch, args.frames, args.threads, args.default_memory, args.finetune
+        )
+        results.append(measure(setting, args.repeats))
+        if not args.json:
+            print(_table(results[-1]), flush=True)
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,290 @@
+"""Training steps between the published one and ours: each adds one change to the one before.
+
+    published step -> one pass -> no loops -> ... -> what ``ssast pretrain`` does
+
+Those that change the model are small subclasses of the published one; all of them compute the same
+losses, but for rounding, from the same weights and masks.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from ssast.benchmarks.training.baseline import Baseline, published_optimizer
+from ssast.benchmarks.training.step import Setting
+from ssast.engine.config import Config
+from ssast.engine.model.objective import MSPM, mean_losses
+from ssast.engine.parallel.ranks import init_world
+from ssast.engine.train.building import build_engine
+from ssast.engine.train.memory import keep_freed_memory
+from ssast.engine.train.optim import build_optimizer
+from ssast.kernels import attention
+from ssast.kernels.masking import draw_masks, masks_from_ids
+from ssast.kernels.matmul import fast_matmul, is_fast
+from ssast.kernels.mspm_loss import info_nce, mse
+from ssast.kernels.patch_embed import cut_patches, take
+
+Mark = Callable[[str], None]
+Step = Callable[..., float]
+"""``step(mask_ids, mark)`` trains once and returns the loss.
+
+``mask_ids`` [B, M], if given, take the place of the masks that are drawn all the same; ``mark`` is
+told the parts of the step, those of :data:`ssast.engine.monitoring.profiling.PARTS`.
+"""
+
+
+class SharedPass(Baseline):
+    """One mask and one forward pass for both losses, as the paper has it."""
+
+    def losses(
+        self, x: Tensor, first: Tensor | None = None, second: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """As the published ones with the first mask alone."""
+        first = self.draw_masks(len(x)) if first is None else first
+        encoded = self.encode(x, first)
+        nce, accuracy = self.tell_apart(*encoded, first)
+        mse = self.draw(*encoded, first)
+        return {"loss": nce + 10 * mse, "nce": nce, "mse": mse, "accuracy": accuracy}
+
+
+class Batched(SharedPass):
+    """No Python loop over clips: masks, gathering, heads and losses of all at once."""
+
+    drawn = 0
+
+    def draw_masks(self, batch_size: int) -> Tensor:
+        """[B, M] int64, a new mask for each clip."""
+        self.drawn += 1
+        clips = torch.arange(batch_size)
+        return draw_masks(
+            clips,
+            torch.full_like(clips, self.drawn),
+            seed=0,
+            kind="official",
+            grid=self.grid,
+            num_masked=self.num_masked,
+        ).mask_ids
+
+    def encode(self, x: Tensor, mask_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As the published one; every patch is projected all the same."""
+        projection = self.v.patch_embed.proj
+        tokens = projection(x.unsqueeze(1).transpose(2, 3)).flatten(2).transpose(1, 2)
+        masked = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter_(1, mask_ids, True)
+        tokens = torch.where(masked[..., None], self.mask_embed, tokens)
+        patches = cut_patches(x, projection.kernel_size, projection.stride)
+        return self.v.encode(tokens), take(patches, mask_ids)
+
+    def tell_apart(
+        self, hidden: Tensor, targets: Tensor, mask_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As the published one."""
+        nce, accuracy = info_nce(targets, self.cpredlayer(take(hidden, mask_ids + 2)))
+        return nce.mean(), accuracy.mean()
+
+    def draw(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
+        """As the published one."""
+        return mse(targets, self.gpredlayer(take(hidden, mask_ids + 2))).mean()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training step, and the settings of the process that it runs in.
+
+    Attributes:
+        title: What it adds to the one before.
+        needs: What a machine must have for it to be told apart from the one before.
+        model: The published one, one of its subclasses, or ours.
+        fused_adam: One operation for all weights, instead of many for each.
+        fused_attention: scaled_dot_product_attention, whose probabilities are not in memory.
+        keep_memory: Freed memory stays with the process.
+        fast_products: Float32 products by the fastest library that is exact.
+        blocked_attention: Our own attention of these products, where it is the fastest.
+        engine: The step is that of ``ssast pretrain``: DeepSpeed's, on one rank.
+        compiled: As ``train.compile``.
+        precision: As ``train.precision``.
+    """
+
+    title: str
+    needs: Literal["", "oneDNN", "blocked", "compiler", "bf16"] = ""
+    model: type[Baseline] | type[MSPM] = Baseline
+    fused_adam: bool = False
+    fused_attention: bool = False
+    keep_memory: bool = False
+    fast_products: bool = False
+    blocked_attention: bool = False
+    engine: bool = False
+    compiled: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def num_passes(self) -> int:
+        """Forward passes of a step."""
+        return 2 if self.model is Baseline else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @contextmanager
+    def prepared(self) -> Iterator[str]:
+        """The settings of the process, inside; nothing may have been computed before.
+
+        Gives why this machine does without the variant; empty if it has what it needs.
+        """
+        if self.keep_memory:
+            keep_freed_memory()
+        with ExitStack() as stack:
+            if self.fast_products:
+                stack.enter_context(fast_matmul())
+            if not self.blocked_attention:
+                stack.enter_context(patch.object(attention, "candidates", _sdpa_alone))
+            yield LACKING[self.needs]() if self.needs else ""
+
+    def config(self, setting: Setting) -> Config:
+        """The configuration of one process."""
+        config = setting.config()
+        changed = {"compile": self.compiled, "precision": self.precision}
+        train = replace(config.train, batch_size=setting.batch, **changed)  # type: ignore[arg-type]
+        return replace(config, train=train)
+
+    def build(self, setting: Setting) -> Step:
+        """The step, with fresh weights that are the same for all variants."""
+        torch.manual_seed(0)
+        config = self.config(setting)
+        weights = MSPM(config)
+        if self.model is not MSPM:
+            return self._published_step(setting, config, weights)
+        return our_step(setting, config, weights, engine=self.engine)
+
+    def _published_step(self, setting: Setting, config: Config, weights: MSPM) -> Step:
+        assert issubclass(self.model, Baseline)
+        model = self.model(config, weights)
+        if self.fused_attention:
+            for block in model.v.blocks:
+                block.attn.attend = nn.functional.scaled_dot_product_attention  # type: ignore[union-attr]
+        optimizer = (
+            build_optimizer(model, config.optim) if self.fused_adam else published_optimizer(model)
+        )
+        # The published data loader normalises before the step.
+        x = (setting.fbank() - config.audio.mean) / (2 * config.audio.std)
+
+        def step(mask_ids: Tensor | None = None, mark: Mark = lambda part: None) -> float:
+            masks = [model.draw_masks(len(x)) for _ in range(self.num_passes)]
+            if mask_ids is not None:
+                masks = [mask_ids] * self.num_passes
+            loss = model.losses(x, *masks)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+
+def our_step(setting: Setting, config: Config, model: MSPM, *, engine: bool) -> Step:
+    """The step of our model, its own or that of ``ssast pretrain``."""
+    optimizer = build_optimizer(model, config.optim)
+    fbank, clips = setting.fbank(), torch.arange(setting.batch)
+    epochs, valid = torch.zeros_like(clips), torch.ones(setting.batch, dtype=torch.bool)
+    run: Any = model
+    if engine:
+        world = init_world()
+        run = build_engine(
+            config, model, model.encoder, optimizer, world=world, batch_size=setting.batch
+        )
+        torch.set_num_threads(setting.threads)
+
+    def step(mask_ids: Tensor | None = None, mark: Mark = lambda part: None) -> float:
+        mark("inputs")
+        masks = model.draw_masks(clips, epochs)
+        if mask_ids is not None:
+            masks = [masks_from_ids(mask_ids, model.grid[0] * model.grid[1])]
+        loss = mean_losses(run(fbank, *masks), valid, config.objective.mse_weight)["loss"]
+        mark("backward")
+        if engine:
+            run.backward(loss)
+            mark("optimizer")
+            run.step(config.optim.lr)
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        epochs.add_(1)
+        return loss.item()
+
+    return step
+
+
+def check_mask_ids(setting: Setting) -> Tensor:
+    """[B, M] the masks that all variants are compared on."""
+    model = MSPM(setting.config())
+    clips = torch.arange(setting.batch)
+    return model.draw_masks(clips, torch.zeros_like(clips))[0].mask_ids
+
+
+def _sdpa_alone(device: torch.device, dtype: torch.dtype) -> tuple[attention.Backend, ...]:
+    return ("sdpa",)
+
+
+CPU = torch.device("cpu")
+LACKING: dict[str, Callable[[], str]] = {
+    "oneDNN": lambda: "" if is_fast() else "no library has faster products here",
+    "blocked": lambda: (
+        ""
+        if attention.candidates(CPU, torch.float32) == ("blocked",)
+        else "scaled_dot_product_attention is as fast here"
+    ),
+    "compiler": lambda: "" if shutil.which("g++") else "there is no C++ compiler (g++)",
+    "bf16": lambda: (
+        ""
+        if torch.cpu.get_capabilities().get("avx512_bf16")
+        else "the CPU has no products of bf16 (AVX512-BF16)"
+    ),
+}
+"""Why this machine lacks something, asked with a variant's settings; empty if it has it."""
+
+
+def _chain() -> dict[str, Variant]:
+    """The variants by name, in the order in which each adds to the one before."""
+    changes: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("published", "published step", {}),
+        ("shared pass", "one forward pass for both losses", {"model": SharedPass}),
+        ("batched", "no Python loop over clips", {"model": Batched}),
+        ("fused adam", "fused Adam", {"fused_adam": True}),
+        ("sdpa", "scaled_dot_product_attention", {"fused_attention": True}),
+        ("flop cuts", "only what the losses need is computed", {"model": MSPM}),
+        ("kept memory", "freed memory kept", {"keep_memory": True}),
+        ("fast products", "fp32 products by AVX-512", {"fast_products": True, "needs": "oneDNN"}),
+        ("blocked", "blocked attention", {"blocked_attention": True, "needs": "blocked"}),
+        ("engine", "DeepSpeed: what ssast pretrain does", {"engine": True}),
+    )
+    chain: dict[str, Variant] = {}
+    last = Variant("")
+    for name, title, change in changes:
+        chain[name] = last = replace(last, **{"needs": "", "title": title, **change})
+    return chain
+
+
+VARIANTS = _chain()
+DEFAULT = VARIANTS["engine"]
+"""What ``ssast pretrain`` does."""
+
+OPTIONS = {
+    "compiled": replace(DEFAULT, title="train.compile=true", needs="compiler", compiled=True),
+    "bf16": replace(DEFAULT, title="train.precision=bf16", needs="bf16", precision="bf16"),
+}
+"""What can be asked for besides; each is added to the default."""
+
+
+def label(variant: Variant) -> str:
+    """A variant, in a line below the one it adds to."""
+    if variant == VARIANTS["published"]:
+        return variant.title
+    return f"{'with' if variant in OPTIONS.values() else '+'} {variant.title}"

@@ -1,0 +1,136 @@
+"""Classifiers in and out of run folders, and new ones from pretrained weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ssast.engine.checkpoints.pretrained import find_checkpoint
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
+from ssast.engine.errors import CheckpointError
+from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
+from ssast.engine.settings import SIZES, Model
+
+Kind = TypeVar("Kind", bound=Classifier)
+
+CHOSEN = "classifier"  # in a run's folder: the weights that did best on the held-out clips
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fine-tuned classifier."""
+
+    classifier: Classifier
+    classes: tuple[str, ...]
+    """Labels, in the order of the logits."""
+
+    config: Config
+    names: tuple[str, ...]
+    """What people call them."""
+
+
+def model_of(encoder: SpectrogramTransformer) -> Model:
+    """The settings that an encoder is made from."""
+    size, depth = encoder.embed_dim, len(encoder.blocks)
+    name = next(name for name, known in SIZES.items() if known.embed_dim == size)
+    return Model(
+        size=name,  # type: ignore[arg-type]  # the keys of SIZES
+        patch=encoder.embed.patch,
+        depth=None if depth == SIZES[name].depth else depth,
+    )
+
+
+def build_classifier(
+    config: Config,
+    num_classes: int,
+    kind: type[Kind] = Classifier,  # type: ignore[assignment]
+) -> Kind:
+    """The classifier of a configuration, with fresh weights; nothing masks patches in it."""
+    settings = finetune_settings(config)
+    encoder = SpectrogramTransformer(config.model, config.audio, settings.stride)
+    classifier = kind(encoder, num_classes, settings.pooling)
+    encoder.embed.mask_embed.requires_grad_(False)
+    if settings.freeze == "encoder":
+        encoder.requires_grad_(False)
+    return classifier
+
+
+def check_fits(config: Config, pretrained: Config, source: str | Path) -> None:
+    """The model of a configuration must be the one that was pretrained.
+
+    Raises:
+        CheckpointError: Size, patch, depth or mel bins differ.
+    """
+    for section, keys in (("model", ("size", "patch", "depth")), ("audio", ("n_mels",))):
+        for key in keys:
+            wanted = to_plain(config)[section][key]
+            found = to_plain(pretrained)[section][key]
+            if wanted != found:
+                shown = str(found).replace(" ", "") if found is not None else "null"
+                raise CheckpointError(
+                    f"{source}: has {section}.{key} {found!r}, the configuration {wanted!r}: "
+                    f"set {section}.{key}={shown}, or use another checkpoint"
+                )
+
+
+@torch.no_grad()
+def fill_encoder(encoder: SpectrogramTransformer, pretrained: SpectrogramTransformer) -> None:
+    """Give an encoder pretrained weights; positions are cut or interpolated to its patch grid."""
+    weights = {name: value.clone() for name, value in pretrained.state_dict().items()}
+    old, new = pretrained.embed.grid, encoder.embed.grid
+    # Interpolated in float32, as the published numbers were.
+    positions = weights["embed.pos_embed"]
+    resized = resize_pos_embed(positions.float(), old, new) if old != new else positions
+    weights["embed.pos_embed"] = resized.to(positions.dtype)
+    encoder.load_state_dict(weights)
+
+
+def save_chosen(
+    run: Path,
+    tensors: dict[str, Tensor],
+    *,
+    step: int,
+    config: Config,
+    classes: Sequence[str],
+    facts: dict[str, Any],
+) -> Path:
+    """Write the weights of a run that shall be used; returns their folder."""
+    weights = {name: value for name, value in tensors.items() if name.startswith("weight/")}
+    meta = {"config": to_plain(config), "classes": list(classes), **facts}
+    return Checkpoints(run / CHOSEN, keep=1).save(weights, meta, step=step)
+
+
+def load_classifier(path: str | Path) -> Trained:
+    """The classifier of a fine-tuning run, or of one of its checkpoints, on the CPU.
+
+    Raises:
+        CheckpointError: There is none, or it is of a pretraining.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise CheckpointError(f"{path}: expected the folder of a fine-tuning run, found {found}")
+    found_at = Checkpoints(path / CHOSEN).latest() or find_checkpoint(path)
+    tensors, meta = Checkpoints.load(found_at)
+    if "classes" not in meta:
+        raise CheckpointError(
+            f"{path}: expected a fine-tuned model, found a pretrained one: ssast finetune CONFIG "
+            f"--checkpoint {path} makes a classifier of it"
+        )
+    config = from_plain(meta["config"])
+    classifier: Classifier = build_classifier(config, len(meta["classes"]))
+    weights = {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
+    classifier.load_state_dict(weights)
+    classes = tuple(meta["classes"])
+    return Trained(classifier.eval(), classes, config, tuple(meta.get("names", classes)))
+
+
+def with_model_of(config: Config, pretrained: Config) -> Config:
+    """A configuration with the model, and the mel bins, of a pretrained one."""
+    audio = replace(config.audio, n_mels=pretrained.audio.n_mels)
+    return replace(config, model=pretrained.model, audio=audio)

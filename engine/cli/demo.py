@@ -1,0 +1,79 @@
+"""The demonstration: real recordings, a short pretraining, and what came out of it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssast.engine.checkpoints.pretrained import load_pretrained
+from ssast.engine.config import Config, load_config
+from ssast.engine.evaluation.probe import format_scores, probe_run
+from ssast.engine.evaluation.reconstructions import visualize
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.pretrain import pretrain
+from ssast.pipelines.demo.corpora import fetch_demo, prepare_folder
+
+RELEASED = Path(__file__).parents[2] / "checkpoints" / "tiny_patch"
+
+
+def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int:
+    """Get audio, pretrain on it as configs/demo.yaml says, draw pictures, score the features.
+
+    Each part goes on where an earlier call was stopped.
+
+    Args:
+        source: A folder of audio files; a few hours of real recordings are fetched if None.
+        cache: Keeps what was fetched.
+        overrides: Settings that go before those of configs/demo.yaml.
+
+    Returns:
+        0, or the number of the signal that stopped the training.
+
+    Raises:
+        ValueError: See :func:`ssast.pipelines.demo.corpora.fetch_demo` and
+            :func:`ssast.engine.pretrain.pretrain`.
+    """
+    name = "demo"
+    if source is not None:
+        name = f"demo-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.resolve().name) or 'root'}"
+    folder, run = Path("data") / name, Path("runs") / name
+    if source is None:
+        fetch_demo(folder, cache)
+    else:
+        prepare_folder(source, folder)
+    places = [
+        f"data.train={folder / 'train.json'}",
+        f"data.valid={folder / 'valid.json'}",
+        f"run.folder={run}",
+    ]
+    config = load_config("demo", [*places, *overrides])
+    stopped = pretrain(config, resume=True)
+    if stopped:
+        print("run the same command again to go on")
+        return stopped
+
+    pictures = visualize(run)
+    held_out = [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == "valid"]
+    before, after = held_out[0]["accuracy"], held_out[-1]["accuracy"]
+    hidden = config.objective.num_masked
+    print(
+        f"\nOf the {hidden} patches hidden in a held-out clip, the model tells {after:.1%} apart\n"
+        f"(untrained {before:.1%}, chance {1 / hidden:.1%})."
+    )
+    results = [*pictures, run / "metrics.jsonl"]
+    if (folder / "tasks").is_dir() and any((folder / "tasks").iterdir()):
+        scores, written = probe_run(run, folder / "tasks", _released(config))
+        print("\nAccuracy on held-out labelled clips, from frozen features:")
+        print(format_scores(scores))
+        results.append(written)
+    print("\nResults:", *results, sep="\n  ")
+    return 0
+
+
+def _released(config: Config) -> dict[str, SpectrogramTransformer]:
+    """What hours of pretraining make of the same model: the weights that come with the project."""
+    if not RELEASED.is_dir():
+        return {}  # an installed package has none
+    model, theirs = load_pretrained(RELEASED)
+    same = (theirs.audio, theirs.model) == (config.audio, config.model)
+    return {"released": model.encoder} if same else {}

@@ -1,0 +1,100 @@
+"""The clips of a fine-tuning, checked before any work starts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssast.engine.config import Config, finetune_settings
+from ssast.engine.data.labels import (
+    LabelledClips,
+    check_classes_are_learned,
+    check_files_are_there,
+    check_no_leakage,
+    class_names,
+    class_weights,
+    find_classes,
+    hold_out,
+    read_labelled,
+)
+from ssast.engine.errors import ConfigError
+from ssast.pipelines.errors import DataError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a fine-tuning reads."""
+
+    train: LabelledClips
+    valid: LabelledClips
+    test: LabelledClips | None
+    class_weights: np.ndarray | None = None
+    """[C], factors of the classes in the loss."""
+
+    names: tuple[str, ...] = ()
+    """What people call the classes."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in their order."""
+        return self.train.classes
+
+
+def find_splits(config: Config, num_classes: int | None = None) -> Splits:
+    """Training, held-out and test clips.
+
+    Args:
+        config: Names them.
+        num_classes: How many classes are expected; any number if None.
+
+    Raises:
+        ConfigError: No training data is named.
+        DataError: A manifest is wrong, a label is unknown, a class has no training clip, the number
+            of classes is another one, too many files are missing or empty, or splits share clips.
+    """
+    settings = finetune_settings(config)
+    if config.data.train is None:
+        raise ConfigError(
+            "data.train is not set: give a manifest with labels, for example data.train=train.json"
+        )
+    if settings.balanced and config.data.weights is not None:
+        raise ConfigError("finetune.balanced and data.weights are two ways to weigh clips: set one")
+    if settings.balanced and settings.class_weights == "balanced":
+        raise ConfigError(
+            "finetune.balanced and finetune.class_weights=balanced make up for rare classes twice: "
+            "set one"
+        )
+    if settings.freq_mask > config.audio.n_mels or settings.time_mask > config.audio.num_frames:
+        raise ConfigError(
+            f"finetune.freq_mask {settings.freq_mask} and finetune.time_mask {settings.time_mask} "
+            f"must be at most audio.n_mels {config.audio.n_mels} and audio.num_frames "
+            f"{config.audio.num_frames}"
+        )
+    classes = find_classes(config.data.train, settings.labels)
+    if num_classes is not None and num_classes != len(classes):
+        raise ConfigError(
+            f"num_classes is {num_classes}, but {settings.labels or config.data.train} has "
+            f"{len(classes)} classes"
+        )
+    one_label = settings.loss == "ce"
+    train = read_labelled(config.data.train, classes, one_label=one_label)
+    if config.data.valid is not None:
+        valid = read_labelled(config.data.valid, classes, one_label=one_label)
+    else:
+        train, valid = hold_out(train, config.data.valid_share)
+    test = None
+    if settings.test is not None:
+        test = read_labelled(settings.test, classes, one_label=one_label)
+    check_classes_are_learned(train)
+    weights = class_weights(settings.class_weights, train)
+    splits = {"data.train": train, "data.valid": valid}
+    if test is not None:
+        splits["finetune.test"] = test
+    check_files_are_there(splits, config.data.max_rejected)
+    if (valid.counts() > 0).sum() < 2:
+        raise DataError(
+            f"{valid.source}: the held-out clips are of one class, expected two or more: no metric "
+            "could choose between weights"
+        )
+    if not settings.allow_leakage:
+        check_no_leakage(splits)
+    return Splits(train, valid, test, weights, class_names(classes, settings.labels))

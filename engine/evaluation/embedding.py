@@ -1,0 +1,221 @@
+"""Embeddings of recordings, one vector for each clip or for each column of patches."""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssast.engine.data.clips import fbank_spec
+from ssast.engine.errors import ConfigError
+from ssast.engine.formats.open import Opened
+from ssast.engine.model.classifier import Classifier, embed_clips
+from ssast.engine.model.encoder import layer_states, over_time
+from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.remote import located
+from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.stream.stream import AudioStream
+
+Level = Literal["clip", "frame"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What :func:`embed_recordings` has written."""
+
+    path: Path
+    shape: tuple[int, ...]
+    listing: Path
+    """Of the rows; the same file where that holds the paths itself."""
+
+    rejected: dict[str, str]
+    """Clips that could not be read, with the reasons; their rows are NaN, or null."""
+
+
+class Rows(Protocol):
+    """Takes embeddings, batch by batch in the order of the clips, to a temporary file."""
+
+    def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
+        """Take [B, *] float32 of the clips from ``first`` on, and their columns [B] with sound."""
+        ...
+
+    def close(self) -> None:
+        """Finish the file."""
+        ...
+
+
+class NumpyRows:
+    """A float32 array, NaN where nothing is known."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]):
+        self._rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+    def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
+        """See :class:`Rows`."""
+        vectors[held == 0] = np.nan
+        self._rows[first : first + len(vectors)] = vectors
+
+    def close(self) -> None:
+        """See :class:`Rows`."""
+        self._rows.flush()
+
+
+class ParquetRows:
+    """A table of path, columns and embedding: null where a clip could not be read.
+
+    An embedding is a list of D numbers; with a ``frame`` each, a list of such lists, of the columns
+    that hold sound.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], paths: ClipPaths):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ConfigError(
+                'Parquet needs the package pyarrow: pip install "ssast-engine[parquet]"'
+            ) from error
+        self._arrow, self._paths = pyarrow, paths
+        self._type = pyarrow.list_(pyarrow.float32(), shape[-1])
+        if len(shape) == 3:
+            self._type = pyarrow.list_(self._type)
+        fields = [("path", pyarrow.string()), ("columns", pyarrow.int32())]
+        self._schema = pyarrow.schema([*fields, ("embedding", self._type)])
+        self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
+
+    def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
+        """See :class:`Rows`."""
+        names = [str(self._paths[first + row]) for row in range(len(vectors))]
+        # A name need not be valid text; Parquet's strings must.
+        names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
+        embeddings = [
+            None if not count else (list(row[:count]) if row.ndim == 2 else row)
+            for row, count in zip(vectors, held, strict=True)
+        ]
+        columns = [names, held.astype(np.int32), self._arrow.array(embeddings, self._type)]
+        self._writer.write_batch(self._arrow.record_batch(columns, schema=self._schema))
+
+    def close(self) -> None:
+        """See :class:`Rows`."""
+        self._writer.close()
+
+
+@fast_matmul()
+@torch.no_grad()
+def embed_recordings(
+    opened: Opened,
+    source: str | Path,
+    out: str | Path,
+    *,
+    level: Level = "clip",
+    batch_size: int = 16,
+) -> Embedded:
+    """Write the embeddings of recordings.
+
+    Args:
+        opened: The model.
+        source: A manifest, a folder, or one audio file. Row i is its i-th clip.
+        out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
+            over what holds sound. ``frame``: [clips, T', D], the mean over the rows of each column
+            of patches; NaN after a clip's end. Beside it ``out`` with .csv lists row, path, and
+            columns that hold sound, 0 where a clip could not be read. Or a .parquet file, which
+            holds all of that: see :class:`ParquetRows`.
+        level: ``clip`` or ``frame``.
+        batch_size: Clips at once.
+
+    Raises:
+        ConfigError: A package for the format is missing.
+        DataError: The source is wrong, none of its first clips can be read, or ``out`` has another
+            ending or cannot be written.
+    """
+    out = Path(out)
+    if out.suffix not in (".npy", ".parquet"):
+        raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
+    paths = _paths(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = opened.encoder.to(device).eval()
+    columns = encoder.embed.grid[1]
+    shape: tuple[int, ...] = (len(paths), encoder.embed_dim)
+    if level == "frame":
+        shape = (len(paths), columns, encoder.embed_dim)
+    rejected: dict[str, str] = {}
+    counts = np.zeros(len(paths), dtype=np.int64)
+    temporary, listing = out.with_name(f".tmp-{out.name}"), out.with_suffix(".csv")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows: Rows
+        if out.suffix == ".npy":
+            rows = NumpyRows(temporary, shape)
+        else:
+            rows, listing = ParquetRows(temporary, shape, paths), out
+        with AudioStream(
+            paths,
+            fbank_spec(opened.audio),
+            batch_size=min(batch_size, len(paths)),
+            epochs=1,
+            device=device,
+            max_rejected=1.0,
+            on_reject=lambda clip, path, reason: rejected.update({path: reason}),
+        ) as batches:
+            for number, batch in enumerate(batches):
+                first = number * len(batch)
+                count = min(len(batch), len(paths) - first)  # the last batch is filled up
+                vectors, held = _embed(opened, batch.fbank, batch.num_frames, level)
+                held = held.where(batch.valid, 0)
+                counts[first : first + count] = held[:count].cpu().numpy()
+                rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
+        rows.close()
+        os.replace(temporary, out)
+        if listing != out:
+            with open(listing, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(("row", "path", "columns"))
+                writer.writerows(
+                    (i, path, n) for i, (path, n) in enumerate(zip(paths, counts, strict=True))
+                )
+    except DataError as error:
+        if not rejected:
+            raise
+        path, reason = next(iter(rejected.items()))
+        raise DataError(
+            f"{source}: none of the first {len(rejected)} clips can be read: {path}: {reason}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Embedded(out, shape, listing, rejected)
+
+
+def _embed(
+    opened: Opened, fbank: Tensor, num_frames: Tensor, level: Level
+) -> tuple[Tensor, Tensor]:
+    """Vectors, and the columns of patches that hold sound, [B]."""
+    encoder = opened.encoder
+    embed = encoder.embed
+    starts = torch.arange(embed.grid[1], device=fbank.device) * embed.stride[1]
+    sound = starts < num_frames.clamp(min=1)[:, None]  # [B, T']
+    whole = embed.real_columns(num_frames)
+    if whole is not None:
+        sound = torch.arange(embed.grid[1], device=fbank.device) < whole[:, None]
+    if level == "frame":
+        states = over_time(encoder, layer_states(encoder, fbank, num_frames)[-1])
+        return states.masked_fill(~sound[..., None], torch.nan), sound.sum(1)
+    pooling = opened.model.pooling if isinstance(opened.model, Classifier) else "avgtok"
+    return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)
+
+
+def _paths(source: str | Path) -> ClipPaths:
+    place = located(source)
+    if place.is_file() and place.suffix.lower() not in (".json", ".csv"):
+        return (str(place),)
+    return read_manifest(place).paths

@@ -1,0 +1,96 @@
+"""Pictures of a run: its curves, and held-out spectrograms as the model completes them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")  # no display is needed
+
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from ssast.engine.checkpoints.pretrained import load_pretrained
+from ssast.engine.data.clips import fbank_spec, find_clips
+from ssast.engine.model.objective import MSPM
+from ssast.engine.monitoring.curves import _save, draw_curves
+from ssast.kernels.masking import Masks
+from ssast.kernels.patch_embed import cut_patches, join_patches
+from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.stream.stream import AudioStream
+
+
+def visualize(run: Path, num_clips: int = 4) -> list[Path]:
+    """Draw the curves of a run and reconstructions of clips from all over its held-out split.
+
+    Raises:
+        CheckpointError: The run has no whole checkpoint.
+        DataError: The held-out clips cannot be found or read.
+    """
+    model, config = load_pretrained(run)
+    paths = find_clips(config)[1]
+    chosen = [paths[i * len(paths) // num_clips] for i in range(min(num_clips, len(paths)))]
+    spec = fbank_spec(config.audio)
+    device = torch.device("cpu")
+    with AudioStream(
+        chosen, spec, batch_size=len(chosen), epochs=1, device=device, max_rejected=1.0
+    ) as batches:
+        batch = next(batches)
+    titles = [Path(str(path)).name for path in chosen]
+    pictures = [draw_curves(run)]
+    if config.objective.kind != "discriminative":
+        pictures.append(draw_reconstructions(model, batch, run / "reconstructions.png", titles))
+    return pictures
+
+
+@torch.inference_mode()
+def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence[str]) -> Path:
+    """Original, masked and completed spectrograms of a few clips, one clip a row.
+
+    Args:
+        model: In evaluation mode, with a trained generative head.
+        batch: The clips.
+        path: Of the PNG.
+        titles: One a clip.
+    """
+    masks = model.held_out_masks(batch.clip_ids, batch.num_frames)[-1]
+    original = model.encoder.embed.normalise(batch.fbank)
+    hidden, completed = complete(model, batch.fbank, masks)
+    figure, axes = plt.subplots(
+        len(titles), 3, figsize=(13, 2.5 * len(titles)), squeeze=False, sharex=True, sharey=True
+    )
+    num_patches = model.grid[0] * model.grid[1]
+    style = {"origin": "lower", "aspect": "auto", "cmap": "magma"}
+    for row, title in enumerate(titles):
+        end = max(int(batch.num_frames[row]), 1)
+        low, high = original[row, :end].quantile(0.01).item(), original[row, :end].max().item()
+        shown = (
+            (title if len(title) < 40 else f"...{title[-36:]}", original[row]),
+            (f"{masks.mask_ids.shape[1]} of {num_patches} patches hidden", hidden[row]),
+            ("completed by the model", completed[row]),
+        )
+        for axis, (text, image) in zip(axes[row], shown, strict=True):
+            axis.imshow(image.T.numpy(), vmin=low, vmax=high, **style)
+            axis.axvspan(end - 0.5, len(image) - 0.5, color="white")  # padding
+            axis.set_facecolor("lightgrey")
+            axis.set_title(text, fontsize=9)
+        axes[row, 0].set_ylabel("mel bin", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("frame (10 ms)", fontsize=9)
+    return _save(figure, path)
+
+
+def complete(model: MSPM, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Normalised spectrograms [B, T', F'] with the masked patches NaN, and with them predicted.
+
+    T' and F' are as many frames and mel bins as whole patches cover.
+    """
+    embed = model.encoder.embed
+    patches = cut_patches(embed.normalise(fbank), embed.patch, embed.stride)
+    ids = masks.mask_ids[..., None].expand(-1, -1, patches.shape[2])
+    predicted = model.reconstruct(fbank, masks)
+    hidden = patches.scatter(1, ids, torch.full_like(predicted, torch.nan))
+    completed = patches.scatter(1, ids, predicted)
+    grid = model.grid
+    return join_patches(hidden, grid, embed.patch), join_patches(completed, grid, embed.patch)

@@ -1,0 +1,178 @@
+"""What is written of a classifier's results: predictions, pictures, a report."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no display is needed
+
+from matplotlib import pyplot as plt
+from sklearn.metrics import confusion_matrix
+
+from ssast.engine.config import Config, finetune_settings
+from ssast.engine.data.labels import LabelledClips
+from ssast.engine.data.splits import Splits
+from ssast.engine.evaluation.metrics import class_metrics, likeliest, probabilities
+
+PREDICTIONS = "predictions.csv"
+NUM_SHOWN = 5  # classes in a line of predictions.csv
+NAMED = 40  # classes whose names fit beside a picture
+
+
+def write_split(
+    folder: Path,
+    clips: LabelledClips,
+    logits: np.ndarray,
+    read: np.ndarray,
+    values: Mapping[str, float],
+    loss: str,
+) -> None:
+    """Write metrics.json, predictions.csv, classes.png and, of single labels, confusion.png.
+
+    Args:
+        folder: Created if need be.
+        clips: n clips.
+        logits: [n, C].
+        read: [n] bool, which clips could be read; the others are left out.
+        values: The metrics.
+        loss: ``ce`` or ``bce``, what makes probabilities of the logits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(dict(values), indent=1) + "\n")
+    scores = probabilities(logits, loss)
+    rows = np.flatnonzero(read)
+    targets = clips.targets()
+    paths = [str(clips.paths[int(row)]) for row in rows]
+    truths = [[clips.classes[i] for i in np.flatnonzero(targets[row])] for row in rows]
+    write_predictions(folder / PREDICTIONS, paths, scores[rows], clips.classes, truths)
+    _draw_classes(folder / "classes.png", scores[rows], targets[rows], clips.classes)
+    if clips.single:
+        draw_confusion(
+            folder / "confusion.png", scores[rows].argmax(1), targets[rows].argmax(1), clips.classes
+        )
+
+
+def write_predictions(
+    path: Path,
+    clips: Sequence[str],
+    scores: np.ndarray,
+    classes: Sequence[str],
+    truths: Sequence[Sequence[str]],
+) -> None:
+    """A CSV: the clip, its labels, and its likeliest classes with their probabilities.
+
+    Args:
+        path: Of the CSV.
+        clips: n names.
+        scores: [n, C] probabilities.
+        classes: C names.
+        truths: The labels of each clip.
+    """
+    count = min(NUM_SHOWN, len(classes))
+    header = ["wav", "labels"]
+    for number in range(1, count + 1):
+        header += [f"class{number}", f"probability{number}"]
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for clip, row, truth in zip(clips, scores, truths, strict=True):
+            line = [clip, ",".join(truth)]
+            for name, probability in likeliest(row, classes, count):
+                line += [name, f"{probability:.4f}"]
+            writer.writerow(line)
+
+
+def read_predictions(path: Path) -> list[tuple[str, str]]:
+    """Labels and likeliest class of each clip of such a CSV."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [(row["labels"], row["class1"]) for row in csv.DictReader(file)]
+
+
+def write_report(
+    path: Path,
+    config: Config,
+    splits: Splits,
+    chosen: str,
+    results: Mapping[str, Mapping[str, float]],
+) -> None:
+    """A page on a fine-tuning run: what was trained on what, and how well it does."""
+    settings = finetune_settings(config)
+    names = sorted({name for values in results.values() for name in values})
+    lines = [
+        f"# {path.parent.name}",
+        "",
+        f"{describe(config)}, {len(splits.classes)} classes, {settings.epochs} epochs of "
+        f"{len(splits.train)} clips. Weights: {chosen}, chosen on the held-out clips.",
+        "",
+        "| split | clips | " + " | ".join(names) + " |",
+        "| --- | ---: |" + " ---: |" * len(names),
+    ]
+    for split, values in results.items():
+        clips = {"valid": splits.valid, "test": splits.test}[split]
+        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
+        lines.append(f"| {split} | {len(clips or ())} | " + " | ".join(cells) + " |")
+    lines += ["", "![curves](curves.png)", ""]
+    for split in results:
+        for picture in ("confusion.png", "classes.png"):
+            if (path.parent / split / picture).is_file():
+                lines.append(f"![{split} {picture}]({split}/{picture})")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def describe(config: Config) -> str:
+    """Model and loss of a fine-tuning in a few words."""
+    settings, model = finetune_settings(config), config.model
+    return (
+        f"{model.size} with {model.patch[0]} x {model.patch[1]} patches, from "
+        f"{settings.checkpoint or 'scratch'}, loss {settings.loss}"
+    )
+
+
+def draw_confusion(
+    path: Path, named: np.ndarray, truth: np.ndarray, classes: Sequence[str]
+) -> None:
+    """A picture of how often clips of each label were given each name.
+
+    Args:
+        path: Of the PNG.
+        named: [n], number of the likeliest class.
+        truth: [n], number of the label.
+        classes: C names.
+    """
+    numbers = np.arange(len(classes))
+    counts = confusion_matrix(truth, named, labels=numbers).astype(float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(4 + 0.22 * min(len(classes), NAMED), 13)
+    figure, axis = plt.subplots(figsize=(size + 1, size))
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, fraction=0.046)
+    if len(classes) <= NAMED:
+        axis.set_xticks(numbers, classes, rotation=90, fontsize=7)
+        axis.set_yticks(numbers, classes, fontsize=7)
+    axis.set_xlabel("named")
+    axis.set_ylabel("label")
+    axis.set_title("share of the clips of each label", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_classes(
+    path: Path, scores: np.ndarray, targets: np.ndarray, classes: Sequence[str]
+) -> None:
+    found = class_metrics(scores, targets)["average_precision"]
+    order = [i for i in np.argsort(np.nan_to_num(found, nan=-1.0)) if not np.isnan(found[i])]
+    size = 2 + 0.2 * min(len(order), NAMED)
+    figure, axis = plt.subplots(figsize=(7, max(size, 2.5)))
+    axis.barh(np.arange(len(order)), found[order])
+    if len(order) <= NAMED:
+        axis.set_yticks(np.arange(len(order)), [classes[i] for i in order], fontsize=7)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("average precision")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,254 @@
+"""What is heard when: a classifier on windows of long recordings."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssast.engine.checkpoints.classifier import Trained
+from ssast.engine.config import finetune_settings
+from ssast.engine.data.clips import fbank_spec
+from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.metrics import likeliest, probabilities
+from ssast.kernels.fbank import FbankSpec, fbank, num_frames
+from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.audio.convert import resampled, windows
+from ssast.pipelines.audio.decode import Item, UnusableError, read_blocks
+
+BATCH = 32  # windows at a time
+SLICE = 5  # frames that one column of the spectrogram is the mean of
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a classifier makes of the windows of a recording, n of them.
+
+    Attributes:
+        path: Of the recording.
+        classes: C names, as people call them.
+        starts_s: [n] seconds.
+        ends_s: [n] seconds.
+        probabilities: [n, C].
+        spectrogram: [K, F], the mean log-mel of each 50 ms.
+        reason: Why it could not be read; it then has no windows.
+    """
+
+    path: str
+    classes: tuple[str, ...]
+    starts_s: np.ndarray
+    ends_s: np.ndarray
+    probabilities: np.ndarray
+    spectrogram: np.ndarray
+    reason: str | None = None
+
+    def lines(self, top: int) -> Iterator[dict[str, Any]]:
+        """Each window with its likeliest classes, as JSON holds it; or the reason for none."""
+        if self.reason is not None:
+            yield {"path": self.path, "reason": self.reason}
+        for start, end, row in zip(self.starts_s, self.ends_s, self.probabilities, strict=True):
+            yield {
+                "path": self.path,
+                "start_s": round(float(start), 3),
+                "end_s": round(float(end), 3),
+                "classes": likeliest(row, self.classes, top),
+            }
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a recording, in samples: their length, and from one to the next."""
+
+    length: int
+    hop: int
+
+    @classmethod
+    def of(cls, spec: FbankSpec, window_s: float | None, hop_s: float | None) -> "Windows":
+        """Windows in seconds: as long as the model's input by default, half of them overlapping.
+
+        Raises:
+            ConfigError: A window is longer than the model's input or shorter than one frame, or
+                there would be gaps between windows.
+        """
+        rate = spec.sample_rate_hz
+        longest, shortest = spec.num_samples / rate, spec.window / rate
+        window_s = longest if window_s is None else window_s
+        hop_s = window_s / 2 if hop_s is None else hop_s
+        if not shortest <= window_s <= longest:
+            raise ConfigError(
+                f"--window-s must be between {shortest:g} and {longest:g} s, which is all that the "
+                f"model hears at once, got {window_s:g}"
+            )
+        if not 1 / rate <= hop_s <= window_s:
+            raise ConfigError(f"--hop-s must be above 0 and at most {window_s:g}, got {hop_s:g}")
+        return cls(round(window_s * rate), round(hop_s * rate))
+
+    def cut(self, path: Any, rate_hz: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Windows of a recording of any format and length, with where they begin, in samples.
+
+        The last one ends where the recording ends, and begins earlier for that; only a recording
+        shorter than a window makes a shorter one.
+
+        Raises:
+            UnusableError: It cannot be decoded.
+        """
+        data = path.read() if hasattr(path, "read") else Path(path)
+        blocks = resampled(read_blocks(Item(str(path), data)), rate_hz)
+        before: np.ndarray | None = None
+        for number, window in enumerate(windows(blocks, self.length, self.hop)):
+            start = number * self.hop
+            if before is not None and len(window) < self.length:
+                start += len(window) - self.length
+                window = np.concatenate([before[: self.hop], window])[-self.length :]
+            yield start, window
+            before = window
+
+
+@fast_matmul()
+@torch.inference_mode()
+def timeline(trained: Trained, path: Any, cutting: Windows, device: torch.device) -> Timeline:
+    """Classify the windows of a recording, which is read block by block.
+
+    Args:
+        trained: The classifier.
+        path: A file, or a clip in a shard.
+        cutting: Its windows.
+        device: Where the classifier shall work.
+    """
+    audio, classifier = trained.config.audio, trained.classifier.to(device).eval()
+    spec, num_classes = fbank_spec(audio), len(trained.classes)
+    starts: list[int] = []
+    ends: list[int] = []
+    logits = [np.zeros((0, num_classes))]
+    columns: dict[int, np.ndarray] = {}  # of the spectrogram
+    reason = None
+    try:
+        for batch in _batches(cutting.cut(path, spec.sample_rate_hz), spec.window):
+            lengths = torch.tensor([len(window) for _, window in batch])
+            waves = torch.zeros(len(batch), int(lengths.max()))
+            for row, (_, window) in zip(waves, batch, strict=True):
+                row[: len(window)] = torch.from_numpy(window - window.mean())
+            features = fbank(waves.to(device), lengths.to(device), spec)
+            frames = num_frames(lengths.to(device), spec)
+            found = classifier(features, frames if audio.ignore_padding else None)
+            logits.append(found.double().cpu().numpy())
+            for (start, window), rows, count in zip(
+                batch, features.cpu().numpy(), frames.tolist(), strict=True
+            ):
+                starts.append(start)
+                ends.append(start + len(window))
+                columns |= _columns(rows[:count], start // spec.hop)
+    except UnusableError as error:
+        reason = str(error)
+    if reason is None and not starts:
+        reason = f"too short, one window is {spec.window} samples"
+    if reason is not None:
+        starts, ends, logits, columns = [], [], logits[:1], {}
+    rate = spec.sample_rate_hz
+    return Timeline(
+        str(path),
+        trained.names,
+        np.array(starts) / rate,
+        np.array(ends) / rate,
+        probabilities(np.concatenate(logits), finetune_settings(trained.config).loss),
+        np.array(list(columns.values())).reshape(-1, audio.n_mels),
+        reason,
+    )
+
+
+def _columns(frames: np.ndarray, first: int) -> dict[int, np.ndarray]:
+    """Means [F] of each SLICE frames of a recording, by number, from those of a window [T, F]."""
+    numbers, begins = np.unique((first + np.arange(len(frames))) // SLICE, return_index=True)
+    sums = np.add.reduceat(frames, begins)
+    sizes = np.diff(begins, append=len(frames))
+    return dict(zip(numbers.tolist(), sums / sizes[:, None], strict=True))
+
+
+def _batches(
+    pieces: Iterator[tuple[int, np.ndarray]], shortest: int
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Windows in lists; one that is too short for a single frame is left out."""
+    batch: list[tuple[int, np.ndarray]] = []
+    for start, window in pieces:
+        if len(window) >= shortest:
+            batch.append((start, window))
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> list[Path]:
+    """Write windows.jsonl and a picture of each recording; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / "windows.jsonl"
+    with listing.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        for found in timelines:
+            for line in found.lines(top):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    written = [listing]
+    for found in timelines:
+        if found.reason is not None:
+            continue
+        stem = Path(found.path).stem
+        path, number = folder / f"{stem}.png", 1
+        while path in written:
+            number += 1
+            path = folder / f"{stem}-{number}.png"
+        draw_timeline(path, found)
+        written.append(path)
+    return written
+
+
+def draw_timeline(path: Path, found: Timeline, most: int = 10) -> None:
+    """A picture of a recording: its spectrogram, and under it what is heard when.
+
+    Args:
+        path: Of the PNG.
+        found: With windows.
+        most: Classes that are shown, those that are likeliest somewhere.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    from matplotlib import pyplot as plt
+
+    peaks = found.probabilities.max(0)
+    shown = np.argsort(-peaks, kind="stable")[:most]
+    end_s = float(found.ends_s[-1])
+    centres = (found.starts_s + found.ends_s) / 2
+    edges = np.concatenate([found.starts_s[:1], (centres[1:] + centres[:-1]) / 2, [end_s]])
+    figure, (above, below) = plt.subplots(
+        2,
+        1,
+        sharex=True,
+        figsize=(11, 3 + 0.28 * len(shown)),
+        height_ratios=(2, 0.28 * len(shown) + 0.4),
+        layout="constrained",
+    )
+    if len(found.spectrogram):
+        above.imshow(
+            found.spectrogram.T,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            extent=(0, end_s, 0, found.spectrogram.shape[1]),
+            vmin=np.percentile(found.spectrogram, 5),
+        )
+    above.set_ylabel("mel bin")
+    above.set_title(Path(found.path).name, fontsize=10)
+    rows = np.arange(len(shown) + 1) - 0.5
+    image = below.pcolormesh(
+        edges, rows, found.probabilities[:, shown].T, cmap="Blues", vmin=0, vmax=1
+    )
+    below.set_yticks(rows[1:] - 0.5, [found.classes[i] for i in shown], fontsize=8)
+    below.invert_yaxis()
+    below.set_xlim(0, end_s)
+    below.set_xlabel("s")
+    figure.colorbar(image, ax=below, label="probability")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,330 @@
+"""Folders for Hugging Face transformers, out and in; written and read without transformers.
+
+A patch model that pools cls and dist is exactly transformers' AST: its folder names the stock
+classes. What AST has not, frame patches and the mean of the patch tokens, goes into a folder with
+its own small model file (modeling_ssast.py), to be loaded with ``trust_remote_code=True``.
+
+In a stock folder all LayerNorms have one epsilon, the encoder's 1e-6; our head has 1e-5, as
+published. That changes its logits by 4.5e-6 / variance of the pooled hidden states, relatively.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.published import check_shapes
+from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.settings import SIZES, Audio, Model
+
+REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
+_CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+_STOCK, _OWN = "audio-spectrogram-transformer", "ssast"
+_SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
+
+# Ours -> names in an AST file, of everything but qkv, which AST stores as three.
+_NAMES = {
+    r"embed\.(weight|bias)": r"embeddings.patch_embeddings.projection.\1",
+    r"embed\.cls_token": "embeddings.cls_token",
+    r"embed\.dist_token": "embeddings.distillation_token",
+    r"embed\.pos_embed": "embeddings.position_embeddings",
+    r"blocks\.(\d+)\.norm1\.(.+)": r"encoder.layer.\1.layernorm_before.\2",
+    r"blocks\.(\d+)\.norm2\.(.+)": r"encoder.layer.\1.layernorm_after.\2",
+    r"blocks\.(\d+)\.attn\.proj\.(.+)": r"encoder.layer.\1.attention.output.dense.\2",
+    r"blocks\.(\d+)\.mlp\.fc1\.(.+)": r"encoder.layer.\1.intermediate.dense.\2",
+    r"blocks\.(\d+)\.mlp\.fc2\.(.+)": r"encoder.layer.\1.output.dense.\2",
+    r"norm\.(.+)": r"layernorm.\1",
+}
+_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(.+)")
+_HEAD = {"head.0.": "classifier.layernorm.", "head.1.": "classifier.dense."}
+_PREFIX = "audio_spectrogram_transformer."
+_MASK_EMBED = "embed.mask_embed"  # of pretraining alone
+
+
+def export_huggingface(
+    model: Classifier | SpectrogramTransformer,
+    folder: str | Path,
+    audio: Audio,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Write a folder for ``from_pretrained``: configuration, feature extractor, weights.
+
+    Args:
+        model: A classifier, or an encoder alone.
+        folder: Made if it is not there.
+        audio: Of the model's input.
+        labels: Names of the classes, in the order of the logits.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: Labels that do not fit the classes, or audio that is not at 16 kHz.
+        CheckpointError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    if audio.sample_rate_hz != _SAMPLE_RATE_HZ:
+        raise ConfigError(
+            f"audio.sample_rate_hz is {audio.sample_rate_hz}, the feature extractor of "
+            f"transformers works at {_SAMPLE_RATE_HZ}"
+        )
+    config = _config(model, audio, labels)
+    state = _stock_state(model) if config["model_type"] == _STOCK else _own_state(model)
+    # The names of the feature extractor's settings are transformers'.
+    preprocessor = {
+        "feature_extractor_type": "ASTFeatureExtractor",
+        "do_normalize": True,
+        "feature_size": 1,
+        "max_length": audio.num_frames,
+        "mean": audio.mean,
+        "num_mel_bins": audio.n_mels,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+        "sampling_rate": audio.sample_rate_hz,
+        "std": audio.std,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((_CONFIG, config), (_PREPROCESSOR, preprocessor)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes a file that nobody else may read.
+        (folder / _WEIGHTS).chmod((folder / _CONFIG).stat().st_mode)
+        if config["model_type"] == _OWN:
+            shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    return folder
+
+
+def import_huggingface(
+    folder: str | Path,
+) -> tuple[Classifier | SpectrogramTransformer, Audio, tuple[str, ...]]:
+    """The model in a folder that transformers' AST, or :func:`export_huggingface`, has saved.
+
+    Returns:
+        A classifier, or an encoder where the folder holds no head, on the CPU; the settings of its
+        input; the names of its classes, () of an encoder. The epsilons of its LayerNorms are the
+        folder's.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the model is none that we can hold.
+    """
+    folder = Path(folder)
+    config, preprocessor = (_read_json(folder / name) for name in (_CONFIG, _PREPROCESSOR))
+    kind = config.get("model_type")
+    if kind not in (_STOCK, _OWN):
+        raise CheckpointError(f"{folder / _CONFIG}: model_type is {kind!r}, expected {_STOCK!r}")
+    try:
+        state = safetensors.torch.load_file(folder / _WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
+    model, audio = _build(config, preprocessor, folder)
+    has_head = any(name.startswith(("classifier.", "head.")) for name in state)
+    names = config.get("id2label", {})
+    head_name = "classifier.dense.weight" if kind == _STOCK else "head.1.weight"
+    if not has_head:
+        target: Classifier | SpectrogramTransformer = model
+        labels: tuple[str, ...] = ()
+    else:
+        if head_name not in state:
+            raise CheckpointError(f"{folder / _WEIGHTS}: missing {head_name}")
+        num_classes = len(state[head_name])
+        target = Classifier(model, num_classes, "cls" if kind == _STOCK else config["pooling"])
+        target.head[0].eps = config.get("head_layer_norm_eps", config["layer_norm_eps"])
+        labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(num_classes))
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config["layer_norm_eps"]
+    _fill(target, state, kind == _STOCK, folder / _WEIGHTS)
+    return target.eval(), audio, labels
+
+
+def _config(
+    model: Classifier | SpectrogramTransformer, audio: Audio, labels: Sequence[str] | None
+) -> dict[str, Any]:
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    patch, stride = encoder.embed.patch, encoder.embed.stride
+    heads = {size.embed_dim: size.num_heads for size in SIZES.values()}
+    config: dict[str, Any] = {
+        "hidden_size": encoder.embed_dim,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": heads[encoder.embed_dim],
+        "num_mel_bins": audio.n_mels,
+        "max_length": audio.num_frames,
+        "layer_norm_eps": encoder.norm.eps,
+        "dtype": "float32",
+    }
+    pooling = model.pooling if isinstance(model, Classifier) else "cls"
+    stock = patch[0] == patch[1] and pooling == "cls"
+    if stock:
+        config |= {
+            "model_type": _STOCK,
+            "architectures": ["ASTModel"],
+            "patch_size": patch[0],
+            "frequency_stride": stride[0],
+            "time_stride": stride[1],
+            "intermediate_size": 4 * encoder.embed_dim,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "initializer_range": 0.02,
+            "qkv_bias": True,
+        }
+    else:
+        config |= {
+            "model_type": _OWN,
+            "architectures": ["SsastModel"],
+            "patch_shape": list(patch),
+            "patch_stride": list(stride),
+            "pooling": pooling,
+            "auto_map": {
+                "AutoConfig": f"{REMOTE_CODE.stem}.SsastConfig",
+                "AutoModel": f"{REMOTE_CODE.stem}.SsastModel",
+                "AutoModelForAudioClassification": (
+                    f"{REMOTE_CODE.stem}.SsastForAudioClassification"
+                ),
+            },
+        }
+    if isinstance(model, Classifier):
+        num_classes = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
+        labels = [f"LABEL_{i}" for i in range(num_classes)] if labels is None else list(labels)
+        if len(labels) != num_classes or len(set(labels)) != num_classes:
+            raise ConfigError(
+                f"labels: expected {num_classes} different names, got {len(labels)}, "
+                f"{len(set(labels))} of them different"
+            )
+        config["architectures"] = [
+            "ASTForAudioClassification" if stock else "SsastForAudioClassification"
+        ]
+        config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        config["label2id"] = {name: i for i, name in enumerate(labels)}
+        if not stock:
+            config["head_layer_norm_eps"] = model.head[0].eps
+    return config
+
+
+def _to_stock(name: str) -> tuple[str, ...]:
+    """The name in an AST file of a parameter of our encoder; of qkv, the three names."""
+    qkv = _QKV.fullmatch(name)
+    if qkv is not None:
+        number, rest = qkv.groups()
+        before = f"encoder.layer.{number}.attention.attention"
+        return tuple(f"{before}.{part}.{rest}" for part in ("query", "key", "value"))
+    for pattern, theirs in _NAMES.items():
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return (match.expand(theirs),)
+    raise KeyError(name)
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Of modeling_ssast.py, whose names are ours."""
+    return {
+        name: value.detach().to("cpu", torch.float32).contiguous()
+        for name, value in model.state_dict().items()
+        if not name.endswith(_MASK_EMBED)
+    }
+
+
+def _stock_state(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, value in _own_state(model).items():
+        names = _stock_names(name, isinstance(model, Classifier))
+        parts = value.chunk(len(names))
+        # Cloned: safetensors refuses tensors that share memory.
+        state |= {n: part.clone() for n, part in zip(names, parts, strict=True)}
+    return state
+
+
+def _stock_names(name: str, in_classifier: bool) -> tuple[str, ...]:
+    for ours, theirs in _HEAD.items():
+        if name.startswith(ours):
+            return (theirs + name[len(ours) :],)
+    names = _to_stock(name.removeprefix("encoder."))
+    return tuple(_PREFIX + n for n in names) if in_classifier else names
+
+
+def _build(
+    config: dict[str, Any], preprocessor: dict[str, Any], folder: Path
+) -> tuple[SpectrogramTransformer, Audio]:
+    """The encoder with fresh weights, and the settings of its input."""
+    try:
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        sizes = {(s.embed_dim, s.num_heads): name for name, s in SIZES.items()}
+        if (width, heads) not in sizes:
+            known = ", ".join(f"{w} with {h}" for w, h in sizes)
+            raise CheckpointError(
+                f"{folder / _CONFIG}: hidden_size {width} with {heads} heads, expected {known}"
+            )
+        if config["model_type"] == _STOCK:
+            expected = {"hidden_act": "gelu", "qkv_bias": True, "intermediate_size": 4 * width}
+            for key, value in expected.items():
+                if config[key] != value:
+                    raise CheckpointError(
+                        f"{folder / _CONFIG}: {key} is {config[key]!r}, expected {value!r}"
+                    )
+            patch = (config["patch_size"], config["patch_size"])
+            stride = (config["frequency_stride"], config["time_stride"])
+        else:
+            patch, stride = tuple(config["patch_shape"]), tuple(config["patch_stride"])
+        audio = Audio(
+            sample_rate_hz=preprocessor["sampling_rate"],
+            n_mels=config["num_mel_bins"],
+            num_frames=config["max_length"],
+            mean=preprocessor["mean"] if preprocessor["do_normalize"] else 0.0,
+            std=preprocessor["std"] if preprocessor["do_normalize"] else 0.5,
+        )
+        depth, size = config["num_hidden_layers"], sizes[width, heads]
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: the key {error} is missing") from error
+    model = Model(size=size, patch=patch, depth=depth)  # type: ignore[arg-type]  # of SIZES
+    return SpectrogramTransformer(model, audio, stride), audio
+
+
+def _fill(
+    model: Classifier | SpectrogramTransformer,
+    state: dict[str, Tensor],
+    stock: bool,
+    source: Path,
+) -> None:
+    in_classifier = isinstance(model, Classifier)
+    weights: dict[str, Tensor] = {}
+    used: set[str] = set()
+    missing: list[str] = []
+    for name in model.state_dict():
+        if name.endswith(_MASK_EMBED):
+            continue
+        names = _stock_names(name, in_classifier) if stock else (name,)
+        missing += [n for n in names if n not in state]
+        used.update(names)
+        if not missing:
+            parts = [state[n] for n in names]
+            weights[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    surplus = sorted(set(state) - used)
+    if missing or surplus:
+        raise CheckpointError(
+            f"{source}: missing {missing or 'nothing'}, unexpected {surplus or 'nothing'}"
+        )
+    check_shapes(model, weights, source)
+    model.load_state_dict(weights, strict=False)  # but for the mask, every name was checked
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,146 @@
+"""A model without our operations, for torch.export and ONNX: one file that runs anywhere."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.ast_model import Trunk
+from ssast.engine.model.classifier import Classifier, pool
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.settings import Audio
+
+INPUT, OUTPUT, LABELS = "fbank", "output", "labels"
+ONNX_OPSET = 18
+
+
+class Portable(nn.Module):
+    """Log-mel filterbanks [B, T, F] to what the model says, in PyTorch's own operations.
+
+    Shares the weights of the model that it is made of. The output is that of a classifier, logits
+    [B, classes], or that of an encoder, hidden states [B, 2 + N, D].
+    """
+
+    def __init__(self, model: Classifier | SpectrogramTransformer):
+        super().__init__()
+        encoder = model.encoder if isinstance(model, Classifier) else model
+        self.trunk = Trunk(encoder)
+        del self.trunk.head, self.trunk.head_dist
+        self.mean, self.std = encoder.embed.mean, encoder.embed.std
+        self.pooling = model.pooling if isinstance(model, Classifier) else None
+        self.head = model.head if isinstance(model, Classifier) else None
+
+    def forward(self, fbank: Tensor) -> Tensor:
+        """Filterbanks [B, T, F] before normalisation; see the class for the output."""
+        v, B = self.trunk, fbank.shape[0]  # len() would make it a constant
+        image = ((fbank - self.mean) / (2 * self.std)).transpose(1, 2).unsqueeze(1)
+        extra = (v.cls_token.expand(B, -1, -1), v.dist_token.expand(B, -1, -1))
+        hidden = v.encode(torch.cat((*extra, v.patch_embed(image)), 1) + v.pos_embed)
+        if self.head is None or self.pooling is None:
+            return hidden
+        return self.head(pool(hidden, self.pooling))
+
+
+def export_program(
+    model: Classifier | SpectrogramTransformer, audio: Audio
+) -> torch.export.ExportedProgram:
+    """The model as ``torch.export`` has it, for any number of clips."""
+    portable = Portable(model).eval()
+    # Two clips: of one, it would take the number for a constant.
+    example = torch.zeros(2, audio.num_frames, audio.n_mels)
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(portable, (example,), dynamic_shapes=({0: batch},), strict=False)
+
+
+def save_program(
+    model: Classifier | SpectrogramTransformer,
+    path: str | Path,
+    audio: Audio,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Write a file for ``torch.export.load(path).module()``, usually called .pt2.
+
+    Args:
+        model: On the CPU, in float32.
+        path: Of the file.
+        audio: Of its input.
+        labels: Names of the classes, a JSON list in the extra file ``labels``.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    path = _made(path)
+    try:
+        with open(path, "wb") as file:
+            extra = {} if labels is None else {LABELS: json.dumps(list(labels))}
+            torch.export.save(export_program(model, audio), file, extra_files=extra)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+def save_onnx(
+    model: Classifier | SpectrogramTransformer,
+    path: str | Path,
+    audio: Audio,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Write an ONNX file: input ``fbank`` [batch, T, F], output ``output``.
+
+    Args:
+        model: On the CPU, in float32.
+        path: Of the file; weights above 2 GB go into a second one beside it.
+        audio: Of its input.
+        labels: Names of the classes, a JSON list in the metadata ``labels``.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        ConfigError: The packages of the extra ``onnx`` are not installed.
+    """
+    path = _made(path)
+    try:
+        import onnxscript  # noqa: F401  # what torch.onnx needs
+    except ImportError as error:
+        raise ConfigError(
+            'ONNX needs the packages onnx and onnxscript: pip install "ssast-engine[onnx]"'
+        ) from error
+    example = torch.zeros(2, audio.num_frames, audio.n_mels)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the converter, on its own use of PyTorch
+        converted = torch.onnx.export(
+            Portable(model).eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=ONNX_OPSET,
+            verbose=False,
+        )
+    assert converted is not None
+    if labels is not None:
+        converted.model.metadata_props[LABELS] = json.dumps(list(labels))
+    try:
+        converted.save(path, external_data=_bytes(model) > 2 * 10**9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _made(path: str | Path) -> Path:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    return path

@@ -1,0 +1,363 @@
+"""Published checkpoints in and out: names, shapes, files.
+
+The published code stores the state dict of a DataParallel model: ``module.v.*`` for the trunk with
+timm's names, ``module.cpredlayer.*`` and ``module.gpredlayer.*`` for the two heads of pretraining,
+``module.mlp_head.*`` for a fine-tuned classifier, and two integers, ``p_input_fdim`` and
+``p_input_tdim``, in a pretrained model alone.
+"""
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.config import Config, from_plain
+from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.engine.model.objective import MSPM
+from ssast.engine.settings import SIZES, Audio, Model
+from ssast.kernels.patch_embed import patch_grid
+
+# Ours -> published, without its "module."; the first prefix that fits counts.
+_PREFIXES = {
+    "encoder.embed.weight": "v.patch_embed.proj.weight",
+    "encoder.embed.bias": "v.patch_embed.proj.bias",
+    "encoder.embed.mask_embed": "mask_embed",
+    "encoder.embed.": "v.",  # cls_token, dist_token, pos_embed
+    "encoder.": "v.",  # blocks, norm
+    "discriminative_head.": "cpredlayer.",
+    "generative_head.": "gpredlayer.",
+    "head.": "mlp_head.",
+}
+# ImageNet's heads, which no part of SSAST uses, and what the shapes say as well.
+_IGNORED = ("v.head.", "v.head_dist.", "p_input_fdim", "p_input_tdim")
+_IMAGENET_CLASSES = 1000
+# A fine-tuned model of the published code has none.
+_MASK_EMBED = "encoder.embed.mask_embed"
+_SHARE_MASKED = 400 / 512  # published
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the shapes of a published state dict say of its model."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"]
+    depth: int
+    patch: tuple[int, int]
+    """Mel bins and frames."""
+
+    num_patches: int
+    input: tuple[int, int] | None
+    """Mel bins and frames that it was pretrained for; a fine-tuned model does not say."""
+
+    num_classes: int | None
+    """Of a fine-tuned model."""
+
+    num_extra: int = NUM_EXTRA_TOKENS
+    """Tokens before those of the patches: cls and dist, or cls alone (base_nokd)."""
+
+
+def published_name(name: str) -> str:
+    """The published name, without ``module.``, of one of our parameters."""
+    for ours, theirs in _PREFIXES.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    raise KeyError(name)
+
+
+def from_published(
+    state: dict[str, Tensor], names: list[str], source: str | Path = "state dict"
+) -> dict[str, Tensor]:
+    """Weights under our names out of a published state dict.
+
+    Args:
+        state: Of a published model, with or without ``module.`` before the names.
+        names: Parameters of ours that are wanted.
+        source: Where it is from, for the message.
+
+    Raises:
+        CheckpointError: One is missing, or the state dict holds something that we do not know.
+    """
+    given = {name.removeprefix("module."): value for name, value in state.items()}
+    wanted = {published_name(name): name for name in names}
+    missing = [name for name in wanted if name not in given]
+    surplus = [n for n in given if n not in wanted and not n.startswith(_IGNORED)]
+    if missing or surplus:
+        raise CheckpointError(
+            f"{source}: not the state dict of this model: missing {missing or 'nothing'}, "
+            f"unexpected {surplus or 'nothing'}"
+        )
+    return {ours: given[theirs] for theirs, ours in wanted.items()}
+
+
+def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as the published code's DataParallel model stores it."""
+    return {f"module.{published_name(name)}": value for name, value in state.items()}
+
+
+def read_published(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, ``.safetensors`` or a pickle that holds tensors and nothing else.
+
+    Returns:
+        Tensors on the CPU by published name, without ``module.``.
+
+    Raises:
+        CheckpointError: No such file, damaged, or it holds anything but tensors. No code in the
+            file is ever run.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: refused: no pickle of tensors alone: {first}; save model.state_dict()"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    # What a damaged file makes of the readers; none of these is a mistake of ours.
+    except (
+        safetensors.SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
+        AttributeError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: not a whole checkpoint file: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path}: expected a state dict, names to tensors, found {type(state).__name__}"
+        )
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: expected tensors and nothing else, found {name!r}: {type(value).__name__}"
+            )
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -> Layout:
+    """What a state dict, as :func:`read_published` gives it, is the state of.
+
+    Raises:
+        CheckpointError: It is no SSAST, or its shapes contradict each other.
+    """
+    needed = ("v.patch_embed.proj.weight", "v.pos_embed", "v.blocks.0.norm1.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise CheckpointError(f"{source}: no SSAST model: missing {missing}")
+    projection, pos_embed = state["v.patch_embed.proj.weight"], state["v.pos_embed"]
+    if projection.ndim != 4 or projection.shape[1] != 1 or pos_embed.ndim != 3:
+        raise CheckpointError(
+            f"{source}: expected v.patch_embed.proj.weight [D, 1, f, t] and v.pos_embed "
+            f"[1, 2 + N, D], found {list(projection.shape)} and {list(pos_embed.shape)}"
+        )
+    width = projection.shape[0]
+    sizes = {size.embed_dim: name for name, size in SIZES.items()}
+    if width not in sizes:
+        known = ", ".join(f"{w} ({name})" for w, name in sizes.items())
+        raise CheckpointError(f"{source}: its width is {width}, expected one of {known}")
+    patch = (projection.shape[2], projection.shape[3])
+    num_extra = NUM_EXTRA_TOKENS if "v.dist_token" in state else 1
+    num_patches = pos_embed.shape[1] - num_extra
+    given = None
+    if "p_input_fdim" in state and "p_input_tdim" in state:
+        given = (int(state["p_input_fdim"]), int(state["p_input_tdim"]))
+        rows, columns = patch_grid(*given, patch, patch)
+        if rows * columns != num_patches:
+            raise CheckpointError(
+                f"{source}: {given[0]} x {given[1]} inputs make {rows} x {columns} patches, "
+                f"but v.pos_embed has {num_patches}"
+            )
+    numbers = [name.split(".")[2] for name in state if name.startswith("v.blocks.")]
+    head = state.get("mlp_head.1.weight")
+    return Layout(
+        size=sizes[width],  # type: ignore[arg-type]  # the keys of SIZES
+        depth=max(int(number) for number in numbers if number.isdecimal()) + 1,
+        patch=patch,
+        num_patches=num_patches,
+        input=given,
+        num_classes=None if head is None else len(head),
+        num_extra=num_extra,
+    )
+
+
+def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
+    """A published pretrained model, on the CPU, and the settings that it stands for.
+
+    Args:
+        path: Of the file.
+        audio: Settings of :class:`~ssast.engine.settings.Audio` that the file does not hold:
+            ``mean`` and ``std`` of its data, where they are not AudioSet's and LibriSpeech's.
+
+    Raises:
+        CheckpointError: See :func:`read_published` and :func:`detect_layout`; a fine-tuned model;
+            missing or unexpected names.
+    """
+    state = read_published(path)
+    layout = detect_layout(state, path)
+    if layout.input is None:
+        kind = "it lacks p_input_fdim and p_input_tdim"
+        if layout.num_classes is not None:
+            kind = f"it is fine-tuned, for {layout.num_classes} classes"
+        raise CheckpointError(f"{path}: expected a pretrained model, but {kind}")
+    _check_two_tokens(layout, path)
+    n_mels, num_frames = layout.input
+    config = from_plain(
+        {
+            "model": _plain_model(layout),
+            "audio": {**audio, "n_mels": n_mels, "num_frames": num_frames},
+            "objective": {
+                "num_masked": max(2, round(_SHARE_MASKED * layout.num_patches)),
+                "mask": "random" if layout.patch[0] == n_mels else "official",
+            },
+        }
+    )
+    model = MSPM(config)
+    _fill(model, state, path)
+    return model.eval(), config
+
+
+def load_published_classifier(
+    path: str | Path,
+    *,
+    num_frames: int,
+    stride: tuple[int, int],
+    pooling: Literal["avgtok", "cls"] = "avgtok",
+    n_mels: int = 128,
+    **audio: Any,
+) -> Classifier:
+    """A published fine-tuned model, on the CPU; its file says nothing of these settings.
+
+    Args:
+        path: Of the file.
+        num_frames: Frames of its input.
+        stride: Mel bins and frames between two patches.
+        pooling: ``avgtok`` or ``cls``.
+        n_mels: Mel bins of its input.
+        audio: Further settings of :class:`~ssast.engine.settings.Audio`, such as ``mean``, ``std``.
+
+    Raises:
+        CheckpointError: See :func:`read_published` and :func:`detect_layout`; a pretrained model;
+            missing or unexpected names; frames and stride that make another number of patches.
+    """
+    state = read_published(path)
+    layout = detect_layout(state, path)
+    if layout.num_classes is None:
+        raise CheckpointError(f"{path}: expected a fine-tuned model, found no mlp_head")
+    _check_two_tokens(layout, path)
+    rows, columns = patch_grid(n_mels, num_frames, layout.patch, stride)
+    if rows * columns != layout.num_patches:
+        raise CheckpointError(
+            f"{path}: {n_mels} mel bins x {num_frames} frames with stride {list(stride)} make "
+            f"{rows} x {columns} = {rows * columns} patches, but v.pos_embed has "
+            f"{layout.num_patches}"
+        )
+    settings = Audio(n_mels=n_mels, num_frames=num_frames, **audio)
+    model = Model(size=layout.size, depth=layout.depth, patch=layout.patch)
+    encoder = SpectrogramTransformer(model, settings, stride)
+    classifier = Classifier(encoder, layout.num_classes, pooling)
+    _fill(classifier, state, path)
+    return classifier.eval()
+
+
+def published_state(model: MSPM | Classifier, audio: Audio | None = None) -> dict[str, Tensor]:
+    """The state dict that the published code stores of such a model, on the CPU, in float32.
+
+    It loads there with ``strict=True``: ImageNet's heads, which nothing uses, are zeros.
+
+    Args:
+        model: Pretrained or fine-tuned.
+        audio: Of a pretrained one, for the size of its input; that of its whole patches if None.
+
+    Raises:
+        ConfigError: The patches of a pretrained model overlap.
+    """
+    state = {n: p.detach().to("cpu", torch.float32) for n, p in model.state_dict().items()}
+    width = model.encoder.embed_dim
+    published = {}
+    if isinstance(model, Classifier):
+        del state[_MASK_EMBED]
+    else:
+        embed = model.encoder.embed
+        rows, columns = embed.grid
+        if embed.stride != embed.patch:
+            raise ConfigError(f"pretrained patches may not overlap, got stride {embed.stride}")
+        size = (rows * embed.patch[0], columns * embed.patch[1])
+        n_mels, num_frames = size if audio is None else (audio.n_mels, audio.num_frames)
+        published["module.p_input_fdim"] = torch.tensor(n_mels)
+        published["module.p_input_tdim"] = torch.tensor(num_frames)
+    for head in ("head", "head_dist"):
+        published[f"module.v.{head}.weight"] = torch.zeros(_IMAGENET_CLASSES, width)
+        published[f"module.v.{head}.bias"] = torch.zeros(_IMAGENET_CLASSES)
+    return {**published, **to_published(state)}
+
+
+def save_published(model: MSPM | Classifier, path: str | Path, audio: Audio | None = None) -> None:
+    """Write a file that the published code, and :func:`read_published`, read.
+
+    Args:
+        model: See :func:`published_state`.
+        path: Of the file; its folder is made.
+        audio: See :func:`published_state`.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        ConfigError: See :func:`published_state`.
+    """
+    state = published_state(model, audio)
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def check_shapes(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Compare tensors, by the module's own names, with what the module holds.
+
+    Raises:
+        CheckpointError: Shapes that differ, all of them.
+    """
+    own = module.state_dict()
+    wrong = [
+        f"{name} {list(value.shape)}, expected {list(own[name].shape)}"
+        for name, value in state.items()
+        if value.shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{source}: shapes that do not fit: {'; '.join(wrong)}")
+
+
+def _check_two_tokens(layout: Layout, path: str | Path) -> None:
+    if layout.num_extra != NUM_EXTRA_TOKENS:
+        raise CheckpointError(
+            f"{path}: one extra token (base_nokd), expected two: v.dist_token is missing; "
+            "ssast.engine.interop.ASTModel takes it"
+        )
+
+
+def _plain_model(layout: Layout) -> dict[str, Any]:
+    depth = None if layout.depth == SIZES[layout.size].depth else layout.depth
+    return {"size": layout.size, "patch": list(layout.patch), "depth": depth}
+
+
+def _fill(model: MSPM | Classifier, state: dict[str, Tensor], path: str | Path) -> None:
+    names = list(model.state_dict())
+    if isinstance(model, Classifier):
+        names.remove(_MASK_EMBED)
+    weights = from_published(state, names, path)
+    check_shapes(model, weights, path)
+    model.load_state_dict(weights, strict=False)  # but for the mask, every name was checked

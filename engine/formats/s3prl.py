@@ -1,0 +1,74 @@
+"""The encoder as an upstream of s3prl and SUPERB: waveforms to the hidden states of all layers.
+
+    from ssast.engine.formats.s3prl import UpstreamExpert
+
+    def ssast_local(ckpt, *args, **kwargs):  # in a hubconf.py
+        return UpstreamExpert(ckpt, **kwargs)
+
+s3prl itself is not needed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.data.clips import fbank_spec
+from ssast.engine.formats.open import open_model
+from ssast.engine.model.encoder import (
+    layer_states,
+    over_time,
+)
+from ssast.kernels.fbank import fbank, num_frames
+
+
+class UpstreamExpert(nn.Module):
+    """What s3prl calls an upstream.
+
+    Waveforms longer than the input of the model are cut into windows, whose columns of patches
+    follow each other without a gap.
+
+    Args:
+        ckpt: What :func:`~ssast.engine.formats.open.open_model` opens.
+        settings: s3prl's own; not used.
+
+    Raises:
+        CheckpointError: There is no model.
+    """
+
+    def __init__(self, ckpt: str | Path, *args: Any, **settings: Any):
+        super().__init__()
+        opened = open_model(ckpt)
+        self.encoder, self.spec = opened.encoder, fbank_spec(opened.audio)
+
+    def get_downsample_rates(self, key: str | None = None) -> int:
+        """Samples between two hidden states."""
+        return self.encoder.embed.stride[1] * self.spec.hop
+
+    def forward(self, wavs: list[Tensor]) -> dict[str, Any]:
+        """Hidden states of waveforms.
+
+        Args:
+            wavs: Of each clip [S] float32 in [-1, 1] at the sample rate of the model.
+
+        Returns:
+            "hidden_states": of the tokens and of each block a tensor [B, T', D], where T' is the
+            number of samples of the longest clip over :meth:`get_downsample_rates`, at least 1;
+            "last_hidden_state": the last of them.
+        """
+        rate, columns = self.get_downsample_rates(), self.encoder.embed.grid[1]
+        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        centred = [wav.float() - wav.float().mean() for wav in wavs]
+        waves = nn.utils.rnn.pad_sequence(centred, batch_first=True)
+        steps = max(1, waves.shape[1] // rate)
+        windows = []
+        for start in range(0, steps * rate, columns * rate):
+            part = waves[:, start : start + self.spec.num_samples]
+            samples = (lengths - start).clamp(0, part.shape[1])
+            clips = fbank(part.contiguous(), samples, self.spec)
+            frames = num_frames(samples, self.spec)
+            states = layer_states(self.encoder, clips, frames)
+            windows.append([over_time(self.encoder, state) for state in states])
+        hidden = [torch.cat(layer, 1)[:, :steps] for layer in zip(*windows, strict=True)]
+        return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}

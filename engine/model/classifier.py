@@ -1,0 +1,112 @@
+"""A classifier on top of the encoder: mean of the tokens, LayerNorm, Linear."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
+
+
+def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"]) -> Tensor:
+    """One vector a clip, [B, D], from hidden states [B, 2 + N, D].
+
+    ``avgtok`` is the mean of the patch tokens (published default), ``cls`` that of cls and dist.
+    """
+    if pooling == "avgtok":
+        return hidden[:, NUM_EXTRA_TOKENS:].mean(1)
+    return hidden[:, :NUM_EXTRA_TOKENS].mean(1)
+
+
+class Classifier(nn.Module):
+    """Filterbanks [B, T, F] to logits [B, classes]."""
+
+    def __init__(
+        self,
+        encoder: SpectrogramTransformer,
+        num_classes: int,
+        pooling: Literal["avgtok", "cls"] = "avgtok",
+    ):
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+        self.head = nn.Sequential(
+            nn.LayerNorm(encoder.embed_dim), nn.Linear(encoder.embed_dim, num_classes)
+        )
+
+    def forward(self, fbank: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Logits [B, classes] of log-mel filterbanks [B, T, F] before normalisation.
+
+        ``num_frames`` [B] tells where padding begins; see :func:`embed_clips`.
+        """
+        return self.head(embed_clips(self.encoder, fbank, self.pooling, num_frames))
+
+
+def embed_clips(
+    encoder: SpectrogramTransformer,
+    fbank: Tensor,
+    pooling: Literal["avgtok", "cls"] = "avgtok",
+    num_frames: Tensor | None = None,
+) -> Tensor:
+    """One vector a clip, with nothing masked.
+
+    Args:
+        encoder: Of the clips.
+        fbank: [B, T, F] log-mel before normalisation.
+        pooling: See :func:`pool`.
+        num_frames: [B], frames that hold sound; patches of padding are then left out of the mean.
+
+    Returns:
+        [B, D].
+    """
+    rows, columns = encoder.embed.grid
+    hidden, _ = encoder(fbank, encoder.no_masks(len(fbank), num_frames))
+    if pooling == "cls" or num_frames is None:
+        return pool(hidden, pooling)
+    places = torch.arange(columns, device=fbank.device)
+    whole = encoder.embed.real_columns(num_frames)
+    if whole is not None:
+        sound = places < whole[:, None]  # [B, columns]
+    else:
+        sound = places * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
+    weights = (sound / sound.sum(1, keepdim=True)).to(hidden.dtype)
+    tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
+    return torch.einsum("brcd,bc->bd", tokens, weights) / rows
+
+
+class LossClassifier(Classifier):
+    """A classifier that says how wrong it is, clip by clip."""
+
+    loss: str = "ce"
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None  # [C]
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.register_buffer("class_weights", None, persistent=False)
+
+    def forward(  # type: ignore[override]  # filterbanks and targets to losses
+        self, fbank: Tensor, targets: Tensor, num_frames: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of filterbanks [B, T, F] with targets [B, C] in [0, 1].
+
+        Label smoothing and class weights are of training alone.
+
+        Returns:
+            "loss" and "accuracy" (whether the strongest label is named), [B]; "logits" [B, C].
+        """
+        logits = super().forward(fbank, num_frames).float()
+        smoothing = self.label_smoothing if self.training else 0.0
+        weights = self.class_weights if self.training else None
+        if self.loss == "ce":
+            loss = functional.cross_entropy(
+                logits, targets, weights, reduction="none", label_smoothing=smoothing
+            )
+        else:
+            soft = targets * (1 - smoothing) + smoothing / 2
+            every = functional.binary_cross_entropy_with_logits(
+                logits, soft, pos_weight=weights, reduction="none"
+            )
+            loss = every.mean(1)
+        accuracy = (logits.argmax(1) == targets.argmax(1)).float()
+        return {"loss": loss, "accuracy": accuracy, "logits": logits}

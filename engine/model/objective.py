@@ -1,0 +1,113 @@
+"""Masked spectrogram patch modelling: mask, encode, two heads, losses.
+
+    joint = InfoNCE + 10 MSE                                SSAST, equation 3 and published code
+
+The paper computes both terms on one mask and one forward pass, which is the default; its published
+code runs a whole forward pass with a mask of its own for each (``two_pass``).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.config import Config
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.kernels.masking import Masks, draw_masks
+from ssast.kernels.mspm_loss import info_nce, mse
+
+
+class MSPM(nn.Module):
+    """The encoder with the heads and losses of its pretraining."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.objective = config.objective
+        self.seed = config.train.seed
+        self.grid = config.grid
+        self.encoder = SpectrogramTransformer(config.model, config.audio)
+        D, P = self.encoder.embed_dim, config.model.patch[0] * config.model.patch[1]
+        self.discriminative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+        self.generative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+        # A head that the objective leaves idle has no gradient: the optimizer need not carry it.
+        self.discriminative_head.requires_grad_(config.objective.kind != "generative")
+        self.generative_head.requires_grad_(config.objective.kind != "discriminative")
+
+    def draw_masks(
+        self, clip_ids: Tensor, epochs: Tensor, num_frames: Tensor | None = None
+    ) -> list[Masks]:
+        """One mask for each forward pass, for these clips in these epochs, all [B] int64.
+
+        ``num_frames`` tells where padding begins, for ``audio.ignore_padding``.
+        """
+        real_columns = self.encoder.embed.real_columns(num_frames)
+        return [
+            draw_masks(
+                clip_ids,
+                epochs,
+                seed=self.seed,
+                kind=self.objective.mask,
+                grid=self.grid,
+                num_masked=self.objective.num_masked,
+                stream=stream,
+                real_columns=real_columns,
+            )
+            for stream in range(2 if self.objective.two_pass else 1)
+        ]
+
+    def held_out_masks(self, clip_ids: Tensor, num_frames: Tensor | None = None) -> list[Masks]:
+        """Masks that are the same in each validation; no training epoch has their number."""
+        return self.draw_masks(clip_ids, torch.full_like(clip_ids, -1), num_frames)
+
+    def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
+        """The losses of each clip.
+
+        Args:
+            fbank: [B, T, F] log-mel before normalisation.
+            masks: Of the forward pass; with ``two_pass`` a second one for the generative loss.
+
+        Returns:
+            Those of "nce", "accuracy" and "mse" that belong to the objective, each [B].
+        """
+        kind, losses = self.objective.kind, {}
+        states, targets = self.encoder(fbank, masks[0], masked_only=True)
+        if kind != "generative":
+            predictions = self.discriminative_head(states)
+            losses["nce"], losses["accuracy"] = info_nce(
+                targets, predictions, self.objective.softmax_axis, masks[0].num_masked
+            )
+        if len(masks) > 1:
+            states, targets = self.encoder(fbank, masks[1], masked_only=True)
+        if kind != "discriminative":
+            losses["mse"] = mse(targets, self.generative_head(states), masks[-1].num_masked)
+        return losses
+
+    def reconstruct(self, fbank: Tensor, masks: Masks) -> Tensor:
+        """What the generative head puts in place of the masked patches, normalised, [B, M, P]."""
+        states, _ = self.encoder(fbank, masks, masked_only=True)
+        return self.generative_head(states)
+
+
+def with_masks(valid: Tensor, masks: list[Masks]) -> Tensor:
+    """Those of the valid clips, [B] bool, in which anything is masked: a short one may be left."""
+    num_masked = masks[0].num_masked
+    return valid if num_masked is None else valid & (num_masked > 0)
+
+
+def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:
+    """Means over the valid clips of a batch.
+
+    Args:
+        losses: Per clip, as :meth:`MSPM.forward` gives them.
+        valid: [B] bool; the others count nothing.
+        mse_weight: Of the generative loss in the joint one.
+
+    Returns:
+        Scalars: the same losses and "loss", to be minimised; all 0 where no clip is valid.
+    """
+    weights = valid / valid.sum().clamp(min=1)
+    # where, not a product: a clip that counts nothing may hold an infinity.
+    means = {name: (value.where(valid, 0) * weights).sum() for name, value in losses.items()}
+    if "nce" in means and "mse" in means:
+        loss = means["nce"] + mse_weight * means["mse"]
+    else:
+        loss = means["nce"] if "nce" in means else means["mse"]
+    return {"loss": loss, **means}

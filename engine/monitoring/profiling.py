@@ -1,0 +1,250 @@
+"""Where the time of a step goes: a trace for a viewer, and a table short enough to read.
+
+Marks cut a step into parts, each of which lasts until the next mark, so the parts add up to the
+step. On a GPU the marks are events of its stream: they tell when the device, not the host, got
+there, and nothing waits for them until the last step is over. What is marked is where the host
+stands anyway, so a recorded step computes the same numbers.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from ssast.engine.config import Config
+from ssast.engine.model.encoder import Attention, Mlp, SpectrogramTransformer
+from ssast.engine.parallel.ranks import World
+
+PARTS = {
+    "data": "waiting for the next batch",
+    "inputs": "masks, or targets and augmentations",
+    "embed": "patch embedding",
+    "attention": "attention of all blocks, with its projections",
+    "mlp": "MLP of all blocks",
+    "encoder": "the rest of the encoder: norms, residuals; whole blocks if compiled",
+    "loss": "heads and losses",
+    "backward": "backward, with what is computed again and what is reduced meanwhile",
+    "optimizer": "the optimizer's step, with what the ranks exchange in it",
+    "other": "sums for the log",
+}
+SKIPPED = 5  # caches, compilers and allocators settle in the first steps
+_FORWARD = {"inputs", "embed", "attention", "mlp", "encoder", "loss"}
+_PART_OF: dict[type[nn.Module], str] = {Attention: "attention", Mlp: "mlp"}
+_COMMUNICATION = ("nccl", "gloo:")
+
+
+class StepProfiler:
+    """Records ``profile.steps`` steps of rank 0; does nothing on others, before or after.
+
+    with StepProfiler(config, world, module, print) as profiler:
+        for batch in batches:
+            profiler.mark("inputs")
+            ...
+            profiler.end_step()
+
+    Args:
+        config: Of the run; its folder gets ``profile/trace.json`` and ``profile/table.json``.
+        world: This process's place.
+        module: What is trained, with a :class:`SpectrogramTransformer` in it.
+        say: Is given the table.
+        skipped: Steps before the recorded ones, at least 1.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        module: nn.Module,
+        say: Callable[[str], None],
+        skipped: int = SKIPPED,
+    ) -> None:
+        self._skipped = skipped
+        self._wanted = config.profile.steps if world.is_main else 0
+        self._folder = Path(config.run.folder or ".") / "profile"
+        self._module, self._say = module, say
+        self._cuda = world.device.type == "cuda"
+        self._done = 0  # steps, recorded or not
+        self._part = ""
+        self._stamps: list[tuple[str, Any]] = []
+        self._range: Any = None
+        self._hooks: list[Any] = []
+        self._profile: profile | None = None
+
+    def __enter__(self) -> "StepProfiler":
+        """Wait for the first step that is recorded."""
+        if self._wanted:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda
+            self._profile = profile(
+                activities=activities,
+                schedule=schedule(
+                    skip_first=self._skipped - 1, wait=0, warmup=1, active=self._wanted, repeat=1
+                ),
+            )
+            self._profile.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Write what was recorded of a run that ended early."""
+        if self._profile is None:
+            return
+        recorded = self._done - self._skipped
+        if recorded > 0 and kind is None:
+            self._finish(recorded)
+        else:
+            self._stop()
+            self._say(
+                f"profile.steps: the run ended before step {self._skipped + 1} of this process"
+            )
+
+    def mark(self, part: str) -> None:
+        """From here to the next mark is ``part``, one of :data:`PARTS`."""
+        if self._recording:
+            self._stamp(part)
+
+    def end_step(self) -> None:
+        """The step is over; what comes until the next mark is none of it."""
+        if self._profile is None:
+            return
+        if self._recording:
+            self._stamp("between")
+        self._done += 1
+        self._profile.step()
+        if self._done == self._skipped:
+            self._watch_module()
+        if self._done == self._skipped + self._wanted:
+            self._finish(self._wanted)
+
+    @property
+    def _recording(self) -> bool:
+        return self._profile is not None and self._done >= self._skipped
+
+    def _stamp(self, part: str) -> None:
+        self._close_range()
+        if self._cuda:
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = perf_counter()
+        self._stamps.append((part, now))
+        self._part = part
+        if part != "between":
+            self._range = record_function(part)
+            self._range.__enter__()
+
+    def _close_range(self) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+
+    def _watch_module(self) -> None:
+        encoder = next(m for m in self._module.modules() if isinstance(m, SpectrogramTransformer))
+        self._watch(encoder, "encoder", then="loss")
+        self._watch(encoder.embed, "embed", then="encoder")
+        for block in encoder.blocks:
+            if block._compiled_call_impl is None:  # else a hook would have it compiled anew
+                for module in block.children():
+                    if type(module) in _PART_OF:
+                        self._watch(module, _PART_OF[type(module)], then="encoder")
+
+    def _watch(self, module: nn.Module, part: str, *, then: str) -> None:
+        def enter(*_: Any) -> None:
+            if self._part in _FORWARD:  # not in a validation, nor where a block is run again
+                self._stamp(part)
+
+        def leave(*_: Any) -> None:
+            if self._part in _FORWARD:
+                self._stamp(then)
+
+        self._hooks += [module.register_forward_pre_hook(enter)]
+        self._hooks += [module.register_forward_hook(leave)]
+
+    def _stop(self) -> None:
+        self._close_range()
+        for hook in self._hooks:
+            hook.remove()
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+    def _finish(self, recorded: int) -> None:
+        found = self._profile
+        assert found is not None
+        self._stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace = self._folder / "trace.json"
+        found.export_chrome_trace(str(trace))
+        parts = self._parts_ms(recorded)
+        table = {
+            "first_step": self._done - recorded + 1,  # of this process
+            "steps": recorded,
+            "step_ms": sum(parts.values()),
+            "parts_ms": parts,
+            "communication_ms": communication_ms(trace) / recorded,
+        }
+        (self._folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        self._say(format_profile(table) + f"\n  {trace}")
+
+    def _parts_ms(self, recorded: int) -> dict[str, float]:
+        """Milliseconds a step of each part."""
+        sums = dict.fromkeys(PARTS, 0.0)
+        if self._cuda:
+            torch.cuda.synchronize()
+        pairs = zip(self._stamps, self._stamps[1:], strict=False)
+        for (part, begin), (_, end) in pairs:
+            if part != "between":
+                ms = begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
+                sums[part] += ms / recorded
+        return sums
+
+
+def communication_ms(trace: Path) -> float:
+    """Milliseconds in collectives, all steps together, of a trace in Chrome's format.
+
+    Those of the device where there is one; else those of the host while a step is going on. What
+    goes on at the same time counts once.
+    """
+    events = json.loads(trace.read_text())["traceEvents"]
+    complete = [e for e in events if e.get("ph") == "X"]
+    found = [e for e in complete if e["name"].startswith(_COMMUNICATION)]
+    # The host's launch of a kernel bears the name of the collective too.
+    kernels = [e for e in found if e.get("cat") == "kernel"]
+    if kernels:
+        return _covered(kernels) / 1e3
+    steps = [e for e in complete if e["name"] in PARTS]
+    # Of both together, less than they cover one by one: that is what they share.
+    shared = _covered(found) + _covered(steps) - _covered(found + steps)
+    return shared / 1e3
+
+
+def _covered(events: list[dict[str, Any]]) -> float:
+    """Microseconds in which at least one of the events goes on."""
+    total, end = 0.0, float("-inf")
+    for begin, last in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        total += max(0.0, last - max(begin, end))
+        end = max(end, last)
+    return total
+
+
+def format_profile(table: dict[str, Any]) -> str:
+    """The table of a profile, a line for each part."""
+    whole, first = max(table["step_ms"], 1e-9), table["first_step"]
+    lines = [f"profile of steps {first} to {first + table['steps'] - 1}: ms a step"]
+    for part, ms in table["parts_ms"].items():
+        lines.append(f"  {part:14}{ms:10.2f} {ms / whole:6.1%}  {PARTS[part]}")
+    lines.append(f"  {'step':14}{whole:10.2f}")
+    lines.append(
+        f"  {'communication':14}{table['communication_ms']:10.2f}         collectives, which lie "
+        "within the other parts"
+    )
+    return "\n".join(lines)

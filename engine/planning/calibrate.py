@@ -1,0 +1,164 @@
+"""How fast this machine is, from a few short runs, in the terms of the plan's formulas.
+
+Runs of full depth differ in width, length and batch. The seconds of a step are then split into
+those of products (as L D^2), attention (L^2 D) and all else (L D) by least squares, none of them
+negative; and the memory over what the formulas count is one factor and one constant.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from ssast.engine.config import Config, load_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.monitoring.flops import PEAK_SHAPE
+from ssast.engine.monitoring.gpus import Gpu, find_gpu
+from ssast.engine.planning.plan import (
+    GIB,
+    activations,
+    count_parameters,
+    element_bytes,
+    memory,
+    step_time,
+)
+from ssast.engine.planning.trial import Trial, try_out
+
+# Recipe, frames, masked patches, clips.
+PROBES = (
+    ("tiny_patch", 1024, 400, 12),
+    ("tiny_patch", 384, 150, 8),
+    ("small_patch", 1024, 400, 4),
+)
+PRIOR = 0.05  # weight of what is usual, against one run
+
+
+def plain_cpu() -> Gpu:
+    """This machine's CPU with the peak of a large product, and shares as they are usual."""
+    left, right = torch.randn(PEAK_SHAPE[:2]), torch.randn(PEAK_SHAPE[1:])
+    seconds = []
+    for _ in range(4):
+        begin = time.process_time()
+        left @ right
+        seconds.append((time.process_time() - begin) / torch.get_num_threads())
+    flops = 2.0 * PEAK_SHAPE[0] * PEAK_SHAPE[1] * PEAK_SHAPE[2]
+    return Gpu(
+        name="cpu",
+        peak_tflops=flops / min(seconds) / 1e12,
+        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
+        bandwidth_gb_s=15.0,
+        per_node=1,
+        precision="fp32",
+        gemm_share=0.95,
+        half_width=0.0,
+        attention_share=0.65,
+        bandwidth_share=1.0,
+        launch_us=0.0,
+        base_gib=0.7,
+        fragmentation=1.25,
+    )
+
+
+def calibrate(say: Callable[[str], None], run: Callable[..., Trial] = try_out) -> Gpu:
+    """This machine's first device, measured.
+
+    Args:
+        say: Is told of each run.
+        run: Makes a trial of a configuration.
+
+    Raises:
+        ConfigError: A run failed, or the device is not known.
+    """
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        known = find_gpu(device)
+        if known is None:
+            raise ConfigError(f"--calibrate: {device} is unknown: describe it in a file for --gpu")
+        gpu = replace(known, launch_us=0.0)
+    else:
+        gpu = plain_cpu()
+    configs, trials = [], []
+    for recipe, frames, masked, batch in PROBES:
+        batch *= 8 if gpu.precision == "bf16" else 1
+        config = load_config(
+            recipe,
+            [
+                f"audio.num_frames={frames}",
+                f"objective.num_masked={masked}",
+                f"train.batch_size={batch}",
+            ],
+        )
+        trial = run(config, seconds=10.0, max_steps=8)
+        if trial.outcome != "ok":
+            raise ConfigError(f"--calibrate: {recipe}: {trial.outcome}: {trial.reason}")
+        say(
+            f"{recipe}, {frames} frames, {batch} clips: {trial.least_s:.3f} s a step, "
+            f"{trial.memory_gib:.2f} GiB"
+        )
+        configs.append(config)
+        trials.append(trial)
+    return fit(gpu, configs, trials)
+
+
+def fit(gpu: Gpu, configs: list[Config], trials: list[Trial]) -> Gpu:
+    """The device whose shares explain some trials best.
+
+    Args:
+        gpu: With the peaks that the shares are of.
+        configs: What was tried.
+        trials: What came out.
+    """
+    rows = []
+    for config in configs:
+        parts = step_time(
+            config,
+            gpu,
+            count_parameters(config),
+            world_size=1,
+            batch=config.train.batch_size,
+            stage=1,
+        )
+        rows.append([parts.products, parts.attention, parts.elementwise + parts.optimizer])
+    seconds = np.array([trial.least_s for trial in trials])
+    # Relative errors count: each row is divided by its time. What the runs do not tell apart stays
+    # near the shares as they were.
+    system = np.vstack([np.array(rows) / seconds[:, None], PRIOR * np.eye(3)])
+    factors, _ = nnls(system, np.concatenate([np.ones(len(rows)), np.full(3, PRIOR)]))
+    products, attention, rest = (float(1 / max(factor, 0.05)) for factor in factors)
+    fitted = replace(
+        gpu,
+        gemm_share=gpu.gemm_share * products,
+        attention_share=gpu.attention_share * attention,
+        bandwidth_share=gpu.bandwidth_share * rest,
+    )
+    if gpu.precision == "bf16":
+        return fitted
+    kept, base = [], []
+    for config, trial in zip(configs, trials, strict=True):
+        batch, parameters = config.train.batch_size, count_parameters(config)
+        kept.append(activations(config, batch, element_bytes(gpu), None))
+        need = memory(config, gpu, parameters, world_size=1, batch=batch, stage=1)
+        base.append(trial.memory_gib * GIB - (need.total - need.activations - need.base))
+    system = np.stack([np.array(kept) / GIB, np.ones(len(kept))], 1)
+    usual = np.array([[PRIOR, 0.0]])
+    (factor, constant), _ = nnls(
+        np.vstack([system, usual]), np.append(np.array(base) / GIB, PRIOR * gpu.fragmentation)
+    )
+    return replace(fitted, fragmentation=max(1.0, float(factor)), base_gib=float(constant))
+
+
+def write_gpu(gpu: Gpu, path: Path) -> None:
+    """A file that ``--gpu`` reads."""
+    rounded = {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value
+        for key, value in dataclasses.asdict(gpu).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(rounded, sort_keys=False))

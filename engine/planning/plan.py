@@ -1,0 +1,404 @@
+"""What a run needs and how long it takes: memory, time and traffic by formula.
+
+    P parameters, W devices, b clips of a device in a micro-step, L = N + 2 tokens of width D,
+    K tokens that the last block is asked for, e bytes of an activation, 12 = fp32 master weight
+    and two moments
+
+    weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
+    optimizer          12 P / W
+    gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the fp32 copy of the step
+    activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
+                                                       dropout and with attention in tiles
+    FLOPs              see flops.py
+    time               products / (their share of the peak) + attention / (its share)
+                       + bytes of norms, activations, residuals / (share of the bandwidth)
+    collectives        volume (W - 1) / W / bus bandwidth + latency       nccl-tests, PERFORMANCE.md
+    on the wire        ZeRO 1: 2 P reduced + P gathered, ZeRO 2: P reduced + P gathered,
+                       ZeRO 3: P reduced + 2 P gathered, in elements
+
+Activations are exact for eager PyTorch; a compiled block keeps somewhat less.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ssast.engine.checkpoints.classifier import build_classifier
+from ssast.engine.config import Config
+from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
+from ssast.engine.model.objective import MSPM
+from ssast.engine.monitoring.flops import attention_flops, forward_flops, step_flops_per_clip
+from ssast.engine.monitoring.gpus import Gpu
+from ssast.engine.parallel.deepspeed_engine import deepspeed_config
+from ssast.engine.settings import SIZES
+
+GIB = 2**30
+NUM_CLASSES = 527  # of a classifier whose labels are not known: AudioSet's
+# Elements that pass through memory in a block, per token and unit of width, forward and backward.
+TRAFFIC = {"eager": 75.0, "compiled": 40.0}
+LAUNCHES = {"eager": 90, "compiled": 40}  # operations of a block, forward and backward
+ENGINE_S = {1: 0.017, 2: 0.017, 3: 0.053}  # DeepSpeed's own host time of a step
+HOP_S = 6e-6  # of a ring, from machine to machine
+LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
+ADAM_BYTES = 32  # read and written for a parameter
+MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
+HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device in a step."""
+
+    weights: float
+    gradients: float
+    """With the fp32 copy that the step is taken from."""
+
+    optimizer: float
+    buckets: float
+    activations: float
+    base: float
+
+    @property
+    def total(self) -> float:
+        """Of all of them: an allocator hardly gives the place of activations to gradients."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    products: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    reduce: float
+    gather: float
+    exposed: float
+    """Of the collectives, what is not hidden behind the backward pass."""
+    host: float
+    """Of launching operations, which goes on beside the device's work."""
+
+    @property
+    def device(self) -> float:
+        """Of computing, without waiting for others."""
+        return self.products + self.attention + self.elementwise + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """From step to step."""
+        return max(self.device, self.host) + self.exposed
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights: all, and those that are trained."""
+
+    total: int
+    trained: int
+
+
+def count_parameters(config: Config) -> Parameters:
+    """Of the configured model, which is built without its memory."""
+    with torch.device("meta"):
+        model = build_classifier(config, NUM_CLASSES) if config.finetune else MSPM(config)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return Parameters(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
+
+
+def element_bytes(gpu: Gpu) -> int:
+    """Of a weight, a gradient, an activation."""
+    return 2 if gpu.precision == "bf16" else 4
+
+
+def block_activations(config: Config, batch: int, e: int) -> list[float]:
+    """Bytes that each block keeps for its backward pass.
+
+    Args:
+        config: Of the run.
+        batch: b, clips.
+        e: Bytes of an activation.
+    """
+    size = SIZES[config.model.size]
+    D, H, depth = size.embed_dim, size.num_heads, config.model.depth or size.depth
+    N = config.grid[0] * config.grid[1]
+    L = N + NUM_EXTRA_TOKENS
+
+    def kept(values: float, queries: float, rows: float) -> float:
+        return values * D * e + 4 * H * queries + 8 * rows  # logsumexp; mean and rstd of norms
+
+    # Inputs of both norms, of q k v and of the MLP, q k v, output of attention: 8 L D. Before and
+    # after the GELU: 8 L D.
+    blocks = [batch * kept(16 * L, L, 2 * L)] * depth
+    if config.finetune is not None:
+        return blocks
+    M = config.objective.num_masked
+    blocks[-1] = batch * kept(4 * L + 13 * M, M, L + M)
+    if depth > 1 and M * batch > N:  # masked patches pass the first norm once for all clips
+        own = L - M
+        first = batch * kept(15 * L + 2 * own, L, L + own) + kept(2 * N, 0, N)
+        blocks[0] = first
+    return blocks
+
+
+def activations(config: Config, batch: int, e: int, every: int | None) -> float:
+    """Bytes that a forward pass keeps for the backward pass.
+
+    Args:
+        config: Of the run.
+        batch: b, clips of one device in one micro-step.
+        e: Bytes of an activation.
+        every: As ``train.checkpoint_every``.
+    """
+    size, objective = SIZES[config.model.size], config.objective
+    D, L = size.embed_dim, config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
+    fbank = 4.0 * batch * config.audio.num_frames * config.audio.n_mels
+    if config.finetune is not None and config.finetune.freeze == "encoder":
+        return fbank + batch * e * L * D * 16  # one block's at a time, of which nothing is kept
+    blocks = block_activations(config, batch, e)
+    recomputed = [b for i, b in enumerate(blocks) if every and i % every == 0]
+    kept = sum(blocks) - sum(recomputed) + len(recomputed) * batch * L * D * e
+    kept += max(recomputed, default=0.0)  # of the one that is computed again
+    if config.finetune is not None:
+        return fbank + kept + batch * (2.0 * L * D * e + 8 * L)
+    P, M = config.model.patch[0] * config.model.patch[1], objective.num_masked
+    heads = 2 if objective.kind == "joint" else 1
+    passes = 2 if objective.two_pass else 1
+    # Input and output of the last norm; of each head its hidden layer and the loss's gradient;
+    # targets, and the predictions of one head.
+    tail = passes * 2 * M * D + heads * (M * D + M * P) + (passes + 1) * M * P
+    return passes * kept + fbank + batch * (tail * e + 8.0 * M * passes)
+
+
+def memory(
+    config: Config,
+    gpu: Gpu,
+    parameters: Parameters,
+    *,
+    world_size: int,
+    batch: int,
+    stage: int,
+    every: int | None = None,
+) -> Memory:
+    """Memory of one device.
+
+    Args:
+        config: Of the run.
+        gpu: The device.
+        parameters: Of the model.
+        world_size: W, devices.
+        batch: b, clips of one device in one micro-step.
+        stage: ZeRO 1, 2 or 3.
+        every: As ``train.checkpoint_every``.
+    """
+    P, T, W, e = parameters.total, parameters.trained, world_size, element_bytes(gpu)
+    zero = deepspeed_config(
+        world_size=W,
+        batch_size=batch,
+        accumulate=config.train.accumulate,
+        zero_stage=stage,
+        precision=gpu.precision,
+        max_grad_norm=None,
+        num_params=P,
+        cuda=True,
+    )["zero_optimization"]
+    bucket = 2 * e * min(zero["reduce_bucket_size"], T) if W > 1 else 0
+    weights = e * P / W + e * min(P, LIVE_ELEMENTS) * (W > 1) if stage == 3 else e * P
+    gradients = e * T / W if stage > 1 else e * T
+    return Memory(
+        weights=weights,
+        gradients=gradients + 4 * T / W,
+        optimizer=(0 if config.train.offload == "cpu" else 12) * T / W,
+        buckets=bucket,
+        activations=gpu.fragmentation * activations(config, batch, e, every),
+        base=gpu.base_gib * GIB,
+    )
+
+
+def largest_batch(
+    config: Config,
+    gpu: Gpu,
+    parameters: Parameters,
+    *,
+    world_size: int,
+    stage: int,
+    every: int | None = None,
+    most: int = 1 << 16,
+) -> int:
+    """The most clips of one device in one micro-step that fit; 0 if not even one does."""
+
+    def fits(batch: int) -> bool:
+        need = memory(
+            config, gpu, parameters, world_size=world_size, batch=batch, stage=stage, every=every
+        )
+        return need.total <= gpu.memory_gib * GIB
+
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def bus_bandwidth(gpu: Gpu, world_size: int) -> float:
+    """Bytes per second and device of a collective: the slower of link and network.
+
+    Between machines each device's share of the ring crosses its node's adapters together with the
+    others', so all of them count.
+    """
+    if world_size <= gpu.per_node:
+        return gpu.link_gb_s * 1e9
+    return min(gpu.link_gb_s, 0.85 * gpu.network_gb_s * gpu.per_node) * 1e9
+
+
+def collective_s(gpu: Gpu, world_size: int, size: float, pieces: int) -> float:
+    """Seconds to reduce or to gather ``size`` bytes in some pieces, in rings over all devices."""
+    if world_size == 1:
+        return 0.0
+    nodes = math.ceil(world_size / gpu.per_node)
+    latency = pieces * (2e-5 + HOP_S * (nodes - 1))
+    return latency + size * (world_size - 1) / world_size / bus_bandwidth(gpu, world_size)
+
+
+def wire_elements(parameters: Parameters, stage: int, micro_steps: int) -> tuple[float, float]:
+    """Elements of a step that are reduced and that are gathered."""
+    T, P = parameters.trained, parameters.total
+    reduced = 2.0 * T if stage == 1 else float(T) * micro_steps
+    return reduced, 2.0 * P * micro_steps if stage == 3 else float(T)
+
+
+def step_time(
+    config: Config,
+    gpu: Gpu,
+    parameters: Parameters,
+    *,
+    world_size: int,
+    batch: int,
+    stage: int,
+    every: int | None = None,
+) -> StepTime:
+    """Time of one optimizer step; arguments as in :func:`memory`."""
+    size, micro_steps = SIZES[config.model.size], config.train.accumulate
+    D, depth = size.embed_dim, config.model.depth or size.depth
+    L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
+    e, clips = element_bytes(gpu), batch * micro_steps
+    mode = "compiled" if config.train.compile else "eager"
+    # A block that is computed again costs one more forward pass.
+    again = math.ceil(depth / every) / depth if every else 0.0
+    two = config.finetune is None and config.objective.two_pass
+    frozen = config.finetune is not None and config.finetune.freeze == "encoder"
+    factor = (1 if frozen else 3) * (2 if two else 1)  # forward passes' worth of work
+    attended = factor * attention_flops(config)
+    linear = forward_flops(config) - attention_flops(config)
+    products = step_flops_per_clip(config) - attended + again * factor / 3 * linear
+    attended *= 1 + again / 3
+    peak = gpu.peak_tflops * 1e12
+    products_s = clips * products / peak / (gpu.gemm_share * D / (D + gpu.half_width))
+    attention_s = clips * attended / peak / gpu.attention_share
+    moved = clips * L * D * depth * e * TRAFFIC[mode] * (factor / 3) * (1 + again / 3)
+    bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
+    optimizer_s = ADAM_BYTES * parameters.trained / world_size / bandwidth
+    if config.train.offload == "cpu":
+        optimizer_s += 16 * parameters.trained / world_size / 20e9  # over PCIe, and on the host
+    reduced, gathered = wire_elements(parameters, stage, micro_steps)
+    reduce_s = collective_s(gpu, world_size, e * reduced, 5 * micro_steps)
+    gather_pieces = depth * 2 * micro_steps if stage == 3 else max(1, math.ceil(gathered / 2e8))
+    gather_s = collective_s(gpu, world_size, e * gathered, gather_pieces)
+    backward_s = HIDDEN * (products_s + attention_s + moved / bandwidth) * 2 / 3
+    if stage == 3:  # all of it beside computing
+        exposed = max(0.0, reduce_s + gather_s - 1.5 * backward_s) if world_size > 1 else 0.0
+    else:
+        exposed = max(reduce_s - backward_s, reduce_s / 5) + gather_s
+    host_s = micro_steps * depth * LAUNCHES[mode] * gpu.launch_us * 1e-6 + ENGINE_S[stage]
+    return StepTime(
+        products=products_s,
+        attention=attention_s,
+        elementwise=moved / bandwidth,
+        optimizer=optimizer_s,
+        reduce=reduce_s,
+        gather=gather_s,
+        exposed=exposed,
+        host=host_s if gpu.launch_us else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run: what is sharded, computed again, and put on a device at once."""
+
+    stage: int
+    every: int | None
+    batch: int
+    """Clips of one device in one micro-step."""
+
+
+def choose(
+    config: Config, gpu: Gpu, parameters: Parameters, world_size: int, batch: int | None = None
+) -> tuple[Choice, list[str]] | None:
+    """The choice that is recommended, and why; None if nothing fits.
+
+    The lowest stage that holds at least the wanted batch is best: what is sharded must be fetched.
+    Blocks are computed again only where nothing else helps, as that costs up to a third more
+    FLOPs. The batch is the smallest power of two with 95 % of the best rate: larger ones are hardly
+    faster, but train otherwise.
+
+    Args:
+        config: Of the run.
+        gpu: Each device.
+        parameters: Of the model.
+        world_size: Devices.
+        batch: Clips of one device that must fit; any number from 8 on if None.
+    """
+    for every in (None, 2, 1):
+        for stage in (1, 2, 3):
+            most = largest_batch(
+                config, gpu, parameters, world_size=world_size, stage=stage, every=every
+            )
+            if most < (batch or 8) and not (every == 1 and stage == 3 and most and batch is None):
+                continue
+            reasons = [_why_stage(stage), _why_every(every)]
+            if batch is None:
+                batch, reason = _knee(config, gpu, parameters, world_size, stage, every, most)
+                reasons.append(reason)
+            return Choice(stage, every, batch), reasons
+    return None
+
+
+def _knee(
+    config: Config,
+    gpu: Gpu,
+    parameters: Parameters,
+    world_size: int,
+    stage: int,
+    every: int | None,
+    most: int,
+) -> tuple[int, str]:
+    limit = max(1, MOST_CLIPS // (world_size * config.train.accumulate))
+    powers = [2**k for k in range(11) if 2**k <= min(most, limit)]
+
+    def rate(batch: int) -> float:
+        time = step_time(
+            config, gpu, parameters, world_size=world_size, batch=batch, stage=stage, every=every
+        )
+        return batch / time.total
+
+    best = max(map(rate, powers))
+    chosen = next(b for b in powers if rate(b) >= 0.95 * best)
+    return chosen, (
+        f"{chosen} clips a device: the smallest power of two with 95 % of the best rate; {most} fit"
+    )
+
+
+def _why_stage(stage: int) -> str:
+    return {
+        1: "ZeRO stage 1: everything else fits on each device, so only the optimizer is sharded",
+        2: "ZeRO stage 2: with stage 1 the gradients would not fit as well",
+        3: "ZeRO stage 3: with stage 2 the weights would not fit as well",
+    }[stage]
+
+
+def _why_every(every: int | None) -> str:
+    if every is None:
+        return "no activation checkpointing: the activations fit, and it would cost time"
+    return f"train.checkpoint_every={every}: the activations of fewer blocks would not fit"

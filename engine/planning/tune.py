@@ -1,0 +1,255 @@
+"""The fastest settings on this machine, found by short real runs.
+
+One setting after another is varied, the others staying at the best so far: the attention backend
+where there is a choice, threads, the batch, doubled as long as it helps and fits, and compilation.
+Each run is a process of its own, so one that runs out of memory, hangs or crashes is a line in the
+table and no more. The batch changes what is learned: among those within 3 % of the fastest the
+smallest is taken.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ssast.engine.config import Config, dump_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.planning.trial import Trial, try_out
+from ssast.kernels.attention import candidates
+
+CLOSE = 0.97  # of the best rate: as fast, given how much such runs vary
+_COST_S = 12.0  # of starting a process, at least
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting, and what came of it."""
+
+    config: Config
+    num_threads: int | None = None
+    attention: str | None = None
+    trial: Trial | None = None
+
+    @property
+    def rate(self) -> float:
+        """Clips per second, 0 if it did not run."""
+        return self.trial.clips_per_s if self.trial and self.trial.outcome == "ok" else 0.0
+
+
+def tune(
+    config: Config,
+    *,
+    seconds: float = 120.0,
+    say: Callable[[str], None] = lambda text: None,
+    run: Callable[..., Trial] = try_out,
+) -> list[Candidate]:
+    """Try settings out until time is up.
+
+    Args:
+        config: To begin with, of one process; its clips are read where ``data.train`` is set.
+        seconds: For all runs together; the first is made in any case.
+        say: Is told of each run.
+        run: Makes a trial, as :func:`~ssast.engine.planning.trial.try_out`.
+
+    Returns:
+        What was tried, in that order; the first is the configuration as given.
+
+    Raises:
+        ConfigError: No time, or a batch that accumulation does not divide.
+    """
+    if seconds <= 0:
+        raise ConfigError(f"--seconds must be positive, got {seconds:g}")
+    if config.train.batch_size % config.train.accumulate:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} cannot be divided by "
+            f"train.accumulate {config.train.accumulate}"
+        )
+    end = time.monotonic() + seconds
+    tried: list[Candidate] = []
+
+    def attempt(candidate: Candidate) -> Candidate | None:
+        """The candidate with its trial; None when time is up."""
+        left = end - time.monotonic()
+        if tried and left < _COST_S:
+            return None
+        trial = run(
+            candidate.config,
+            seconds=max(3.0, 0.06 * seconds),
+            num_threads=candidate.num_threads,
+            attention=candidate.attention,
+            timeout_s=max(left, 2 * _COST_S) if tried else max(0.4 * seconds, 30.0),
+        )
+        tried.append(replace(candidate, trial=trial))
+        say(format_line(tried[-1]))
+        return tried[-1]
+
+    best = attempt(Candidate(config, num_threads=_cores()))
+    assert best is not None
+    while best.trial is not None and best.trial.outcome == "too slow":
+        smaller = _with_batch(best, 0.25)
+        done = attempt(smaller) if smaller is not None else None
+        if done is None:
+            break
+        best = done
+
+    def improve(vary: Callable[[Candidate], Iterator[Candidate]], best: Candidate) -> Candidate:
+        for candidate in vary(best):
+            done = attempt(candidate)
+            if done is not None and done.rate * CLOSE > best.rate:
+                best = done
+        return best
+
+    for vary in (_checkpointing, _attentions, _threads, _loaders):
+        best = improve(vary, best)
+    # A larger batch must be faster; a smaller one may be as fast, or the first one that runs.
+    if not _follow(best, 2, attempt, lambda done, before: done.rate * CLOSE > before.rate):
+        _follow(best, 0.5, attempt, lambda done, before: done.rate >= CLOSE * before.rate)
+    if any(candidate.rate for candidate in tried):
+        improve(_compiled, fastest(tried))  # last, as compiling may take all the time that is left
+    return tried
+
+
+def fastest(tried: list[Candidate]) -> Candidate:
+    """The one with the smallest batch among the fastest.
+
+    Raises:
+        ConfigError: None of them ran.
+    """
+    top = max(candidate.rate for candidate in tried)
+    if not top:
+        trial = tried[0].trial
+        assert trial is not None
+        raise ConfigError(f"no setting ran: {trial.outcome}: {trial.reason}")
+    good = [candidate for candidate in tried if candidate.rate >= CLOSE * top]
+    return min(good, key=lambda candidate: (candidate.config.train.batch_size, -candidate.rate))
+
+
+def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
+    """The configuration with the fastest settings: a file for ``ssast pretrain``.
+
+    Args:
+        config: As it was.
+        tried: Of :func:`tune`.
+        path: To write to.
+
+    Raises:
+        ConfigError: None of them ran.
+    """
+    best = fastest(tried)
+    found, given = (" ".join(format_line(candidate).split()) for candidate in (best, tried[0]))
+    words = [f"# {found}", f"# as given: {given}"]
+    if best.num_threads is not None and best.num_threads != _cores():
+        words.append(f"# to be run with OMP_NUM_THREADS={best.num_threads}")
+    if best.config.train.batch_size != config.train.batch_size:
+        words.append(
+            f"# train.batch_size was {config.train.batch_size}: steps and optim.lr are as they were"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(words) + "\n" + dump_config(best.config), encoding="utf-8")
+
+
+def format_line(candidate: Candidate) -> str:
+    """A candidate, as a line of text."""
+    train, trial = candidate.config.train, candidate.trial
+    assert trial is not None
+    settings = f"batch {train.batch_size}"
+    if candidate.num_threads is not None:
+        settings += f", {candidate.num_threads} threads"
+    if candidate.config.data.train is not None:
+        settings += f", {candidate.config.data.num_threads or 'default'} DALI threads"
+    settings += f", attention {candidate.attention}" if candidate.attention else ""
+    settings += ", compiled" if train.compile else ""
+    settings += f", every {train.checkpoint_every}. block recomputed" * bool(train.checkpoint_every)
+    if trial.outcome != "ok":
+        return f"  {settings:48} {trial.outcome}: {trial.reason[:100]}"
+    return (
+        f"  {settings:48} {trial.clips_per_s:9.2f} clips/s  {trial.step_s:8.3f} s a step  "
+        f"{trial.memory_gib:6.2f} GiB"
+    )
+
+
+def format_results(tried: list[Candidate]) -> str:
+    """All of them, the fastest first."""
+    best = fastest(tried)
+    ranked = sorted(tried, key=lambda candidate: -candidate.rate)
+    given = tried[0].rate
+    gain = f"{best.rate / given:.2f} times as fast as given" if given else "as given it did not run"
+    return "\n".join(
+        [
+            "fastest first:",
+            *map(format_line, ranked),
+            f"chosen ({gain}):",
+            format_line(best),
+        ]
+    )
+
+
+def _follow(
+    best: Candidate,
+    factor: float,
+    attempt: Callable[[Candidate], Candidate | None],
+    helps: Callable[[Candidate, Candidate], bool],
+) -> bool:
+    """Multiply the batch as long as it helps; whether it did at all."""
+    before = best
+    while (other := _with_batch(before, factor)) is not None:
+        done = attempt(other)
+        if done is None or not helps(done, before):
+            break
+        before = done
+    return before is not best
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _attentions(best: Candidate) -> Iterator[Candidate]:
+    """Where it is not PyTorch's own choice anyway: the first of these was taken by default."""
+    if torch.cuda.is_available():
+        dtype = torch.float32 if best.config.train.precision == "fp32" else torch.bfloat16
+        for backend in candidates(torch.device("cuda"), dtype):
+            if backend != "math":
+                yield replace(best, attention=backend)
+
+
+def _threads(best: Candidate) -> Iterator[Candidate]:
+    cores = _cores()
+    if not torch.cuda.is_available() and cores > 1:
+        yield replace(best, num_threads=cores // 2)
+
+
+def _loaders(best: Candidate) -> Iterator[Candidate]:
+    data = best.config.data
+    if data.train is not None:
+        for count in sorted({1, max(1, _cores() // 2), min(8, _cores())}):
+            if count != data.num_threads:
+                changed = replace(data, num_threads=count)
+                yield replace(best, config=replace(best.config, data=changed))
+
+
+def _compiled(best: Candidate) -> Iterator[Candidate]:
+    if torch.cuda.is_available() or shutil.which("g++"):
+        train = replace(best.config.train, compile=not best.config.train.compile)
+        yield replace(best, config=replace(best.config, train=train))
+
+
+def _checkpointing(best: Candidate) -> Iterator[Candidate]:
+    """Only where the configuration does not fit as it is."""
+    if best.trial is not None and best.trial.outcome == "out of memory":
+        for every in (2, 1):
+            train = replace(best.config.train, checkpoint_every=every)
+            yield replace(best, config=replace(best.config, train=train))
+
+
+def _with_batch(candidate: Candidate, factor: float) -> Candidate | None:
+    train = candidate.config.train
+    batch = int(train.batch_size * factor)
+    if batch < train.accumulate or batch % train.accumulate:
+        return None
+    config = replace(candidate.config, train=replace(train, batch_size=batch))
+    return replace(candidate, config=config, trial=None)

@@ -1,0 +1,309 @@
+"""The job of a fine-tuning run: labels, augmentations, losses, and the weights that are kept."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssast.engine.checkpoints.classifier import CHOSEN, build_classifier, fill_encoder, save_chosen
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.config import Config, finetune_settings
+from ssast.engine.data import augment
+from ssast.engine.data.labels import LabelledClips, targets_of
+from ssast.engine.data.sampling import Partners, balanced_weights
+from ssast.engine.data.splits import Splits
+from ssast.engine.evaluation.metrics import classification_metrics
+from ssast.engine.evaluation.report import write_report, write_split
+from ssast.engine.model.classifier import LossClassifier
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.parallel.ranks import broadcast_object, gather_rows, run_on_main
+from ssast.engine.train.job import Workplace
+from ssast.engine.train.loop import Progress, validate
+from ssast.engine.train.optim import build_optimizer
+from ssast.pipelines.clips.order import rank_positions, read_weights
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.stream.batch import Batch
+
+AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
+
+
+@dataclass(frozen=True)
+class PairedBatch(Batch):
+    """A batch, and for each of its clips the one that mixup may add: see :class:`Batch`."""
+
+    other_fbank: Tensor
+    other_frames: Tensor
+    other_clips: Tensor
+    other_valid: Tensor
+
+
+class Finetuning:
+    """See :class:`~ssast.engine.train.job.Job`.
+
+    Args:
+        place: The run.
+        splits: Its clips.
+        pretrained: Where the encoder's weights are from; None leaves them as they are drawn.
+        num_epoch_steps: Steps of one epoch.
+    """
+
+    def __init__(
+        self,
+        place: Workplace,
+        splits: Splits,
+        pretrained: SpectrogramTransformer | None,
+        num_epoch_steps: int,
+    ):
+        self.place, self.splits, self.steps_per_epoch = place, splits, num_epoch_steps
+        self.train_paths = splits.train.paths
+        config = place.config
+        self.settings = finetune_settings(config)
+        self.patience = self.settings.patience
+        self.module = build_classifier(config, len(splits.classes), LossClassifier)
+        self.module.loss = self.settings.loss
+        self.module.label_smoothing = self.settings.label_smoothing
+        if splits.class_weights is not None:
+            self.module.class_weights = torch.from_numpy(splits.class_weights).float()
+        self.encoder = self.module.encoder
+        if pretrained is not None:
+            fill_encoder(self.encoder, pretrained)
+        single = splits.train.single and splits.valid.single
+        auto = "accuracy" if single else "map"
+        self.metric = auto if self.settings.metric == "auto" else self.settings.metric
+        self.weights = None
+        if self.settings.balanced:
+            self.weights = balanced_weights(splits.train)
+        elif config.data.weights is not None:
+            self.weights = read_weights(config.data.weights, len(splits.train))
+        self.seed = config.train.seed
+        device = place.world.device
+        self._tables = {True: splits.train.table().to(device)}
+        self._evaluated = splits.valid
+        self._tables[False] = self._evaluated.table().to(device)
+        self._averages: dict[str, Tensor] = {}
+        self._num_averaged = 0
+        self.summary = (
+            f"{self.settings.checkpoint or 'from scratch'}, "
+            f"{len(splits.train)} training and {len(splits.valid)} held-out clips of "
+            f"{len(splits.classes)} classes"
+        )
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Lower blocks may learn more slowly, the head faster."""
+        scale = partial(
+            lr_scale,
+            depth=len(self.encoder.blocks),
+            layer_decay=self.settings.layer_decay,
+            head=self.settings.head_lr_scale,
+        )
+        return build_optimizer(self.module, self.place.config.optim, scale)
+
+    @contextmanager
+    def train_batches(self, start: int) -> Iterator[Iterator[Batch]]:
+        """The endless stream, with partners where there is mixup."""
+        place, paths = self.place, self.splits.train.paths
+        with ExitStack() as stack:
+            batches: Iterator[Batch] = stack.enter_context(
+                place.stream(paths, "train", start=start, weights=self.weights)
+            )
+            if self.settings.mixup:
+                train = place.config.train
+                total = train.steps * train.batch_size
+                partners = Partners(paths, total, self.seed, self.weights)
+                others = stack.enter_context(place.stream(partners, None, start=start, epochs=1))
+                batches = map(
+                    partial(self._pair, partners, start), itertools.count(), batches, others
+                )
+            yield batches
+
+    def _pair(
+        self, partners: Partners, start: int, iteration: int, batch: Batch, other: Batch
+    ) -> PairedBatch:
+        world = self.place.world
+        places = rank_positions(start, iteration, len(batch), world.rank, world.world_size)
+        rows = torch.from_numpy(partners.rows(np.minimum(places, len(partners) - 1)))
+        rows = rows.to(world.device, non_blocking=True)
+        return PairedBatch(
+            **vars(batch),
+            other_fbank=other.fbank,
+            other_frames=other.num_frames,
+            other_clips=rows,
+            other_valid=other.valid,
+        )
+
+    def arguments(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
+        """Filterbanks, augmented in training, and targets."""
+        num_classes = len(self.splits.classes)
+        fbank, table = batch.fbank, self._tables[training]
+        targets = targets_of(table, batch.clip_ids, num_classes)
+        if training:
+            fbank, targets = self._augment(batch, targets)
+        frames = batch.num_frames if self.place.config.audio.ignore_padding else None
+        return (fbank, targets, frames), batch.valid
+
+    def _augment(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+        settings, audio, fbank = self.settings, self.place.config.audio, batch.fbank
+        draw = augment.Draw(self.seed, batch.clip_ids, batch.epochs)
+        if isinstance(batch, PairedBatch):
+            share = augment.mixup_shares(draw, settings.mixup).where(batch.other_valid, 1.0)
+            others = targets_of(self._tables[True], batch.other_clips, targets.shape[1])
+            fbank = augment.mix(
+                fbank, batch.num_frames, batch.other_fbank, batch.other_frames, share
+            )
+            targets = augment.mix_targets(targets, others, share)
+        if settings.freq_mask or settings.time_mask:
+            fbank = augment.spec_augment(fbank, draw, settings.freq_mask, settings.time_mask)
+        if settings.noise:
+            fbank = augment.add_noise(fbank, draw, 2 * audio.std * settings.noise)
+        if settings.roll:
+            whole = torch.full_like(batch.num_frames, fbank.shape[1])
+            frames = batch.num_frames if audio.ignore_padding else whole
+            fbank = augment.roll(fbank, draw, settings.roll, frames)
+        return fbank, targets
+
+    def means(self, outputs: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+        """Over the clips that could be read."""
+        weights = valid / valid.sum().clamp(min=1)
+        names = ("loss", "accuracy") if self.metric == "accuracy" else ("loss",)
+        return {name: (outputs[name].where(valid, 0) * weights).sum() for name in names}
+
+    def criterion(self, values: dict[str, float]) -> float:
+        """The metric, the other way round."""
+        return -values[self.metric]
+
+    def score(self, values: dict[str, float]) -> float:
+        """The metric."""
+        return values[self.metric]
+
+    def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
+        """Loss and metrics of the held-out clips; also takes the weights into the average."""
+        values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
+        first = self.place.config.train.steps - self.settings.average_last * self.steps_per_epoch
+        if progress.step > max(first, 0):
+            tensors, _ = engine.state()
+            self._num_averaged += 1
+            for name, value in tensors.items():
+                if name.startswith("weight/"):
+                    key = AVERAGE + name.removeprefix("weight/")
+                    mean = self._averages.setdefault(key, torch.zeros_like(value))
+                    mean += (value - mean) / self._num_averaged
+        return values
+
+    def _evaluate(
+        self, engine: TrainEngine, clips: LabelledClips, split: str
+    ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+        """Values, logits [n, C], and which clips could be read, [n] bool. Collective."""
+        rows: list[Tensor] = []
+        logits: list[Tensor] = []
+
+        def watch(batch: Batch, outputs: dict[str, Tensor], valid: Tensor) -> None:
+            rows.append(batch.clip_ids[valid])
+            logits.append(outputs["logits"][valid])
+
+        world = self.place.world
+        self._tables[False] = clips.table().to(world.device)
+        with self.place.stream(clips.paths, split, epochs=1) as batches:
+            values = validate(engine, batches, self, watch, self.place.beat)
+        whole, read = gather_rows(torch.cat(rows), torch.cat(logits), len(clips), world)
+        mask = read.numpy()
+        values.pop("accuracy", None)
+        scores = classification_metrics(whole[read].double().numpy(), clips.targets()[mask])
+        if self.metric not in scores and clips is self.splits.valid:
+            raise DataError(
+                f"{clips.source}: the {mask.sum()} of {len(clips)} held-out clips that can be read "
+                f"define no {self.metric}, which weights are chosen by"
+            )
+        return {**values, **scores}, whole.double().numpy(), mask
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return {name: mean.clone() for name, mean in self._averages.items()}
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """The averaged weights."""
+        self._averages = {n: t.clone() for n, t in tensors.items() if n.startswith(AVERAGE)}
+        self._num_averaged = meta["num_averaged"]
+
+    def meta(self) -> dict[str, Any]:
+        """The classes, and how many weights were averaged."""
+        classes = {"classes": list(self.splits.classes), "names": list(self.splits.names)}
+        return {**classes, "num_averaged": self._num_averaged}
+
+    def finish(self, engine: TrainEngine, progress: Progress) -> None:
+        """Keep the weights that did best on the held-out clips, then look at the test clips."""
+        run, world, config = self.place.folder, self.place.world, self.place.config
+        done = run_on_main(lambda: finished_at(run), world)
+        if done == progress.step:
+            return
+        best = Checkpoints(run / "checkpoints").best() if world.is_main else None
+        whole: dict[str, Tensor] = {}
+        if best is not None:
+            whole, _ = Checkpoints.load(best)
+        steps = broadcast_object(int(best.name[4:]) if best is not None else 0, world)
+        chosen, adam_step = f"step {steps}", progress.step
+        if self._num_averaged:
+            averaged, _ = engine.state()
+            averaged |= {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}
+            engine.load_state(averaged, adam_step)
+            values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
+            if self.criterion(values) <= progress.best_loss:
+                chosen, whole = f"average of {self._num_averaged} epochs", averaged
+        engine.load_state(whole, adam_step)
+        splits = {"valid": self.splits.valid, "test": self.splits.test}
+        results = {}
+        for split, clips in splits.items():
+            if clips is not None:
+                values, logits, read = self._evaluate(engine, clips, split)
+                results[split] = values
+                if world.is_main:
+                    write_split(run / split, clips, logits, read, values, self.settings.loss)
+        if world.is_main:
+            facts = {"names": list(self.splits.names), "chosen": chosen, "values": results}
+            write_report(run / "report.md", config, self.splits, chosen, results)
+            save_chosen(
+                run,
+                whole,
+                step=progress.step,
+                config=config,
+                classes=self.splits.classes,
+                facts=facts,
+            )
+            for split, values in results.items():
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                print(f"{split} ({chosen}): {shown}", flush=True)
+
+
+def finished_at(run: Path) -> int | None:
+    """The step at which a run was finished; None if it was not."""
+    found = Checkpoints(run / CHOSEN).latest()
+    if found is None:
+        return None
+    return int(json.loads((found / "meta.json").read_text(encoding="utf-8"))["step"])
+
+
+def lr_scale(name: str, *, depth: int, layer_decay: float, head: float) -> float:
+    """The learning rate of a parameter as a multiple of the run's.
+
+    The last block and the norm after it have 1; each block below learns ``layer_decay`` as fast as
+    the one above, the embedding slowest.
+    """
+    if name.startswith("head."):
+        return head
+    if name.startswith("encoder.blocks."):
+        return layer_decay ** (depth - 1 - int(name.split(".")[2]))
+    return layer_decay**depth if name.startswith("encoder.embed.") else 1.0
+
+
+def steps_of_epochs(config: Config, num_clips: int) -> tuple[int, int]:
+    """Steps of one epoch, of which the last may reach into the next one, and of all epochs."""
+    each = -(-num_clips // config.train.batch_size)
+    return each, each * finetune_settings(config).epochs

@@ -1,0 +1,162 @@
+"""Which clip comes when: pure functions of (seed, position), with no state to save.
+
+The training stream is endless: one seeded permutation of the manifest after another, one per
+epoch. Position p of the stream is the clip ``permutation(seed, p // n)[p % n]``. A batch may
+straddle two epochs, so no clip is ever left out; and since the stream does not know batches or
+ranks, a run goes on at any position with another batch size or number of ranks.
+
+With weights, an epoch of n clips holds each clip as often as its share of the weights says, rounded
+up or down by chance, in a seeded order.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ssast.pipelines.errors import DataError
+
+
+def generator(seed: int, number: int, epoch: int = 0) -> np.random.Generator:
+    """Random numbers that depend on these alone; all three are 0 or more."""
+    key = np.array([seed, number], dtype=np.uint64)
+    counter = np.array([0, 0, 0, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@lru_cache(maxsize=4)  # a batch touches one or two epochs, read-ahead perhaps a third
+def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
+    """The order of one pass over the manifest.
+
+    Args:
+        seed: Of the stream, 0 or more.
+        epoch: Pass over the manifest, from 0.
+        num_clips: n, rows of the manifest.
+
+    Returns:
+        [n] int64, a permutation of 0 .. n - 1; read-only.
+    """
+    order = generator(seed, epoch).permutation(num_clips)
+    order.setflags(write=False)
+    return order
+
+
+class Weights:
+    """How often each clip comes up in an epoch, relative to the others.
+
+    Args:
+        values: [n], finite, 0 or more, not all 0.
+
+    Raises:
+        ValueError: For other values.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        values = np.asarray(values, dtype=np.float64)
+        if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
+            raise ValueError("weights must be finite, 0 or more, and not all 0")
+        self._sums = np.cumsum(values) / values.sum()
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    @lru_cache(maxsize=4)  # noqa: B019  # lives as long as the stream
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The clips of one epoch, [n] int64, read-only.
+
+        Systematic sampling: n equally spaced points, all moved by one random number, fall upon the
+        clips' shares. So a clip of share s comes floor(n s) or ceil(n s) times.
+        """
+        count = len(self._sums)
+        random = generator(seed, epoch)
+        points = (np.arange(count) + random.random()) / count
+        ids = np.minimum(np.searchsorted(self._sums, points, side="right"), count - 1)
+        order = random.permutation(ids)
+        order.setflags(write=False)
+        return order
+
+
+def read_weights(path: str | Path, num_clips: int) -> Weights:
+    """Weights from a text file, a number a line.
+
+    Raises:
+        DataError: The file cannot be read, holds something else, or is for another number of clips.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+        values = np.array([float(line) for line in lines])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: expected a number a line: {error}") from error
+    if len(values) != num_clips:
+        raise DataError(f"{path}: {len(values)} weights, but there are {num_clips} training clips")
+    try:
+        return Weights(values)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def clips_at(
+    positions: np.ndarray, num_clips: int, seed: int, weights: Weights | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clips at some positions of the training stream.
+
+    Args:
+        positions: [B] int64, 0 or more.
+        num_clips: n, rows of the manifest, at least 1.
+        seed: Of the stream, 0 or more.
+        weights: Of the clips; without them each comes once in an epoch.
+
+    Returns:
+        clip_ids: [B] int64, rows of the manifest.
+        epochs: [B] int64, the pass over the manifest of each. With weights, a clip may come several
+            times in a pass, and the number of the draw, the position, stands here instead: what
+            is drawn by (clip, epoch) then differs between them.
+
+    Raises:
+        ValueError: For an empty manifest, a negative position or a negative seed.
+    """
+    if num_clips < 1:
+        raise ValueError(f"the stream needs at least one clip, got {num_clips}")
+    if seed < 0:
+        raise ValueError(f"the seed must be 0 or more, got {seed}")
+    if positions.size and int(positions.min()) < 0:
+        raise ValueError(f"positions must be 0 or more, got {int(positions.min())}")
+    epochs, places = np.divmod(positions, num_clips)
+    clip_ids = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        if weights is None:
+            order = permutation(seed, int(epoch), num_clips)
+        else:
+            order = weights.order(seed, int(epoch))
+        clip_ids[here] = order[places[here]]
+    return clip_ids, epochs if weights is None else positions
+
+
+def rank_positions(
+    start: int, iteration: int, batch_size: int, rank: int, world_size: int
+) -> np.ndarray:
+    """The positions of one rank's batch: the ranks take the stream's clips in turn.
+
+    Over all ranks and iterations every position from ``start`` on occurs exactly once, and after
+    k iterations exactly the first k * batch_size * world_size of them.
+
+    Args:
+        start: First position of the run.
+        iteration: Batches that the rank has taken since ``start``.
+        batch_size: Clips per rank and batch.
+        rank: Of this process, from 0.
+        world_size: Number of ranks.
+
+    Returns:
+        [batch_size] int64.
+    """
+    first = start + iteration * batch_size * world_size + rank
+    return first + world_size * np.arange(batch_size, dtype=np.int64)
+
+
+def crop_place(seed: int, clip_id: int, epoch: int) -> float:
+    """Where in a long recording the crop of this epoch lies, in [0, 1)."""
+    return float(generator(seed, clip_id, epoch).random())

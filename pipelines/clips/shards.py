@@ -1,0 +1,317 @@
+"""Prepared clips in plain tar shards: where each clip lies, and its bytes.
+
+A prepared folder holds::
+
+    shards/00000.tar ...     the clips, as files of their own in plain tar archives
+    shards/00000.jsonl ...   what each shard was made of, see :class:`Sidecar`
+    index.npy                [n, 3] int64: shard, offset in bytes, size in bytes of each clip
+    recordings.npy           [n] int64: the number of the recording that each clip was cut from
+    labels.json              {"names": [...], "clips": [[0, 2], ...]}, if the source has labels
+    rejected.jsonl           {"name": ..., "reason": ...} of what could not be used
+    report.json              counts and settings; written last
+
+The index is mapped into memory, so millions of clips cost neither time nor memory.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from ssast.pipelines.clips.remote import is_url, located, read_range
+from ssast.pipelines.errors import DataError
+
+BLOCK = 512  # bytes of a tar header; members begin at multiples of it
+SHARD, SIDECAR = "shards/{:05d}.tar", "shards/{:05d}.jsonl"
+INDEX, RECORDINGS, LABELS, REPORT = "index.npy", "recordings.npy", "labels.json", "report.json"
+REJECTED = "rejected.jsonl"
+
+
+def member_name(header: bytes, size: int) -> str | None:
+    """The name in the header of a tar member, as prepared shards have it.
+
+    Args:
+        header: The 512 bytes before the member.
+        size: Bytes that the member must have.
+
+    Returns:
+        The name; None if these bytes are no header, or one of a member of another size.
+    """
+    if len(header) < BLOCK or header[257:263] != b"ustar\0" or header[124:136] != b"%011o\0" % size:
+        return None
+    return header[:100].rstrip(b"\0").decode("ascii", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardClip:
+    """A clip in a shard.
+
+    Attributes:
+        path: The shard.
+        offset: Where the clip's file begins in it, in bytes.
+        size: Bytes of that file.
+    """
+
+    path: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name}"
+
+    @property
+    def name(self) -> str:
+        """The clip's name: of the tar header, else of the sidecar, else its place."""
+        try:
+            name = member_name(self.header(), self.size)
+            if name is not None:
+                return name
+        except (OSError, OverflowError):
+            pass  # the sidecar knows it too
+        try:
+            clips = Sidecar.read(located(self.path).with_suffix(".jsonl")).clips
+        except (OSError, DataError):
+            clips = []
+        place = (clip["file"] for clip in clips if clip["offset"] == self.offset)
+        return next(place, f"clip at byte {self.offset}")
+
+    def header(self) -> bytes:
+        """The tar header before the clip.
+
+        Raises:
+            OSError: The shard cannot be opened or read.
+        """
+        start = max(0, self.offset - BLOCK)
+        if is_url(self.path):
+            return read_range(self.path, start, start + BLOCK)
+        with open(self.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), BLOCK, start)
+
+    def read(self) -> bytes:
+        """The file of the clip.
+
+        Raises:
+            OSError: The shard cannot be opened or read.
+            DataError: The shard is shorter than when it was prepared, or holds something else.
+        """
+        if is_url(self.path):
+            start, end = self.offset - BLOCK, self.offset + self.size
+            data = read_range(self.path, start, end)
+            size = start + len(data) if len(data) < end - start else end
+        else:
+            with open(self.path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                data = b""
+                if BLOCK <= self.offset < self.offset + self.size <= size:
+                    data = os.pread(file.fileno(), BLOCK + self.size, self.offset - BLOCK)
+        if not BLOCK <= self.offset < self.offset + self.size <= size:
+            raise DataError(
+                f"{self}: the shard is truncated: expected {self.size} bytes at "
+                f"{self.offset}, found a shard of {size} bytes"
+            )
+        if member_name(data[:BLOCK], self.size) is None or len(data) != BLOCK + self.size:
+            raise DataError(f"{self}: the shard was overwritten: this clip is not where it was")
+        return data[BLOCK:]
+
+
+def header_problem(clip: ShardClip, name: str) -> str | None:
+    """What is wrong with the tar header of a clip, as any other program would read it.
+
+    Args:
+        clip: Where it is.
+        name: What it must be called.
+
+    Raises:
+        OSError: The shard cannot be read.
+    """
+    try:
+        member = tarfile.TarInfo.frombuf(clip.header(), "ascii", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        return f"no tar header before byte {clip.offset}: {error}"
+    if (member.name, member.size, member.isreg()) != (name, clip.size, True):
+        return f"the tar header says {member.size} bytes of {member.name}, expected {clip.size}"
+    return None
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a shard was made of.
+
+    Attributes:
+        digest: Of the settings and the recordings.
+        size: Bytes of the shard.
+        clips: ``file``, ``name`` of the recording, ``part``, ``duration_s``, ``digest`` of the
+            samples, ``offset``, ``size``, ``source_hz`` and perhaps ``labels`` of each.
+        rejected: ``name`` and ``rejected``, the reason, of each recording that gave none.
+        again: Storage failed for one of those: it is worth another attempt.
+    """
+
+    digest: str
+    size: int
+    clips: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]
+    again: bool = False
+
+    @staticmethod
+    def read(path: Path) -> "Sidecar":
+        """Reads the sidecar of a shard.
+
+        Raises:
+            OSError: It cannot be read.
+            DataError: It is damaged.
+        """
+        try:
+            first, *lines = map(json.loads, path.read_bytes().splitlines())
+            rejected = [line for line in lines if "rejected" in line]
+            clips = [line for line in lines if "rejected" not in line]
+            if not all(clip.keys() >= {"file", "offset", "size", "digest"} for clip in clips):
+                raise KeyError("file")
+            return Sidecar(first["digest"], first["size"], clips, rejected, first["again"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: damaged: prepare the data again") from error
+
+    def is_whole(self) -> bool:
+        """Whether no clip is missing: the last one ends where the archive does."""
+        last = self.clips[-1]["offset"] + self.clips[-1]["size"] if self.clips else 0
+        return last + -last % BLOCK + 2 * BLOCK == self.size
+
+    def text(self) -> str:
+        """The lines of the file."""
+        first = {"digest": self.digest, "size": self.size, "again": self.again}
+        lines = [first, *self.clips, *self.rejected]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+class ShardIndex(Sequence[ShardClip]):
+    """The clips of a prepared folder, as a sequence that is not held in memory.
+
+    Args:
+        folder: The prepared folder.
+        rows: [n] int64, rows of the index; None for all of them.
+
+    Raises:
+        DataError: The index cannot be read, or is none.
+    """
+
+    def __init__(self, folder: Path, rows: np.ndarray | None = None) -> None:
+        self.folder, self.rows = folder, rows
+        self._index = _mapped(folder / INDEX, 2)
+        if self._index.shape[1] != 3:
+            raise DataError(f"{folder / INDEX}: expected 3 columns, found {self._index.shape[1]}")
+        self._shard = str((folder if is_url(folder) else folder.absolute()) / SHARD)
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self._index if self.rows is None else self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> ShardClip: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "ShardIndex": ...
+
+    def __getitem__(self, place: int | slice) -> "ShardClip | ShardIndex":
+        """A clip, or some of them."""
+        if isinstance(place, slice):
+            return self.subset(np.arange(len(self))[place])
+        row = self._index[place if self.rows is None else self.rows[place]]
+        return ShardClip(self._shard.format(int(row[0])), int(row[1]), int(row[2]))
+
+    def table(self) -> np.ndarray:
+        """Shard, offset and size of each clip, [n, 3] int64."""
+        return self._index[:] if self.rows is None else self._index[self.rows]
+
+    def subset(self, rows: np.ndarray) -> "ShardIndex":
+        """Some of the clips.
+
+        Args:
+            rows: [n] int64, places in this sequence.
+        """
+        return ShardIndex(self.folder, rows if self.rows is None else self.rows[rows])
+
+    def recordings(self) -> np.ndarray:
+        """The recording that each clip was cut from, as a number, [n] int64.
+
+        Raises:
+            DataError: The list cannot be read, or is of another index.
+        """
+        numbers = _mapped(self.folder / RECORDINGS, 1)
+        if len(numbers) != len(self._index):
+            raise DataError(
+                f"{self.folder / RECORDINGS}: expected {len(self._index)} rows as in {INDEX}, "
+                f"found {len(numbers)}"
+            )
+        return numbers[:] if self.rows is None else numbers[self.rows]
+
+    def fingerprint(self) -> str:
+        """Hash of where the clips lie in the shards: other clips, another hash."""
+        return hashlib.sha256(self.table().tobytes()).hexdigest()
+
+
+ClipPath = str | Path | ShardClip  # a file, or a part of one
+ClipPaths = Sequence[ClipPath]
+
+
+def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
+    """Some of the clips, without looking at any of the others.
+
+    Args:
+        paths: All of them.
+        rows: [n] int64.
+    """
+    return paths.subset(rows) if isinstance(paths, ShardIndex) else [paths[row] for row in rows]
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether this is a folder of shards.
+
+    Raises:
+        DataError: It is one that is not finished.
+    """
+    if not (folder / SHARD).parent.is_dir():
+        return False
+    if (folder / REPORT).exists() and (folder / INDEX).exists():
+        return True
+    if not (folder / ".lock").exists():  # a folder of somebody else's shards
+        return False
+    raise DataError(f"{folder}: prepared in part only: run the same ssast data prepare once more")
+
+
+def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | None:
+    """The labels of the clips of a prepared folder.
+
+    Raises:
+        DataError: The file is damaged, or belongs to another index.
+    """
+    path = folder / LABELS
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names, clips = content["names"], content["clips"]
+        labels = tuple(tuple(names[number] for number in numbers) for numbers in clips)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: damaged: prepare the data again") from error
+    if len(labels) != num_clips:
+        raise DataError(f"{path}: expected labels of {num_clips} clips, found {len(labels)}")
+    return labels
+
+
+def _mapped(path: Path, dimensions: int) -> np.ndarray:
+    try:
+        if is_url(path):
+            array = np.load(io.BytesIO(path.read_bytes()))
+        else:
+            array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if array.dtype != np.int64 or array.ndim != dimensions:
+        raise DataError(f"{path}: expected {dimensions} dimensions of int64, found {array.dtype}")
+    return array

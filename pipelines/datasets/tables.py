@@ -1,0 +1,235 @@
+"""A data set as its publishers describe it: the clips of each split, and the classes.
+
+Also how their own files are read: lists and tables, with the line in every complaint.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ssast.pipelines.errors import DataError
+
+Weigh = Callable[[Sequence[Sequence[str]]], list[float]]
+
+
+class Listed(NamedTuple):
+    """A clip that belongs to a split.
+
+    Attributes:
+        name: What the publishers call it.
+        path: Absolute; relative to the output folder if it is one of :attr:`Dataset.made`; None if
+            the user's copy does not have it.
+        labels: Of :attr:`Dataset.classes`; none where the set is not labelled.
+    """
+
+    name: str
+    path: str | None
+    labels: tuple[str, ...] = ()
+
+
+class Cut(NamedTuple):
+    """A clip that is not a file yet.
+
+    Attributes:
+        samples: [S] or [S, channels] int16.
+        rate_hz: Sampling rate.
+    """
+
+    samples: np.ndarray
+    rate_hz: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that is written of a data set.
+
+    Attributes:
+        splits: The clips of each split, in the order of the manifest.
+        classes: (label, name for people) in the order of the classes; none if not labelled.
+        weigh: From the labels of a split's clips to their sampling weights, where it has some.
+        made: Clips to be written, by their path in the output folder.
+        notes: What was left out and why, a line each.
+    """
+
+    splits: Mapping[str, Sequence[Listed]]
+    classes: Sequence[tuple[str, str]] = ()
+    weigh: Mapping[str, Weigh] = field(default_factory=dict)
+    made: Mapping[str, Cut] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def root_with(source: Path, marker: str, *inside: str) -> Path:
+    """The folder that holds ``marker``: the source itself, or a folder in it.
+
+    Args:
+        source: What the user names.
+        marker: A file or folder that the data set always has.
+        inside: What the archive of the data set calls its top folder.
+
+    Raises:
+        DataError: There is none.
+    """
+    for folder in (source, *(source / name for name in inside)):
+        if (folder / marker).exists():
+            return folder
+    try:
+        names = sorted(os.listdir(source))
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise DataError(f"{source}: expected a folder with {marker}, found {found or 'nothing'}")
+
+
+def existing(*candidates: str | Path) -> str | None:
+    """The first of these paths that is a file."""
+    return next((os.fspath(path) for path in candidates if os.path.isfile(path)), None)
+
+
+def listing(folder: Path, suffix: str) -> list[str]:
+    """Names of the files in a folder with this ending, sorted; hidden ones are passed over.
+
+    Raises:
+        DataError: No such folder.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: expected this folder of the data set, found none") from error
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+
+def lines(
+    path: Path, *, encoding: str = "utf-8-sig", comment: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank.
+
+    Args:
+        path: The file.
+        encoding: Its encoding.
+        comment: Lines that begin so are passed over.
+
+    Yields:
+        (file and line number for messages, text without surrounding blanks).
+
+    Raises:
+        DataError: It is missing, cannot be read, or is not text.
+    """
+    try:
+        with open(path, encoding=encoding) as file:
+            for number, line in enumerate(file, 1):
+                text = line.strip()
+                if text and not (comment and text.startswith(comment)):
+                    yield f"{path}: line {number}", text
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected this file of the data set, found none") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: byte {error.start}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def table(
+    path: Path, columns: Sequence[str], *, headed: bool = True, comment: str | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file.
+
+    Args:
+        path: The file.
+        columns: Those that are needed; all there are, and in this order, if it has no header.
+        headed: Whether its first line names the columns.
+        comment: Lines that begin so are passed over.
+
+    Yields:
+        (file and line number for messages, cells by column).
+
+    Raises:
+        DataError: It cannot be read, a column is missing, or a row has more or fewer cells.
+    """
+    names = None if headed else list(columns)
+    for place, line in lines(path, comment=comment):
+        try:
+            cells = next(csv.reader([line], skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{place}: not CSV: {error}: {line!r:.80}") from error
+        if names is None:
+            if not set(columns) <= set(cells):
+                wanted = ",".join(columns)
+                raise DataError(f"{place}: expected a header with {wanted}, found {line!r:.80}")
+            names = cells
+        elif len(cells) != len(names):
+            wanted = ",".join(names)
+            raise DataError(f"{place}: expected {len(names)} columns {wanted}, found {line!r:.80}")
+        else:
+            yield place, dict(zip(names, cells, strict=True))
+
+
+def class_table(
+    path: Path, columns: Sequence[str] = ("index", "mid", "display_name"), *, headed: bool = True
+) -> dict[str, str]:
+    """Reads the table of the classes.
+
+    Args:
+        path: The file.
+        columns: As in :func:`table`; one is ``index``, one is ``mid``, and one is the name.
+        headed: As in :func:`table`.
+
+    Returns:
+        Names by label (mid), in the order of the indices.
+
+    Raises:
+        DataError: It cannot be read, is empty, skips an index or has a label twice.
+    """
+    (name_column,) = set(columns) - {"index", "mid"}
+    names: dict[str, str] = {}
+    for place, row in table(path, columns, headed=headed):
+        if row["index"] != str(len(names)):
+            raise DataError(f"{place}: expected index {len(names)}, found {row['index']!r}")
+        if row["mid"] in names:
+            raise DataError(f"{place}: class {row['mid']} is listed already")
+        names[row["mid"]] = row[name_column]
+    if not names:
+        raise DataError(f"{path}: expected a table of classes, found no rows")
+    return names
+
+
+def labels_of(text: str, classes: Mapping[str, str], place: str) -> tuple[str, ...]:
+    """Splits a cell of labels.
+
+    Args:
+        text: Labels with commas between them.
+        classes: The known labels.
+        place: For the message.
+
+    Raises:
+        DataError: There are none, or one is unknown.
+    """
+    labels = tuple(label.strip() for label in text.split(","))
+    for label in labels:
+        if label not in classes:
+            raise DataError(
+                f"{place}: expected labels of the {len(classes)} classes, found {label!r}"
+            )
+    return labels
+
+
+def once(seen: dict[str, str], name: str, place: str) -> None:
+    """Notes a clip, so that none is listed twice, nor in two splits.
+
+    Args:
+        seen: Where each clip was listed; this one is added.
+        name: The clip.
+        place: Where it is listed now.
+
+    Raises:
+        DataError: It was listed before.
+    """
+    before = seen.setdefault(name, place)
+    if before != place:
+        raise DataError(f"{place}: {name} is listed already at {before}")

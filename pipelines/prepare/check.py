@@ -1,0 +1,328 @@
+"""Checks a whole data set before it is trained on: every byte, every clip, every label."""
+
+import csv
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.audio.convert import sample_digest
+from ssast.pipelines.audio.decode import Item, UnusableError, finite, sndfile_blocks
+from ssast.pipelines.audio.encoded import LOUDEST, read_clip
+from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.remote import located
+from ssast.pipelines.clips.shards import (
+    BLOCK,
+    INDEX,
+    REPORT,
+    SHARD,
+    SIDECAR,
+    ClipPath,
+    ShardClip,
+    ShardIndex,
+    Sidecar,
+    header_problem,
+)
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import usable_cores, write_atomically
+
+AT_ONCE = 64  # files of a manifest that one thread takes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong.
+
+    Attributes:
+        where: A clip or a file.
+        problem: What is wrong with it.
+    """
+
+    where: str
+    problem: str
+
+
+@dataclass
+class Checked:
+    """What was found.
+
+    Attributes:
+        num_clips: Clips that were looked at.
+        seconds: Length of those that are good.
+        labels: All different labels.
+        problems: In the order of the clips.
+    """
+
+    num_clips: int = 0
+    seconds: float = 0.0
+    labels: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def check_data(
+    path: str | Path,
+    *,
+    classes: Path | None = None,
+    report: Path | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> Checked:
+    """Checks prepared shards, a manifest or a folder of audio files.
+
+    Of shards: the index, the sidecars and the headers and bytes of the archives agree, and each
+    clip decodes to the samples it was made of. Of files: each decodes to its end, to sound that
+    training can use.
+
+    Args:
+        path: As ``data.train`` takes it.
+        classes: A CSV of the known labels, with a column ``mid``; by default ``labels.csv`` beside
+            the manifest or in the folder, if there is one.
+        report: Gets all problems as lines of JSON.
+        jobs: Threads; the number of usable cores by default.
+        progress: Show a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        DataError: The list of clips itself, or that of the labels, cannot be read.
+    """
+    if jobs is not None and jobs < 1:
+        raise DataError(f"--jobs is {jobs}, expected at least 1")
+    path = located(path)
+    manifest = read_manifest(path)
+    known = known_labels(path, classes)
+    paths = manifest.paths
+    if isinstance(paths, ShardIndex):
+        numbers = shard_numbers(paths)
+        rows = rows_by_shard(paths, numbers)
+        tasks = [(lambda n=n: check_shard(paths, n, rows[n], manifest.labels)) for n in numbers]
+        overall = check_index(paths)
+    else:
+        starts = range(0, len(paths), AT_ONCE)
+        tasks = [(lambda at=at: check_files(paths[at : at + AT_ONCE])) for at in starts]
+        overall = []
+    result = Checked(problems=overall)
+    for part in parallel(tasks, len(paths), jobs or usable_cores(), progress):
+        result.num_clips += part.num_clips
+        result.seconds += part.seconds
+        result.problems += part.problems
+    for clip, names in zip(paths, manifest.labels or (), strict=False):
+        result.labels.update(names)
+        if known is not None:
+            unknown = ", ".join(repr(name) for name in names if name not in known)
+            if unknown:
+                result.problems.append(Problem(str(clip), f"unknown label {unknown}"))
+    if report is not None:
+        lines = (json.dumps({"where": p.where, "problem": p.problem}) for p in result.problems)
+        write_atomically(report, "".join(f"{line}\n" for line in lines))
+    return result
+
+
+def parallel(
+    tasks: Sequence[Callable[[], Checked]], total: int, jobs: int, progress: bool
+) -> Iterator[Checked]:
+    """Results of the tasks, in their order, with a progress bar over the clips."""
+    stop = threading.Event()
+
+    def run(task: Callable[[], Checked]) -> Checked:
+        return Checked() if stop.is_set() else task()
+
+    with (
+        tqdm(total=total, desc="check", unit=" clips", disable=None if progress else True) as bar,
+        ThreadPoolExecutor(jobs, "check") as pool,
+    ):
+        try:
+            futures = [pool.submit(run, task) for task in tasks]
+            for future in as_completed(futures):
+                bar.update(future.result().num_clips)
+        finally:
+            stop.set()
+    yield from (future.result() for future in futures)
+
+
+def known_labels(path: Path, classes: Path | None) -> set[str] | None:
+    """The labels that may occur; None if that is not known.
+
+    Raises:
+        DataError: The list cannot be read.
+    """
+    if classes is None:
+        classes = (path if path.is_dir() else path.parent) / "labels.csv"
+        if not classes.exists():
+            return None
+    try:
+        with open(classes, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {row["mid"] for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{classes}: cannot be read: {error}") from error
+    except KeyError as error:
+        raise DataError(f"{classes}: expected a column mid, found none") from error
+
+
+def check_files(paths: Sequence[ClipPath]) -> Checked:
+    """Decodes files to their ends."""
+    result = Checked(len(paths))
+    for path in paths:
+        try:
+            result.seconds += usable_seconds(str(path))
+        except (DataError, UnusableError) as error:
+            result.problems.append(Problem(str(path), str(error)))
+    return result
+
+
+def usable_seconds(path: str) -> float:
+    """Length of a file that training can use.
+
+    Raises:
+        DataError: Training cannot use it, for this reason.
+        UnusableError: It cannot be decoded to its end.
+    """
+    read_clip(path, FbankSpec())  # what training will say of it, decoded or not
+    seconds = 0.0
+    for block, rate_hz in finite(sndfile_blocks(Item(path, Path(path)), whole=True)):
+        seconds += len(block) / rate_hz
+        if np.abs(block).max() >= LOUDEST:
+            raise DataError("holds samples that are NaN, infinite or absurdly large")
+    return seconds
+
+
+def shard_numbers(index: ShardIndex) -> list[int]:
+    """The shards that are on disk or in the index."""
+    there = {
+        int(path.stem)
+        for path in (index.folder / SHARD).parent.iterdir()
+        if path.suffix in (".tar", ".jsonl") and path.stem.isdigit()
+    }
+    return sorted(there | set(np.unique(index.table()[:, 0]).tolist()))
+
+
+def rows_by_shard(index: ShardIndex, numbers: Sequence[int]) -> dict[int, np.ndarray]:
+    """The rows of the index that lie in each shard."""
+    shards = index.table()[:, 0]
+    order = np.argsort(shards, kind="stable")
+    ends = np.searchsorted(shards[order], numbers, side="right")
+    starts = np.searchsorted(shards[order], numbers, side="left")
+    return {n: order[a:b] for n, a, b in zip(numbers, starts, ends, strict=True)}
+
+
+def check_index(index: ShardIndex) -> list[Problem]:
+    """Checks the index as a whole: the order of its rows, and the number that was reported."""
+    where = str(index.folder / INDEX)
+    problems = []
+    table = index.table()
+    step = np.diff(table[:, :2], axis=0)
+    if not ((step[:, 0] > 0) | ((step[:, 0] == 0) & (step[:, 1] > 0))).all():
+        problems.append(Problem(where, "its rows are not in order, or one is there twice"))
+    try:
+        index.recordings()
+        reported = json.loads((index.folder / REPORT).read_text(encoding="utf-8"))["clips"]
+        if reported != len(index):
+            problems.append(Problem(where, f"has {len(index)} rows, {REPORT} says {reported}"))
+    except DataError as error:
+        problems.append(Problem(where, str(error)))
+    except (OSError, ValueError, KeyError, TypeError):
+        problems.append(Problem(str(index.folder / REPORT), "damaged: prepare the data again"))
+    return problems
+
+
+def check_shard(
+    index: ShardIndex,
+    number: int,
+    rows: np.ndarray,
+    labels: tuple[tuple[str, ...], ...] | None,
+) -> Checked:
+    """Checks a shard against its sidecar and the index, and decodes all of its clips.
+
+    Args:
+        index: Of all clips.
+        number: Of the shard.
+        rows: [n] rows of the index that lie in it.
+        labels: Of all clips.
+    """
+    path = index.folder / SHARD.format(number)
+    result = Checked(len(rows))
+    try:
+        sidecar = Sidecar.read(index.folder / SIDECAR.format(number))
+        size = path.stat().st_size
+    except (OSError, DataError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        name = getattr(error, "filename", None) or path
+        result.problems.append(Problem(str(name), f"cannot be checked: {why}"))
+        return result
+    listed = {(clip["offset"], clip["size"]): clip for clip in sidecar.clips}
+    place = 0
+    for clip in sidecar.clips:
+        shard_clip = ShardClip(str(path), clip["offset"], clip["size"])
+        where = f"{path}: {clip['file']}"
+        try:
+            if clip["offset"] != place + BLOCK:
+                raise DataError(f"listed at byte {clip['offset']}, expected {place + BLOCK}")
+            result.seconds += decoded_seconds(shard_clip, clip)
+        except OSError as error:
+            result.problems.append(Problem(where, f"cannot be read: {error.strerror}"))
+        except DataError as error:
+            result.problems.append(Problem(where, str(error).removeprefix(f"{where}: ")))
+        place = clip["offset"] + clip["size"] + -clip["size"] % BLOCK
+    expected = place + 2 * BLOCK
+    if not size == sidecar.size == expected:
+        why = f"{size} bytes, expected {expected} by its clips and {sidecar.size} by its sidecar"
+        result.problems.append(Problem(str(path), why))
+    in_index = set()
+    for row in rows:
+        shard_clip = index[int(row)]
+        key = (shard_clip.offset, shard_clip.size)
+        in_index.add(key)
+        where = f"{index.folder / INDEX}: row {row}"
+        if key not in listed:
+            why = f"{key[1]} bytes at {key[0]} are no clip of {path}"
+            result.problems.append(Problem(where, why))
+        elif tuple(listed[key].get("labels", ())) != (labels[row] if labels else ()):
+            result.problems.append(Problem(where, f"{shard_clip}: other labels than in the shard"))
+    left_out = len(listed) - len(in_index & listed.keys())
+    if left_out and not drops_duplicates(index.folder):
+        why = f"{left_out} of its clips are not in {INDEX}"
+        result.problems.append(Problem(str(path), why))
+    return result
+
+
+def drops_duplicates(folder: Path) -> bool:
+    """Whether clips of the shards may be left out of the index."""
+    try:
+        settings = json.loads((folder / REPORT).read_text(encoding="utf-8"))["settings"]
+        return bool(settings["drop_duplicates"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def decoded_seconds(clip: ShardClip, expected: dict) -> float:
+    """Decodes a clip in a shard.
+
+    Args:
+        clip: Where it is.
+        expected: What the sidecar says of it.
+
+    Returns:
+        Its length in seconds.
+
+    Raises:
+        OSError: The shard cannot be read.
+        DataError: It is not what it was when it was prepared.
+    """
+    problem = header_problem(clip, expected["file"])
+    if problem is not None:
+        raise DataError(problem)
+    try:
+        samples, rate_hz = soundfile.read(io.BytesIO(clip.read()), dtype="int16", always_2d=True)
+    except (RuntimeError, ValueError) as error:
+        why = getattr(error, "error_string", None) or str(error)
+        raise DataError(f"cannot be decoded: {' '.join(why.split()).rstrip('.')}") from error
+    if samples.shape[1] != 1 or sample_digest(samples) != expected["digest"]:
+        raise DataError("decodes to other samples than were packed")
+    return len(samples) / rate_hz

@@ -1,0 +1,144 @@
+"""The index of a prepared folder, its lists and its report, out of the sidecars of the shards."""
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssast.pipelines.clips.shards import (
+    INDEX,
+    LABELS,
+    RECORDINGS,
+    REJECTED,
+    REPORT,
+    SIDECAR,
+    Sidecar,
+)
+from ssast.pipelines.errors import DataError
+
+
+def write_index(
+    out: Path,
+    source: Path,
+    num_shards: int,
+    settings: dict[str, Any],
+    has_labels: bool,
+    drop_duplicates: bool,
+) -> dict[str, Any]:
+    """Writes everything but the shards; what is there already stays untouched.
+
+    Args:
+        out: The prepared folder; all shards are finished.
+        source: Where the recordings came from, for messages.
+        num_shards: How many there are.
+        settings: For the report.
+        has_labels: The source has labels.
+        drop_duplicates: Leave clips out whose samples came before.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: No clip is left.
+        OSError: A file cannot be written.
+    """
+    rows: list[np.ndarray] = []
+    digests: list[bytes] = []
+    recordings: list[int] = []
+    durations: list[float] = []
+    labels: list[tuple[str, ...]] = []
+    rejected: list[str] = []
+    reasons: Counter[str] = Counter()
+    rates: Counter[int] = Counter()
+    size = num_recordings = 0
+    for number in range(num_shards):
+        sidecar = Sidecar.read(out / SIDECAR.format(number))
+        size += sidecar.size
+        rows.append(
+            np.array([(number, c["offset"], c["size"]) for c in sidecar.clips], np.int64).reshape(
+                -1, 3
+            )
+        )
+        previous = None
+        for clip in sidecar.clips:
+            if clip["name"] != previous:
+                previous = clip["name"]
+                num_recordings += 1
+                rates[clip["source_hz"]] += 1
+            recordings.append(num_recordings - 1)
+            durations.append(clip["duration_s"])
+            digests.append(bytes.fromhex(clip["digest"]))
+            if has_labels:
+                labels.append(tuple(clip["labels"]))
+        for line in sidecar.rejected:
+            text = {"name": line["name"], "reason": line["rejected"]}
+            rejected.append(json.dumps(text) + "\n")
+            reasons[kind_of(line["rejected"])] += 1
+    files: dict[str, bytes | None] = {REJECTED: "".join(rejected).encode()}
+    if not durations:
+        _replace(out, files)
+        first = json.loads(rejected[0]) if rejected else {"name": "?", "reason": "?"}
+        raise DataError(
+            f"{source}: none of {len(rejected)} recordings can be used, see {out / REJECTED}; "
+            f"the first: {first['name']!r}: {first['reason']}"
+        )
+    _, first_of = np.unique(np.array(digests, "S16"), return_index=True)
+    kept = np.sort(first_of) if drop_duplicates else np.arange(len(durations))
+    files[INDEX] = _npy(np.concatenate(rows)[kept])
+    files[RECORDINGS] = _npy(np.array(recordings, np.int64)[kept])
+    files[LABELS] = None
+    if has_labels:
+        names = sorted({name for given in labels for name in given})
+        number_of = {name: number for number, name in enumerate(names)}
+        numbers = [[number_of[name] for name in labels[place]] for place in kept]
+        files[LABELS] = json.dumps({"names": names, "clips": numbers}).encode()
+    report = {
+        "clips": len(kept),
+        "hours": round(float(np.array(durations)[kept].sum()) / 3600, 4),
+        "mib": round(size / 2**20, 1),
+        "shards": num_shards,
+        "recordings": num_recordings,
+        "source_rates_hz": {str(rate): rates[rate] for rate in sorted(rates)},
+        "num_rejected": len(rejected),
+        "rejected": dict(sorted(reasons.items())),
+        "duplicates": len(durations) - len(first_of),
+        "settings": settings,
+    }
+    files[REPORT] = (json.dumps(report, indent=1) + "\n").encode()
+    _replace(out, files)
+    return report
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what is particular to a recording."""
+    return re.sub(r"[0-9.]+", "N", reason.partition(": ")[0])
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _replace(out: Path, files: dict[str, bytes | None]) -> None:
+    """Writes the files that differ from what is there, the report as the last one."""
+
+    def found(name: str) -> bytes | None:
+        return (out / name).read_bytes() if (out / name).exists() else None
+
+    changed = [name for name, data in files.items() if found(name) != data]
+    if not changed:
+        return
+    (out / REPORT).unlink(missing_ok=True)
+    for name, data in files.items():
+        if data is None:
+            (out / name).unlink(missing_ok=True)
+        elif name in changed or name == REPORT:
+            temporary = out / f".{name}.tmp"
+            temporary.write_bytes(data)
+            os.replace(temporary, out / name)

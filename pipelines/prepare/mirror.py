@@ -1,0 +1,78 @@
+"""Prepares shards for a folder behind a URL: made here, moved there one by one."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssast.pipelines.clips.remote import attempt, is_url
+from ssast.pipelines.clips.shards import INDEX, LABELS, RECORDINGS, REJECTED, REPORT, SHARD, SIDECAR
+
+LISTS = (REJECTED, INDEX, RECORDINGS, LABELS, REPORT)  # the report says that the others are there
+
+
+@contextlib.contextmanager
+def local_folder(out: Path) -> Iterator[Path]:
+    """``out``, or a folder for the time being if that is behind a URL."""
+    if not is_url(out):
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="ssast-prepare-") as folder:
+        yield Path(folder)
+
+
+class Mirror:
+    """A local folder that looks like one behind a URL, but whose shards take up no room.
+
+    A shard that is there already is a hole of its size here, and its sidecar a copy.
+
+    Args:
+        remote: The folder behind the URL.
+        local: An empty folder.
+    """
+
+    def __init__(self, remote: Path, local: Path) -> None:
+        self._remote, self._local = remote, local
+        there = (remote / SHARD).parent
+        (local / SHARD).parent.mkdir(parents=True)
+        for path in there.iterdir() if there.exists() else ():
+            copy = local / there.name / path.name
+            if path.suffix == ".jsonl":
+                copy.write_bytes(path.read_bytes())
+            elif path.suffix == ".tar":
+                copy.touch()
+                os.truncate(copy, path.stat().st_size)
+
+    def reopen(self) -> None:
+        """From here on it is unfinished."""
+        (self._remote / REPORT).unlink(missing_ok=True)
+
+    def move(self, number: int) -> None:
+        """Moves a finished shard, and after it its sidecar."""
+        shard, sidecar = SHARD.format(number), SIDECAR.format(number)
+        (self._remote / sidecar).unlink(missing_ok=True)
+        self._upload(shard)
+        self._upload(sidecar)
+        size = (self._local / shard).stat().st_size
+        os.truncate(self._local / shard, 0)
+        os.truncate(self._local / shard, size)
+
+    def finish(self) -> None:
+        """Moves the lists, and removes shards of earlier runs that are not wanted any more."""
+        self.reopen()
+        for name in LISTS:
+            if (self._local / name).exists():
+                self._upload(name)
+            else:
+                (self._remote / name).unlink(missing_ok=True)
+        folder = (self._remote / SHARD).parent
+        for path in folder.iterdir():
+            if not (self._local / folder.name / path.name).exists():
+                path.unlink()
+
+    def _upload(self, name: str) -> None:
+        target = self._remote / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        system, path = target.fs, target.path  # type: ignore[attr-defined]
+        attempt(lambda: system.put_file(str(self._local / name), path), str(target))

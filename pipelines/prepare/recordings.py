@@ -1,0 +1,194 @@
+"""Finds the recordings of a folder, a manifest or plain tar archives. Nothing is unpacked."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, Span, suffix
+from ssast.pipelines.clips.manifest import AUDIO_SUFFIXES, audio_files, read_manifest
+from ssast.pipelines.clips.remote import is_url
+from ssast.pipelines.clips.shards import is_prepared
+from ssast.pipelines.errors import DataError
+
+SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
+PACKED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz")
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A recording to prepare.
+
+    Attributes:
+        item: Its name and where it is.
+        signature: Changes when it changes.
+        num_bytes: Its size.
+        problem: Why it cannot even be read.
+        labels: From the manifest.
+    """
+
+    item: Item
+    signature: str
+    num_bytes: int
+    problem: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+def find_recordings(source: Path, out: Path) -> list[Recording]:
+    """The recordings of a source, sorted by name.
+
+    Args:
+        source: A folder (files and .tar archives in it and below), a .json or .csv manifest, or a
+            .tar archive.
+        out: A folder that is passed over.
+
+    Raises:
+        DataError: Nothing is there, it is of no such kind, or an archive is compressed.
+    """
+    labels: tuple[tuple[str, ...], ...] | None = None
+    recordings: list[Recording] = []
+    kind = suffix(source.name)
+    if is_url(source):
+        return remote_recordings(source)
+    if source.is_dir():
+        if os.path.realpath(source) == os.path.realpath(out):
+            raise DataError(f"{out}: the shards need a folder of their own, not the recordings'")
+        if is_prepared(source):
+            raise DataError(f"{source}: is prepared already: train on it as it is")
+        base = os.path.abspath(source)
+
+        def unreadable(error: OSError) -> None:
+            name = os.path.relpath(error.filename, base)
+            recordings.append(_problem(name, Path(error.filename), error.strerror or "?"))
+
+        kinds = frozenset({*SOUNDS, ".tar", *(suffix(f"a{packed}") for packed in PACKED)})
+        paths = audio_files(source, leave_out=out, suffixes=kinds, on_error=unreadable)
+    elif kind in (".json", ".csv"):
+        manifest = read_manifest(source)
+        paths, labels = [str(path) for path in manifest.paths], manifest.labels
+        base = os.path.dirname(os.path.abspath(source))
+    elif source.is_file() and source.name.lower().endswith((".tar", *PACKED)):
+        base = os.path.dirname(os.path.abspath(source))
+        paths = [os.path.abspath(source)]
+    else:
+        found = "this file" if source.exists() else "nothing"
+        raise DataError(
+            f"{source}: expected a folder, a .json or .csv manifest or a .tar archive, "
+            f"found {found}"
+        )
+    for place, path in enumerate(paths):
+        name = os.path.relpath(path, base)
+        if name.lower().endswith(PACKED):
+            raise DataError(f"{path}: a compressed archive cannot be read in place: unpack it")
+        if suffix(name) == ".tar" and labels is None:
+            folder = Path(path).parents[1]
+            if os.path.basename(os.path.dirname(path)) == "shards" and is_prepared(folder):
+                raise DataError(f"{folder}: is prepared already: leave it out of {source}")
+            recordings += tar_recordings(name, Path(path))
+        elif suffix(name) in SOUNDS or labels is not None:
+            recordings.append(_file(name, Path(path), labels[place] if labels else ()))
+    if not recordings:
+        raise DataError(f"{source}: no recordings in there")
+    return _unique(sorted(recordings, key=lambda recording: recording.item.name))
+
+
+def remote_recordings(source: Path) -> list[Recording]:
+    """The recordings of a folder behind a URL; each is fetched when its turn comes.
+
+    Raises:
+        DataError: There are none, the folder cannot be listed, or it is prepared already.
+    """
+    if is_prepared(source):
+        raise DataError(f"{source}: is prepared already: train on it as it is")
+    system, base = source.fs, source.path  # type: ignore[attr-defined]
+    try:
+        found = system.find(base, detail=True)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be listed: {error.strerror or error}") from error
+    recordings = []
+    for path, facts in sorted(found.items()):
+        name = os.path.relpath(path, base)
+        if suffix(name) in SOUNDS and "/." not in f"/{name}":
+            signature = f"{facts['size']}-{system.ukey(path)}"
+            item = Item(name, source / name)
+            recordings.append(Recording(item, signature, facts["size"]))
+    if not recordings:
+        raise DataError(f"{source}: no recordings in there (archives must be on a disk)")
+    return recordings
+
+
+def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
+    """The recordings in a plain tar archive, named ARCHIVE/MEMBER.
+
+    What is no ordinary member is yielded with its problem: a link, a path that leads out of the
+    archive, a size that reaches beyond its end, and a place where no header stands although the
+    archive goes on.
+
+    Raises:
+        DataError: The archive is compressed under a plain name.
+    """
+    try:
+        size, changed = (status := path.stat()).st_size, status.st_mtime_ns
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # else all of them stay in memory
+                inside = PurePosixPath(member.name)
+                if member.isdir() or suffix(member.name) not in SOUNDS or inside.name[0] == ".":
+                    continue
+                span = Span(path, member.offset_data, member.size)
+                item = Item(f"{name}/{member.name}", span)
+                signature = f"{size}-{changed}-{span.offset}-{span.size}"
+                problem = None
+                if inside.is_absolute() or ".." in inside.parts:
+                    problem = "its path leads out of the archive"
+                elif not member.isreg() or member.issparse():
+                    problem = "a link, a device or sparse, not an ordinary member"
+                elif span.offset + span.size > size:
+                    there = size - span.offset
+                    problem = f"truncated: the archive ends after {there} of {span.size} bytes"
+                yield Recording(item, signature, span.size, problem)
+            place = archive.offset
+        with open(path, "rb") as file:
+            file.seek(place)
+            if any(file.read(tarfile.BLOCKSIZE)):
+                why = f"damaged archive: no header at byte {place} of {size}: what follows is lost"
+                yield _problem(name, path, why)
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        with open(path, "rb") as file:
+            magic = file.read(6)
+        if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            why = "a compressed archive cannot be read in place: unpack it"
+            raise DataError(f"{path}: {why}") from error
+        yield _problem(name, path, f"damaged archive: {error}")
+    except OSError as error:
+        yield _problem(name, path, f"cannot be read: {error.strerror}")
+
+
+def _file(name: str, path: Path, labels: tuple[str, ...]) -> Recording:
+    item = Item(name, path)
+    try:
+        signature = item.signature()
+    except OSError as error:
+        return _problem(name, path, f"cannot be read: {error.strerror}", labels)
+    if not os.access(path, os.R_OK):
+        return _problem(name, path, "cannot be read: Permission denied", labels)
+    return Recording(item, signature, int(signature.partition("-")[0]), None, labels)
+
+
+def _problem(name: str, path: Path, problem: str, labels: tuple[str, ...] = ()) -> Recording:
+    return Recording(Item(name, path), problem, 0, problem, labels)
+
+
+def _unique(recordings: list[Recording]) -> list[Recording]:
+    """Numbers the later ones of equal names: an archive may hold several members of one name."""
+    counts: dict[str, int] = {}
+    for place, recording in enumerate(recordings):
+        name = recording.item.name
+        counts[name] = counts.get(name, 0) + 1
+        if counts[name] > 1:
+            item = Item(f"{name}#{counts[name]}", recording.item.data)
+            recordings[place] = Recording(
+                item, recording.signature, recording.num_bytes, recording.problem, recording.labels
+            )
+    return recordings

@@ -1,0 +1,340 @@
+"""A stream of filterbank batches from audio files: DALI decodes, bad files do not stop it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssast.kernels.fbank import FbankSpec, fbank, num_frames
+from ssast.pipelines.clips.order import Weights
+from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.stream.cache import Cache, FbankCache
+from ssast.pipelines.stream.disk_cache import DiskCache
+from ssast.pipelines.stream.graph import PREFETCH, FbankThreads, build_pipeline
+from ssast.pipelines.stream.source import CACHED, READ, ClipSource
+
+__all__ = ["AudioStream", "build_pipeline"]
+
+log = logging.getLogger(__name__)
+
+ENOUGH_SEEN = 50  # clips before the share of rejected ones means something
+HORIZON = 1000  # or the manifest, if it is shorter: bad clips may come early by chance
+MAX_RECOVERIES = 4  # decoding errors after which every clip is decoded before DALI sees it
+
+
+class AudioStream:
+    """Endless shuffled batches for training, or one pass in manifest order for validation.
+
+    The clips of a stream and their order depend on (paths, seed, position) alone: a stream that
+    starts at ``position`` of another one goes on exactly as that would have, whatever the batch
+    size and the number of ranks. With the same batch size it does so bit for bit.
+
+    A clip that cannot be read (missing, empty, damaged, NaN, shorter than one window) becomes a
+    row of silence with ``valid`` False.
+
+    Args:
+        paths: The clips of the manifest.
+        spec: Filterbank settings.
+        batch_size: B, clips per batch of this rank.
+        seed: Of the order of the clips.
+        rank: Of this process, from 0.
+        world_size: Number of ranks.
+        start: Position of the stream, over all ranks, to start at.
+        epochs: None: the endless shuffled stream. k: k passes in manifest order; the last batch is
+            filled up with clips that are not valid, so that all ranks see as many batches.
+        device: Where the batches shall be.
+        num_threads: Threads for each of reading, decoding and (on a CPU) the filterbank.
+        read_ahead: Batches of encoded clips to read ahead.
+        fbank: "torch": the kernel of ``ssast.kernels.fbank``, in the graph on a CPU and on the
+            handed-over waveforms on a GPU; "dali": stock DALI operators in the graph; "auto":
+            "dali" on a GPU, "torch", which is cheaper there, on a CPU.
+        max_rejected: Share of rejected clips above which the stream stops with an error. While
+            few clips have been seen, it is taken of the manifest or of 1000 clips.
+        weights: How often each clip of the endless stream comes up, relative to the others; equally
+            often without them.
+        random_crop: Of a recording longer than ``spec``, another part in each epoch, drawn from
+            (seed, clip, epoch), instead of its beginning.
+        cache_gib: Memory for filterbanks, which are then not computed again; as many clips
+            are kept as fit. Not with ``random_crop``.
+        cache_folder: Keep them on disk instead, also for later runs; see
+            :mod:`ssast.pipelines.stream.disk_cache`.
+        on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
+
+    Raises:
+        DataError: For an empty manifest or a setting out of range; from ``next``, if too many
+            clips were rejected.
+    """
+
+    def __init__(
+        self,
+        paths: ClipPaths,
+        spec: FbankSpec,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        epochs: int | None = None,
+        device: torch.device,
+        num_threads: int = 2,
+        read_ahead: int = 3,
+        fbank: Literal["auto", "torch", "dali"] = "auto",
+        max_rejected: float = 0.05,
+        weights: Weights | None = None,
+        random_crop: bool = False,
+        cache_gib: float = 0.0,
+        cache_folder: str | Path | None = None,
+        on_reject: Callable[[int, str, str], None] | None = None,
+    ) -> None:
+        _check(paths, batch_size, seed, rank, world_size, start, epochs, num_threads, read_ahead)
+        if weights is not None and (epochs is not None or len(weights) != len(paths)):
+            raise DataError(
+                f"{len(weights)} weights for {len(paths)} clips; they are for the endless stream"
+            )
+        if bool(cache_gib) + (cache_folder is not None) + random_crop > 1:
+            raise DataError(
+                "cache_gib, cache_folder and random_crop exclude each other: one place for "
+                "filterbanks is enough, and a crop is used once"
+            )
+        if fbank not in ("auto", "torch", "dali"):
+            raise DataError(f"fbank is {fbank!r}, it must be auto, torch or dali")
+        self.spec, self.batch_size, self.device = spec, batch_size, device
+        self._start, self._stride = start, batch_size * world_size
+        self._num_batches: int | None = None
+        if epochs is not None:
+            left = max(0, epochs * len(paths) - start)
+            self._num_batches = -(-left // self._stride)
+        self._max_rejected, self._on_reject = max_rejected, on_reject
+        self._num_threads = num_threads
+        on_gpu = device.type == "cuda"
+        self._device_id: int | None = None
+        if on_gpu:
+            self._device_id = torch.cuda.current_device() if device.index is None else device.index
+        if fbank == "auto":
+            fbank = "dali" if on_gpu else "torch"
+        self._features: FbankThreads | Literal["dali", "waveform"] = "dali"
+        if fbank == "torch":
+            self._features = (
+                "waveform"
+                if on_gpu
+                else FbankThreads(spec, batch_size=batch_size, num_threads=num_threads)
+            )
+
+        self._done = 0  # batches handed out
+        self._base = 0  # batches handed out before the pipeline was last built
+        self._seen = self._rejected = 0  # clips handed out, and those of them that were replaced
+        self._reported: set[int] = set()
+        self._recoveries, self._recovered_at = 0, -1
+        self._closed = False
+        self._cache: Cache | None = None
+        if cache_gib:
+            self._cache = FbankCache(round(cache_gib * 2**30))
+        elif cache_folder is not None:
+            computed_by = f"{fbank} {device.type}"
+            self._cache = DiskCache(Path(cache_folder), paths, spec, computed_by)
+        self._source = ClipSource(
+            paths,
+            spec,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            start=start,
+            epochs=epochs,
+            num_threads=num_threads,
+            read_ahead=read_ahead,
+            weights=weights,
+            random_crop=random_crop,
+            cache=self._cache,
+        )
+        self._pipeline = self._build()
+
+    @property
+    def position(self) -> int:
+        """Position of the stream, over all ranks, after the batches handed out so far."""
+        return self._start + self._done * self._stride
+
+    @property
+    def rejected(self) -> dict[int, tuple[str, str]]:
+        """Path and reason of every rejected clip that came up so far, by clip id."""
+        return {
+            i: (str(self._source.paths[i]), self._source.reasons[i]) for i in sorted(self._reported)
+        }
+
+    def __len__(self) -> int:
+        """Batches of a finite stream, from its start."""
+        if self._num_batches is None:
+            raise TypeError("a training stream is endless: it has no length")
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed or self._done == self._num_batches:
+            raise StopIteration
+        while True:
+            try:
+                features, lengths, labels = self._run()
+                break
+            except RuntimeError as error:
+                self._recover(error)
+        _, _, present = self._source.clips(self._done - self._base)
+        self._done += 1
+        self._account(labels, present)
+        return self._batch(features, lengths, labels)
+
+    def close(self) -> None:
+        """End all threads. A closed stream hands out no more batches."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pipeline = None  # waits for the batches in flight
+        self._source.close()
+        if isinstance(self._features, FbankThreads):
+            self._features.close()
+
+    def __enter__(self) -> "AudioStream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _build(self) -> Any:
+        return build_pipeline(
+            self._source,
+            self.spec,
+            batch_size=self.batch_size,
+            num_threads=self._num_threads,
+            device_id=self._device_id,
+            features=self._features,
+        )
+
+    def _run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """DALI's next batch: features, samples [B, 1] and labels [B, 3], both on the CPU.
+
+        On a CPU the features are DALI's own memory, which lives as long as the tensor does and is
+        never written again. On a GPU they are copied: a few microseconds, and no memory of DALI's
+        is in use by torch kernels that are still queued.
+        """
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        features, lengths, labels = (
+            torch.from_dlpack(o.as_tensor()) for o in self._pipeline.run(stream)
+        )
+        return features if stream is None else features.clone(), lengths, labels
+
+    def _batch(self, features: Tensor, lengths: Tensor, labels: Tensor) -> Batch:
+        lengths = lengths[:, 0].long()
+        if self._cache is not None:
+            features, lengths = self._through_cache(self._cache, features, lengths, labels)
+        small = torch.stack([*labels.unbind(1), num_frames(lengths, self.spec), lengths])
+        if self.device.type == "cuda":
+            small = small.pin_memory().to(self.device, non_blocking=True)
+        clip_ids, epochs, valid, frames, lengths = small
+        if self._features == "waveform" and self._cache is None:
+            features = fbank(features, lengths, self.spec)
+        return Batch(features, frames, clip_ids, epochs, valid.bool())
+
+    def _through_cache(
+        self, cache: Cache, features: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put in what is kept, keep what is new; features become filterbanks."""
+        if self._features == "waveform":
+            features = fbank(features, lengths.to(features.device), self.spec)
+        clip_ids, states = labels[:, 0], labels[:, 2]
+        kept, new = states == CACHED, states == READ
+        cache.put(clip_ids[new].tolist(), features[new.to(features.device)], lengths[new].tolist())
+        if kept.any():
+            stored, counts = cache.get(clip_ids[kept].tolist())
+            features, lengths = features.clone(), lengths.clone()
+            features[kept.to(features.device)] = stored.to(features.device)
+            lengths[kept] = torch.tensor(counts)
+        return features, lengths
+
+    def _account(self, labels: Tensor, present: np.ndarray) -> None:
+        """Count and report the rejected clips of a batch; raise if they are too many."""
+        for (clip_id, _, valid), here in zip(labels.tolist(), present, strict=True):
+            self._seen += bool(here)
+            if here and not valid:
+                self._rejected += 1
+                if clip_id not in self._reported:
+                    self._reported.add(clip_id)
+                    if self._on_reject is not None:
+                        path = str(self._source.paths[clip_id])
+                        self._on_reject(clip_id, path, self._source.reasons[clip_id])
+        basis = max(self._seen, min(HORIZON, len(self._source.paths)))
+        too_many = self._seen >= ENOUGH_SEEN and self._rejected > self._max_rejected * basis
+        if too_many or (self._done == 1 and 0 < self._seen == self._rejected):
+            examples = "; ".join(f"{p} ({r})" for p, r in list(self.rejected.values())[:3])
+            raise DataError(
+                f"{self._rejected} of the first {self._seen} clips cannot be used (allowed: "
+                f"{self._max_rejected:.0%}), all of them in rejected.jsonl: {examples}"
+            )
+
+    def _recover(self, error: RuntimeError) -> None:
+        """Go on after a decoding error of DALI's, which costs it the whole batch.
+
+        DALI does not say which clip it was. Those in flight are decoded by libsndfile from now
+        on: it rejects the bad one with a reason and hands the good ones on as plain samples, the
+        same that DALI decodes. So the batch that comes next cannot fail for a clip's sake.
+        """
+        if self._recovered_at == self._done:
+            raise error
+        self._recovered_at = self._done
+        self._recoveries += 1
+        iteration = self._done - self._base
+        for later in range(iteration, iteration + PREFETCH + 1):
+            self._source.doubt(self._source.clips(later)[0].tolist())
+        if self._recoveries == MAX_RECOVERIES:
+            log.warning(
+                "DALI could not decode %d batches: from now on libsndfile decodes every clip "
+                "before DALI sees it",
+                self._recoveries,
+            )
+            self._source.doubt_all()
+        self._source.restart(self.position)
+        self._base = self._done
+        self._pipeline = self._build()
+
+
+def _check(
+    paths: ClipPaths,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    start: int,
+    epochs: int | None,
+    num_threads: int,
+    read_ahead: int,
+) -> None:
+    if not paths:
+        raise DataError("the manifest holds no clips")
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank is {rank}, it must be in [0, {world_size}), the number of ranks")
+    least = {"batch_size": 1, "seed": 0, "start": 0, "num_threads": 1, "read_ahead": 0}
+    given = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "start": start,
+        "num_threads": num_threads,
+        "read_ahead": read_ahead,
+    }
+    if epochs is not None:
+        given["epochs"], least["epochs"] = epochs, 1
+    for name, value in given.items():
+        if value < least[name]:
+            raise DataError(f"{name} is {value}, it must be at least {least[name]}")

@@ -1,0 +1,68 @@
+import json
+from typing import get_args
+
+import pytest
+from runs import call
+
+from ssast.engine.cli.main import main
+from ssast.kernels.attention import Backend
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "ssast pretrain base_patch data.train=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "base_pach"], "no configuration 'base_pach'; did you mean base_patch?"),
+        (["pretrain", "demo", "train.stepz=3"], "unknown key train.stepz"),
+        (["pretrain", "base_patch"], "data.train is not set"),
+        (["probe", "/nowhere", "--tasks", "/nowhere"], "/nowhere: no <task>_train.json"),
+        (["visualize", "/nowhere"], "/nowhere: no run with checkpoints"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("ssast: error: ") and shown.err.count("\n") == 1
+    assert message in shown.err
+
+
+def test_settings_may_stand_behind_an_option(capsys):
+    for arguments in (
+        ["pretrain", "base_patch", "--resume", "train.stepz=3"],
+        ["pretrain", "--resume", "base_patch", "train.steps=3", "train.stepz=3"],
+        ["pretrain", "base_patch", "train.steps=3", "--resume", "train.stepz=3"],
+    ):
+        assert main(arguments) == 2
+        assert "unknown key train.stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["pretrain", "demo", "--again"], ["env", "a=b"], ["visualize", "a", "b"], []]
+)
+def test_unknown_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: ssast" in capsys.readouterr().err
+
+
+def test_the_deepspeed_launcher_s_argument_is_accepted(capsys):
+    assert main(["--local_rank=0", "pretrain", "base_patch"]) == 2
+    assert "data.train" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_env_runs_from_any_folder(tmp_path):
+    done = call("env", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["packages"]["ssast-engine"]
+    assert facts["attention"] in get_args(Backend)

@@ -1,0 +1,80 @@
+import math
+
+import numpy as np
+import pytest
+
+from ssast.engine.evaluation.metrics import (
+    classification_metrics,
+    probabilities,
+    verification_metrics,
+)
+
+
+def test_scores_of_a_small_case_by_hand():
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.5, 1.0, 1.0], [0.0, 0.0, 3.0]])
+    targets = np.eye(3)[[0, 1, 1, 2]]
+    scores = classification_metrics(logits, targets)
+    assert scores["accuracy"] == 0.75
+    assert "top5" not in scores
+    # F1: 2/3 for class 0 (one wrong), 2/3 for class 1 (one missed), 1 for class 2.
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert scores["dprime"] > 0 and 0 < scores["map"] <= 1
+
+
+def test_average_precision_and_auc_of_several_labels():
+    targets = np.array([[1, 0], [0, 1], [1, 1], [0, 0]])
+    logits = np.array([[3.0, -1.0], [2.0, 3.0], [1.0, 2.0], [0.0, 0.0]])
+    scores = classification_metrics(logits, targets)
+    assert "accuracy" not in scores
+    # Class 0 ranks right, wrong, right: (1 + 2/3) / 2. Class 1 is perfect.
+    assert scores["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    assert scores["mauc"] == pytest.approx((0.75 + 1) / 2)
+    # The quantile of the normal distribution at 0.875.
+    assert scores["dprime"] == pytest.approx(math.sqrt(2) * 1.1503493803760079)
+
+
+def test_classes_without_clips_are_left_out():
+    logits, targets = np.random.default_rng(0).standard_normal((20, 8)), np.eye(8)[[0, 1] * 10]
+    scores = classification_metrics(logits, targets)
+    assert {"top5", "map", "mauc"} <= set(scores) and not any(map(math.isnan, scores.values()))
+    assert classification_metrics(logits[:0], targets[:0]) == {}
+
+
+def test_chance_is_half_of_the_area():
+    random = np.random.default_rng(0)
+    scores = classification_metrics(
+        random.standard_normal((4000, 3)), np.eye(3)[[0, 1, 2, 0] * 1000]
+    )
+    assert scores["mauc"] == pytest.approx(0.5, abs=0.03)
+    assert scores["dprime"] == pytest.approx(0.0, abs=0.1)
+
+
+def test_probabilities():
+    logits = np.array([[0.0, math.log(3)], [1000.0, -1000.0]])
+    assert probabilities(logits, "ce").tolist() == [[0.25, 0.75], [1.0, 0.0]]
+    assert probabilities(logits, "bce")[0].tolist() == pytest.approx([0.5, 0.75])
+    assert np.isfinite(probabilities(logits, "bce")).all()
+
+
+def test_equal_error_rate_by_hand():
+    """True claims 4 3 1, false ones 2 0: between 1 and 2, a third missed or a half accepted."""
+    same, scores = np.array([1, 1, 1, 0, 0]), np.array([4.0, 3.0, 1.0, 2.0, 0.0])
+    found = verification_metrics(scores, same)
+    # The ROC rises at false = 0 to a hit of 2/3, runs to false = 1/2: it meets miss = false at 1/3.
+    assert found["eer"] == pytest.approx(1 / 3)
+    assert found["min_dcf"] == pytest.approx(1 / 3)  # a third missed, none accepted
+    assert verification_metrics(-scores, same)["min_dcf"] == 1.0  # best: refuse all
+    perfect = verification_metrics(np.array([2.0, 1.0]), np.array([1, 0]))
+    assert perfect == {"eer": 0.0, "min_dcf": 0.0}
+
+
+def test_each_clip_claims_each_class():
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.5, 1.0, 1.0], [0.0, 0.0, 3.0]])
+    targets = np.eye(3)[[0, 1, 1, 2]]
+    found = classification_metrics(logits, targets)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    want = verification_metrics(shares.ravel(), targets.ravel())
+    assert {name: found[name] for name in want} == pytest.approx(want)
+    assert 0 < found["eer"] < 0.5
+    several = classification_metrics(logits, np.array([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]))
+    assert "eer" not in several

@@ -1,0 +1,145 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from sounds import write
+
+from ssast.engine.cli.main import main
+from ssast.engine.config import from_plain
+from ssast.engine.evaluation.probe import (
+    find_tasks,
+    format_scores,
+    pairwise_eer,
+    probe,
+    untrained_encoder,
+    write_scores,
+)
+from ssast.engine.interop import save_published
+from ssast.engine.model.classifier import Classifier
+from ssast.pipelines.clips.manifest import write_manifest
+from ssast.pipelines.errors import DataError
+
+CONFIG = from_plain(
+    {
+        "model": {"size": "tiny", "depth": 1},
+        "audio": {"num_frames": 48},
+        "objective": {"num_masked": 5},
+    }
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes that any encoder tells apart: a low and a high tone."""
+    folder = tmp_path_factory.mktemp("tasks")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("eval", 8)):
+        paths, labels = [], []
+        for k in range(count):
+            pitch = (300, 3000)[k % 2] * random.uniform(0.9, 1.1)
+            wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(8000) / 16000)
+            wave += 0.01 * random.standard_normal(8000)
+            paths.append(write(folder / f"{split}{k}.wav", wave.astype(np.float32)))
+            labels.append((("low", "high")[k % 2],))
+        write_manifest(folder / f"pitch_{split}.json", paths, labels)
+    return folder
+
+
+def test_a_simple_task_is_solved_and_counted(folder, tmp_path):
+    encoders = {"untrained": untrained_encoder(CONFIG)}
+    (score,) = probe(encoders, find_tasks(folder), CONFIG.audio, CPU)
+    assert (score.task, score.weights) == ("pitch", "untrained")
+    assert (score.num_train, score.num_eval, score.num_classes) == (12, 8, 2)
+    assert (score.linear, score.knn, score.chance) == (1.0, 1.0, 0.5)
+    assert score.eer < 0.5
+    assert "100.0%" in format_scores([score])
+    path = write_scores([score], tmp_path / "probe.json")
+    assert json.loads(path.read_text()) == [vars(score)]
+
+
+def test_pairs_of_clips_are_told_apart_by_their_angle():
+    random = np.random.default_rng(0)
+    labels = np.repeat(["a", "b", "c"], 40)
+    places = np.repeat(np.eye(3), 40, axis=0)
+    assert pairwise_eer(places + 0.05 * random.standard_normal(places.shape), labels) == 0.0
+    assert pairwise_eer(random.standard_normal((120, 3)), labels) == pytest.approx(0.5, abs=0.05)
+    assert np.isnan(pairwise_eer(places, np.repeat("a", 120)))
+
+
+def test_labels_at_random_are_not_learned(folder, tmp_path):
+    random = np.random.default_rng(1)
+    for split in ("train", "eval"):
+        data = json.loads((folder / f"pitch_{split}.json").read_text())["data"]
+        labels = [(str(random.integers(2)),) for _ in data]
+        write_manifest(tmp_path / f"noise_{split}.json", [e["wav"] for e in data], labels)
+    (score,) = probe({"any": untrained_encoder(CONFIG)}, find_tasks(tmp_path), CONFIG.audio, CPU)
+    assert score.linear < 1.0
+
+
+def test_the_untrained_encoder_is_where_a_run_begins():
+    torch.manual_seed(5)  # whatever was drawn before
+    one, other = untrained_encoder(CONFIG), untrained_encoder(CONFIG)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    train = dataclasses.replace(CONFIG.train, seed=1)
+    third = untrained_encoder(dataclasses.replace(CONFIG, train=train))
+    assert not torch.equal(one.embed.weight, third.embed.weight)
+
+
+def test_unreadable_clips_are_left_out(folder, tmp_path):
+    data = json.loads((folder / "pitch_train.json").read_text())["data"]
+    (tmp_path / "bad.wav").write_text("no audio")
+    paths = [*(entry["wav"] for entry in data), tmp_path / "bad.wav"]
+    labels = [*((entry["labels"],) for entry in data), ("low",)]
+    write_manifest(tmp_path / "pitch_train.json", paths, labels)
+    (tmp_path / "pitch_eval.json").write_text((folder / "pitch_eval.json").read_text())
+    data = json.loads((folder / "pitch_eval.json").read_text())["data"]
+    write_manifest(
+        tmp_path / "pitch_eval.json", [e["wav"] for e in data], [(e["labels"],) for e in data]
+    )
+    (score,) = probe({"any": untrained_encoder(CONFIG)}, find_tasks(tmp_path), CONFIG.audio, CPU)
+    assert (score.num_train, score.linear) == (12, 1.0)
+
+
+def test_bad_tasks_are_named(folder, tmp_path):
+    with pytest.raises(DataError, match=r"no <task>_train\.json"):
+        find_tasks(tmp_path)
+    wav = folder / "train0.wav"
+    encoders = {"any": untrained_encoder(CONFIG)}
+    write_manifest(tmp_path / "x_eval.json", [wav], [("a",)])
+    write_manifest(tmp_path / "x_train.json", [wav])
+    with pytest.raises(DataError, match=r"x_train\.json: has no labels"):
+        probe(encoders, find_tasks(tmp_path), CONFIG.audio, CPU)
+    write_manifest(tmp_path / "x_train.json", [wav], [("a", "b")])
+    with pytest.raises(DataError, match=r"train0\.wav has 2 labels"):
+        probe(encoders, find_tasks(tmp_path), CONFIG.audio, CPU)
+
+
+def test_any_checkpoint_is_probed_without_training(folder, tmp_path, capsys):
+    """A published fine-tuned file, on clips alone or with others to train on."""
+    classifier = Classifier(untrained_encoder(CONFIG), 4)
+    save_published(classifier, tmp_path / "tuned.pth")
+    evaluated = folder / "pitch_eval.json"
+    arguments = ["evaluate", str(tmp_path / "tuned.pth"), str(evaluated), "--probe"]
+    arguments += ["--frames", "48", "--stride", "16", "16", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "pitch_eval" in capsys.readouterr().out
+    alone = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert [s["weights"] for s in alone] == ["untrained", "checkpoint"]
+    assert all((s["num_train"], s["num_eval"]) == (8, 8) for s in alone)
+    assert alone[1]["linear"] == 1.0
+    assert main([*arguments, "--train", str(folder / "pitch_train.json")]) == 0
+    with_others = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert (with_others[1]["num_train"], with_others[1]["linear"]) == (12, 1.0)
+
+
+def test_a_class_of_one_clip_cannot_be_taken_apart(folder, tmp_path):
+    data = json.loads((folder / "pitch_eval.json").read_text())["data"]
+    labels = [("a",), ("b",), *[("a",)] * 6]
+    write_manifest(tmp_path / "x.json", [e["wav"] for e in data], labels)
+    encoders = {"any": untrained_encoder(CONFIG)}
+    with pytest.raises(DataError, match=r"x\.json: b has one clip alone, expected two or more"):
+        probe(encoders, {"x": (tmp_path / "x.json", None)}, CONFIG.audio, CPU)

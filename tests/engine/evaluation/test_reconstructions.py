@@ -1,0 +1,69 @@
+import json
+
+import matplotlib.image
+import pytest
+import torch
+from runs import make_data, overrides, write_config
+
+from ssast.engine.config import from_plain, load_config
+from ssast.engine.evaluation.reconstructions import complete, visualize
+from ssast.engine.model.objective import MSPM
+from ssast.engine.monitoring.curves import draw_curves
+from ssast.engine.pretrain import pretrain
+from ssast.kernels.masking import draw_masks
+
+
+def small(patch):
+    return MSPM(
+        from_plain(
+            {
+                "model": {"size": "tiny", "depth": 1, "patch": patch},
+                "audio": {"num_frames": 70},
+                "objective": {"num_masked": 9},
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("patch", [[16, 16], [128, 2]], ids=str)
+@torch.no_grad()
+def test_what_is_visible_stays_and_what_is_hidden_is_predicted(patch):
+    model = small(patch)
+    fbank = torch.randn(2, 70, 128) * 4 - 4
+    clips = torch.arange(2)
+    masks = draw_masks(clips, clips, seed=0, kind="random", grid=model.grid, num_masked=9)
+    hidden, completed = complete(model, fbank, masks)
+    frames = 70 // patch[1] * patch[1]
+    assert hidden.shape == completed.shape == (2, frames, 128)
+    original = ((fbank - model.encoder.embed.mean) / (2 * model.encoder.embed.std))[:, :frames]
+    seen = ~hidden.isnan()
+    assert int((~seen).sum()) == 2 * 9 * patch[0] * patch[1]
+    torch.testing.assert_close(hidden[seen], original[seen])
+    torch.testing.assert_close(completed[seen], original[seen])
+    first = masks.mask_ids[0, 0].item()
+    f, t = divmod(first, model.grid[1])
+    block = completed[0, t * patch[1] : (t + 1) * patch[1], f * patch[0] : (f + 1) * patch[0]]
+    predicted = model.reconstruct(fbank, masks)[0, 0].view(*patch)
+    torch.testing.assert_close(block.T, predicted)
+
+
+def test_pictures_of_a_run(tmp_path):
+    data = make_data(tmp_path)
+    config = load_config(
+        write_config(tmp_path),
+        [*overrides(train__steps=2), *data, f"run.folder={tmp_path / 'run'}"],
+    )
+    pretrain(config)
+    pictures = visualize(tmp_path / "run", num_clips=2)
+    assert [path.name for path in pictures] == ["curves.png", "reconstructions.png"]
+    for path in pictures:
+        image = matplotlib.image.imread(path)
+        assert image.shape[1] > 1000 and image.std() > 0.05
+
+
+def test_curves_of_a_run_that_has_just_begun(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert draw_curves(tmp_path).exists()
+    line = json.dumps({"step": 1, "split": "train", "loss": 1.0, "lr": 0.1})
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 2, "sp')  # cut off by a kill
+    assert draw_curves(tmp_path).exists()

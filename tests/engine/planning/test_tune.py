@@ -1,0 +1,147 @@
+"""Tuning: what it chooses, what it survives, and that what it writes can be trained with."""
+
+from dataclasses import replace
+
+import pytest
+from runs import overrides, write_config
+
+from ssast.engine.cli.main import main
+from ssast.engine.config import load_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.planning import tune as tuning
+from ssast.engine.planning.trial import Trial, available_gib, try_out
+from ssast.engine.planning.tune import fastest, format_results, tune, write_tuned
+
+
+@pytest.fixture
+def config():
+    return load_config("tiny_patch", ["train.batch_size=8"])
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    monkeypatch.setattr(tuning, "_cores", lambda: 2)
+    monkeypatch.setattr(tuning.shutil, "which", lambda name: None)
+
+
+def machine(overhead_s=0.1, clip_s=0.1, threads=2, fits=1 << 20, compiled=1.0, base_s=0.0):
+    """A pretended machine, whose rate rises with the batch, and the batches tried on it."""
+    tried = []
+
+    def run(config, *, num_threads, **options):
+        batch = config.train.batch_size
+        tried.append((batch, num_threads, config.train.compile, config.train.checkpoint_every))
+        if batch > fits * (4 if config.train.checkpoint_every else 1):
+            return Trial("out of memory", "cannot allocate")
+        step_s = (overhead_s + batch * clip_s) * (1 if num_threads == threads else 1.5)
+        step_s *= compiled if config.train.compile else 1.0
+        return Trial("ok", step_s=step_s, clips_per_s=batch / step_s, memory_gib=1.0)
+
+    return run, tried
+
+
+def test_the_batch_grows_while_it_helps(config):
+    run, tried = machine(overhead_s=1.6)
+    best = fastest(tune(config, run=run))
+    # 8: 3.3, 16: 5, 32: 6.7, 64: 8, 128: 8.9, 256: 9.41, 512: 9.70 clips/s, less than 3 % better
+    assert best.config.train.batch_size == 256
+    assert [batch for batch, *_ in tried] == [8, 8, 16, 32, 64, 128, 256, 512]
+
+
+def test_a_smaller_batch_is_taken_where_it_is_as_fast(config):
+    run, _ = machine(overhead_s=0.001)
+    assert fastest(tune(config, run=run)).config.train.batch_size == 1
+
+
+def test_threads_and_compilation_are_chosen(config, monkeypatch):
+    monkeypatch.setattr(tuning.shutil, "which", lambda name: "/usr/bin/" + name)
+    run, _ = machine(threads=1, compiled=0.7)
+    best = fastest(tune(config, run=run))
+    assert best.num_threads == 1 and best.config.train.compile
+
+
+def test_a_batch_that_does_not_fit_ends_nothing(config):
+    run, tried = machine(overhead_s=5.0, fits=20)
+    results = tune(config, run=run)
+    assert tried[-1][0] == 32 and results[-1].trial.outcome == "out of memory"
+    assert fastest(results).config.train.batch_size == 16
+    assert "out of memory: cannot allocate" in format_results(results)
+
+
+def test_a_batch_that_takes_too_long_is_quartered(config):
+    def slow(candidate, **options):
+        batch = candidate.train.batch_size
+        ok = Trial("ok", step_s=1.0, clips_per_s=batch, memory_gib=1.0)
+        return ok if batch <= 2 else Trial("too slow", "no result within 48 s")
+
+    assert fastest(tune(config, run=slow)).config.train.batch_size == 2
+
+
+def test_blocks_are_computed_again_where_nothing_fits(config):
+    run, _ = machine(overhead_s=0.01, fits=4)
+    best = fastest(tune(config, run=run))
+    assert best.config.train.checkpoint_every == 2 or best.config.train.batch_size <= 4
+
+
+def test_nothing_is_started_when_time_is_up(config):
+    now = [0.0]
+    run, tried = machine()
+
+    def slow(candidate, **options):
+        now[0] += 50.0
+        return run(candidate, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning.time, "monotonic", lambda: now[0])
+        tune(config, seconds=120.0, run=slow)
+    assert len(tried) == 3
+
+
+def test_where_nothing_runs_the_reason_is_told(config):
+    def broken(candidate, **options):
+        return Trial("failed", "no driver")
+
+    results = tune(config, run=broken)
+    with pytest.raises(ConfigError, match="no setting ran: failed: no driver"):
+        fastest(results)
+
+
+def test_what_is_written_is_a_configuration(config, tmp_path):
+    run, _ = machine(overhead_s=1.6, threads=1)
+    results = tune(config, run=run)
+    path = tmp_path / "new" / "tuned.yaml"
+    write_tuned(config, results, path)
+    text = path.read_text()
+    assert "# to be run with OMP_NUM_THREADS=1" in text and "# train.batch_size was 8" in text
+    written = load_config(path)
+    best = fastest(results).config
+    assert replace(written, run=best.run) == replace(best, run=best.run)
+
+
+def test_mistakes_are_named(config, capsys):
+    with pytest.raises(ConfigError, match="--seconds must be positive, got 0"):
+        tune(config, seconds=0)
+    assert main(["tune", "tiny_patch", "train.accumulate=5"]) == 2
+    assert "train.batch_size 24 cannot be divided by train.accumulate 5" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(tmp_path):
+    return load_config(write_config(tmp_path), overrides(train__batch_size=2))
+
+
+def test_a_real_trial(small):
+    trial = try_out(small, seconds=0.5, max_steps=4, num_threads=1)
+    assert trial.outcome == "ok", trial.reason
+    assert trial.least_s > 0 and 0 < trial.step_s < 60
+    assert trial.clips_per_s == pytest.approx(2 / trial.step_s)
+    assert 0.1 < trial.base_gib <= trial.memory_gib < 5
+
+
+def test_a_real_trial_out_of_memory_or_time(small):
+    """It is the child that ends; the machine keeps its memory."""
+    huge = replace(small, train=replace(small.train, batch_size=20_000_000))
+    trial = try_out(huge, memory_gib=min(4.0, 0.5 * available_gib()))
+    assert trial.outcome == "out of memory", trial
+    trial = try_out(small, timeout_s=0.5)
+    assert trial.outcome == "too slow" and "0 s" in trial.reason

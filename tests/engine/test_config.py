@@ -1,0 +1,147 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssast.engine.config import CONFIGS, Config, dump_config, from_plain, load_config, to_plain
+from ssast.engine.errors import ConfigError
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_there_is_a_recipe_for_each_published_model():
+    published = {f"{s}_{k}" for s in ("tiny", "small", "base") for k in ("patch", "frame")}
+    assert published | {"demo", "large", "huge", "giant"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_loads_and_is_written_back(name, tmp_path):
+    config = load_config(name)
+    assert config.run.folder == f"runs/{name}"
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert from_plain(to_plain(config)) == config
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_recipes_are_as_published(size):
+    for kind, patch, mask in (("patch", (16, 16), "official"), ("frame", (128, 2), "random")):
+        config = load_config(f"{size}_{kind}")
+        assert (config.model.size, config.model.patch) == (size, patch)
+        assert (config.objective.mask, config.objective.num_masked) == (mask, 400)
+        assert (config.audio.mean, config.audio.std) == (-4.2677393, 4.5689974)
+        assert (config.optim.lr, config.optim.betas) == (1e-4, (0.95, 0.999))
+        assert (config.optim.weight_decay, config.optim.warmup_steps) == (5e-7, 1000)
+        assert config.train.steps * config.train.batch_size == 19_200_000
+
+
+def test_overrides_go_before_the_file(tmp_path):
+    path = write(tmp_path, "train: {steps: 5}\nmodel:\n  size: small\n")
+    config = load_config(path, ["train.steps=7", "optim.lr=1e-4", "model.patch=[128, 2]"])
+    assert (config.train.steps, config.optim.lr) == (7, 1e-4)
+    assert (config.model.size, config.model.patch) == ("small", (128, 2))
+    assert config.run.folder == "runs/mine"
+
+
+def test_a_run_is_repeated_from_its_stored_configuration(tmp_path):
+    (tmp_path / "first").mkdir()
+    path = tmp_path / "first" / "config.yaml"
+    path.write_text("train: {steps: 5}")
+    assert load_config(path).run.folder == "runs/first"
+
+
+def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
+    assert load_config(write(tmp_path, ""), ["run.folder=x"]) == from_plain(
+        {"run": {"folder": "x"}}
+    )
+    assert load_config(write(tmp_path, "train:\nmodel:\n")).train == Config().train
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("steps=3", "unknown key steps; did you mean train.steps?"),
+        ("trian.steps=3", "unknown key trian; did you mean train"),
+        ("model.size=bse", "model.size must be one of tiny, .*got 'bse'; did you mean base?"),
+        ("train.steps=many", "train.steps must be a whole number, got 'many'"),
+        ("train.steps=1.5", "train.steps must be a whole number, got 1.5"),
+        ("train.steps=true", "train.steps must be a whole number, got True"),
+        ("train.compile=1", "train.compile must be true or false, got 1"),
+        ("train.steps=0", "train.steps must be at least 1, got 0"),
+        ("train.steps=", "train.steps must be a whole number, got None"),
+        ("optim.lr=-1", "optim.lr must be at least 0, got -1.0"),
+        ("optim.lr=.nan", "optim.lr must be at least 0, got nan"),
+        ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas must be between 0 and 0.999999, got 1.0"),
+        ("optim.betas=[0.9]", r"optim.betas must be a list of 2, got \[0.9\]"),
+        ("model.patch=16", "model.patch must be a list of 2, got 16"),
+        ("model.patch=[16, x]", r"model.patch\[1\] must be a whole number, got 'x'"),
+        ("model.patch=[16, 2000]", "model.patch .* does not fit"),
+        ("data.train=3", "data.train must be a string, got 3"),
+        ("objective.num_masked=511", "objective.num_masked must be at most 510 of the 8 x 64"),
+        ("train.zero_stage=0", "train.zero_stage must be 1, 2 or 3, got 0: "),
+        ("model=3", "model: expected a mapping"),
+        ("train.steps", "expected section.key=value, got 'train.steps'"),
+        (".steps=1", "expected section.key=value"),
+        ("train.steps=[", "train.steps: .* is not YAML"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(override, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path, ""), [override])
+    assert "\n" not in str(error.value)
+
+
+def test_what_needs_the_other_kind_of_training_is_refused(tmp_path):
+    for text, override, message in (
+        ("{}", "optim.schedule=multistep", "multistep needs epochs"),
+        ("finetune: {}", "train.spike=20", "train.spike is for pretraining"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(write(tmp_path, text), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "cannot be read as YAML"), ("- 1", "expected a mapping"), ("\x00", "cannot be read")],
+)
+def test_a_file_that_is_no_configuration(text, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_configuration_is_named_with_its_neighbour():
+    with pytest.raises(
+        ConfigError, match=r"no configuration 'base_pach'; did you mean base_patch\?"
+    ):
+        load_config("base_pach")
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config("nowhere/base.yaml")
+
+
+KEYS = [(s, k) for s, section in to_plain(Config()).items() for k in section]
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+)
+
+
+@given(st.sampled_from(KEYS), VALUES)
+def test_any_value_is_taken_or_refused_by_name(key, value):
+    section, name = key
+    try:
+        config = from_plain({section: {name: value}})
+    except ConfigError as error:
+        assert name in str(error) or "num_masked" in str(error)
+        return
+    assert from_plain(yaml.safe_load(dump_config(config))) == config

@@ -1,0 +1,173 @@
+"""Manifests: what is read, what is refused and how it is said, and what is written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssast.pipelines.clips.manifest import audio_files, read_manifest, write_manifest
+from ssast.pipelines.errors import DataError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_published_json(tmp_path: Path) -> None:
+    data = {
+        "data": [{"wav": "a b.flac", "labels": "/m/1, /m/2"}, {"wav": "/x/c.wav", "labels": "z"}]
+    }
+    manifest = read_manifest(write(tmp_path / "m.json", json.dumps(data)))
+    assert manifest.paths == (str(tmp_path / "a b.flac"), "/x/c.wav")
+    assert manifest.labels == (("/m/1", "/m/2"), ("z",))
+    assert len(manifest) == 2
+
+
+def test_json_without_labels_in_a_sibling_folder(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    manifest = read_manifest(write(tmp_path / "tasks/m.json", '{"data": [{"wav": "../x.flac"}]}'))
+    assert manifest.paths == (str(tmp_path / "x.flac"),)
+    assert manifest.labels is None
+
+
+@pytest.mark.parametrize("header", ["wav,label", "path,labels", "Path , LABEL", "\ufeffwav,labels"])
+def test_csv(tmp_path: Path, header: str) -> None:
+    manifest = read_manifest(write(tmp_path / "m.csv", f'{header}\na.wav,dog\nb.wav,"cat,dog"\n'))
+    assert manifest.paths == (str(tmp_path / "a.wav"), str(tmp_path / "b.wav"))
+    assert manifest.labels == (("dog",), ("cat", "dog"))
+
+
+def test_csv_of_paths_alone(tmp_path: Path) -> None:
+    assert read_manifest(write(tmp_path / "m.csv", "wav\na.wav\n")).labels is None
+
+
+BAD_JSON = {
+    "": "m.json: not JSON: Expecting value in line 1",
+    '{"data": [\n{"wav": ': "not JSON: Expecting value in line 2",
+    "[]": 'm.json: expected {"data"',
+    '{"data": {}}': 'm.json: expected {"data"',
+    '{"data": []}': "m.json: lists no clips",
+    '{"data": ["a.wav"]}': "m.json: entry 0: expected {\"wav\": ...}, found 'a.wav'",
+    '{"data": [{"wav": "a"}, {"file": "b"}]}': "entry 1: expected the path of a clip under 'wav'",
+    '{"data": [{"wav": 3}]}': "entry 0: expected the path of a clip under 'wav', found 3",
+    '{"data": [{"wav": " "}]}': "entry 0: expected the path of a clip",
+    '{"data": [{"wav": "a\\u0000b"}]}': "entry 0: expected the path of a clip",
+    '{"data": [{"wav": "a"}, {"wav": "./a"}]}': "entry 1: ./a is listed already at entry 0",
+    '{"data": [{"wav": "a", "labels": "x"}, {"wav": "b"}]}': "entry 1: expected all entries",
+    '{"data": [{"wav": "a"}, {"wav": "b", "labels": "x"}]}': "entry 1: expected all entries",
+    '{"data": [{"wav": "a", "labels": ""}]}': "entry 0: expected comma-separated labels, found ''",
+    '{"data": [{"wav": "a", "labels": 7}]}': "entry 0: expected comma-separated labels, found 7",
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON)
+def test_bad_json(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "m.json", text)
+    with pytest.raises(DataError) as caught:
+        read_manifest(path)
+    assert BAD_JSON[text] in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BAD_CSV = {
+    "": "expected a header with 'wav' or 'path', found []",
+    "a.wav,dog\n": "expected a header with 'wav' or 'path', found ['a.wav', 'dog']",
+    "wav,label\n": "lists no clips",
+    "wav,label\na.wav,dog\nb.wav\n": "line 3: expected 2 columns",
+    "wav,label\na.wav,dog,cat\n": "line 2: expected 2 columns",
+    "wav,label\na.wav,x\na.wav,y\n": "line 3: a.wav is listed already at line 2",
+    "wav,label\n,x\n": "line 2: expected the path of a clip",
+}
+
+
+@pytest.mark.parametrize("text", BAD_CSV)
+def test_bad_csv(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_manifest(write(tmp_path / "m.csv", text))
+    assert BAD_CSV[text] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no.json", "no.csv", "no.txt", "nothing"])
+def test_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=name):
+        read_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.csv"])
+def test_not_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"RIFF\xff\xfe\x00WAVE")
+    with pytest.raises(DataError, match=f"{name}: not UTF-8 text: byte 4"):
+        read_manifest(tmp_path / name)
+
+
+def test_folder(tmp_path: Path) -> None:
+    wanted = ["b/2.FLAC", "a.wav", "b/c/3.mp3", "b.ogg"]
+    for name in [*wanted, "notes.txt", ".hidden.wav", ".git/x.wav", "wav"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b/c/loop").symlink_to(tmp_path)
+    (tmp_path / "b/c/again").symlink_to(tmp_path / "b")
+    (tmp_path / "linked.wav").symlink_to(tmp_path / "a.wav")
+    manifest = read_manifest(tmp_path)
+    assert manifest.paths == tuple(sorted(str(tmp_path / n) for n in [*wanted, "linked.wav"]))
+    assert manifest.labels is None
+
+
+def test_folder_follows_links_and_leaves_out(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x.wav").touch()
+    (tmp_path / "mine/out").mkdir(parents=True)
+    (tmp_path / "mine/out/made.flac").touch()
+    (tmp_path / "mine/link").symlink_to(tmp_path / "elsewhere")
+    found = audio_files(tmp_path / "mine", leave_out=tmp_path / "mine/out")
+    assert found == [str(tmp_path / "mine/link/x.wav")]
+
+
+def test_folder_without_audio(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no audio files in this folder"):
+        read_manifest(tmp_path)
+
+
+def test_relative_path_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(tmp_path / "m.json", ["a.wav"])
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest("m.json").paths == (str(tmp_path / "a.wav"),)
+
+
+NAMES = st.text(
+    st.characters(blacklist_categories=["Cc"], blacklist_characters="/"), min_size=1
+).filter(lambda s: s.strip() not in ("", ".", ".."))
+LABELS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=","), min_size=1)
+
+
+@given(
+    st.lists(NAMES, min_size=1, unique=True),
+    st.lists(LABELS.filter(str.strip), min_size=1),
+    st.booleans(),
+)
+def test_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    names: list[str],
+    given_labels: list[str],
+    labelled: bool,
+) -> None:
+    path = tmp_path_factory.mktemp("m") / "new" / "m.json"
+    labels = [given_labels for _ in names] if labelled else None
+    write_manifest(path, names, labels)
+    manifest = read_manifest(path)
+    assert manifest.paths == tuple(os.path.join(path.parent, name) for name in names)
+    stripped = tuple(label.strip() for label in given_labels)
+    assert manifest.labels == (tuple(stripped for _ in names) if labelled else None)
+    assert os.listdir(path.parent) == ["m.json"]
+
+
+@pytest.mark.parametrize("labels", [[[]], [["a,b"]], [[" "]]])
+def test_labels_that_cannot_be_read_back(tmp_path: Path, labels: list[list[str]]) -> None:
+    with pytest.raises(DataError, match=r"x\.wav: labels must not be empty or hold commas"):
+        write_manifest(tmp_path / "m.json", ["x.wav"], labels)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,291 @@
+"""Data behind URLs: prepared there, checked, trained on by ranges of bytes; and when that fails."""
+
+import json
+import os
+import shutil
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from sounds import tone, write
+
+from ssast.engine.cli.main import main
+from ssast.engine.config import Config
+from ssast.engine.data.clips import find_clips
+from ssast.engine.settings import Data
+from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.audio.convert import Recipe
+from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.remote import is_url, located, read_range
+from ssast.pipelines.clips.shards import ShardClip, ShardIndex
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.prepare.check import check_data
+from ssast.pipelines.prepare.pack import Packing, prepare_shards
+from ssast.pipelines.stream.stream import AudioStream
+
+SPEC = FbankSpec(num_frames=60)
+
+
+@dataclass
+class Storage:
+    """What memory:// is asked for, and when it fails."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    together: threading.Barrier | None = None  # requests wait for so many others
+    fails: int = 0  # of the next requests
+    fails_at: int | None = None  # or: at so many uploads from now on
+
+    def answer(self, request: str) -> None:
+        self.asked[request] += 1
+        if self.together is not None:
+            self.together.wait(timeout=20)
+        now = False
+        if request == "put" and self.fails_at is not None:
+            self.fails_at -= 1
+            now = self.fails_at == -1
+        if now or self.fails > 0:
+            self.fails -= 1
+            raise RuntimeError("503 slow down")  # no OSError, as of many libraries
+
+
+@pytest.fixture(autouse=True)
+def storage(monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """Empty at first."""
+    storage = Storage()
+    get, put = MemoryFileSystem.cat_file, MemoryFileSystem.put_file
+
+    def cat_file(self: Any, path: str, start: Any = None, end: Any = None, **rest: Any) -> bytes:
+        storage.answer("whole" if start is None else "range")
+        return get(self, path, start=start, end=end, **rest)
+
+    def put_file(self: Any, *arguments: Any, **rest: Any) -> None:
+        storage.answer("put")
+        put(self, *arguments, **rest)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    return storage
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    (folder / "a").mkdir(parents=True)
+    for k in range(9):
+        write(folder / ("a" if k % 2 else "") / f"{k}.wav", tone(9000 + 2000 * k, seed=k))
+    (folder / "bad.wav").write_bytes(b"no sound")
+    return folder
+
+
+def prepared(source: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
+    recipe = Recipe(clip_s=0.5, min_s=0.1, whole=True)
+    packing = Packing(recipe, **{"shard_mib": 0.05, **settings})
+    return prepare_shards(
+        located(source), located(out), packing, jobs=2, progress=False, log=lambda line: None
+    )
+
+
+def contents(out: str | Path) -> dict[str, bytes]:
+    """Files by name; of this machine or of the storage."""
+    if is_url(out):
+        base = located(out).path  # type: ignore[attr-defined]
+        found = MemoryFileSystem().find(base)
+        return {os.path.relpath(p, base): MemoryFileSystem().cat_file(p) for p in found}
+    paths = [p for p in Path(out).rglob("*") if p.is_file() and p.name != ".lock"]
+    return {str(p.relative_to(out)): p.read_bytes() for p in paths}
+
+
+def test_the_same_bytes_as_on_a_disk(source: Path, tmp_path: Path) -> None:
+    report = prepared(source, "memory://bucket/out")
+    assert report == prepared(source, tmp_path / "out") and report["shards"] > 2
+    assert contents("memory://bucket/out") == contents(tmp_path / "out")
+    assert not list(tmp_path.glob("ssast-prepare-*"))
+
+
+def test_goes_on_after_a_failure(source: Path, tmp_path: Path, storage: Storage) -> None:
+    whole = prepared(source, tmp_path / "out")
+    for storage.fails_at in (0, 3, 1, 2):
+        with pytest.raises(DataError, match=r"preparing the data failed: .*503 slow down"):
+            prepared(source, "memory://bucket/out")
+        with pytest.raises(DataError, match="not there, or no prepared shards"):
+            read_manifest("memory://bucket/out")
+        there = contents("memory://bucket/out")
+        sidecars = [name for name in there if name.endswith(".jsonl")]
+        assert all(name.replace(".jsonl", ".tar") in there for name in sidecars)
+    before, storage.fails_at = storage.asked["put"], None
+    assert prepared(source, "memory://bucket/out") == whole
+    assert contents("memory://bucket/out") == contents(tmp_path / "out")
+    assert storage.asked["put"] - before < 2 * whole["shards"] + 4  # some were there already
+    before = storage.asked["put"]
+    prepared(source, "memory://bucket/out")
+    assert storage.asked["put"] - before == 4  # the lists alone
+
+
+def test_other_settings_leave_nothing_old(source: Path, tmp_path: Path, storage: Storage) -> None:
+    prepared(source, "memory://bucket/out", shard_mib=0.01)
+    storage.fails_at = 5
+    with pytest.raises(DataError, match="503 slow down"):
+        prepared(source, "memory://bucket/out", shard_mib=0.01, codec="wav")
+    storage.fails_at = None
+    with pytest.raises(DataError, match="not there, or no prepared shards"):  # half of it is
+        read_manifest("memory://bucket/out")
+    prepared(source, "memory://bucket/out", shard_mib=1.0, codec="wav")
+    prepared(source, tmp_path / "out", shard_mib=1.0, codec="wav")
+    assert contents("memory://bucket/out") == contents(tmp_path / "out")
+
+
+def test_recordings_behind_a_url(source: Path, tmp_path: Path, storage: Storage) -> None:
+    MemoryFileSystem().put(f"{source}/", "/there/", recursive=True)
+    report = prepared("memory://there", tmp_path / "out")
+    local = prepared(source, tmp_path / "local")
+    for name, data in contents(tmp_path / "local").items():
+        if name.endswith((".tar", ".npy", "rejected.jsonl")):
+            assert contents(tmp_path / "out")[name] == data, name
+    assert report["clips"] == local["clips"] and report["num_rejected"] == 1
+    with pytest.raises(DataError, match="no recordings in there"):
+        prepared("memory://nowhere", tmp_path / "other")
+    prepared(source, "memory://done")
+    with pytest.raises(DataError, match="is prepared already"):
+        prepared("memory://done", tmp_path / "other")
+
+
+def test_training_reads_ranges(source: Path, tmp_path: Path, storage: Storage) -> None:
+    prepared(source, "memory://bucket/out")
+    prepared(source, tmp_path / "out")
+    found = find_clips(Config(data=Data(train="memory://bucket/out", valid_share=0.2)))
+    local = find_clips(Config(data=Data(train=str(tmp_path / "out"), valid_share=0.2)))
+    for here, there in zip(local, found, strict=True):
+        assert isinstance(here, ShardIndex) and isinstance(there, ShardIndex)
+        assert len(here) == len(there) and here.fingerprint() == there.fingerprint()
+    mixed, _ = find_clips(
+        Config(data=Data(mix={"memory://bucket/out": 1, str(tmp_path / "out"): 2}))
+    )
+    assert len(mixed) > len(found[0])
+    settings: dict[str, Any] = {"batch_size": 4, "device": torch.device("cpu")}
+    storage.asked.clear()
+    with AudioStream(local[0], SPEC, **settings) as a, AudioStream(found[0], SPEC, **settings) as b:
+        for _ in range(8):
+            assert torch.equal(next(a).fbank, next(b).fbank)
+    assert storage.asked["range"] >= 32 and storage.asked["whole"] == 0
+
+
+def test_many_requests_at_once(source: Path, storage: Storage) -> None:
+    """However few threads decode; a request waits for 15 others here."""
+    prepared(source, "memory://bucket/out", shard_mib=1.0)
+    clips = read_manifest("memory://bucket/out").paths
+    storage.asked.clear()
+    storage.together = threading.Barrier(16)
+    with AudioStream(
+        clips, SPEC, batch_size=8, device=torch.device("cpu"), num_threads=1, read_ahead=3
+    ) as stream:
+        assert bool(next(stream).valid.all()) and storage.asked["range"] >= 16
+        storage.together.abort()
+
+
+def test_a_sidecar_that_was_cut_off_is_made_again(source: Path, tmp_path: Path) -> None:
+    """As storage may leave it that is no object store."""
+    prepared(source, "memory://bucket/out")
+    whole = contents("memory://bucket/out")
+    sidecar = located("memory://bucket/out/shards/00000.jsonl")
+    lines = sidecar.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    sidecar.write_bytes(b"".join(lines[:-1]))
+    prepared(source, "memory://bucket/out")
+    assert contents("memory://bucket/out") == whole
+
+
+def test_a_disk_cache_of_remote_clips(source: Path, tmp_path: Path, storage: Storage) -> None:
+    prepared(source, "memory://bucket/out")
+    clips = read_manifest("memory://bucket/out").paths
+    settings: dict[str, Any] = {"batch_size": 4, "device": torch.device("cpu"), "epochs": 1}
+    found = []
+    for _ in range(2):
+        storage.asked.clear()
+        with AudioStream(clips, SPEC, cache_folder=tmp_path / "cache", **settings) as stream:
+            found.append(torch.cat([batch.fbank for batch in stream]))
+    assert torch.equal(*found) and storage.asked["range"] == 0
+
+
+def test_a_failing_request_is_made_again(source: Path, storage: Storage) -> None:
+    prepared(source, "memory://bucket/out")
+    clips = read_manifest("memory://bucket/out").paths
+    settings: dict[str, Any] = {"batch_size": 4, "device": torch.device("cpu"), "epochs": 1}
+    storage.fails = 2
+    with AudioStream(clips, SPEC, num_threads=1, **settings) as stream:
+        assert bool(next(stream).valid.all()) and not stream.rejected
+    storage.fails = 10**6
+    with (
+        AudioStream(clips, SPEC, **settings) as stream,
+        pytest.raises(DataError, match=r"cannot be used .*RuntimeError: 503 slow down"),
+    ):
+        next(stream)
+
+
+def test_a_shard_that_changed_is_named(source: Path) -> None:
+    prepared(source, "memory://bucket/out")
+    clips = read_manifest("memory://bucket/out").paths
+    clip = clips[len(clips) - 1]
+    assert isinstance(clip, ShardClip) and is_url(clip.path)
+    name, data = str(clip), MemoryFileSystem().cat_file(located(clip.path).path)  # type: ignore[attr-defined]
+    assert clip.read() == data[clip.offset : clip.offset + clip.size]
+    assert read_range(clip.path, 0, 8) == data[:8]
+    located(clip.path).write_bytes(data[: clip.offset + 100])
+    with pytest.raises(DataError, match="the shard is truncated"):
+        clip.read()
+    located(clip.path).write_bytes(bytes(len(data)))
+    with pytest.raises(DataError, match="the shard was overwritten"):
+        clip.read()
+    assert str(clip) == name
+    located(clip.path).unlink()
+    with pytest.raises(FileNotFoundError):
+        clip.read()
+
+
+def test_check_and_stats_of_a_url(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands themselves, in this process: memory is not shared with another one."""
+    out = "memory://bucket/out"
+    settings = ["--clip-s", "0.5", "--shard-mib", "0.05"]
+    assert main(["data", "prepare", str(source), out, *settings]) == 0
+    assert f"{out}: " in capsys.readouterr().out
+    assert main(["data", "check", out]) == 0
+    assert " 0 problems" in capsys.readouterr().out
+    assert main(["data", "stats", out, "--num-frames", "40"]) == 0
+    assert "audio.mean=" in capsys.readouterr().out
+    shard = located(f"{out}/shards/00001.tar")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(bytes(data))
+    (problem,) = {p.where.split(": ")[0] for p in check_data(located(out), progress=False).problems}
+    assert problem == f"{out}/shards/00001.tar"
+
+
+def test_file_urls_are_paths(source: Path, tmp_path: Path) -> None:
+    prepared(f"file://{source}", f"file://{tmp_path}/out")
+    assert contents(tmp_path / "out")["report.json"]
+    assert (
+        len(read_manifest(f"file://{tmp_path}/out"))
+        == json.loads((tmp_path / "out/report.json").read_text())["clips"]
+    )
+
+
+def test_what_is_not_there_is_said(source: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.json", [source / "0.wav"])
+    MemoryFileSystem().put(str(tmp_path / "m.json"), "/m.json")
+    for place, message in (
+        ("memory://m.json", "not there, or no prepared shards"),
+        ("memory://nothing", "not there, or no prepared shards"),
+        ("nonsense://a/b", "Unsupported filesystem: 'nonsense'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_manifest(place)
+    if shutil.which("s3fs") is None and not Path(np.__file__).parents[1].joinpath("s3fs").exists():
+        with pytest.raises(DataError, match="Install s3fs to access S3"):
+            read_manifest("s3://bucket/out")

@@ -1,0 +1,65 @@
+"""The published numbers of tests/golden/ and our models with their weights."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from paths import GOLDEN
+
+from ssast.engine.config import Config, from_plain
+from ssast.engine.interop import from_published
+from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
+from ssast.engine.model.objective import MSPM
+from ssast.engine.settings import Audio
+from ssast.kernels.masking import Masks, masks_from_ids
+
+PATCHES = {"patch": (16, 16), "frame": (128, 2)}
+# Their gradients are zero but for rounding noise under the official softmax axis.
+NOISE = ("cpredlayer.2.bias",)
+
+
+@cache
+def golden(kind: str) -> dict[str, Any]:
+    """The numbers of the ``patch`` or the ``frame`` model."""
+    path = GOLDEN / f"ssast_tiny2_{kind}.pt"
+    return torch.load(path, weights_only=True)
+
+
+def config(which: str, **objective: object) -> Config:
+    """The configuration of that model; (0, 0.5) leaves the normalised input as it is."""
+    case = golden(which)
+    return from_plain(
+        {
+            "model": {"size": "tiny", "depth": case["depth"], "patch": list(PATCHES[which])},
+            "audio": {"num_frames": case["input_tdim"], "mean": 0.0, "std": 0.5},
+            "objective": {"num_masked": case["mask_patch"], **objective},
+        }
+    )
+
+
+def pretraining_case(
+    which: str, dtype: torch.dtype, **objective: object
+) -> tuple[MSPM, torch.Tensor, Masks]:
+    """Model, filterbanks [2, 256, 128] and the masks of the published run."""
+    case = golden(which)
+    model = MSPM(config(which, **objective)).to(dtype)
+    names = [name for name, _ in model.named_parameters()]
+    model.load_state_dict(from_published(case["state_dict"], names))
+    fbank = case["input"].to(dtype)
+    rows, columns = model.grid
+    return model, fbank, masks_from_ids(case["mask_ids"], rows * columns)
+
+
+def encoder_for(kind: str, finetune: dict[str, Any], dtype: torch.dtype) -> SpectrogramTransformer:
+    """The encoder at the stride and length of a fine-tuning case."""
+    settings = config(kind)
+    audio = Audio(num_frames=finetune["input_tdim"], mean=0.0, std=0.5)
+    stride = (finetune["fstride"], finetune["tstride"])
+    encoder = SpectrogramTransformer(settings.model, audio, stride).to(dtype)
+    model, _, _ = pretraining_case(kind, dtype)
+    weights = model.encoder.state_dict()
+    # Interpolated in float32, as the published numbers were.
+    pos_embed = weights["embed.pos_embed"].float()
+    weights["embed.pos_embed"] = resize_pos_embed(pos_embed, settings.grid, encoder.embed.grid)
+    encoder.load_state_dict(weights)
+    return encoder

@@ -1,0 +1,188 @@
+"""What the ranks of a world do in tests. Every function runs on every rank."""
+
+import math
+import resource
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from toy import build_engine, train
+
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.errors import CheckpointError
+from ssast.engine.parallel.ranks import broadcast_object, reduce_max, reduce_sum, run_on_main
+
+
+def exchange(world):
+    """Every collective once."""
+    big = 2**53 - world.world_size
+    return {
+        "sum": reduce_sum([world.rank + 1, 0.1, big if world.is_main else 1], world),
+        "max": reduce_max([world.rank, -world.rank], world),
+        "object": broadcast_object({"from": world.rank}, world),
+        "main": run_on_main(lambda: world.rank, world),
+    }
+
+
+def fail_on_main(world):
+    """The error that run_on_main raises on this rank, and whether the world still works."""
+
+    def fail():
+        raise CheckpointError("no space")
+
+    try:
+        run_on_main(fail, world)
+    except CheckpointError as error:
+        return str(error), reduce_sum([1], world)
+    return None
+
+
+def resume(world, stage, precision, folder, offload="none", reduce_dtype="auto"):
+    """Trains 2 + 2 steps with a checkpoint between them; the second half again from it."""
+    settings = {
+        "stage": stage,
+        "precision": precision,
+        "offload": offload,
+        "reduce_dtype": reduce_dtype,
+    }
+    engine = build_engine(world, seed=world.rank, **settings)
+    first = train(engine, range(2))
+    save(engine, folder, 2)
+    second = train(engine, range(2, 4))
+    expected, _ = engine.state()
+    engine.close()
+
+    engine = build_engine(world, seed=99, **settings)
+    step = load(engine, folder)
+    again = train(engine, range(step, 4))
+    found, adam_step = engine.state()
+    engine.close()
+    return {
+        "losses": (first, second, again),
+        "differ": [name for name in expected if not torch.equal(expected[name], found[name])],
+        "tensors": len(found),
+        "adam_step": adam_step,
+    }
+
+
+def train_from(world, folder, start, stop, stage, precision):
+    """Losses of these steps, from a checkpoint where there is one; writes the next one."""
+    engine = build_engine(world, stage=stage, precision=precision)
+    if start:
+        assert load(engine, folder) == start
+    losses = train(engine, range(start, stop))
+    save(engine, folder, stop)
+    engine.close()
+    return losses
+
+
+def save(engine, folder, step):
+    tensors, adam_step = engine.state()
+    meta = {"adam_step": adam_step}
+    run_on_main(lambda: Checkpoints(folder).save(tensors, meta, step=step), engine.world)
+
+
+def load(engine, folder):
+    """Rank 0 alone looks at the files."""
+    tensors, meta = {}, None
+    if engine.world.is_main:
+        tensors, meta = Checkpoints.load(Checkpoints(folder).latest())
+    meta = broadcast_object(meta, engine.world)
+    engine.load_state(tensors, meta["adam_step"] if engine.world.is_main else -1)
+    return meta["step"]
+
+
+def skip(world, stage, precision, accumulate):
+    """One step whose loss is not a number on the last rank, between two good ones."""
+    engine = build_engine(world, stage=stage, precision=precision, accumulate=accumulate)
+    train(engine, range(1))
+    before, _ = engine.state()
+    train(engine, range(1, 2), poison=1)
+    after, adam_step = engine.state()
+    norm, skipped = float(engine.grad_norm), engine.skipped_steps
+    losses = train(engine, range(2, 3))
+    norm_after = float(engine.grad_norm)
+    changed = [n for n in before if n != "buffer/seen" and not torch.equal(before[n], after[n])]
+    engine.close()
+    return {
+        "changed": changed,
+        "adam_step": adam_step,
+        "skipped": skipped,
+        "norms": (norm, norm_after),
+        "finite": all(map(math.isfinite, losses)),
+    }
+
+
+def load_misfit(world, stage):
+    """The error of each state that does not fit."""
+    engine = build_engine(world, stage=stage)
+    tensors, adam_step = engine.state()
+    errors = []
+    for change in (
+        lambda t: t.pop("exp_avg/head.bias", None),
+        lambda t: t.update({"weight/extra": torch.zeros(1)}),
+        lambda t: t.update({"weight/norm.bias": torch.zeros(3)}),
+    ):
+        wrong = dict(tensors)
+        change(wrong)
+        try:
+            engine.load_state(wrong, adam_step)
+        except CheckpointError as error:
+            errors.append(str(error))
+    engine.load_state(tensors | {"rng/cpu": torch.zeros(2)}, adam_step)  # others' are left alone
+    engine.close()
+    return errors
+
+
+def save_without_space(world, folder):
+    """A failing save between two good ones; the errors and what is on the disk afterwards."""
+    engine = build_engine(world)
+    train(engine, range(1))
+    save(engine, folder, 1)
+    error = None
+    with small_files() if world.is_main else contextmanager(lambda: iter([None]))():
+        try:
+            save(engine, folder, 2)
+        except CheckpointError as caught:
+            error = str(caught)
+    losses = train(engine, range(1, 2))
+    engine.close()
+    return error, run_on_main(lambda: Checkpoints(folder).latest().name, world), losses
+
+
+@contextmanager
+def small_files(limit: int = 4096):
+    """The system refuses files above this size, as a full disk refuses to write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def group_timeouts(world):
+    """Seconds that each process group waits, DeepSpeed's own included."""
+    engine = build_engine(world, stage=1)
+    train(engine, range(1))
+    groups = dist.distributed_c10d._world.pg_map
+    found = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+    engine.close()
+    return found
+
+
+def die(world, rank):
+    """One rank is killed; how long the other one waits in a collective before it fails."""
+    import os
+    import signal
+    import time
+
+    reduce_sum([1], world)
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        reduce_sum([1], world)
+    except RuntimeError:
+        return time.monotonic() - start
+    return None
