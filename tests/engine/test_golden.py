@@ -1,12 +1,20 @@
 """The model, its objective and its training against the numbers of the published code."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from golden_model import NOISE, encoder_for, golden, pretraining_case
-from torch import Tensor
+from golden_model import (
+    DTYPES,
+    KINDS,
+    NOISE,
+    encoder_for,
+    golden,
+    gradients,
+    joint_loss,
+    pretraining_case,
+    relative,
+)
 
 from ssast.engine.config import from_plain
 from ssast.engine.interop import published_name
@@ -15,8 +23,6 @@ from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, take
 from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.kernels.matmul import fast_matmul
 
-KINDS = ["patch", "frame"]
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 OBJECTIVES = {"nce": "discriminative", "mse": "generative", "joint": "joint"}
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -32,24 +38,6 @@ def products(request):
         if not fast:
             pytest.skip("PyTorch's own products are those of a run here")
         yield
-
-
-def relative(dtype: torch.dtype, float32: float) -> float:
-    return 1e-10 if dtype == torch.float64 else float32
-
-
-def joint_loss(model: MSPM, fbank: Tensor, *masks: Any) -> dict[str, Tensor]:
-    valid = torch.ones(len(fbank), dtype=torch.bool)
-    return mean_losses(model(fbank, *masks), valid, 10.0)
-
-
-def gradients(model: MSPM) -> dict[str, Tensor]:
-    """By published name, of the parameters that have one."""
-    return {
-        published_name(name): p.grad.detach().clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
 
 
 @kinds

@@ -6,8 +6,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
-from golden_model import PATCHES, config, golden
-from test_published import whole_state
+from golden_model import PATCHES, config, golden, whole_state
 
 from ssast.engine.config import from_plain
 from ssast.engine.errors import CheckpointError

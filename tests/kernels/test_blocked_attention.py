@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from compare import DTYPES, REGIMES, assert_as_good_as_reference
-from test_attention import (
+from attention_cases import (
     ROUNDING,
     SHAPES,
     assert_ignores_padding,
     queries_keys_values,
 )
+from compare import DTYPES, REGIMES, assert_as_good_as_reference
 
 from ssast.kernels import blocked_attention as module
 from ssast.kernels.attention import attention, attention_backend, attention_reference, run_backend

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from paths import GOLDEN
+from torch import Tensor
 
 from ssast.engine.config import Config, from_plain
-from ssast.engine.interop import from_published
+from ssast.engine.interop import from_published, published_name
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
-from ssast.engine.model.objective import MSPM
+from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.engine.settings import Audio
 from ssast.kernels.masking import Masks, masks_from_ids
 
@@ -63,3 +64,34 @@ def encoder_for(kind: str, finetune: dict[str, Any], dtype: torch.dtype) -> Spec
     weights["embed.pos_embed"] = resize_pos_embed(pos_embed, settings.grid, encoder.embed.grid)
     encoder.load_state_dict(weights)
     return encoder
+
+
+KINDS = ["patch", "frame"]
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+
+
+def relative(dtype: torch.dtype, float32: float) -> float:
+    return 1e-10 if dtype == torch.float64 else float32
+
+
+def joint_loss(model: MSPM, fbank: Tensor, *masks: Any) -> dict[str, Tensor]:
+    valid = torch.ones(len(fbank), dtype=torch.bool)
+    return mean_losses(model(fbank, *masks), valid, 10.0)
+
+
+def gradients(model: MSPM) -> dict[str, Tensor]:
+    """By published name, of the parameters that have one."""
+    return {
+        published_name(name): p.grad.detach().clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def whole_state(kind: str) -> dict[str, torch.Tensor]:
+    """The state dict as published, with ImageNet's heads."""
+    state = {name: value.clone() for name, value in golden(kind)["state_dict"].items()}
+    for head in ("head", "head_dist"):
+        state[f"module.v.{head}.weight"] = torch.zeros(1000, 192)
+        state[f"module.v.{head}.bias"] = torch.zeros(1000)
+    return state

@@ -4,8 +4,18 @@ import random
 
 import pytest
 import torch
-from golden_model import NOISE, PATCHES, config, golden, pretraining_case
-from test_golden import DTYPES, KINDS, gradients, joint_loss, relative
+from golden_model import (
+    DTYPES,
+    KINDS,
+    NOISE,
+    PATCHES,
+    config,
+    golden,
+    gradients,
+    joint_loss,
+    pretraining_case,
+    relative,
+)
 
 from ssast.benchmarks.training.baseline import (
     Baseline,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_model import NOISE, PATCHES, golden
+from golden_model import NOISE, PATCHES, golden, whole_state
 
 from ssast.engine.errors import CheckpointError
 from ssast.engine.interop import ASTModel, load_published, read_published
@@ -13,15 +13,6 @@ from ssast.kernels.patch_embed import cut_patches
 KINDS = ["patch", "frame"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 CASES = [(kind, n) for kind in KINDS for n in range(len(golden(kind)["finetune"]))]
-
-
-def whole_state(kind: str) -> dict[str, torch.Tensor]:
-    """The state dict as published, with ImageNet's heads."""
-    state = {name: value.clone() for name, value in golden(kind)["state_dict"].items()}
-    for head in ("head", "head_dist"):
-        state[f"module.v.{head}.weight"] = torch.zeros(1000, 192)
-        state[f"module.v.{head}.bias"] = torch.zeros(1000)
-    return state
 
 
 def pretraining_model(kind: str) -> ASTModel:
