@@ -3,18 +3,58 @@
 import contextlib
 import fcntl
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from ssast.pipelines.errors import DataError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in one move: readers see the old one or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` at the end, or is removed if the body raises.
+
+    Readers see the old file or the whole new one, never a part. The body may make a folder instead,
+    if there is none (or an empty one) at ``path`` when it ends. What a killed process leaves behind
+    has a name that starts with ``.tmp-``; the next write of ``path`` takes its place.
+
+    Args:
+        path: Path of the file; its folder is created.
+        durable: Whether the content, then the new name, survive a loss of power once this returns.
+        shared: Whether several processes or machines may write ``path`` at the same time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex if shared else path.name}")
+    try:
+        yield temporary
+        if durable:
+            flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        raise
+    if durable:
+        flush(path.parent)
+
+
+def write_atomically(
+    path: Path, content: str | bytes, *, durable: bool = False, shared: bool = False
+) -> None:
+    """Write a file, text as UTF-8, whole or not at all; see :func:`replacing`."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path, durable=durable, shared=shared) as temporary:
+        temporary.write_bytes(data)
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ssast.engine.errors import CheckpointError
+from ssast.pipelines.files import flush, replacing, write_atomically
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
@@ -72,21 +73,16 @@ class Checkpoints:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         target = self.folder / f"step{step:09d}"
-        work = self.folder / f".tmp-{target.name}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            work.mkdir()
-            write_files(work, tensors, {**meta, "step": step})
-            old = self.folder / f"{target.name}.old"
-            if target.exists():  # never without a whole checkpoint, not even for a moment
-                os.rename(target, old)
-            os.rename(work, target)
-            _flush(self.folder)
-            _write_atomic(self.folder / "latest", f"{target.name}\n")
+            with replacing(target, durable=True) as work:
+                work.mkdir()
+                write_files(work, tensors, {**meta, "step": step})
+                if target.exists():  # never without a whole checkpoint, not even for a moment
+                    os.rename(target, self.folder / f"{target.name}.old")
+            write_atomically(self.folder / "latest", f"{target.name}\n", durable=True)
             self._prune()
         except (OSError, safetensors.SafetensorError) as error:
-            shutil.rmtree(work, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
         return target
 
@@ -115,7 +111,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot mark {self.folder / name} as the best: it is not saved")
         try:
             text = json.dumps({"name": name, "step": step, "value": value}) + "\n"
-            _write_atomic(self.folder / "best.json", text)
+            write_atomically(self.folder / "best.json", text, durable=True)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.folder / 'best.json'}: {error}") from error
 
@@ -213,44 +209,24 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """State, meta data and, last of all, the manifest; each flushed to the disk.
+    """Write state, meta data and, last of all, the manifest; each is flushed to the disk.
 
     Raises:
         OSError, safetensors.SafetensorError: One cannot be written.
     """
     safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, folder / STATE)
-    _flush(folder / STATE)
-    _write_flushed(folder / META, json.dumps(meta, indent=1) + "\n")
+    flush(folder / STATE)
+    _write_json(folder / META, meta)
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
         for name in (STATE, META)
     }
-    _write_flushed(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
-    _flush(folder)
+    _write_json(folder / MANIFEST, {"format": 1, "files": files})
 
 
-def _write_flushed(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """Replaces a small file: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    _write_flushed(temporary, text)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(path)
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Embeddings of recordings, one vector for each clip or for each column of patches."""
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +19,7 @@ from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import located
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import replacing
 from ssast.pipelines.stream.stream import AudioStream
 
 Level = Literal["clip", "frame"]
@@ -149,23 +149,25 @@ def embed_recordings(
         shape = (len(paths), columns, encoder.embed_dim)
     rejected: dict[str, str] = {}
     counts = np.zeros(len(paths), dtype=np.int64)
-    temporary, listing = out.with_name(f".tmp-{out.name}"), out.with_suffix(".csv")
+    listing = out.with_suffix(".csv") if out.suffix == ".npy" else out
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        rows: Rows
-        if out.suffix == ".npy":
-            rows = NumpyRows(temporary, shape)
-        else:
-            rows, listing = ParquetRows(temporary, shape, paths), out
-        with AudioStream(
-            paths,
-            fbank_spec(opened.audio),
-            batch_size=min(batch_size, len(paths)),
-            epochs=1,
-            device=device,
-            max_rejected=1.0,
-            on_reject=lambda clip, path, reason: rejected.update({path: reason}),
-        ) as batches:
+        with (
+            replacing(out) as temporary,
+            AudioStream(
+                paths,
+                fbank_spec(opened.audio),
+                batch_size=min(batch_size, len(paths)),
+                epochs=1,
+                device=device,
+                max_rejected=1.0,
+                on_reject=lambda clip, path, reason: rejected.update({path: reason}),
+            ) as batches,
+        ):
+            rows: Rows
+            if out.suffix == ".npy":
+                rows = NumpyRows(temporary, shape)
+            else:
+                rows = ParquetRows(temporary, shape, paths)
             for number, batch in enumerate(batches):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
@@ -173,15 +175,9 @@ def embed_recordings(
                 held = held.where(batch.valid, 0)
                 counts[first : first + count] = held[:count].cpu().numpy()
                 rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
-        rows.close()
-        os.replace(temporary, out)
+            rows.close()
         if listing != out:
-            with open(listing, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(("row", "path", "columns"))
-                writer.writerows(
-                    (i, path, n) for i, (path, n) in enumerate(zip(paths, counts, strict=True))
-                )
+            _write_listing(listing, paths, counts)
     except DataError as error:
         if not rejected:
             raise
@@ -191,8 +187,6 @@ def embed_recordings(
         ) from error
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return Embedded(out, shape, listing, rejected)
 
 
@@ -212,6 +206,17 @@ def _embed(
         return states.masked_fill(~sound[..., None], torch.nan), sound.sum(1)
     pooling = opened.model.pooling if isinstance(opened.model, Classifier) else "avgtok"
     return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)
+
+
+def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
+    with (
+        replacing(path) as temporary,
+        # A name need not be valid text.
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(("row", "path", "columns"))
+        writer.writerows((i, p, n) for i, (p, n) in enumerate(zip(paths, counts, strict=True)))
 
 
 def _paths(source: str | Path) -> ClipPaths:

@@ -6,7 +6,6 @@ timm's names, ``module.cpredlayer.*`` and ``module.gpredlayer.*`` for the two he
 ``p_input_tdim``, in a pretrained model alone.
 """
 
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
 from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.patch_embed import patch_grid
+from ssast.pipelines.files import replacing
 
 # Ours -> published, without its "module."; the first prefix that fits counts.
 _PREFIXES = {
@@ -315,12 +315,9 @@ def save_published(model: MSPM | Classifier, path: str | Path, audio: Audio | No
     """
     state = published_state(model, audio)
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
-        os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 

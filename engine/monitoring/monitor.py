@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ssast.engine.parallel.ranks import World
+from ssast.pipelines.files import write_atomically
 
 PACKAGES = ("ssast-engine", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "flash-attn")
 
@@ -60,7 +61,7 @@ class Monitor:
         lines = read_metrics(self._path)
         kept = [line for line in lines if line["step"] <= step]
         if len(kept) < len(lines) or step == 0:
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         # Imported here: it takes a second, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 

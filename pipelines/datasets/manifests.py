@@ -33,7 +33,7 @@ from ssast.pipelines.datasets.speech import (
 )
 from ssast.pipelines.datasets.tables import Cut, Dataset
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.files import replacing, write_atomically
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "audioset": read_audioset,
@@ -157,13 +157,11 @@ def _summary(split: str, count: Mapping[str, int], out: Path) -> str:
 
 def _write_sound(path: Path, cut: Cut) -> None:
     """Writes a 16 bit WAV file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        soundfile.write(temporary, cut.samples, cut.rate_hz, format="WAV", subtype="PCM_16")
+        with replacing(path) as temporary:
+            soundfile.write(temporary, cut.samples, cut.rate_hz, format="WAV", subtype="PCM_16")
     except soundfile.LibsndfileError as error:
         raise OSError(0, error.error_string, str(path)) from error
-    os.replace(temporary, path)
 
 
 def _earlier_files(name: str, out: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from ssast.pipelines.clips.shards import (
     Sidecar,
 )
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import write_atomically
 
 
 def write_index(
@@ -139,6 +139,4 @@ def _replace(out: Path, files: dict[str, bytes | None]) -> None:
         if data is None:
             (out / name).unlink(missing_ok=True)
         elif name in changed or name == REPORT:
-            temporary = out / f".{name}.tmp"
-            temporary.write_bytes(data)
-            os.replace(temporary, out / name)
+            write_atomically(out / name, data, durable=True)

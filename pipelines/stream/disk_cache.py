@@ -6,13 +6,11 @@ that computes them. So what is found is never out of date. It appears in one mov
 checksum: whatever kills a run, and however many share the folder, a file is whole or not used.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import struct
-import uuid
 import zlib
 from pathlib import Path
 from threading import Lock
@@ -25,6 +23,7 @@ from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.clips.remote import is_url, version
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths, ShardClip
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +55,7 @@ class DiskCache:
         self._lock = Lock()
         self._full = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(folder / "probe", b"")
+            write_atomically(folder / "probe", b"", shared=True)
             (folder / "probe").unlink(missing_ok=True)  # another rank may have been faster
         except OSError as error:
             raise DataError(f"{folder}: cannot be written to: {error.strerror}") from error
@@ -91,8 +89,8 @@ class DiskCache:
                 if disk.free < FREE_SHARE * disk.total:
                     raise OSError(0, f"less than {FREE_SHARE:.0%} of the disk is free")
                 path = self._folder / name[:2] / name
-                path.parent.mkdir(exist_ok=True)
-                self._write(path, data + TAIL.pack(samples, zlib.crc32(data)))
+                content = data + TAIL.pack(samples, zlib.crc32(data))
+                write_atomically(path, content, shared=True)
             except OSError as error:
                 self._full = True
                 why = error.strerror or str(error)
@@ -121,18 +119,6 @@ class DiskCache:
         features = torch.zeros(self._spec.num_frames, self._spec.n_mels)
         features[:count] = torch.tensor(np.frombuffer(sound, "<f4")).view(count, self._spec.n_mels)
         return features, samples
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        """A file in one move; no other rank or machine writes to the same temporary one."""
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
 
 
 def _identity(path: ClipPath, made_by: str) -> str:

@@ -1,4 +1,4 @@
-"""Kills saves at every line of checkpoint.py; run by test_checkpoint.py in its own process.
+"""Kills saves at every line of store.py and files.py; run by test_store.py in its own process.
 
     python crash_save.py FOLDER
 
@@ -16,8 +16,11 @@ from pathlib import Path
 
 import torch
 
-from ssast.engine.checkpoints import store as checkpoint
+from ssast.engine.checkpoints import store
 from ssast.engine.checkpoints.store import Checkpoints
+from ssast.pipelines import files
+
+FILES = (store.__file__, files.__file__)
 
 
 def save(folder: Path, step: int, value: float) -> None:
@@ -42,12 +45,12 @@ def act(folder: Path, scenario: str) -> None:
 
 
 def kill_at(line: int) -> None:
-    """SIGKILL to this process before the given line that checkpoint.py executes from now on."""
+    """SIGKILL to this process before the given line that FILES execute from now on."""
     count = 0
 
     def trace(frame, event, _):
         nonlocal count
-        if frame.f_code.co_filename != checkpoint.__file__:
+        if frame.f_code.co_filename not in FILES:
             return None
         if event == "line":
             count += 1

@@ -177,10 +177,10 @@ def test_training_goes_on_without_room(
             shutil.rmtree(cache)
         else:
 
-            def no_room(path: Path, data: bytes) -> None:
+            def no_room(path: Path, data: bytes, **settings: bool) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            monkeypatch.setattr(DiskCache, "_write", staticmethod(no_room))
+            monkeypatch.setattr(disk_cache, "write_atomically", no_room)
         with caplog.at_level(logging.WARNING):
             found += [next(stream) for _ in range(5)]
     assert same(found, without)
