@@ -5,12 +5,13 @@
 # make performance             measure the training step, the loader and short runs; writes docs/performance.md
 # make test                    run all checks and tests
 # make lint                    ruff and mypy alone
+# make docs                    build the documentation site, build/site/index.html
 # make architecture            print the rooms of the code and the imports between them
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo reproduce performance test lint architecture setup
+.PHONY: demo reproduce performance test lint docs types architecture setup
 
 demo: setup
 	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
@@ -21,16 +22,22 @@ reproduce: setup
 performance: setup
 	$(BIN)/ssast bench performance
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/types/ssast
-	for folder in engine kernels pipelines benchmarks; do \
-	  ln -sfn ../../../$$folder build/types/ssast/$$folder; done
 	$(BIN)/mypy -p ssast.engine -p ssast.kernels -p ssast.pipelines -p ssast.benchmarks
+
+docs: types
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Links from the import names to the folders, for tools that read the code without importing it.
+types: setup
+	@mkdir -p build/types/ssast
+	@for folder in engine kernels pipelines benchmarks; do \
+	  ln -sfn ../../../$$folder build/types/ssast/$$folder; done
 
 architecture:
 	@$(PYTHON) tests/support/architecture.py

@@ -1,0 +1,207 @@
+"""The README and the pages of the site: what they show is what the program understands."""
+
+import argparse
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+
+import pytest
+import reference
+import roles
+from paths import ROOT
+
+from ssast.engine.cli import main as cli
+from ssast.engine.config import CONFIGS, Config, load_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.settings import Finetune
+
+README = ROOT / "README.md"
+WRITTEN = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*WRITTEN, *sorted((ROOT / "checkpoints").glob("*/README.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+BLOCK = re.compile(r"^```(\w*)\n((?:.*\n)*?)```$|((?:^(?: {4}.*)?\n)+)", re.M)
+CODE = re.compile(r"`([^`\n]+)`")
+STARTS = ("ssast ", ".venv/bin/ssast ", "torchrun ", "make ", "pip install ")
+SECTIONS = "|".join(field.name for field in dataclasses.fields(Config))
+KEY = re.compile(rf"^({SECTIONS})\.([a-z_]+)(?:=(.*))?$")
+ENDINGS = ("json", "csv", "py", "yaml")  # of files that are named like a section
+PATTERN = re.compile(r"\b(?:COMMAND|CONFIG|WHAT|CKPT)\b")  # in place of what a user names
+PATH = re.compile(r"^(?:engine|kernels|pipelines|benchmarks|configs|examples|tests)/[\w./-]*$")
+
+
+def blocks(text):
+    """(language, code) of the fenced blocks of a page and of its indented ones."""
+    for match in BLOCK.finditer(text):
+        if match[3] is None:
+            yield match[1], match[2]
+        elif match[3].strip():
+            yield "", re.sub("^ {4}", "", match[3], flags=re.M)
+
+
+def commands(text):
+    """The command lines in the blocks of a page."""
+    lines = [line for language, code in blocks(text) if not language for line in code.splitlines()]
+    return [line for line in lines if line.startswith(STARTS)]
+
+
+def mentions(text):
+    """Commands in running text, which may be without their arguments."""
+    return [code for code in CODE.findall(BLOCK.sub("\n", text)) if code.startswith(STARTS)]
+
+
+class Parsed(Exception):
+    """A benchmark has read its arguments."""
+
+
+def check_ssast(words, monkeypatch):
+    """Read the words after ``ssast`` as the program does; its configuration must exist."""
+    options, rest = cli._parser().parse_known_args(words)
+    assert all("=" in word for word in rest), f"not understood: {rest}"
+    if hasattr(options, "config"):
+        known = (CONFIGS / f"{options.config}.yaml").is_file()
+        assert known or re.search(r"[./]", options.config), f"no recipe {options.config}"
+        load_config(options.config if known else "base_patch", [*options.overrides, *rest])
+    if hasattr(options, "what"):
+        parse = argparse.ArgumentParser.parse_args
+
+        def parse_only(*arguments):
+            parse(*arguments)
+            raise Parsed
+
+        module = importlib.import_module(f"ssast.benchmarks.{cli.BENCHMARKS[options.what]}")
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+            module.main(options.arguments)
+
+
+def check_command(line, monkeypatch):
+    """A command line of a page: ``ssast``, a launcher of it, ``make`` or ``pip install``."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), f"no target {words[1]}"
+    elif words[0] == "pip":
+        named = re.findall(r"(?:\.|ssast-engine)\[(\w+)\]", " ".join(words))
+        setup = (ROOT / "setup.py").read_text()
+        assert all(f'"{extra}": [' in setup for extra in named)
+    else:
+        first = words.index("-m") + 1 if words[0] == "torchrun" else 0
+        assert words[first] in ("ssast", ".venv/bin/ssast", "ssast.engine.cli")
+        check_ssast(words[first + 1 :], monkeypatch)
+
+
+def check_mention(line, monkeypatch):
+    """As :func:`check_command`, but arguments may be missing: options must still exist."""
+    messages = []
+
+    def error(parser, message):
+        messages.append(message)
+        options = [word for word in shlex.split(line) if word.startswith("-")]
+        assert set(options) <= set(parser._option_string_actions), f"{parser.prog} {options}"
+        raise SystemExit(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "error", error)
+        try:
+            check_command(line, monkeypatch)
+        except SystemExit:
+            assert "arguments are required" in messages[-1], messages
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) < 8 * 1024
+
+
+def test_the_readme_names_the_two_commands():
+    named = [line.split("#")[0].split() for line in commands(README.read_text())]
+    assert ["make", "demo"] in named and ["make", "test"] in named
+
+
+@every_page
+def test_commands_are_understood(page, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    for check, lines in ((check_command, commands(text)), (check_mention, mentions(text))):
+        for line in lines:
+            if not PATTERN.search(line):
+                try:
+                    check(line, monkeypatch)
+                except (SystemExit, ConfigError, AssertionError) as error:
+                    pytest.fail(f"{line}\n{error}")
+
+
+@pytest.mark.parametrize("check", [check_command, check_mention])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ssast pretrian demo",
+        "ssast pretrain no_such_recipe",
+        "ssast pretrain demo train.stepz=5",
+        "ssast plan base_patch --gqus 4",
+        "ssast bench step --no-such-option",
+        "ssast evaluate --no-such-option",
+        "make coffee",
+        'pip install ".[nothing]"',
+    ],
+)
+def test_wrong_commands_are_found(check, line, monkeypatch):
+    with pytest.raises((SystemExit, ConfigError, AssertionError)):
+        check(line, monkeypatch)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_blocks_import_what_there_is(page):
+    for language, code in blocks(page.read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), code
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_settings_and_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    keys = known_keys()
+    for code in CODE.findall(text):
+        if match := KEY.match(code):
+            assert f"{match[1]}.{match[2]}" in keys or match[2] in ENDINGS, code
+        elif PATH.match(code):
+            assert (ROOT / code).exists(), code
+
+
+def known_keys():
+    """Every key of a configuration, those of fine-tuning among them."""
+    sections = {**vars(load_config("base_patch")), "finetune": Finetune()}
+    return {f"{name}.{key}" for name, section in sections.items() for key in vars(section)}
+
+
+def test_every_setting_is_on_the_settings_page():
+    page = reference.settings_page()
+    assert set(re.findall(r"\{ #(\S+) \}", page)) == known_keys()
+    assert "`1`, default" not in page
+    assert "*integer, at least 1, default `800000`*  \n    Optimizer steps in all." in page
+
+
+def test_every_command_and_option_is_on_the_commands_page():
+    page = reference.commands_page()
+    found = list(reference.subcommands(cli._parser()))
+    assert len(found) > 15
+    for parser, _ in found:
+        assert re.search(rf"^##+ {parser.prog}$", page, re.M)
+        for action in parser._actions:
+            for option in action.option_strings:
+                if option not in ("-h", "--help"):
+                    assert f"`{option}" in page, f"{parser.prog} {option}"
+
+
+def test_links_of_the_root_are_those_of_the_site():
+    text = reference.from_root("README.md")
+    assert "](data.md)" in text and "](contributing.md)" in text and "](docs/" not in text
+
+
+def test_roles_become_code():
+    text = "See :class:`~a.b.C` and :func:`d.e`, :meth:`f`; ``x``."
+    assert roles.plain(text) == "See `C` and `d.e`, `f`; ``x``."
