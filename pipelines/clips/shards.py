@@ -250,6 +250,18 @@ class ShardIndex(Sequence[ShardClip]):
             )
         return numbers[:] if self.rows is None else numbers[self.rows]
 
+    def overlapping(self) -> bool:
+        """Return whether clips of one recording have samples in common.
+
+        Raises:
+            DataError: The report cannot be read.
+        """
+        try:
+            recipe = json.loads((self.folder / REPORT).read_text())["settings"]["recipe"]
+            return (recipe["hop_s"] or recipe["clip_s"]) < recipe["clip_s"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again") from error
+
     def fingerprint(self) -> str:
         """Hash of where the clips lie in the shards: other clips, another hash."""
         return hashlib.sha256(self.table().tobytes()).hexdigest()

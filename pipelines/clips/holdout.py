@@ -1,0 +1,201 @@
+"""The one rule for what is held out: whole recordings, a share of each class, always the same.
+
+Clips of one recording sound alike and may overlap, so one whose neighbour was trained on measures
+nothing. Everything here is a pure function of the recordings, their clips and labels, and of a
+fixed seed: the order in which the clips are listed does not matter.
+"""
+
+import itertools
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ssast.pipelines.clips.order import permutation
+from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
+from ssast.pipelines.errors import DataError
+
+SEED = 0  # fixed: a run that is resumed, and every rank of it, must hold out the same clips
+Labels = Sequence[Sequence[Hashable]]
+
+log = logging.getLogger(__name__)
+
+
+def recordings_of(paths: ClipPaths) -> np.ndarray:
+    """Return the number of the recording that each clip was cut from, [n] int64.
+
+    Prepared shards know it. Any other file is taken for a recording of its own; files are numbered
+    in the order of their paths.
+
+    Raises:
+        DataError: The list of the recordings cannot be read.
+    """
+    if isinstance(paths, ShardIndex):
+        return paths.recordings()
+    names = [str(path) for path in paths]
+    numbers = np.empty(len(names), np.int64)
+    numbers[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return numbers
+
+
+def hold_out_clips(paths: ClipPaths, share: float, labels: Labels | None = None) -> np.ndarray:
+    """Choose the clips of a data set to hold out, see :func:`hold_out`.
+
+    Of one recording alone without labels, single clips are held out, with a warning.
+
+    Raises:
+        DataError: There are too few recordings, or one alone whose clips overlap.
+    """
+    recordings = recordings_of(paths)
+    alone = len(np.unique(recordings)) == 1 < len(paths)
+    if alone and labels is None and isinstance(paths, ShardIndex):
+        if paths.overlapping():
+            raise DataError(
+                "clips of one recording that overlap cannot be held out from each other: expected "
+                "two recordings or more"
+            )
+        log.warning(
+            "%s: one recording alone: clips of it are held out whose neighbours are trained on",
+            paths.folder,
+        )
+        recordings = np.arange(len(paths))
+    return hold_out(recordings, share, labels)
+
+
+def hold_out(
+    recordings: Sequence[Any] | np.ndarray, share: float, labels: Labels | None = None
+) -> np.ndarray:
+    """Choose the clips to hold out; those of one recording stay together.
+
+    Recordings are taken in a drawn order until a class has its share of clips, rare classes first.
+    One that would bring a class to more than twice its share is passed over, unless there are only
+    such: then it is the smallest. Every class keeps a recording to train on. With one label a
+    recording, every class that has two recordings has one that is held out as well; with several
+    labels that is not always possible.
+
+    Args:
+        recordings: Number or name of each clip's recording, [n].
+        share: Share of the clips to hold out, in (0, 1): of each class where there are labels.
+        labels: Classes of each clip, numbers or names, [n]; all clips are of one class if None.
+
+    Returns:
+        [n] bool, True for the clips to hold out: neither all nor none.
+
+    Raises:
+        DataError: There is only one recording, or no class with two that can be divided.
+    """
+    table = _Classes.of(recordings, labels)
+    held = np.zeros(table.num_recordings, bool)
+    trained = np.array([len(members) for members, _ in table.classes])  # recordings of each class
+
+    def hold(recording: int) -> bool:
+        """Hold a recording out unless a class would have none left to train on."""
+        classes = table.classes_of(recording)
+        if held[recording] or (trained[classes] < 2).any():
+            return False
+        held[recording] = True
+        trained[classes] -= 1
+        return True
+
+    for members, sizes in table.rare_first():
+        wanted = max(1, round(share * int(sizes.sum())))
+        have = sizes[held[members]].sum()
+        for recording, size in zip(members, sizes, strict=True):
+            if have >= wanted:
+                break
+            if have + size <= 2 * wanted and hold(recording):
+                have += size
+        if not have:  # every recording that may be held out is a large one
+            any(map(hold, members[np.argsort(sizes, kind="stable")]))
+    if not held.any():
+        if table.num_recordings < 2:
+            raise DataError(
+                f"{table.num_recordings} recordings cannot be split: expected two or more, one of "
+                "them to hold out"
+            )
+        raise DataError(
+            "no class has two recordings to split: expected one to train on and one to hold out"
+        )
+    return held[table.recordings]
+
+
+def assign_folds(
+    recordings: Sequence[Any] | np.ndarray, labels: Labels, num_folds: int
+) -> np.ndarray:
+    """Deal recordings out to the folds of a cross-validation, each class evenly.
+
+    With one label a recording, a class of ``num_folds`` recordings or more is in every fold.
+
+    Args:
+        recordings: Number or name of each clip's recording, [n].
+        labels: Classes of each clip, [n].
+        num_folds: Number of folds, 2 or more.
+
+    Returns:
+        [n] int64, the fold of each clip, from 0.
+    """
+    table = _Classes.of(recordings, labels)
+    fold = np.full(table.num_recordings, -1)
+    total = np.zeros(num_folds, np.int64)
+    for members, sizes in table.rare_first():
+        here = fold[members]
+        have = np.bincount(here[here >= 0], sizes[here >= 0], num_folds)
+        for row in np.argsort(-sizes, kind="stable"):  # the largest first: the others even it out
+            recording = members[row]
+            if fold[recording] < 0:
+                emptiest = np.lexsort((total, have))[0]
+                fold[recording] = emptiest
+                have[emptiest] += sizes[row]
+                total[emptiest] += sizes[row]
+    return fold[table.recordings]
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The recordings of each class.
+
+    Attributes:
+        recordings: [n] int64, the recording of each clip, from 0, in the order of their keys.
+        num_recordings: G.
+        classes: (recordings, number of their clips) of each class, in the drawn order.
+    """
+
+    recordings: np.ndarray
+    num_recordings: int
+    classes: list[tuple[np.ndarray, np.ndarray]]
+    _by_recording: tuple[np.ndarray, np.ndarray]
+
+    @staticmethod
+    def of(keys: Sequence[Any] | np.ndarray, labels: Labels | None) -> "_Classes":
+        found, recordings = np.unique(np.asarray(keys), return_inverse=True)
+        count = len(found)
+        clips, classes = _numbered(labels) if labels is not None else (slice(None), 0)
+        # Each pair of a class and a recording of it once, with the number of clips.
+        pairs, sizes = np.unique(classes * count + recordings[clips], return_counts=True)
+        of_class, of_recording = np.divmod(pairs, max(count, 1))
+        rank = np.empty(count, np.int64)
+        rank[permutation(SEED, 0, count)] = np.arange(count)
+        drawn = np.lexsort((rank[of_recording], of_class))
+        ends = np.cumsum(np.bincount(of_class))[:-1]
+        parts = zip(np.split(of_recording[drawn], ends), np.split(sizes[drawn], ends), strict=True)
+        grouped = np.argsort(of_recording, kind="stable")
+        starts = np.searchsorted(of_recording[grouped], np.arange(count + 1))
+        return _Classes(recordings, count, list(parts), (of_class[grouped], starts))
+
+    def rare_first(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the classes, those of the fewest recordings first."""
+        return iter(sorted(self.classes, key=lambda part: len(part[0])))
+
+    def classes_of(self, recording: int) -> np.ndarray:
+        classes, starts = self._by_recording
+        return classes[starts[recording] : starts[recording + 1]]
+
+
+def _numbered(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clip and the class, as numbers, of every label."""
+    clips = np.repeat(np.arange(len(labels)), [len(names) for names in labels])
+    names = list(itertools.chain.from_iterable(labels))
+    number = {name: place for place, name in enumerate(sorted(set(names)))}  # type: ignore[type-var]
+    return clips, np.array([number[name] for name in names], np.int64)
