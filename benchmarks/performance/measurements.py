@@ -217,7 +217,7 @@ def _run(
             f"train.validate_every={steps}",
             f"train.save_every={steps}",
         ]
-        command = [*("ssast.engine.cli.main", "pretrain", recipe), *overrides, *settings]
+        command = [*("ssast.engine.cli", "pretrain", recipe), *overrides, *settings]
         env = {**os.environ, "OMP_NUM_THREADS": str(scope.threads)}
         done = subprocess.run(
             [sys.executable, "-m", *command], env=env, capture_output=True, text=True

@@ -20,7 +20,6 @@ from golden_model import golden, pretraining_case
 from runs import call, environment, lines, stop_at
 from sounds import write_clips
 
-import ssast.engine.finetune
 from ssast.engine.checkpoints.classifier import (
     CHOSEN,
     build_classifier,
@@ -33,6 +32,7 @@ from ssast.engine.config import from_plain, load_config
 from ssast.engine.data.labels import LabelledClips, class_names, class_weights
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.evaluation import predict
 from ssast.engine.evaluation.predict import find_files
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.open import load_initial
@@ -413,7 +413,7 @@ def test_what_predict_is_given(splits, tmp_path):
 @pytest.mark.parametrize("bad", [[0], [0, 1], [2, 3, 4], [0, 1, 2, 3, 4], [4]])
 def test_bad_files_stop_no_prediction(bad, whole, splits, tmp_path, monkeypatch):
     """However many there are, and wherever; two at a time."""
-    monkeypatch.setattr(ssast.engine.finetune, "BATCH", 2)
+    monkeypatch.setattr(predict, "BATCH", 2)
     engine = FinetuneEngine.from_checkpoint(whole[0])
     good = sorted((splits["test"].parent / "test").glob("*.wav"))[:5]
     want = engine.predict(good)

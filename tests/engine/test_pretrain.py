@@ -135,7 +135,7 @@ def test_two_ranks_train_as_one(stage, whole, data, config_file, tmp_path):
 def test_the_deepspeed_launcher_starts_a_run(whole, data, config_file, tmp_path):
     run = tmp_path / "deepspeed"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    program = ["--module", "ssast.engine.cli.main", "pretrain", str(config_file)]
+    program = ["--module", "ssast.engine.cli", "pretrain", str(config_file)]
     done = subprocess.run(
         [*launcher, *program, *overrides(), *data, f"run.folder={run}"],
         capture_output=True,

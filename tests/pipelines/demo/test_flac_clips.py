@@ -285,7 +285,8 @@ PROGRAM = textwrap.dedent(
     from pathlib import Path
     from ssast.pipelines.audio.convert import Recipe
     from ssast.pipelines.audio.decode import Item
-    from ssast.pipelines.prepare import exclusive, prepare
+    from ssast.pipelines.demo.flac_clips import prepare
+    from ssast.pipelines.files import exclusive
 
     def run(source, out):
         items = [Item(path.name, path) for path in sorted(source.iterdir())]

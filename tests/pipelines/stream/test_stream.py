@@ -496,7 +496,6 @@ PROGRAM = """
 import sys, torch
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.stream.stream import AudioStream
-from paths import GOLDEN
 stream = AudioStream(sys.argv[1:], FbankSpec(), batch_size=2, device=torch.device("cpu"),
                      max_rejected=1.0)
 for _ in range(4):
