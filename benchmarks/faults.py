@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ssast.benchmarks.loading.data import write_clips
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.monitoring.watchdog import STUCK
 
 SETTINGS = (
@@ -178,14 +178,18 @@ def torment(
 
 def last_step(run: Path) -> int:
     """The last training step that was logged; 0 if none."""
-    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "lr" in line]
-    return steps[-1] if steps else 0
+    points = scalars(read_metrics(run / "metrics.jsonl"), "train/loss")
+    return points[-1][0] if points else 0
 
 
 def losses(run: Path) -> dict[tuple[str, int], float]:
-    """Of each line of a run's log."""
+    """Return each loss that a run logged, by metric and step."""
     lines = read_metrics(run / "metrics.jsonl")
-    return {(line["split"], line["step"]): line["loss"] for line in lines}
+    return {
+        (name, step): loss
+        for name in ("train/loss", "valid/loss")
+        for step, loss in scalars(lines, name)
+    }
 
 
 def row(kill: Kill) -> str:

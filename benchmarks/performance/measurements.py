@@ -25,7 +25,7 @@ from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Varia
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.objective import MSPM
-from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.monitoring.profiling import StepProfiler
 from ssast.engine.parallel.ranks import init_world
 from ssast.engine.planning.trial import try_out
@@ -227,9 +227,8 @@ def _run(
             raise ConfigError(f"ssast {' '.join(command[1:])} ended with {done.returncode}: {last}")
         lines = read_metrics(folder / "run" / "metrics.jsonl")
         some = [soundfile.info(path).duration for path in clips[:: max(1, len(clips) // 100)]]
-    reports = [line for line in lines if line["split"] == "train"][1:]
     rates = {
-        key: statistics.median(report[key] for report in reports)
+        key: statistics.median(value for _, value in scalars(lines, f"perf/{key}")[1:])
         for key in ("clips_per_s", "data_wait_share")
     }
     config = load_config(recipe, [*overrides, "data.train=null"])

@@ -29,7 +29,7 @@ from ssast.benchmarks.study.tables import (
     pretraining,
 )
 from ssast.engine.errors import ConfigError
-from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.files import write_atomically
 
 OUT = Path("runs/reproduce")
@@ -118,7 +118,7 @@ def curves_of(
     curves = []
     for run in runs:
         lines = read_metrics(run.folder(out) / "metrics.jsonl")
-        points = [(li["step"], li["accuracy"]) for li in lines if li["split"] == "valid"]
+        points = scalars(lines, "valid/accuracy")
         if points and points[-1][0]:
             curves.append([(epochs * step / points[-1][0], value) for step, value in points])
     return curves

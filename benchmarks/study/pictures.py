@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ssast.engine.monitoring.monitor import scalars
+
 Curve = Sequence[tuple[float, float]]
 
 
@@ -80,18 +82,14 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
         logs: The lines of metrics.jsonl, by model.
     """
     panels = (
-        ("nce", "InfoNCE (nats)", 1),
-        ("mse", "reconstruction MSE", 1),
-        ("accuracy", "patches told apart, %", 100),
+        ("valid/infonce_loss", "InfoNCE loss (nats)", 1),
+        ("valid/mse_loss", "MSE loss", 1),
+        ("valid/pretext_accuracy", "pretext (InfoNCE) accuracy, %", 100),
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 4))
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         for name, lines in logs.items():
-            points = [
-                (line["step"], scale * line[key])
-                for line in lines
-                if line["split"] == "valid" and key in line
-            ]
+            points = [(step, scale * value) for step, value in scalars(lines, key)]
             # The colour of a model is the same in all panels, also where it has no line.
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, lw=1.5)
         _label(axis, title, "step", "")

@@ -20,7 +20,7 @@ from ssast.benchmarks.study.outcomes import (
 from ssast.benchmarks.study.plan import ABLATIONS, BATCH, FAMILIES, MODELS, SHORT, Plan
 from ssast.engine.config import load_config
 from ssast.engine.data.labels import find_classes, read_labelled
-from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.demo.sounds import STUDY_TASKS
 
 PLUS_MINUS = " \N{PLUS-MINUS SIGN} "
@@ -117,16 +117,22 @@ def pretraining(out: Path) -> list[str]:
     rows = []
     for model in MODELS.values():
         lines = read_metrics(out / "pretrain" / model.name / "metrics.jsonl")
-        held_out = [line for line in lines if line["split"] == "valid"]
-        if not model.share or not held_out:
+        validations = [line for line in lines if "valid/loss" in line]
+        if not model.share or not validations:
             continue
         config = load_config(out / "pretrain" / model.name / "config.yaml")
-        last, objective = held_out[-1], config.objective
-        values = [f"{last[key]:.{digits}f}" if key in last else ""
-                  for key, digits in (("loss", 3), ("nce", 3), ("mse", 4))]  # fmt: skip
-        told_apart = chance = ""
-        if "accuracy" in last:
-            told_apart = f"{100 * last['accuracy']:.1f}"
+        last, objective = validations[-1], config.objective
+        values = [
+            f"{last[name]:.{digits}f}" if name in last else ""
+            for name, digits in (
+                ("valid/loss", 3),
+                ("valid/infonce_loss", 3),
+                ("valid/mse_loss", 4),
+            )
+        ]
+        accuracy = chance = ""
+        if "valid/pretext_accuracy" in last:
+            accuracy = f"{100 * last['valid/pretext_accuracy']:.1f}"
             chance = f"{100 / objective.num_masked:.1f}"
         rows.append(
             [
@@ -134,11 +140,20 @@ def pretraining(out: Path) -> list[str]:
                 f"{last['step']:,} of {config.train.steps:,}",
                 f"{objective.num_masked} of {config.grid[0] * config.grid[1]}",
                 *values,
-                told_apart,
+                accuracy,
                 chance,
             ]
         )
-    header = ["model", "steps", "masked", "loss", "InfoNCE", "MSE", "told apart %", "chance %"]
+    header = [
+        "model",
+        "steps",
+        "masked",
+        "loss",
+        "InfoNCE",
+        "MSE",
+        "pretext accuracy %",
+        "chance %",
+    ]
     return table(header, rows)
 
 
@@ -223,10 +238,9 @@ def facts(plan: Plan, out: Path) -> list[str]:
 
 def training_s(metrics: Path) -> float:
     """Seconds in the training steps of a run, as its log has them."""
-    lines = [line for line in read_metrics(metrics) if line["split"] == "train"]
-    config = load_config(metrics.parent / "config.yaml")
-    steps = [line["step"] for line in lines]
+    points = scalars(read_metrics(metrics), "perf/step_s")
+    steps = [step for step, _ in points]
     return sum(
-        (step - before) * config.train.batch_size / line["clips_per_s"]
-        for before, step, line in zip([0, *steps], steps, lines, strict=False)
+        (step - before) * step_s
+        for before, (step, step_s) in zip([0, *steps], points, strict=False)
     )

@@ -9,7 +9,7 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.evaluation.probe import format_scores, probe_run
 from ssast.engine.evaluation.reconstructions import visualize
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.pretrain import pretrain
 from ssast.pipelines.demo.corpora import fetch_demo, prepare_folder
 
@@ -53,13 +53,14 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
         return stopped
 
     pictures = visualize(run)
-    held_out = [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == "valid"]
-    before, after = held_out[0]["accuracy"], held_out[-1]["accuracy"]
-    hidden = config.objective.num_masked
-    print(
-        f"\nOf the {hidden} patches hidden in a held-out clip, the model tells {after:.1%} apart\n"
-        f"(untrained {before:.1%}, chance {1 / hidden:.1%})."
-    )
+    accuracies = scalars(read_metrics(run / "metrics.jsonl"), "valid/pretext_accuracy")
+    if accuracies:  # a generative objective has none
+        (_, before), (_, after) = accuracies[0], accuracies[-1]
+        hidden = config.objective.num_masked
+        print(
+            f"\nPretext (InfoNCE) accuracy on held-out clips: {after:.1%}\n"
+            f"(untrained {before:.1%}, chance {1 / hidden:.1%}: {hidden} masked patches)."
+        )
     results = [*pictures, run / "metrics.jsonl"]
     if (folder / "tasks").is_dir() and any((folder / "tasks").iterdir()):
         scores, written = probe_run(run, folder / "tasks", _released(config))

@@ -65,19 +65,20 @@ class MSPM(nn.Module):
             masks: Of the forward pass; with ``two_pass`` a second one for the generative loss.
 
         Returns:
-            Those of "nce", "accuracy" and "mse" that belong to the objective, each [B].
+            Those of "infonce_loss", "pretext_accuracy" and "mse_loss" that the objective has,
+            each [B].
         """
         kind, losses = self.objective.kind, {}
         states, targets = self.encoder(fbank, masks[0], masked_only=True)
         if kind != "generative":
             predictions = self.discriminative_head(states)
-            losses["nce"], losses["accuracy"] = info_nce(
+            losses["infonce_loss"], losses["pretext_accuracy"] = info_nce(
                 targets, predictions, self.objective.softmax_axis, masks[0].num_masked
             )
         if len(masks) > 1:
             states, targets = self.encoder(fbank, masks[1], masked_only=True)
         if kind != "discriminative":
-            losses["mse"] = mse(targets, self.generative_head(states), masks[-1].num_masked)
+            losses["mse_loss"] = mse(targets, self.generative_head(states), masks[-1].num_masked)
         return losses
 
     def reconstruct(self, fbank: Tensor, masks: Masks) -> Tensor:
@@ -106,8 +107,8 @@ def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> 
     weights = valid / valid.sum().clamp(min=1)
     # where, not a product: a clip that counts nothing may hold an infinity.
     means = {name: (value.where(valid, 0) * weights).sum() for name, value in losses.items()}
-    if "nce" in means and "mse" in means:
-        loss = means["nce"] + mse_weight * means["mse"]
+    if "infonce_loss" in means and "mse_loss" in means:
+        loss = means["infonce_loss"] + mse_weight * means["mse_loss"]
     else:
-        loss = means["nce"] if "nce" in means else means["mse"]
+        loss = means["infonce_loss"] if "infonce_loss" in means else means["mse_loss"]
     return {"loss": loss, **means}

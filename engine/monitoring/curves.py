@@ -1,6 +1,7 @@
-"""The curves of a run, drawn from its metrics.jsonl."""
+"""Plots of the metrics of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -9,37 +10,44 @@ matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ssast.engine.monitoring.monitor import read_metrics
+from ssast.engine.monitoring.monitor import read_metrics, scalars
+
+# Title of a panel, and the metrics that it shows.
+PANELS = (
+    ("loss", "train/loss", "valid/loss"),
+    ("InfoNCE loss (nats)", "train/infonce_loss", "valid/infonce_loss"),
+    ("MSE loss", "train/mse_loss", "valid/mse_loss"),
+    ("pretext (InfoNCE) accuracy", "train/pretext_accuracy", "valid/pretext_accuracy"),
+    ("accuracy", "train/accuracy", "valid/accuracy"),
+    ("mean average precision", "valid/map"),
+    ("macro F1", "valid/macro_f1"),
+    ("learning rate", "train/lr"),
+    ("gradient norm", "train/grad_norm"),
+    ("clips/s", "perf/clips_per_s"),
+)
+STYLES: dict[str, dict[str, Any]] = {
+    "train": {"lw": 1.2},
+    "valid": {"marker": "o", "ms": 4, "lw": 1.5},
+    "perf": {"lw": 1.2},
+}
 
 
 def draw_curves(run: Path) -> Path:
-    """Loss, its two parts, accuracy and learning rate over the steps, from metrics.jsonl.
+    """Plot metrics.jsonl over the steps, training and validation together.
 
     Returns:
-        The picture, curves.png in the run's folder.
+        Path of the picture, curves.png in the run's folder.
     """
     lines = read_metrics(run / "metrics.jsonl")
-    panels = [
-        ("loss", "loss (joint)"),
-        ("nce", "InfoNCE (nats)"),
-        ("mse", "reconstruction MSE"),
-        ("accuracy", "accuracy (of patches told apart, or of clips)"),
-        ("map", "mean average precision"),
-        ("macro_f1", "macro F1"),
-        ("lr", "learning rate"),
-        ("clips_per_s", "clips/s"),
-    ]
-    panels = [(key, title) for key, title in panels if any(key in line for line in lines)]
+    logged = {name for line in lines for name in line}
+    panels = [(title, curves) for title, *curves in PANELS if logged.intersection(curves)]
     rows = -(-len(panels) // 3) or 1
     figure, axes = plt.subplots(rows, 3, figsize=(13, 3.4 * rows), squeeze=False)
-    for axis, (key, title) in zip(axes.flat, panels, strict=False):
-        for split, style in (
-            ("train", {"lw": 1.2}),
-            ("valid", {"marker": "o", "ms": 4, "lw": 1.5}),
-        ):
-            points = [(li["step"], li[key]) for li in lines if li["split"] == split and key in li]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=split, **style)
+    for axis, (title, curves) in zip(axes.flat, panels, strict=False):
+        for name in curves:
+            if points := scalars(lines, name):
+                group = name.partition("/")[0]
+                axis.plot(*zip(*points, strict=True), label=group, **STYLES[group])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)

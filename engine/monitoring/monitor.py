@@ -1,4 +1,24 @@
-"""What a run tells of itself: progress bar or lines, metrics.jsonl, TensorBoard, environment."""
+"""Metrics of a run: the terminal, metrics.jsonl and TensorBoard; and the environment it ran in.
+
+``metrics.jsonl`` has one JSON object a line: ``step``, ``time`` (Unix time, s) and metrics, under
+the same names as in TensorBoard. Every ``train.log_every`` steps, averaged over the steps since the
+line before:
+
+    train/loss, train/lr, train/skipped_steps
+    train/infonce_loss, train/mse_loss, train/pretext_accuracy      pretraining
+    train/accuracy                                                  fine-tuning on single labels
+    perf/clips_per_s, perf/step_s                                   of all ranks together
+    perf/tflops_per_device, perf/mfu                                mfu: of known accelerators
+    perf/data_wait_share, perf/memory_gib                           of rank 0; peak memory so far
+
+After each validation:
+
+    valid/loss
+    valid/infonce_loss, valid/mse_loss, valid/pretext_accuracy      pretraining
+    valid/accuracy, valid/map, valid/mauc, valid/macro_f1, ...      fine-tuning; see evaluation
+
+What follows ``train/`` or ``valid/`` is the name that the module and the metrics use themselves.
+"""
 
 import importlib.metadata
 import json
@@ -6,7 +26,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +37,23 @@ from tqdm import tqdm
 from ssast.engine.parallel.ranks import World
 from ssast.pipelines.files import write_atomically
 
+# Columns of a training line on the terminal: metric, label, format.
+COLUMNS = (
+    ("train/loss", "loss", "7.4f"),
+    ("train/pretext_accuracy", "pretext acc", "6.1%"),
+    ("train/accuracy", "acc", "6.1%"),
+    ("train/lr", "lr", ".2e"),
+    ("train/grad_norm", "grad norm", "7.3f"),
+    ("perf/clips_per_s", "clips/s", "8.1f"),
+    ("perf/tflops_per_device", "TFLOP/s", "7.2f"),
+    ("perf/mfu", "MFU", "6.1%"),
+    ("perf/data_wait_share", "data wait", "6.1%"),
+)
 PACKAGES = ("ssast-engine", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "flash-attn")
 
 
 class Monitor:
-    """Times the steps of one process and, on rank 0, writes down what is logged."""
+    """Times the steps of one process and, on rank 0, logs metrics."""
 
     def __init__(
         self,
@@ -37,13 +69,13 @@ class Monitor:
         """Open the run's logs at a step.
 
         Args:
-            folder: Of the run.
-            world: This process's place.
-            step: Steps already taken; lines of later ones, of a run that was cut off, are removed.
-            steps: Of the whole run.
+            folder: The run's folder.
+            world: This process's rank.
+            step: Steps already taken; log lines of later steps (the run was killed) are removed.
+            steps: Steps of the whole run.
             batch_size: Clips of one step, over all ranks.
-            flops_per_clip: Of a training step.
-            peak_flops: Of one device; None if unknown, and then rates are given instead of MFU.
+            flops_per_clip: FLOPs of one training step, per clip.
+            peak_flops: Peak FLOP/s of one device; None if unknown: then there is no MFU.
         """
         self._path, self._world, self._steps = folder / "metrics.jsonl", world, steps
         self._batch_size, self._flops, self._peak = batch_size, flops_per_clip, peak_flops
@@ -57,7 +89,7 @@ class Monitor:
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
     def _open(self, step: int) -> None:
-        """Begin to write after a step, without what was written of later ones."""
+        """Open the logs to append after a step; drop the lines of later steps."""
         lines = read_metrics(self._path)
         kept = [line for line in lines if line["step"] <= step]
         if len(kept) < len(lines) or step == 0:
@@ -68,7 +100,7 @@ class Monitor:
         self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
 
     def rewind(self, step: int) -> None:
-        """Go back to a step: the lines of later ones are removed."""
+        """Go back to a step: remove the lines of later ones."""
         if self._board is not None:
             self._board.close()
             self._open(step)
@@ -78,7 +110,7 @@ class Monitor:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside as time without work."""
+        """Count the time inside as time spent waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
@@ -88,43 +120,46 @@ class Monitor:
         self._begin, self._waited, self._since = time.perf_counter(), 0.0, step
 
     def log_train(self, step: int, values: dict[str, float]) -> None:
-        """Write a line on the steps since the last one, with their rates."""
+        """Log training metrics and the throughput of the steps since the last call.
+
+        Args:
+            step: Steps taken.
+            values: Metrics without their prefix, such as "loss" and "lr".
+        """
         seconds = max(time.perf_counter() - self._begin, 1e-9)
-        clips_per_s = (step - self._since) * self._batch_size / seconds
+        num_steps = step - self._since
+        clips_per_s = num_steps * self._batch_size / seconds
         flops = clips_per_s * self._flops / self._world.world_size
-        rates = {
-            "clips_per_s": clips_per_s,
-            "gflops_per_device": flops / 1e9,
-            "data_wait_share": self._waited / seconds,
-            "memory_gib": peak_memory_gib(self._world.device),
+        metrics = {f"train/{name}": value for name, value in values.items()} | {
+            "perf/clips_per_s": clips_per_s,
+            "perf/step_s": seconds / max(1, num_steps),
+            "perf/tflops_per_device": flops / 1e12,
+            "perf/data_wait_share": self._waited / seconds,
+            "perf/memory_gib": peak_memory_gib(self._world.device),
         }
         if self._peak:
-            rates["mfu"] = flops / self._peak
-        eta_s = (self._steps - step) * seconds / max(1, step - self._since)
-        self._write(step, "train", {**values, **rates})
+            metrics["perf/mfu"] = flops / self._peak
+        self._write(step, metrics)
         shown = {
-            "loss": f"{values['loss']:.3f}",
-            **({"acc": f"{values['accuracy']:.3f}"} if "accuracy" in values else {}),
-            "lr": f"{values['lr']:.1e}",
-            "clips/s": f"{clips_per_s:.1f}",
-            **({"MFU": f"{flops / self._peak:.1%}"} if self._peak else {}),
-            **({} if self._peak else {"GFLOP/s": f"{flops / 1e9:.0f}"}),
-            "wait": f"{rates['data_wait_share']:.1%}",
+            label: format(metrics[name], spec) for name, label, spec in COLUMNS if name in metrics
         }
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix({k: v.strip() for k, v in shown.items()}, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._world.is_main:
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}/{self._steps}  {text}  ETA {duration(eta_s)}", flush=True)
+        else:
+            eta = duration((self._steps - step) * metrics["perf/step_s"])
+            text = "  ".join(f"{label} {value}" for label, value in shown.items())
+            self.say(f"{self._at(step)}  {text}  ETA {eta}")
         self.restart_clock(step)
 
     def log_valid(self, step: int, values: dict[str, float]) -> None:
-        """Write down and show a validation."""
-        self._write(step, "valid", values)
-        self.say(
-            f"step {step}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-        )
+        """Log the metrics of a validation, named without their prefix."""
+        self._write(step, {f"valid/{name}": value for name, value in values.items()})
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"{self._at(step)}  validation: {text}")
+
+    def _at(self, step: int) -> str:
+        return f"step {step:{len(str(self._steps))}}/{self._steps}"
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one."""
@@ -140,21 +175,21 @@ class Monitor:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self._board is None:
             return
-        line = {"step": step, "split": split, "time": round(time.time(), 3), **values}
+        line = {"step": step, "time": round(time.time(), 3), **metrics}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
-        except OSError as error:  # a full disk: the weights are worth more than their log
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:  # a full disk must not end the training
             self.say(f"step {step} is not logged: {error}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a killed run left half written is dropped."""
+    """Read the lines of a metrics.jsonl; a last line that was cut off by a kill is dropped."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -164,8 +199,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def scalars(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of each line that has a metric, such as ``valid/loss``."""
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
 def environment(world: World, **choices: str) -> dict[str, Any]:
-    """The machine, the versions and what was chosen for them."""
+    """Describe the machine, the package versions and the backends that were chosen."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -188,7 +228,7 @@ def environment(world: World, **choices: str) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """As h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"
@@ -202,7 +242,7 @@ def _processor() -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory so far: what PyTorch had in use on a GPU, the process on a CPU."""
+    """Return the peak memory so far: allocated by PyTorch on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Not getrusage's maxrss: it counts the parent of a forked process as well.

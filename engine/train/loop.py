@@ -183,7 +183,9 @@ def train(
             if report:
                 means = totals.means(world)
                 skipped, before = engine.skipped_steps, skipped
-                monitor.log_train(progress.step, {**means, "lr": lr, "skipped": skipped - before})
+                monitor.log_train(
+                    progress.step, {**means, "lr": lr, "skipped_steps": skipped - before}
+                )
                 if guard.spiked(means["loss"]):
                     services.roll_back()
                     continue

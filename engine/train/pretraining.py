@@ -49,8 +49,8 @@ class Pretraining:
         return values["loss"]
 
     def score(self, values: dict[str, float]) -> float:
-        """The accuracy, as published, or the loss where there is none."""
-        return values.get("accuracy", -values["loss"])
+        """Return the pretext accuracy, as published, or minus the loss where there is none."""
+        return values.get("pretext_accuracy", -values["loss"])
 
     def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
         """The endless stream."""

@@ -24,6 +24,12 @@ from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.kernels.matmul import fast_matmul
 
 OBJECTIVES = {"nce": "discriminative", "mse": "generative", "joint": "joint"}
+OUTPUTS = (
+    ("infonce_loss", "nce"),
+    ("mse_loss", "mse"),
+    ("pretext_accuracy", "acc"),
+    ("loss", "joint"),
+)
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -58,7 +64,7 @@ def test_tokens_and_hidden_states(kind: str, dtype: torch.dtype) -> None:
 def test_losses(kind: str, dtype: torch.dtype) -> None:
     model, fbank, masks = pretraining_case(kind, dtype)
     expected, losses = golden(kind)["expected"], joint_loss(model, fbank, masks)
-    for ours, theirs in (("nce", "nce"), ("mse", "mse"), ("accuracy", "acc"), ("loss", "joint")):
+    for ours, theirs in OUTPUTS:
         want = pytest.approx(expected[theirs].item(), rel=relative(dtype, 5e-6))
         assert losses[ours].item() == want, ours
 
@@ -73,7 +79,9 @@ def test_gradients(kind: str, dtype: torch.dtype, loss: str) -> None:
     losses = joint_loss(model, fbank, masks)
     assert losses["loss"].item() == pytest.approx(expected[loss].item(), rel=relative(dtype, 5e-6))
     assert set(losses) - {"loss"} == {
-        "nce": {"nce", "accuracy"}, "mse": {"mse"}, "joint": {"nce", "accuracy", "mse"}
+        "nce": {"infonce_loss", "pretext_accuracy"},
+        "mse": {"mse_loss"},
+        "joint": {"infonce_loss", "pretext_accuracy", "mse_loss"},
     }[loss]  # fmt: skip
     losses["loss"].backward()
     ours, norms = gradients(model), expected["grad_norms"][loss]
@@ -118,12 +126,14 @@ def test_five_steps_of_training(kind: str, dtype: torch.dtype, fused: bool) -> N
     for want in trace["loss_nce_mse_acc"]:
         optimizer.zero_grad()
         losses = joint_loss(model, fbank, masks)
-        got = [losses[name].item() for name in ("loss", "nce", "mse")]
+        got = [losses[name].item() for name in ("loss", "infonce_loss", "mse_loss")]
         *want, want_accuracy = want
         assert got == pytest.approx(want, rel=relative(dtype, 2e-3))  # Adam divides noise too
         # In float32 that may decide a near tie: one patch more or less is told apart.
         one_patch = 1 / masks.mask_ids.numel() if dtype == torch.float32 else 0.0
-        assert losses["accuracy"].item() == pytest.approx(want_accuracy, abs=1e-9 + one_patch)
+        assert losses["pretext_accuracy"].item() == pytest.approx(
+            want_accuracy, abs=1e-9 + one_patch
+        )
         losses["loss"].backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
@@ -171,11 +181,15 @@ def test_two_passes_are_two_separate_passes(axis: str) -> None:
     assert not first.mask_ids.equal(second.mask_ids)
     joint_loss(two_pass, fbank, first, second)["loss"].backward()
     contrast, rebuild = joint_loss(both_heads, fbank, first), joint_loss(both_heads, fbank, second)
-    (contrast["nce"] + 10 * rebuild["mse"]).backward()
+    (contrast["infonce_loss"] + 10 * rebuild["mse_loss"]).backward()
     losses = two_pass(fbank, first, second)
-    assert losses["nce"].mean().item() == pytest.approx(contrast["nce"].item(), rel=1e-12)
-    assert losses["accuracy"].mean().item() == pytest.approx(contrast["accuracy"].item())
-    assert losses["mse"].mean().item() == pytest.approx(rebuild["mse"].item(), rel=1e-12)
+    assert losses["infonce_loss"].mean().item() == pytest.approx(
+        contrast["infonce_loss"].item(), rel=1e-12
+    )
+    assert losses["pretext_accuracy"].mean().item() == pytest.approx(
+        contrast["pretext_accuracy"].item()
+    )
+    assert losses["mse_loss"].mean().item() == pytest.approx(rebuild["mse_loss"].item(), rel=1e-12)
     want = gradients(both_heads)
     for name, gradient in gradients(two_pass).items():
         torch.testing.assert_close(gradient, want[name], rtol=1e-10, atol=1e-14)
@@ -208,9 +222,16 @@ def test_masks_of_a_model_follow_its_configuration() -> None:
 
 
 def test_invalid_clips_count_nothing() -> None:
-    losses = {"nce": torch.tensor([1.0, math.inf, 3.0]), "mse": torch.tensor([0.5, math.nan, 1.5])}
+    losses = {
+        "infonce_loss": torch.tensor([1.0, math.inf, 3.0]),
+        "mse_loss": torch.tensor([0.5, math.nan, 1.5]),
+    }
     means = mean_losses(losses, torch.tensor([True, False, True]), 10.0)
-    assert {k: v.item() for k, v in means.items()} == {"nce": 2.0, "mse": 1.0, "loss": 12.0}
+    assert {k: v.item() for k, v in means.items()} == {
+        "infonce_loss": 2.0,
+        "mse_loss": 1.0,
+        "loss": 12.0,
+    }
     nothing = mean_losses(losses, torch.zeros(3, dtype=torch.bool), 10.0)
     assert {v.item() for v in nothing.values()} == {0.0}
 

@@ -70,21 +70,14 @@ def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedPro
 
 
 def lines(run: Path, split: str) -> list[dict]:
-    """What a run has logged of a split, without what depends on the clock."""
-    path = run / "metrics.jsonl"
+    """The steps and metrics that a run logged as ``split/...``, their names without the prefix."""
+    path, prefix = run / "metrics.jsonl", f"{split}/"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    left_out = (
-        "split",
-        "time",
-        "clips_per_s",
-        "gflops_per_device",
-        "data_wait_share",
-        "memory_gib",
-    )
     return [
-        {k: v for k, v in line.items() if k not in left_out}
+        {"step": line["step"]}
+        | {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
         for line in found
-        if line["split"] == split
+        if f"{prefix}loss" in line
     ]
 
 

@@ -64,6 +64,6 @@ def test_pictures_of_a_run(tmp_path):
 def test_curves_of_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert draw_curves(tmp_path).exists()
-    line = json.dumps({"step": 1, "split": "train", "loss": 1.0, "lr": 0.1})
-    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 2, "sp')  # cut off by a kill
+    line = json.dumps({"step": 1, "train/loss": 1.0, "train/lr": 0.1})
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 2, "tr')  # cut off by a kill
     assert draw_curves(tmp_path).exists()

@@ -65,7 +65,7 @@ def test_pretraining(patch: str, mask: str, axis: str) -> None:
     clips, epochs = torch.tensor([3, 1, 4, 15]), torch.tensor([0, 1, 2, 3])
     masks = model.draw_masks(clips, epochs, num_frames)
     losses = model(fbank, *masks)
-    (losses["nce"] + 10 * losses["mse"]).sum().backward()
+    (losses["infonce_loss"] + 10 * losses["mse_loss"]).sum().backward()
     want = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
     width = model.encoder.embed.patch[1]
     for b, length in enumerate(LENGTHS):
@@ -78,7 +78,7 @@ def test_pretraining(patch: str, mask: str, axis: str) -> None:
         got = small(fbank[b : b + 1, : own * width], *small_masks)
         for name in losses:
             torch.testing.assert_close(losses[name][b], got[name][0], rtol=1e-10, atol=1e-12)
-        (got["nce"] + 10 * got["mse"]).sum().backward()
+        (got["infonce_loss"] + 10 * got["mse_loss"]).sum().backward()
         for name, parameter in small.named_parameters():
             if name.endswith("pos_embed"):
                 full = want[name][:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
@@ -118,7 +118,7 @@ def test_a_clip_too_short_for_a_mask_counts_nothing() -> None:
     assert valid.tolist() == [True, False]
     losses = model(fbank, *masks)
     means = mean_losses(losses, valid, 10.0)
-    assert means["nce"] == losses["nce"][0] and means["loss"].isfinite()
+    assert means["infonce_loss"] == losses["infonce_loss"][0] and means["loss"].isfinite()
     means["loss"].backward()
 
 

@@ -100,7 +100,7 @@ def test_a_bad_clip_is_named_and_its_step_left_out(load, losses, tmp_path, monke
     assert line == {"step": 3, "rank": 0, "certain": True, "clips": poisoned}
     found = lines(tmp_path / "run", "train")
     assert found[:2] == losses[:2]
-    assert [row["skipped"] for row in found] == [0, 0, 1] + [0] * 9
+    assert [row["skipped_steps"] for row in found] == [0, 0, 1] + [0] * 9
     assert math.isnan(found[2]["loss"])
     assert all(math.isfinite(row["loss"]) for row in found[3:])
 

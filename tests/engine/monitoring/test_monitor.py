@@ -2,10 +2,17 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssast.engine.config import from_plain, load_config
 from ssast.engine.monitoring.flops import forward_flops, peak_flops, step_flops_per_clip
-from ssast.engine.monitoring.monitor import Monitor, duration, environment, read_metrics
+from ssast.engine.monitoring.monitor import (
+    Monitor,
+    duration,
+    environment,
+    read_metrics,
+    scalars,
+)
 from ssast.engine.parallel.ranks import World
 
 WORLD = World(0, 0, 1, "single", torch.device("cpu"))
@@ -21,18 +28,47 @@ def test_lines_hold_values_and_rates(tmp_path, capsys):
     log = monitor(tmp_path)
     with log.waiting_for_data():
         pass
-    log.log_train(2, {"loss": 1.5, "accuracy": 0.25, "lr": 1e-4})
+    log.log_train(2, {"loss": 1.5, "pretext_accuracy": 0.25, "lr": 1e-4})
     log.log_valid(2, {"loss": 1.25})
     log.close()
     train, valid = read_metrics(tmp_path / "metrics.jsonl")
-    assert (train["step"], train["split"], train["loss"]) == (2, "train", 1.5)
-    assert train["clips_per_s"] > 0 and 0 <= train["data_wait_share"] <= 1
-    assert train["gflops_per_device"] == pytest.approx(train["clips_per_s"])
-    assert train["memory_gib"] > 0
-    assert (valid["split"], valid["loss"]) == ("valid", 1.25)
-    shown = capsys.readouterr().out
-    assert "step 2/20  loss 1.500  acc 0.250  lr 1.0e-04" in shown and "ETA" in shown
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert (train["step"], train["train/loss"], train["train/lr"]) == (2, 1.5, 1e-4)
+    assert train["perf/clips_per_s"] > 0 and 0 <= train["perf/data_wait_share"] <= 1
+    assert train["perf/tflops_per_device"] == pytest.approx(train["perf/clips_per_s"] / 1000)
+    assert train["perf/step_s"] == pytest.approx(4 / train["perf/clips_per_s"])
+    assert train["perf/memory_gib"] > 0 and "perf/mfu" not in train
+    assert valid.keys() == {"step", "time", "valid/loss"} and valid["valid/loss"] == 1.25
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("step  2/20  loss  1.5000  pretext acc  25.0%  lr 1.00e-04  clips/s")
+    assert "  ETA 0:00:" in shown[0] and shown[1:] == ["step  2/20  validation: loss 1.2500"]
+
+
+def test_tensorboard_has_the_names_of_the_log(tmp_path):
+    log = monitor(tmp_path)
+    log.log_train(1, {"loss": 1.5, "lr": 1e-4, "grad_norm": 0.5})
+    log.log_valid(1, {"loss": 1.25, "accuracy": 0.5})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    names = {name for line in lines for name in line} - {"step", "time"}
+    assert set(events.Tags()["scalars"]) == names
+    for name in names:
+        board = [(event.step, event.value) for event in events.Scalars(name)]
+        assert board == [(1, pytest.approx(scalars(lines, name)[0][1]))]
+    assert {"train/grad_norm", "valid/accuracy", "perf/step_s"} <= names
+
+
+def test_mfu_of_a_known_accelerator(tmp_path, monkeypatch, capsys):
+    seconds = iter([0.0, 2.0, 2.0])
+    monkeypatch.setattr("ssast.engine.monitoring.monitor.time.perf_counter", lambda: next(seconds))
+    log = Monitor(
+        tmp_path, world=WORLD, step=0, steps=9, batch_size=4, flops_per_clip=1e9, peak_flops=1e10
+    )
+    log.log_train(5, {"loss": 1.0, "lr": 0.1})
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["perf/clips_per_s"] == 10 and line["perf/mfu"] == pytest.approx(1.0)
+    assert line["perf/step_s"] == pytest.approx(0.4)
+    assert "MFU 100.0%" in capsys.readouterr().out
 
 
 def test_steps_before_a_restart_of_the_clock_do_not_count(tmp_path, monkeypatch):
@@ -42,13 +78,13 @@ def test_steps_before_a_restart_of_the_clock_do_not_count(tmp_path, monkeypatch)
     log.restart_clock(4)  # at 10 s, after 4 steps and a validation
     log.log_train(6, {"loss": 1.0, "lr": 0.1})
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["clips_per_s"] == pytest.approx(2 * 4 / 2.0)
+    assert line["perf/clips_per_s"] == pytest.approx(2 * 4 / 2.0)
 
 
 def test_resuming_drops_the_lines_of_steps_that_are_taken_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    kept = [{"step": s, "split": "train"} for s in (1, 2, 3, 4)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept) + '{"step": 5, "spl')
+    kept = [{"step": s, "train/loss": 1.0} for s in (1, 2, 3, 4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept) + '{"step": 5, "tra')
     monitor(tmp_path, step=3).close()
     assert read_metrics(path) == kept[:3]
     monitor(tmp_path, step=0).close()
