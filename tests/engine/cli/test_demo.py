@@ -29,7 +29,7 @@ def test_any_folder_of_audio(folder, tmp_path, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "bad.flac" in shown
-    assert "patches hidden in a held-out clip, the model tells" in shown
+    assert "Pretext (InfoNCE) accuracy on held-out clips: " in shown
     run = tmp_path / "runs" / "demo-my_sounds"
     for name in ("curves.png", "reconstructions.png", "metrics.jsonl"):
         assert (run / name).exists() and f"runs/demo-my_sounds/{name}" in shown
