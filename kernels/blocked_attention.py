@@ -8,8 +8,12 @@ faster, whole heads are better: their scores stay in the cache from the first pr
 and are computed again in the backward pass. Scores and softmax are float32 at least.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ssast.kernels.operation import custom_op
 
 BLOCK = 1 << 20  # scores at a time, 4 MiB
 
@@ -55,8 +59,7 @@ def _rows(padding: Tensor | None, block: slice) -> Tensor | None:
     return None if padding is None else padding[block]
 
 
-@torch.library.custom_op("ssast::blocked_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+def _attention_torch(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     like, padding = q, _padding(real, q.shape[2])
     q, k, v = map(_by_head, (q, k, v))
     blocks, out = _blocks(q, k), torch.empty_like(q)
@@ -67,13 +70,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     return _by_token(out, like)
 
 
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("ssast::blocked_attention_backward", mutates_args=())
-def _attention_backward(
+_attention = custom_op("blocked_attention", _attention_torch, fake=_attention_fake)
+
+
+def _attention_backward_torch(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, padding = q.shape[3] ** -0.5, _padding(real, q.shape[2])
@@ -93,11 +97,15 @@ def _attention_backward(
     return _by_token(dq, queries), _by_token(dk, keys), _by_token(dv, keys)
 
 
-@_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None
+def _attention_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_attention_backward = custom_op(
+    "blocked_attention_backward", _attention_backward_torch, fake=_attention_backward_fake
+)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -23,6 +23,7 @@ devices, and in float64, the batch goes through :func:`fbank_reference`.
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from ssast.kernels.fbank_kernel import fbank_on_cuda
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec, mel_matrix, num_frames
+from ssast.kernels.operation import custom_op
 
 BLOCK = 1024  # frames at a time on a CPU: fewer cost more in calls and in the mel product
 BAND = 16  # filters at a time: 10 or 20 take BLAS longer, 8 and 32 as well
@@ -142,8 +144,7 @@ def fbank_into(out: Tensor, waveform: Tensor, spec: FbankSpec) -> None:
         _workspaces.get(spec).run(waveform, out[:count])
 
 
-@torch.library.custom_op("ssast::fbank", mutates_args=())
-def _fbank(
+def _fbank_torch(
     waveforms: Tensor,
     num_samples: Tensor,
     sample_rate_hz: int,
@@ -151,51 +152,31 @@ def _fbank(
     frames: int,
     low_hz: float,
 ) -> Tensor:
+    if not len(waveforms):  # torch.fft refuses an empty batch
+        return waveforms.new_empty(0, frames, n_mels)
     spec = FbankSpec(sample_rate_hz, n_mels, frames, low_hz)
     return fbank_reference(waveforms, num_samples, spec)
 
 
-@_fbank.register_kernel("cpu")
-def _fbank_cpu(
-    waveforms: Tensor,
-    num_samples: Tensor,
-    sample_rate_hz: int,
-    n_mels: int,
-    frames: int,
-    low_hz: float,
-) -> Tensor:
-    spec = FbankSpec(sample_rate_hz, n_mels, frames, low_hz)
-    out = torch.empty(waveforms.shape[0], frames, n_mels)
+def _fbank_cpu(waveforms: Tensor, num_samples: Tensor, *settings: Any) -> Tensor:
+    spec = FbankSpec(*settings)
+    out = torch.empty(waveforms.shape[0], spec.num_frames, spec.n_mels)
     for features, waveform, length in zip(out, waveforms, num_samples.tolist(), strict=True):
         fbank_into(features, waveform[:length], spec)
     return out
 
 
-@_fbank.register_kernel("cuda")
-def _fbank_cuda(
-    waveforms: Tensor,
-    num_samples: Tensor,
-    sample_rate_hz: int,
-    n_mels: int,
-    frames: int,
-    low_hz: float,
-) -> Tensor:
-    spec = FbankSpec(sample_rate_hz, n_mels, frames, low_hz)
-    if waveforms.dtype != torch.float32:
-        return fbank_reference(waveforms, num_samples, spec)
-    return fbank_on_cuda(waveforms, num_samples, spec)
+def _fbank_cuda(waveforms: Tensor, num_samples: Tensor, *settings: Any) -> Tensor:
+    return fbank_on_cuda(waveforms, num_samples, FbankSpec(*settings))
 
 
-@_fbank.register_fake
 def _fbank_fake(
-    waveforms: Tensor,
-    num_samples: Tensor,
-    sample_rate_hz: int,
-    n_mels: int,
-    frames: int,
-    low_hz: float,
+    waveforms: Tensor, num_samples: Tensor, sample_rate_hz: int, n_mels: int, frames: int, *_: Any
 ) -> Tensor:
     return waveforms.new_empty(waveforms.shape[0], frames, n_mels)
+
+
+_fbank = custom_op("fbank", _fbank_torch, cpu=_fbank_cpu, cuda=_fbank_cuda, fake=_fbank_fake)
 
 
 def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:

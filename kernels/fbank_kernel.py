@@ -222,16 +222,15 @@ def fbank_on_cuda(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Te
     """Launch the kernel; see :func:`ssast.kernels.fbank.fbank`."""
     B, S = waveforms.shape
     out = torch.empty(B, spec.num_frames, spec.n_mels, dtype=torch.float32, device=waveforms.device)
-    if B:
-        if waveforms.stride(1) != 1:
-            waveforms = waveforms.contiguous()
-        tables = _tables(spec, waveforms.device)
-        num_bins, columns = tables.cosines.shape[1:]
-        blocks = _blocks(architecture(waveforms.device), spec)
-        _fbank_kernel[B, triton.cdiv(spec.num_frames, blocks["BLOCK_T"]), len(tables.spans)](
-            waveforms, num_samples.contiguous(), *tables, out,
-            waveforms.stride(0), S, spec.num_frames,
-            N_MELS=spec.n_mels, WINDOW=spec.window, HOP=spec.hop, FACTOR=PREEMPHASIS, FLOOR=EPS,
-            NUM_BINS=num_bins, COLUMNS=columns, **blocks,
-        )  # fmt: skip
+    if waveforms.stride(1) != 1:
+        waveforms = waveforms.contiguous()
+    tables = _tables(spec, waveforms.device)
+    num_bins, columns = tables.cosines.shape[1:]
+    blocks = _blocks(architecture(waveforms.device), spec)
+    _fbank_kernel[B, triton.cdiv(spec.num_frames, blocks["BLOCK_T"]), len(tables.spans)](
+        waveforms, num_samples.contiguous(), *tables, out,
+        waveforms.stride(0), S, spec.num_frames,
+        N_MELS=spec.n_mels, WINDOW=spec.window, HOP=spec.hop, FACTOR=PREEMPHASIS, FLOOR=EPS,
+        NUM_BINS=num_bins, COLUMNS=columns, **blocks,
+    )  # fmt: skip
     return out

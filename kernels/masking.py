@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ssast.kernels.masking_kernel import draw_masks_on_cuda
+from ssast.kernels.operation import custom_op
 
 MaskKind = Literal["official", "uniform", "random"]
 
@@ -104,8 +105,7 @@ def draw_masks_reference(
     return sorted((ids[first:] + ids[:first])[:M])
 
 
-@torch.library.custom_op("ssast::draw_masks", mutates_args=())
-def _draw_masks(
+def _draw_masks_torch(
     clip_ids: Tensor,
     epochs: Tensor,
     real_columns: Tensor | None,
@@ -214,25 +214,18 @@ def _clusters(
     return covered & (rank < wanted)
 
 
-_draw_masks.register_kernel("cuda")(draw_masks_on_cuda)
-
-
-@_draw_masks.register_fake
-def _(
-    clip_ids: Tensor,
-    epochs: Tensor,
-    real_columns: Tensor | None,
-    num_masked: Tensor | None,
-    seed: int,
-    stream: int,
-    kind: str,
-    rows: int,
-    columns: int,
-    M: int,
-) -> tuple[Tensor, Tensor]:
+def _draw_masks_fake(
+    clip_ids: Tensor, epochs: Tensor, real_columns: Tensor | None, num_masked: Tensor | None,
+    seed: int, stream: int, kind: str, rows: int, columns: int, M: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, N = len(clip_ids), rows * columns
     ids = clip_ids.new_empty
     return ids((B, M), dtype=torch.int64), ids((B, N - M), dtype=torch.int64)
+
+
+_draw_masks = custom_op(
+    "draw_masks", _draw_masks_torch, cuda=draw_masks_on_cuda, fake=_draw_masks_fake
+)
 
 
 def draw_masks(

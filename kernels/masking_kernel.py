@@ -133,14 +133,13 @@ def draw_masks_on_cuda(
     B, N = len(clip_ids), rows * columns
     masked = torch.empty(B, M, dtype=torch.int64, device=clip_ids.device)
     visible = torch.empty(B, N - M, dtype=torch.int64, device=clip_ids.device)
-    if B:
-        block = max(32, triton.next_power_of_2(N))
-        _masks_kernel[(B,)](
-            clip_ids.contiguous(), epochs.contiguous(),
-            clip_ids if real_columns is None else real_columns.contiguous(),
-            clip_ids if num_masked is None else num_masked.contiguous(),
-            masked, visible, seed, stream, M,
-            ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=real_columns is not None, BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
-        )  # fmt: skip
+    block = max(32, triton.next_power_of_2(N))
+    _masks_kernel[(B,)](
+        clip_ids.contiguous(), epochs.contiguous(),
+        clip_ids if real_columns is None else real_columns.contiguous(),
+        clip_ids if num_masked is None else num_masked.contiguous(),
+        masked, visible, seed, stream, M,
+        ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=real_columns is not None, BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
     return masked, visible

@@ -14,16 +14,15 @@ d InfoNCE / d c_j = 1/M sum_i (softmax(S)_ij - delta_ij) t_i. S and the softmax 
 
 Where clips have different numbers of masked patches, M is the largest of them and ``num_masked``
 says how many rows of a clip count. The others may hold anything, and their gradient is 0.
-
-On CUDA, float64 goes the way of the CPU.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ssast.kernels.mspm_loss_kernels import info_nce_on_cuda, mse_on_cuda
+from ssast.kernels.operation import custom_op
 
 SoftmaxAxis = Literal["official", "paper"]
 
@@ -114,7 +113,14 @@ def _info_nce_torch(
     return nce, hit.sum(1).to(t.dtype) / count, gradient.to(predictions.dtype)
 
 
-_info_nce = torch.library.custom_op("ssast::info_nce", _info_nce_torch, mutates_args=())
+def _info_nce_fake(
+    targets: Tensor, predictions: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, gradient = _mse_fake(targets, predictions)
+    return loss, torch.empty_like(loss), gradient
+
+
+_info_nce = custom_op("info_nce", _info_nce_torch, cuda=info_nce_on_cuda, fake=_info_nce_fake)
 
 
 def _mse_torch(
@@ -129,48 +135,12 @@ def _mse_torch(
     return mse, error.to(predictions.dtype).contiguous()
 
 
-_mse = torch.library.custom_op("ssast::mse", _mse_torch, mutates_args=())
-
-
-@_info_nce.register_kernel("cuda")
-def _info_nce_cuda(
-    targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(targets.dtype, predictions.dtype)
-    if dtype == torch.float64 or predictions.numel() == 0:
-        return _info_nce_torch(targets, predictions, over_targets, num_masked)
-    t, c = targets.to(dtype), predictions.to(dtype)
-    losses, hits, gradient = info_nce_on_cuda(t, c, over_targets, num_masked)
-    count = _divisor(num_masked, targets.shape[1], torch.float32)
-    return losses / count, hits / count, gradient.to(predictions.dtype)
-
-
-@_info_nce.register_fake
-def _(
-    targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(targets.dtype, torch.float32)
-    per_clip = targets.new_empty(len(targets), dtype=dtype)
-    return per_clip, torch.empty_like(per_clip), predictions.new_empty(predictions.shape)
-
-
-@_mse.register_kernel("cuda")
-def _mse_cuda(
-    targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    if torch.float64 in (targets.dtype, predictions.dtype) or predictions.numel() == 0:
-        return _mse_torch(targets, predictions, num_masked)
-    _, M, P = targets.shape
-    squares, gradient = mse_on_cuda(targets, predictions, num_masked)
-    return squares / (_divisor(num_masked, M, torch.float32) * P), gradient
-
-
-@_mse.register_fake
-def _(
-    targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _mse_fake(targets: Tensor, predictions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(targets.dtype, torch.float32)
     return targets.new_empty(len(targets), dtype=dtype), predictions.new_empty(predictions.shape)
+
+
+_mse = custom_op("mse", _mse_torch, cuda=mse_on_cuda, fake=_mse_fake)
 
 
 def _save_gradient(ctx, inputs, output) -> None:

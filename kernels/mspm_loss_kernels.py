@@ -214,20 +214,26 @@ def _blocks(arch: int, dtype: torch.dtype, P: int) -> tuple[int, int, int, int]:
     return width if width <= 256 else 64, min(256, width), loop, 4 if width <= 64 else 8
 
 
+def _divisor(num_masked: Tensor | None, M: int) -> Tensor | int:
+    """Rows of each clip that count, at least 1."""
+    return M if num_masked is None else num_masked.clamp(1, M)
+
+
 @on_its_device
 def info_nce_on_cuda(
-    t: Tensor, c: Tensor, over_targets: bool, num_masked: Tensor | None
+    targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the rows of each clip, loss and hits [B], and the gradient of c.
+    """Loss and accuracy of each clip, [B] float32, and the gradient of the predictions.
 
     Args:
-        t: [B, M, P] targets, of one dtype with c, float32 or half; not empty.
-        c: [B, M, P] predictions.
+        targets: [B, M, P], not empty.
+        predictions: [B, M, P].
         over_targets: The softmax goes over the targets.
         num_masked: [B] int64, rows that count; all if None.
     """
-    B, M, P = t.shape
-    t, c = t.contiguous(), c.contiguous()
+    B, M, P = targets.shape
+    dtype = torch.promote_types(targets.dtype, predictions.dtype)
+    t, c = targets.to(dtype).contiguous(), predictions.to(dtype).contiguous()
     n = None if num_masked is None else num_masked.contiguous()
     block_k, block_p, loop, num_warps = _blocks(architecture(t.device), t.dtype, P)
     blocks = {"BLOCK_K": block_k, "BLOCK_OWN": 64, "num_warps": num_warps, "num_stages": 2}
@@ -244,14 +250,15 @@ def info_nce_on_cuda(
         t, c, n, row_max, row_log, losses, hits, gradient, M,
         P=P, BLOCK_P=block_p, BLOCK_LOOP=loop, **blocks,
     )  # fmt: skip
-    return losses.sum(1), hits.sum(1), gradient
+    count = _divisor(num_masked, M)
+    return losses.sum(1) / count, hits.sum(1) / count, gradient.to(predictions.dtype)
 
 
 @on_its_device
 def mse_on_cuda(
-    targets: Tensor, predictions: Tensor, num_masked: Tensor | None
+    targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of squares of each clip, [B], and the gradient of the mean."""
+    """Loss of each clip, [B] float32, and its gradient; the tensors are not empty."""
     B, M, P = targets.shape
     block = 4096
     tiles = triton.cdiv(M * P, block)
@@ -262,4 +269,4 @@ def mse_on_cuda(
         None if num_masked is None else num_masked.contiguous(),
         sums, gradient, M, P=P, BLOCK=block, num_warps=8,
     )  # fmt: skip
-    return sums.sum(1), gradient
+    return sums.sum(1) / (_divisor(num_masked, M) * P), gradient

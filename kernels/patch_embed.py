@@ -7,18 +7,20 @@
 
 Masked patches cost no arithmetic: with 400 of 512 hidden, the projection works on 22 % of the
 rows. Patches lie on a grid of F_p rows (frequency) and T_p columns (time), numbered row by row; a
-patch is flattened row by row over (mel bin, frame), as a convolution's kernel is. The Triton
-kernels are for floats of up to 32 bits; on a GPU, float64 goes through torch.
+patch is flattened row by row over (mel bin, frame), as a convolution's kernel is.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ssast.kernels import patch_embed_kernels
 from ssast.kernels.masking import Masks
+from ssast.kernels.operation import custom_op
 
 
 def patch_grid(
@@ -47,25 +49,22 @@ def patch_embed_reference(
     mask_embed: Tensor,
     pos_embed: Tensor,
     prefix: Tensor,
-    mask_ids: Tensor,
+    masks: Masks,
+    *,
     mean: float,
     std: float,
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The definition, as the published code computes it; what the kernels are tested against."""
+    """The definition of :func:`patch_embed`, as the published code computes it."""
     x = ((fbank - mean) / (2 * std)).to(weight.dtype)
     image = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
-    tokens = (
-        torch.nn.functional.conv2d(image, weight, bias, tuple(stride)).flatten(2).transpose(1, 2)
-    )
+    tokens = functional.conv2d(image, weight, bias, tuple(stride)).flatten(2).transpose(1, 2)
     masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=fbank.device)
-    masked.scatter_(1, mask_ids, True)
+    masked.scatter_(1, masks.mask_ids, True)
     tokens = torch.where(masked[..., None], mask_embed, tokens)
     tokens = torch.cat((prefix.expand(len(fbank), -1, -1), tokens), 1) + pos_embed
-    patches = torch.nn.functional.unfold(image, weight.shape[2:], stride=tuple(stride)).transpose(
-        1, 2
-    )
-    return tokens, take(patches, mask_ids)
+    patches = functional.unfold(image, weight.shape[2:], stride=tuple(stride)).transpose(1, 2)
+    return tokens, take(patches, masks.mask_ids)
 
 
 def take(rows: Tensor, ids: Tensor) -> Tensor:
@@ -80,10 +79,6 @@ def _normalised(
     patches = cut_patches(fbank, weight.shape[2:], stride)
     patches = patches.to(torch.promote_types(fbank.dtype, torch.float32))
     return patches.sub(mean).mul_(0.5 / std).to(weight.dtype)
-
-
-def _is_double(*tensors: Tensor) -> bool:
-    return any(x.dtype == torch.float64 for x in tensors)
 
 
 def _patch_embed_torch(
@@ -111,46 +106,18 @@ def _patch_embed_torch(
     return tokens, take(patches, mask_ids)
 
 
-_patch_embed = torch.library.custom_op("ssast::patch_embed", _patch_embed_torch, mutates_args=())
-
-
-@_patch_embed.register_kernel("cuda")
-def _patch_embed_cuda(
-    fbank: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask_embed: Tensor,
-    pos_embed: Tensor,
-    prefix: Tensor,
-    mask_ids: Tensor,
-    visible_ids: Tensor,
-    mean: float,
-    std: float,
-    stride: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    run = _patch_embed_torch if _is_double(fbank, weight) else patch_embed_kernels.forward
-    return run(
-        fbank, weight, bias, mask_embed, pos_embed, prefix, mask_ids, visible_ids, mean, std, stride
-    )
-
-
-@_patch_embed.register_fake
-def _(
-    fbank: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask_embed: Tensor,
-    pos_embed: Tensor,
-    prefix: Tensor,
-    mask_ids: Tensor,
-    visible_ids: Tensor,
-    mean: float,
-    std: float,
-    stride: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+def _patch_embed_fake(
+    fbank: Tensor, weight: Tensor, bias: Tensor, mask_embed: Tensor, pos_embed: Tensor,
+    prefix: Tensor, mask_ids: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, M = mask_ids.shape
     P = math.prod(weight.shape[1:])
     return weight.new_empty(B, *pos_embed.shape[1:]), weight.new_empty(B, M, P)
+
+
+_patch_embed = custom_op(
+    "patch_embed", _patch_embed_torch, cuda=patch_embed_kernels.forward, fake=_patch_embed_fake
+)
 
 
 def _patch_embed_backward_torch(
@@ -171,39 +138,19 @@ def _patch_embed_backward_torch(
     return dweight, rows.sum(0), dmask_embed, grad.sum(0, keepdim=True)
 
 
-_patch_embed_backward = torch.library.custom_op(
-    "ssast::patch_embed_backward", _patch_embed_backward_torch, mutates_args=()
-)
-
-
-@_patch_embed_backward.register_kernel("cuda")
-def _patch_embed_backward_cuda(
-    grad: Tensor,
-    fbank: Tensor,
-    weight: Tensor,
-    mask_ids: Tensor,
-    visible_ids: Tensor,
-    mean: float,
-    std: float,
-    stride: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _patch_embed_backward_torch if _is_double(fbank, weight) else patch_embed_kernels.backward
-    return run(grad, fbank, weight, mask_ids, visible_ids, mean, std, stride)
-
-
-@_patch_embed_backward.register_fake
-def _(
-    grad: Tensor,
-    fbank: Tensor,
-    weight: Tensor,
-    mask_ids: Tensor,
-    visible_ids: Tensor,
-    mean: float,
-    std: float,
-    stride: Sequence[int],
+def _patch_embed_backward_fake(
+    grad: Tensor, fbank: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new, D = grad.new_empty, grad.shape[2]
     return new(weight.shape), new(D), new(D), new(1, *grad.shape[1:])
+
+
+_patch_embed_backward = custom_op(
+    "patch_embed_backward",
+    _patch_embed_backward_torch,
+    cuda=patch_embed_kernels.backward,
+    fake=_patch_embed_backward_fake,
+)
 
 
 def _save(ctx, inputs, output) -> None:

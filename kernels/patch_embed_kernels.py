@@ -369,18 +369,17 @@ def forward(
     width = _width(D, blocks.width)
     num_products = triton.cdiv(B * V, blocks.rows) * triton.cdiv(D, width)
     programs = num_products + B * triton.cdiv(extra + M, _FILL_ROWS)
-    if programs:
-        _patch_embed_kernel[(programs,)](
-            fbank, fbank.stride(), mean, 0.5 / std, weight.contiguous(), bias.contiguous(),
-            mask_embed.contiguous(), pos_embed.contiguous(), prefix.contiguous(),
-            mask_ids.contiguous(), visible_ids.contiguous(), tokens, targets,
-            num_products, B * V, V, M,
-            D=D, N=M + V, EXTRA=extra, PATCH=patch, STRIDE=tuple(stride),
-            COLUMNS=_columns(fbank, patch, stride),
-            TILE=tile, STEPS=steps, ROWS=blocks.rows, WIDTH=width,
-            FILL_TILE=fill_tile, FILL_STEPS=fill_steps, FILL_ROWS=_FILL_ROWS,
-            FILL_WIDTH=_width(D, 256), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-        )  # fmt: skip
+    _patch_embed_kernel[(programs,)](
+        fbank, fbank.stride(), mean, 0.5 / std, weight.contiguous(), bias.contiguous(),
+        mask_embed.contiguous(), pos_embed.contiguous(), prefix.contiguous(),
+        mask_ids.contiguous(), visible_ids.contiguous(), tokens, targets,
+        num_products, B * V, V, M,
+        D=D, N=M + V, EXTRA=extra, PATCH=patch, STRIDE=tuple(stride),
+        COLUMNS=_columns(fbank, patch, stride),
+        TILE=tile, STEPS=steps, ROWS=blocks.rows, WIDTH=width,
+        FILL_TILE=fill_tile, FILL_STEPS=fill_steps, FILL_ROWS=_FILL_ROWS,
+        FILL_WIDTH=_width(D, 256), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
     return tokens, targets
 
 
@@ -414,15 +413,14 @@ def backward(
     weight_parts = grad.new_empty(splits, D, P, dtype=torch.float32)
     is_masked = grad.new_empty(B, N, dtype=torch.int8)
     flags = 1024
-    if B:
-        _weight_grad_kernel[(splits * products + triton.cdiv(B * N, flags),)](
-            fbank, fbank.stride(), mean, 0.5 / std, grad, mask_ids, visible_ids, weight_parts,
-            is_masked, splits * products, B * V, B * N, V, M, share,
-            D=D, N=N, EXTRA=L - N, PATCH=patch, STRIDE=tuple(stride),
-            COLUMNS=_columns(fbank, patch, stride),
-            TILE=tile, STEPS=steps, ROWS=blocks.rows, WIDTH=width, FLAGS=flags,
-            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-        )  # fmt: skip
+    _weight_grad_kernel[(splits * products + triton.cdiv(B * N, flags),)](
+        fbank, fbank.stride(), mean, 0.5 / std, grad, mask_ids, visible_ids, weight_parts,
+        is_masked, splits * products, B * V, B * N, V, M, share,
+        D=D, N=N, EXTRA=L - N, PATCH=patch, STRIDE=tuple(stride),
+        COLUMNS=_columns(fbank, patch, stride),
+        TILE=tile, STEPS=steps, ROWS=blocks.rows, WIDTH=width, FLAGS=flags,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
     rows, width = 4, _width(D, 256)
     clips = 8 if grad.element_size() == 4 else 4
     parts = triton.cdiv(L, rows)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssast.kernels.masking import Masks
+from ssast.kernels.operation import custom_op
 from ssast.kernels.patch_embed import take
 
 
@@ -23,8 +24,7 @@ def spread_reference(own: Tensor, shared: Tensor, masks: Masks) -> Tensor:
     return out.scatter(1, ids, own[:, extra:])
 
 
-@torch.library.custom_op("ssast::spread", mutates_args=())
-def _spread(own: Tensor, shared: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> Tensor:
+def _spread_torch(own: Tensor, shared: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> Tensor:
     (B, rows, D), N = own.shape, len(shared)
     extra = rows - visible_ids.shape[1]
     out = own.new_empty(B, extra + N, D)
@@ -35,14 +35,17 @@ def _spread(own: Tensor, shared: Tensor, mask_ids: Tensor, visible_ids: Tensor) 
     return out
 
 
-@_spread.register_fake
-def _(own: Tensor, shared: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> Tensor:
+def _spread_fake(own: Tensor, shared: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> Tensor:
     extra = own.shape[1] - visible_ids.shape[1]
     return own.new_empty(len(own), extra + len(shared), own.shape[2])
 
 
-@torch.library.custom_op("ssast::spread_backward", mutates_args=())
-def _spread_backward(grad: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
+_spread = custom_op("spread", _spread_torch, fake=_spread_fake)
+
+
+def _spread_backward_torch(
+    grad: Tensor, mask_ids: Tensor, visible_ids: Tensor
+) -> tuple[Tensor, Tensor]:
     N = mask_ids.shape[1] + visible_ids.shape[1]
     extra = grad.shape[1] - N
     patches = grad[:, extra:]
@@ -53,11 +56,15 @@ def _spread_backward(grad: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> tup
     return own, shared
 
 
-@_spread_backward.register_fake
-def _(grad: Tensor, mask_ids: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _spread_backward_fake(
+    grad: Tensor, mask_ids: Tensor, visible_ids: Tensor
+) -> tuple[Tensor, Tensor]:
     N, D = mask_ids.shape[1] + visible_ids.shape[1], grad.shape[2]
     rows = grad.shape[1] - mask_ids.shape[1]
     return grad.new_empty(len(grad), rows, D), grad.new_empty(N, D)
+
+
+_spread_backward = custom_op("spread_backward", _spread_backward_torch, fake=_spread_backward_fake)
 
 
 def _save(ctx, inputs, output) -> None:

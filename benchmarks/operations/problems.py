@@ -146,20 +146,18 @@ def patch_embed_problem(shape: Shape, dtype: torch.dtype, device: torch.device) 
         (0.05 * normal(*s)).to(dtype)
         for s in ((D, 1, 16, 16), (D,), (D,), (1, 2 + N, D), (1, 2, D))
     ]
-    masks, settings = _masks(shape, device), (MEAN, STD, [16, 16])
+    masks = _masks(shape, device)
+    settings: dict[str, Any] = {"mean": MEAN, "std": STD, "stride": [16, 16]}
 
     def ours(*p: Tensor) -> Outputs:
         weight, bias, mask_embed, pos_embed, prefix = p
-        return patch_embed(
-            fbank, weight, bias, mask_embed, pos_embed, prefix, masks,
-            mean=MEAN, std=STD, stride=(16, 16),
-        )  # fmt: skip
+        return patch_embed(fbank, weight, bias, mask_embed, pos_embed, prefix, masks, **settings)
 
     def eager(*p: Tensor) -> Outputs:
         x = fbank.to(torch.promote_types(p[0].dtype, torch.float32))  # normalised before rounding
         weight, bias, mask_embed, pos_embed, prefix = p
         return patch_embed_reference(
-            x, weight, bias, mask_embed, pos_embed, prefix, masks.mask_ids, MEAN, STD, (16, 16)
+            x, weight, bias, mask_embed, pos_embed, prefix, masks, **settings
         )
 
     size = {"fbank_bytes": 4, "weight_bytes": dtype.itemsize}
@@ -172,8 +170,12 @@ def patch_embed_problem(shape: Shape, dtype: torch.dtype, device: torch.device) 
         roofline.patch_embed(B, N, M, 256, D, **size),
         roofline.patch_embed_backward(B, N, M, 256, D, **size),
         [
-            ("", _patch_embed, (fbank, *leaves, *masks[:2], *settings)),
-            ("", _patch_embed_backward, (gradient, fbank, leaves[0], *masks[:2], *settings)),
+            ("", _patch_embed, (fbank, *leaves, *masks[:2], *settings.values())),
+            (
+                "",
+                _patch_embed_backward,
+                (gradient, fbank, leaves[0], *masks[:2], *settings.values()),
+            ),
         ],
     )
 

@@ -106,7 +106,7 @@ def check(shape: str, regime: str, dtype: torch.dtype, device: str) -> None:
 
     def reference(*weights: Tensor) -> tuple[Tensor, ...]:
         x = fbank.double() if weights[0].dtype == torch.float64 else fbank.float()
-        return patch_embed_reference(x, *weights, masks.mask_ids, mean, std, stride)
+        return patch_embed_reference(x, *weights, masks, mean=mean, std=std, stride=stride)
 
     def operation(*weights: Tensor) -> tuple[Tensor, ...]:
         return run(fbank, weights, masks, stride, device, mean, std)
