@@ -232,7 +232,7 @@ class FinetuneEngine:
             raise DataError(f"{manifest}: none of its {len(clips)} clips can be read")
         values = classification_metrics(logits[read], clips.targets()[read])
         if out is not None:
-            from ssast.engine.evaluation.report import write_split  # matplotlib takes a second
+            from ssast.engine.evaluation.report import write_split
 
             write_split(out, clips, logits, read, values, loss)
         return values

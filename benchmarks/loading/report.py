@@ -4,11 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
+from ssast.pipelines.figures import save_figure, subplots
 
 CORES = (1, 4, 16, 64)
 TITLES = {
@@ -93,7 +89,7 @@ def rows(result: Result) -> Iterator[str]:
 def plot(results: Sequence[Result], path: Path) -> None:
     """CPU time of a clip by loader, the stream's split into its stages."""
     bars = [(r, name) for r in results for name in TITLES if name in r.cpu_ms]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(bars)), layout="constrained")
+    figure, axes = subplots(figsize=(9, 1.2 + 0.36 * len(bars)))
     colours = {"read": "tab:green", "decode": "tab:orange", "filterbank": "tab:blue"}
     places: list[float] = []
     labelled: set[str] = set()
@@ -114,5 +110,4 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes.set_xlim(0, 1.5 * max(max(r.cpu_ms.values()) for r in results))
     axes.set_xlabel("CPU ms a clip, median")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)

@@ -1,19 +1,14 @@
 """Tables and pictures of the kernel benchmark, made from its results."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-from dataclasses import asdict, dataclass
-
 import torch
-from matplotlib import pyplot as plt
 
 from ssast.kernels.aot import Report
+from ssast.pipelines.figures import save_figure, subplots
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -114,7 +109,7 @@ def plot(timings: "Sequence[Timing]", facts: dict[str, Any], path: Path) -> None
     providers = list(dict.fromkeys(t.provider for t in timings if t.provider != "eager"))
     eager = {_problem(t): t.median_s for t in timings if t.provider == "eager"}
     height = 0.8 / len(providers)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(problems)), layout="constrained")
+    figure, axes = subplots(figsize=(9, 1.2 + 0.36 * len(problems)))
     for i, provider in enumerate(providers):
         own = [t for t in timings if t.provider == provider]
         places = [problems.index(_problem(t)) + (i + 0.5) * height - 0.4 for t in own]
@@ -135,8 +130,7 @@ def plot(timings: "Sequence[Timing]", facts: dict[str, Any], path: Path) -> None
     axes.set_xlabel("time, as a share of eager PyTorch's (dashed); median, 20th to 80th percentile")
     axes.set_title(f"{facts['device']}, torch {facts['torch']}", fontsize=10)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
-
-from ssast.benchmarks.study.pictures import save
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant, label
+from ssast.pipelines.figures import save_figure, subplots
 
 if TYPE_CHECKING:
     from ssast.benchmarks.performance.tables import Row
@@ -33,7 +27,7 @@ def draw_steps(path: Path, sizes: "Mapping[str, Sequence[Row]]", words: str) -> 
     """
     measured = {row.variant for rows in sizes.values() for row in rows}
     variants = [v for v in (*VARIANTS.values(), *OPTIONS.values()) if v in measured]
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         1,
         len(sizes),
         figsize=(3.4 + 2.9 * len(sizes), 1.5 + 0.32 * len(variants)),
@@ -56,7 +50,7 @@ def draw_steps(path: Path, sizes: "Mapping[str, Sequence[Row]]", words: str) -> 
     axes[0, 0].set_yticks(range(len(variants)), map(label, variants), fontsize=9)
     axes[0, 0].invert_yaxis()
     figure.suptitle(words, fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _colour(variant: Variant) -> str:
@@ -67,7 +61,7 @@ def _colour(variant: Variant) -> str:
 
 def draw_parts(path: Path, shares: Mapping[str, Mapping[str, float]]) -> Path:
     """Where the time of a step goes: a bar for each size, of the shares of its parts."""
-    figure, axis = plt.subplots(figsize=(9, 1.3 + 0.5 * len(shares)))
+    figure, axis = subplots(figsize=(9, 1.3 + 0.5 * len(shares)))
     for place, parts in enumerate(shares.values()):
         left = 0.0
         for (part, share), colour in zip(parts.items(), PART_COLOURS, strict=False):
@@ -81,7 +75,7 @@ def draw_parts(path: Path, shares: Mapping[str, Mapping[str, float]]) -> Path:
     axis.set_xlim(0, 1)
     axis.set_xlabel("share of the time of a step", fontsize=9)
     axis.legend(ncols=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_scaling(path: Path, rates: Mapping[str, Mapping[str, float]]) -> Path:
@@ -91,7 +85,7 @@ def draw_scaling(path: Path, rates: Mapping[str, Mapping[str, float]]) -> Path:
         path: Of the PNG.
         rates: Clips per second of each value, by what was varied.
     """
-    figure, axes = plt.subplots(1, len(rates), figsize=(3.2 * len(rates), 3.1), squeeze=False)
+    figure, axes = subplots(1, len(rates), figsize=(3.2 * len(rates), 3.1), squeeze=False)
     for axis, (what, found) in zip(axes.flat, rates.items(), strict=True):
         values = list(found.values())
         if all(name.isdigit() for name in found):
@@ -109,4 +103,4 @@ def draw_scaling(path: Path, rates: Mapping[str, Mapping[str, float]]) -> Path:
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("clips per second", fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)

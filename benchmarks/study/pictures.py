@@ -3,15 +3,12 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
+from ssast.pipelines.figures import save_figure, subplots
 
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 from ssast.engine.monitoring.monitor import scalars
 
@@ -29,7 +26,7 @@ def draw_gains(
         chances: Of each task, a dashed line.
     """
     names = list(dict.fromkeys(name for models in tasks.values() for name in models))
-    figure, axis = plt.subplots(figsize=(2.5 + 2 * len(tasks), 4))
+    figure, axis = subplots(figsize=(2.5 + 2 * len(tasks), 4))
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         found = [(place, m[name]) for place, m in enumerate(tasks.values()) if name in m]
@@ -48,7 +45,7 @@ def draw_gains(
     axis.set_ylabel("test accuracy, % (dashed: the largest class)")
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Path:
@@ -58,7 +55,7 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
         path: Of the PNG.
         tasks: (epoch, accuracy) of each seed, by task and model.
     """
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), squeeze=False)
+    figure, axes = subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), squeeze=False)
     for axis, (task, models) in zip(axes.flat, tasks.items(), strict=True):
         for name, curves in models.items():
             for curve in curves:
@@ -71,7 +68,7 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
                 axis.plot(*_percent(mean), color=_colour(name), lw=2, label=name)
         _label(axis, task, "epoch", "accuracy on held-out clips, %")
     axes.flat[0].legend(fontsize=8)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
@@ -86,7 +83,7 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
         ("valid/mse_loss", "MSE loss", 1),
         ("valid/pretext_accuracy", "pretext (InfoNCE) accuracy, %", 100),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4))
+    figure, axes = subplots(1, len(panels), figsize=(13, 4))
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         for name, lines in logs.items():
             points = [(step, scale * value) for step, value in scalars(lines, key)]
@@ -95,7 +92,7 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
         _label(axis, title, "step", "")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _percent(curve: Curve) -> tuple[list[float], list[float]]:
@@ -108,16 +105,8 @@ def _colour(name: str) -> str:
     return pale if "scratch" in name else dark
 
 
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
+def _label(axis: "Axes", title: str, x: str, y: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.grid(alpha=0.3)
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG."""
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path

@@ -3,20 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
 from torch import Tensor
 
 from ssast.engine.checkpoints.pretrained import load_pretrained
 from ssast.engine.data.clips import fbank_spec, find_clips
 from ssast.engine.model.objective import MSPM
-from ssast.engine.monitoring.curves import _save, draw_curves
+from ssast.engine.monitoring.curves import draw_curves
 from ssast.kernels.masking import Masks
 from ssast.kernels.patch_embed import cut_patches, join_patches
+from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -57,8 +53,14 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
     masks = model.held_out_masks(batch.clip_ids, batch.num_frames)[-1]
     original = model.encoder.embed.normalise(batch.fbank)
     hidden, completed = complete(model, batch.fbank, masks)
-    figure, axes = plt.subplots(
-        len(titles), 3, figsize=(13, 2.5 * len(titles)), squeeze=False, sharex=True, sharey=True
+    figure, axes = subplots(
+        len(titles),
+        3,
+        figsize=(13, 2.5 * len(titles)),
+        layout="tight",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
     )
     num_patches = model.grid[0] * model.grid[1]
     style = {"origin": "lower", "aspect": "auto", "cmap": "magma"}
@@ -78,7 +80,7 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
         axes[row, 0].set_ylabel("mel bin", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("frame (10 ms)", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def complete(model: MSPM, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:

@@ -5,18 +5,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
 from sklearn.metrics import confusion_matrix
 
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import LabelledClips
 from ssast.engine.data.splits import Splits
 from ssast.engine.evaluation.metrics import class_metrics, likeliest, probabilities
+from ssast.pipelines.figures import save_figure, subplots
 
 PREDICTIONS = "predictions.csv"
 NUM_SHOWN = 5  # classes in a line of predictions.csv
@@ -147,7 +143,7 @@ def draw_confusion(
     counts = confusion_matrix(truth, named, labels=numbers).astype(float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(4 + 0.22 * min(len(classes), NAMED), 13)
-    figure, axis = plt.subplots(figsize=(size + 1, size))
+    figure, axis = subplots(figsize=(size + 1, size), layout="tight")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, fraction=0.046)
     if len(classes) <= NAMED:
@@ -156,9 +152,7 @@ def draw_confusion(
     axis.set_xlabel("named")
     axis.set_ylabel("label")
     axis.set_title("share of the clips of each label", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_classes(
@@ -167,12 +161,10 @@ def _draw_classes(
     found = class_metrics(scores, targets)["average_precision"]
     order = [i for i in np.argsort(np.nan_to_num(found, nan=-1.0)) if not np.isnan(found[i])]
     size = 2 + 0.2 * min(len(order), NAMED)
-    figure, axis = plt.subplots(figsize=(7, max(size, 2.5)))
+    figure, axis = subplots(figsize=(7, max(size, 2.5)), layout="tight")
     axis.barh(np.arange(len(order)), found[order])
     if len(order) <= NAMED:
         axis.set_yticks(np.arange(len(order)), [classes[i] for i in order], fontsize=7)
     axis.set_xlim(0, 1)
     axis.set_xlabel("average precision")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -18,6 +18,7 @@ from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows
 from ssast.pipelines.audio.decode import Item, UnusableError, read_blocks
+from ssast.pipelines.figures import save_figure, subplots
 
 BATCH = 32  # windows at a time
 SLICE = 5  # frames that one column of the spectrogram is the mean of
@@ -212,23 +213,17 @@ def draw_timeline(path: Path, found: Timeline, most: int = 10) -> None:
         found: With windows.
         most: Classes that are shown, those that are likeliest somewhere.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot as plt
-
     peaks = found.probabilities.max(0)
     shown = np.argsort(-peaks, kind="stable")[:most]
     end_s = float(found.ends_s[-1])
     centres = (found.starts_s + found.ends_s) / 2
     edges = np.concatenate([found.starts_s[:1], (centres[1:] + centres[:-1]) / 2, [end_s]])
-    figure, (above, below) = plt.subplots(
+    figure, (above, below) = subplots(
         2,
         1,
         sharex=True,
         figsize=(11, 3 + 0.28 * len(shown)),
         height_ratios=(2, 0.28 * len(shown) + 0.4),
-        layout="constrained",
     )
     if len(found.spectrogram):
         above.imshow(
@@ -250,5 +245,4 @@ def draw_timeline(path: Path, found: Timeline, most: int = 10) -> None:
     below.set_xlim(0, end_s)
     below.set_xlabel("s")
     figure.colorbar(image, ax=below, label="probability")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -3,14 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
 from ssast.engine.monitoring.monitor import read_metrics, scalars
+from ssast.pipelines.figures import save_figure, subplots
 
 # Title of a panel, and the metrics that it shows.
 PANELS = (
@@ -42,7 +36,7 @@ def draw_curves(run: Path) -> Path:
     logged = {name for line in lines for name in line}
     panels = [(title, curves) for title, *curves in PANELS if logged.intersection(curves)]
     rows = -(-len(panels) // 3) or 1
-    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.4 * rows), squeeze=False)
+    figure, axes = subplots(rows, 3, figsize=(13, 3.4 * rows), squeeze=False, layout="tight")
     for axis, (title, curves) in zip(axes.flat, panels, strict=False):
         for name in curves:
             if points := scalars(lines, name):
@@ -55,11 +49,4 @@ def draw_curves(run: Path) -> Path:
         axis.axis("off")
     if panels:
         axes.flat[0].legend(fontsize=9)
-    return _save(figure, run / "curves.png")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, run / "curves.png")

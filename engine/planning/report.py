@@ -28,6 +28,7 @@ from ssast.engine.planning.plan import (
     step_time,
     wire_elements,
 )
+from ssast.pipelines.figures import save_figure, subplots
 
 # Of `ssast bench data --threads 1`, 10 s FLAC, on a Xeon with AVX-512: 640 and 300; see --loader.
 CLIPS_PER_CORE = {"decoded": 600.0, "filterbank": 300.0}
@@ -305,15 +306,10 @@ def _duration(days: float) -> str:
 
 def draw_scaling(plan: dict[str, Any], path: Path) -> None:
     """Clips per second and days over the number of devices, PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot as plt
-
     rows = plan["scaling"]
     sizes = [row["gpus"] for row in rows]
     rates = [row["clips_per_s"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(11, 4.2))
     ideal = [rates[0] * n / sizes[0] for n in sizes]
     left.loglog(sizes, ideal, "--", color="grey", lw=1, label="linear")
     left.loglog(sizes, rates, "o-", ms=4, label="planned")
@@ -340,6 +336,4 @@ def draw_scaling(plan: dict[str, Any], path: Path) -> None:
         f"ZeRO stage {plan['choice']['train.zero_stage']}",
         fontsize=11,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -215,13 +216,10 @@ def _binned(values: torch.Tensor, lengths: torch.Tensor, padding: bool) -> np.nd
 
 def write_stats(stats: Stats, out: Path) -> list[Path]:
     """Writes ``stats.json`` and the histogram ``stats.png`` to a folder; returns their paths."""
-    from matplotlib.figure import Figure
-
     facts = asdict(stats) | {"histogram": stats.histogram.astype(int).tolist()}
     facts["edges"] = EDGES.round(6).tolist()
     write_atomically(out / "stats.json", json.dumps(facts, indent=1) + "\n")
-    figure = Figure(figsize=(8, 4))
-    axes = figure.subplots()
+    figure, axes = subplots(figsize=(8, 4), layout="tight")
     axes.stairs(stats.histogram / stats.histogram.sum() / np.diff(EDGES), EDGES, fill=True)
     axes.axvline(stats.mean, color="black", label=f"mean {stats.mean:.4f}")
     for sign in (-1, 1):
@@ -233,6 +231,4 @@ def write_stats(stats: Stats, out: Path) -> list[Path]:
     axes.set_ylabel("density")
     axes.set_title(f"{stats.num_clips} of {stats.num_total} clips, {stats.num_frames} frames each")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(out / "stats.png", dpi=110)
-    return [out / "stats.json", out / "stats.png"]
+    return [out / "stats.json", save_figure(figure, out / "stats.png")]

@@ -19,6 +19,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     "pipelines": (
         ("errors",),
         ("files",),
+        ("figures",),
         ("clips",),
         ("audio", "datasets"),
         ("stream", "demo"),

@@ -1,0 +1,83 @@
+"""Figures as PNG files: no display, no pyplot, and text that is drawn as it is written.
+
+matplotlib takes most of a second to import, so it is imported by the first figure.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssast.pipelines.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def subplots(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    figsize: tuple[float, float],
+    layout: Literal["tight", "constrained"] = "constrained",
+    **settings: Any,
+) -> "tuple[Figure, Any]":
+    """Create a figure and its axes, as ``pyplot.subplots`` does.
+
+    Args:
+        rows: Number of rows of axes.
+        columns: Number of columns of axes.
+        figsize: Width and height in inches.
+        layout: How matplotlib makes room for text.
+        settings: Arguments of :meth:`matplotlib.figure.Figure.subplots`.
+
+    Returns:
+        The figure and one axes or, as ``squeeze`` says, an array of them.
+    """
+    from matplotlib.figure import Figure
+
+    # A tight layout is computed once, when the figure is saved.
+    figure = Figure(figsize=figsize, layout=layout if layout == "constrained" else None)
+    return figure, figure.subplots(rows, columns, **settings)
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> Path:
+    """Write a figure of :func:`subplots` as PNG, whole or not at all.
+
+    Titles, labels and legends are drawn literally: in the name of a class or a file, ``$`` does not
+    begin a formula, and what is not valid text becomes a question mark.
+
+    Args:
+        figure: The figure; it can be saved once.
+        path: Path of the PNG file; its folder is created.
+        dpi: Pixels per inch.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    for text in figure.findobj(Text):
+        text.set_text(_literal(text.get_text()))  # type: ignore[attr-defined]  # it is a Text
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter = axis.get_major_formatter()
+            # What set_xticks makes of labels. The others make numbers, some with mathtext: 10^3.
+            if isinstance(formatter, FuncFormatter):
+                axis.set_major_formatter(_literal_labels(formatter))
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+    return path
+
+
+def _literal(text: str) -> str:
+    """Escape what matplotlib would take for mathtext, or could not draw."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def _literal_labels(formatter: Any) -> Any:
+    return lambda value, position: _literal(formatter(value, position))
