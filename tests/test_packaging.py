@@ -1,11 +1,81 @@
+import ast
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import architecture
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from paths import ROOT
+
+# What a distribution is called whose module has another name.
+DISTRIBUTIONS = {
+    "flash_attn_interface": "flash-attn",
+    "nvidia": "nvidia-dali-cuda130",
+    "sklearn": "scikit-learn",
+    "upath": "universal-pathlib",
+    "yaml": "pyyaml",
+}
+NOT_PINNED = {"flash", "bench"}  # extras that need a GPU, or another torch
+
+
+def declared():
+    """The requirements in setup.py: those of every install under "", those of extras by name."""
+    calls = [n for n in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if hasattr(n, "func")]
+    (call,) = (call for call in calls if getattr(call.func, "id", None) == "setup")
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    texts = {"": ast.literal_eval(given["install_requires"])}
+    texts |= ast.literal_eval(given["extras_require"])
+    return {extra: [Requirement(text) for text in found] for extra, found in texts.items()}
+
+
+def names_of(requirements):
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def test_every_import_is_declared():
+    known = set().union(*map(names_of, declared().values()))
+    for folder in architecture.FLOORS:
+        for path in architecture.files(folder):
+            for line, module in architecture.imports(path):
+                first = module.partition(".")[0]
+                if first != "ssast" and first not in sys.stdlib_module_names:
+                    name = canonicalize_name(DISTRIBUTIONS.get(first, first))
+                    assert name in known, f"{path}:{line} imports {module}: not in setup.py"
+
+
+def test_what_every_file_needs_is_no_extra():
+    """Imports outside functions, but for a file that transformers alone loads."""
+    always = names_of(declared()[""])
+    for folder in architecture.FLOORS:
+        for path in architecture.files(folder):
+            if path.name == "modeling_ssast.py":
+                continue
+            for node in ast.parse(path.read_text()).body:
+                found = [alias.name for alias in node.names] if type(node) is ast.Import else []
+                found += [node.module] if isinstance(node, ast.ImportFrom) else []
+                for first in {module.partition(".")[0] for module in found}:
+                    if first != "ssast" and first not in sys.stdlib_module_names:
+                        name = canonicalize_name(DISTRIBUTIONS.get(first, first))
+                        assert name in always, f"{path} imports {first}"
+
+
+def test_the_pinned_versions_are_in_the_declared_ranges():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {}
+    for requirement in pinned:
+        (exact,) = requirement.specifier
+        assert exact.operator == "==", f"{requirement} is no exact version"
+        versions[canonicalize_name(requirement.name)] = exact.version
+    ranges = [r for extra, found in declared().items() if extra not in NOT_PINNED for r in found]
+    assert names_of(ranges) <= set(versions)
+    for requirement in ranges:
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"
 
 
 def run(*arguments, cwd, **environment):

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import soundfile
 import torch
 from torch import Tensor
@@ -101,8 +101,8 @@ def cpu_s() -> float:
     """CPU seconds of this process and of its living children."""
     total = time.process_time()
     for child in active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        times = psutil.Process(child.pid).cpu_times()
+        total += times.user + times.system
     return total
 
 

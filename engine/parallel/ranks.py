@@ -24,8 +24,6 @@ from ssast.engine.errors import ConfigError, LostPeer
 
 T = TypeVar("T")
 
-GLOO_ERRORS = re.compile(r"gloo|closed by peer|timed out", re.IGNORECASE)
-
 
 @dataclass(frozen=True)
 class World:

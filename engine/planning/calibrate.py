@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.optimize import nnls
 
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError

@@ -19,8 +19,11 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from ssast.engine.config import Config, from_plain, to_plain
 
+CGROUP = Path("/sys/fs/cgroup")
 WARM_UP = 2  # steps before those that count
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError")
 
@@ -108,13 +111,12 @@ def try_out(
 
 
 def available_gib() -> float:
-    """Main memory that this process and its children may still take."""
-    free = [line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvail" in line]
-    left = int(free[0].split()[1]) / 2**20
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        left = min(left, (int(limit.read_text()) - int(used.read_text())) / 2**30)
-    return left
+    """Return the main memory that this process and its children may still take."""
+    left = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and limit.read_text().strip() != "max":  # psutil knows the machine alone
+        left = min(left, int(limit.read_text()) - int(used.read_text()))
+    return left / 2**30
 
 
 def _main() -> None:

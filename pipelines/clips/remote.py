@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar, cast
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from ssast.pipelines.errors import DataError
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -6,6 +8,8 @@ from runs import call
 
 from ssast.engine.cli.main import main
 from ssast.kernels.attention import Backend
+
+HEAVY = ("torch", "triton", "deepspeed", "matplotlib", "scipy", "sklearn")
 
 
 def test_help_shows_examples(capsys):
@@ -66,3 +70,37 @@ def test_env_runs_from_any_folder(tmp_path):
     facts = json.loads(done.stdout)
     assert facts["packages"]["ssast-engine"]
     assert facts["attention"] in get_args(Backend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["data", "--help"], 0),
+        (["nonsense"], 2),
+        (["data", "manifests", "nonsense", "/x", "--out", "y"], 2),
+        (["data", "prepare", "/nonsense", "y"], 2),
+    ],
+    ids=str,
+)
+def test_what_needs_no_tensors_answers_at_once(tmp_path, arguments, status):
+    """No package is imported that takes seconds."""
+    program = """if True:
+        import sys
+        from ssast.engine.cli.main import main
+
+        try:
+            status = main(sys.argv[2:])
+        except SystemExit as error:
+            status = error.code
+        print(sorted(set(sys.argv[1].split(",")).intersection(sys.modules)), file=sys.stderr)
+        sys.exit(status)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, ",".join(HEAVY), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"

@@ -1,6 +1,7 @@
 """Tuning: what it chooses, what it survives, and that what it writes can be trained with."""
 
 from dataclasses import replace
+from types import SimpleNamespace as Memory
 
 import pytest
 from runs import overrides, write_config
@@ -8,6 +9,7 @@ from runs import overrides, write_config
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.planning import trial as trials
 from ssast.engine.planning import tune as tuning
 from ssast.engine.planning.trial import Trial, available_gib, try_out
 from ssast.engine.planning.tune import fastest, format_results, tune, write_tuned
@@ -128,6 +130,15 @@ def test_mistakes_are_named(config, capsys):
 @pytest.fixture
 def small(tmp_path):
     return load_config(write_config(tmp_path), overrides(train__batch_size=2))
+
+
+@pytest.mark.parametrize(("limit", "left_gib"), [("max", None), (f"{3 << 30}", 2.0)])
+def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch, limit, left_gib):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{1 << 30}\n")
+    monkeypatch.setattr(trials, "CGROUP", tmp_path)
+    monkeypatch.setattr(trials.psutil, "virtual_memory", lambda: Memory(available=5 << 30))
+    assert available_gib() == (left_gib or 5.0)
 
 
 def test_a_real_trial(small):
