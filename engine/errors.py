@@ -1,17 +1,21 @@
-"""What a user, a disk or another process may do wrong: errors whose message is for people."""
+"""Errors that the user, a disk or another process can cause; their messages are for people.
 
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message names the folder and the reason."""
+The ``ssast`` command prints each in one line. For audio and manifests see
+:mod:`ssast.pipelines.errors`.
+"""
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong; the message names the key."""
+    """A wrong setting; the message names the key, what was found and what was expected."""
 
 
-class LostPeer(RuntimeError):
-    """Another process of the run has ended, hangs or was never there; the message says which."""
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the file and the reason."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why."""
+    """Training cannot go on; the message gives the step and the reason."""
+
+
+class LostPeer(RuntimeError):
+    """Another process of the run has ended, hangs or never started; the message says which."""

@@ -1,5 +1,25 @@
-"""The error for audio, manifests and folders that are not as they should be."""
+"""Errors that audio, manifests and folders of the user can cause; their messages are for people.
+
+Each message is one line that names the file, what was found and what was expected.
+"""
 
 
 class DataError(ValueError):
-    """Something is wrong with the audio or the manifest; one line that names the culprit."""
+    """Audio, a manifest or a data folder that cannot be used."""
+
+
+class UnavailableError(DataError):
+    """A package that the distribution does not have."""
+
+
+class UnusableError(Exception):
+    """A recording that cannot be used: it is left out and listed, the others go on.
+
+    Args:
+        reason: The message.
+        passing: Whether the storage failed, not the recording: another attempt may succeed.
+    """
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing

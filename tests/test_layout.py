@@ -1,6 +1,7 @@
 """The rules that keep the parts of the project apart."""
 
 import ast
+import importlib
 
 import architecture
 import pytest
@@ -47,3 +48,25 @@ def test_files_are_small_and_say_what_they_hold(path):
     assert len(text.splitlines()) <= 450
     if path.name != "__main__.py":
         assert ast.get_docstring(ast.parse(text))
+
+
+ERRORS = {
+    name: module
+    for module in ("ssast.engine.errors", "ssast.pipelines.errors")
+    for name, found in vars(importlib.import_module(module)).items()
+    if isinstance(found, type)
+}
+
+
+@every_file
+def test_errors_are_in_one_place(path):
+    """Those of engine and pipelines are in errors.py, and are imported from nowhere else."""
+    folder, *rest = path.relative_to(ROOT).parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and folder in ("engine", "pipelines"):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            is_error = any(name.endswith(("Error", "Exception")) for name in bases)
+            assert rest == ["errors.py"] or not is_error, f"{path} defines {node.name}"
+        if isinstance(node, ast.ImportFrom):
+            for name in {alias.name for alias in node.names}.intersection(ERRORS):
+                assert node.module == ERRORS[name], f"{path} imports {name} from {node.module}"

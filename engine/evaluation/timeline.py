@@ -17,7 +17,8 @@ from ssast.engine.evaluation.metrics import likeliest, probabilities
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows
-from ssast.pipelines.audio.decode import Item, UnusableError, read_blocks
+from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.errors import UnusableError
 from ssast.pipelines.figures import save_figure, subplots
 
 BATCH = 32  # windows at a time

@@ -18,7 +18,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from ssast.pipelines.audio.decode import Item, UnusableError, read_blocks
+from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.errors import UnusableError
 
 Codec = Literal["flac", "wav"]
 

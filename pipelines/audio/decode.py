@@ -28,7 +28,7 @@ import numpy as np
 import soundfile
 
 from ssast.pipelines.audio.headers import HEAD, OGG_PAGE, check_whole
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, UnusableError
 
 BLOCK_SAMPLES = 2**19  # read at once, of all channels together
 LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # a header that states another rate is damaged
@@ -89,18 +89,6 @@ class Item:
             raise OSError(errno.EINVAL, "not a regular file")
         part = f"-{self.data.offset}-{self.data.size}" if isinstance(self.data, Span) else ""
         return f"{status.st_size}-{status.st_mtime_ns}{part}"
-
-
-class UnusableError(Exception):
-    """A recording cannot be used; the message is the reason.
-
-    Attributes:
-        passing: The storage failed, not the recording: another attempt may succeed.
-    """
-
-    def __init__(self, reason: str, *, passing: bool = False) -> None:
-        super().__init__(reason)
-        self.passing = passing
 
 
 class SpanFile(io.RawIOBase):

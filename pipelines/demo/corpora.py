@@ -24,7 +24,6 @@ from ssast.pipelines.demo.archives import ARCHIVES, members
 from ssast.pipelines.demo.flac_clips import Rejected, Report, prepare
 from ssast.pipelines.demo.packages import (
     OWN_AUDIO,
-    UnavailableError,
     check_tools,
     copyright_file,
     download,
@@ -42,7 +41,7 @@ from ssast.pipelines.demo.publish import (
 )
 from ssast.pipelines.demo.sounds import STUDY_TASKS
 from ssast.pipelines.demo.tasks import DEMO_TASKS, Label, Task, divide
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, UnavailableError
 from ssast.pipelines.files import exclusive, write_atomically
 
 DEMO_PACKAGES = (

@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssast.pipelines.audio.convert import Clip, Recipe, convert
-from ssast.pipelines.audio.decode import Item, UnusableError
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.audio.decode import Item
+from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import usable_cores
 
 AHEAD = 8  # recordings in flight per thread

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, UnavailableError
 
 OWN_AUDIO = "use your own audio instead: make demo DATA=/folder/of/audio"
 APT_OPTIONS = (
@@ -21,10 +21,6 @@ APT_OPTIONS = (
     "-oAcquire::http::Timeout=20",
     "-oAcquire::https::Timeout=20",
 )
-
-
-class UnavailableError(DataError):
-    """The distribution does not have this package."""
 
 
 def check_tools() -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import sample_digest
-from ssast.pipelines.audio.decode import Item, UnusableError, finite, sndfile_blocks
+from ssast.pipelines.audio.decode import Item, finite, sndfile_blocks
 from ssast.pipelines.audio.encoded import LOUDEST, read_clip
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import located
@@ -31,7 +31,7 @@ from ssast.pipelines.clips.shards import (
     Sidecar,
     header_problem,
 )
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import usable_cores, write_atomically
 
 AT_ONCE = 64  # files of a manifest that one thread takes

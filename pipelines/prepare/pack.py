@@ -21,17 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ssast.pipelines.audio.convert import Codec, Recipe, clip_stem, cut, encode, sample_digest
-from ssast.pipelines.audio.decode import (
-    FFMPEG_SUFFIXES,
-    Item,
-    UnusableError,
-    ffmpeg_installed,
-    length_s,
-    suffix,
-)
+from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, ffmpeg_installed, length_s, suffix
 from ssast.pipelines.clips.remote import is_url, located, on_disk
 from ssast.pipelines.clips.shards import BLOCK, REJECTED, REPORT, SHARD, SIDECAR, Sidecar
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import exclusive, usable_cores
 from ssast.pipelines.prepare.index import write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder

@@ -15,10 +15,10 @@ import pytest
 import soundfile
 
 from ssast.pipelines.audio.convert import Clip, Recipe, clip_stem, convert
-from ssast.pipelines.audio.decode import Item, UnusableError
+from ssast.pipelines.audio.decode import Item
 from ssast.pipelines.demo.flac_clips import Report, prepare
 from ssast.pipelines.demo.publish import split, without_duplicates
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import exclusive
 
 
