@@ -60,7 +60,7 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> Path:
     from matplotlib.ticker import FuncFormatter
 
     for text in figure.findobj(Text):
-        text.set_text(_literal(text.get_text()))  # type: ignore[attr-defined]  # it is a Text
+        text.set_text(_literal(text.get_text()))
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             formatter = axis.get_major_formatter()
