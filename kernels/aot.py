@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,6 +94,23 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
+class _Source(ASTSource):
+    """A kernel to compile, whose Python is parsed by one thread at a time.
+
+    The parser of Python before 3.11.8 fails when several threads use it (python/cpython#106905).
+    """
+
+    _parsing = threading.RLock()
+
+    def hash(self) -> str:
+        with self._parsing:
+            return super().hash()
+
+    def make_ir(self, *args: Any) -> Any:
+        with self._parsing:
+            return super().make_ir(*args)
+
+
 def compile_launch(launch: Launch, arch: int) -> Report:
     """Compile one recorded launch for an architecture (80, 90, 100)."""
     target = GPUTarget("cuda", arch, 32)
@@ -102,7 +120,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
     options, signature, constants, attributes = kernel._pack_args(
         backend, {**launch.kwargs, "debug": False}, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = _Source(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     return _read(launch.kernel.fn.__name__, arch, compiled)
 
