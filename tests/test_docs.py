@@ -197,6 +197,10 @@ def test_every_command_and_option_is_on_the_commands_page():
                     assert f"`{option}" in page, f"{parser.prog} {option}"
 
 
+def test_help_is_shown_as_it_is():
+    assert "&lt;task&gt;\\_{train,eval}.json" in reference.commands_page()
+
+
 def test_links_of_the_root_are_those_of_the_site():
     text = reference.from_root("README.md")
     assert "](data.md)" in text and "](contributing.md)" in text and "](docs/" not in text

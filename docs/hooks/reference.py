@@ -10,6 +10,7 @@ They are made anew by each build, so none can go stale.
 import argparse
 import ast
 import dataclasses
+import html
 import inspect
 import math
 import re
@@ -130,6 +131,7 @@ COMMANDS_INTRO = """# Commands
 What `ssast --help` and `ssast COMMAND --help` print, for every command. This page is generated from
 the parsers.
 """
+PLAIN_GROUPS = ("positional arguments", "options")
 
 
 def commands_page() -> str:
@@ -154,12 +156,16 @@ def subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Argu
 
 def _command(parser: argparse.ArgumentParser, helped: str) -> str:
     level = "##" if parser.prog.count(" ") == 1 else "###"
-    usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
-    text = inspect.cleandoc(parser.description or helped).replace("%%", "%")
+    usage = " ".join(parser.format_usage().removeprefix("usage: ").split()).replace(" [-h]", "")
+    text = _plain(inspect.cleandoc(parser.description or helped))
     lines = [f"{level} {parser.prog}", text[:1].upper() + text[1:].rstrip(".") + "."]
     if not any(isinstance(a, argparse._SubParsersAction) for a in parser._actions):
         lines.append(f"```text\n{usage}\n```")
-    lines += [_argument(a) for a in parser._actions if _is_shown(a)]
+    for group in parser._action_groups:
+        shown = [_argument(a) for a in group._group_actions if _is_shown(a)]
+        if shown and group.title not in PLAIN_GROUPS:
+            lines.append(f"*{_plain(group.title or '')}*")
+        lines += shown
     if parser.prog == "ssast bench":
         lines += [f"`{n}`\n:   {_bench_help(module)}" for n, module in cli.BENCHMARKS.items()]
     if parser.epilog:
@@ -177,8 +183,12 @@ def _argument(action: argparse.Action) -> str:
     values = " ".join(values) if isinstance(values, tuple) else str(values or action.dest.upper())
     takes = "" if action.nargs == 0 else f" {values}"
     names = ", ".join(f"{o}{takes}" for o in action.option_strings) or values
-    text = (action.help or "").replace("%%", "%")
-    return f"`{names}`\n:   {text or '&nbsp;'}"
+    return f"`{names}`\n:   {_plain(action.help or '') or '&nbsp;'}"
+
+
+def _plain(text: str) -> str:
+    """Return a help text so that Markdown shows it as it is."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", html.escape(text.replace("%%", "%"), quote=False))
 
 
 def _epilog(text: str) -> str:
