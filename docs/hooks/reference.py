@@ -160,7 +160,7 @@ def _command(parser: argparse.ArgumentParser, helped: str) -> str:
     text = _plain(inspect.cleandoc(parser.description or helped))
     lines = [f"{level} {parser.prog}", text[:1].upper() + text[1:].rstrip(".") + "."]
     if not any(isinstance(a, argparse._SubParsersAction) for a in parser._actions):
-        lines.append(f"```text\n{usage}\n```")
+        lines.append(f"```{{ .text .usage }}\n{usage}\n```")
     for group in parser._action_groups:
         shown = [_argument(a) for a in group._group_actions if _is_shown(a)]
         if shown and group.title not in PLAIN_GROUPS:
