@@ -275,6 +275,6 @@ def finetune_settings(config: Config) -> Finetune:
     if config.finetune is None:
         raise ConfigError(
             "this configuration has no section finetune: it is for ssast pretrain; see the "
-            "recipes, such as finetune or esc50_patch"
+            "recipes, such as classifier or esc50_patch"
         )
     return config.finetune

@@ -132,7 +132,7 @@ class FinetuneEngine:
         cls,
         path: str | Path,
         num_classes: int | None = None,
-        config: str | Path = "finetune",
+        config: str | Path = "classifier",
         overrides: Iterable[str] = (),
         *,
         unsaid: Unsaid | None = None,

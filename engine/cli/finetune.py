@@ -9,15 +9,15 @@ from typing import Any
 
 from ssast.engine.cli.export import add_unsaid, unsaid_of
 
-RECIPES = """recipes: finetune, demo_finetune,
+RECIPES = """recipes: classifier, demo_finetune,
 audioset_20k_{patch,frame}, audioset_2m_{patch,frame},
 esc50_{patch,frame}, speechcommands_v1_{patch,frame}, speechcommands_v2_{patch,frame},
 voxceleb1_{patch,frame}, iemocap_{patch,frame}
 
   ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth      five folds, one report
-  ssast finetune finetune --checkpoint runs/mine data.train=train.json
-  ssast finetune finetune --checkpoint runs/mine data.train=train.json --resume
-  ssast finetune finetune data.train=train.json model.size=tiny         from scratch
+  ssast finetune classifier --checkpoint runs/mine data.train=train.json
+  ssast finetune classifier --checkpoint runs/mine data.train=train.json --resume
+  ssast finetune classifier data.train=train.json model.size=tiny         from scratch
 """
 
 

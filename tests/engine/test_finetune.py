@@ -518,7 +518,7 @@ def test_a_copy_of_a_clip_is_a_leak(splits, checkpoint, config_file, tmp_path):
 def test_the_command_line_names_mistakes(capsys, checkpoint, tmp_path):
     assert main(["finetune", "esc50_pach", "--checkpoint", str(checkpoint)]) == 2
     assert "did you mean esc50_patch?" in capsys.readouterr().err
-    assert main(["finetune", "finetune", "--checkpoint", str(tmp_path / "no.pth")]) == 2
+    assert main(["finetune", "classifier", "--checkpoint", str(tmp_path / "no.pth")]) == 2
     assert "no.pth" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "none"), "a.wav"]) == 2
     assert "expected the folder of a fine-tuning run, found nothing" in capsys.readouterr().err

@@ -156,4 +156,4 @@ def test_what_is_wrong_with_a_fold_is_said_before_the_first(folds, checkpoint, t
         cross_validate(config, checkpoint)
     assert not run.exists()
     with pytest.raises(ConfigError, match=r"finetune\.folds and run\.folder must both be set"):
-        cross_validate(load_config("finetune"), checkpoint)
+        cross_validate(load_config("classifier"), checkpoint)

@@ -162,7 +162,7 @@ def test_a_mix_must_give_a_share_to_each_path(given: str, message: str) -> None:
     [
         ("tiny_patch", "data.train=/b", "data.mix and data.train exclude each other"),
         ("tiny_patch", "data.weights=/b", "data.mix and data.weights exclude each other"),
-        ("finetune", "data.train=null", "data.mix is for pretraining"),
+        ("classifier", "data.train=null", "data.mix is for pretraining"),
     ],
 )
 def test_what_a_mix_does_not_go_with(recipe: str, more: str, message: str) -> None:
