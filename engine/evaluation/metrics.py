@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import expit, softmax
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -54,7 +55,7 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str,
     mixed = present & ~targets.all(0)
     if mixed.any():
         # Softmax or sigmoid: within a class of the latter, logits rank as probabilities do.
-        ranks = softmax(logits) if single else logits
+        ranks = softmax(logits, axis=-1) if single else logits
         if single:
             scores |= verification_metrics(ranks.ravel(), targets.ravel())
         per_class = class_metrics(ranks, targets)
@@ -104,17 +105,11 @@ def class_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarr
     return found
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
     """What the loss makes of logits [..., C]: softmax for ``ce``, the logistic for ``bce``."""
     if loss == "ce":
-        return softmax(logits)
-    return 0.5 * (1 + np.tanh(0.5 * logits))
+        return softmax(logits, axis=-1)
+    return expit(logits)
 
 
 def likeliest(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
