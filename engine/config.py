@@ -64,8 +64,8 @@ class Config:
                 f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
             )
         data = self.data
-        if data.mix is not None and (data.train is not None or data.weights is not None):
-            other = "train" if data.train is not None else "weights"
+        if data.mix is not None and (data.train is not None or data.sample_weights is not None):
+            other = "train" if data.train is not None else "sample_weights"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
         if (data.cache_gib > 0) + (data.cache_folder is not None) + data.random_crop > 1:
             raise ConfigError(
@@ -75,8 +75,10 @@ class Config:
         if self.finetune is not None:
             if data.mix is not None:
                 raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")
-            if self.train.spike is not None:
-                raise ConfigError("train.spike is for pretraining: fine-tuning goes by epochs")
+            if self.train.spike_factor is not None:
+                raise ConfigError(
+                    "train.spike_factor is for pretraining: fine-tuning goes by epochs"
+                )
             return
         if self.optim.schedule == "multistep":
             raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")

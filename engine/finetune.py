@@ -73,7 +73,7 @@ def finetune(
     config = replace(config, train=train)
     # How long to train, and what is looked at afterwards, may change on the way; and a checkpoint
     # may have moved.
-    free = {"epochs", "patience", "average_last", "test", "allow_leakage", "labels"}
+    free = {"epochs", "patience", "average_last_epochs", "test", "allow_leakage", "labels"}
     free |= {"checkpoint", "folds", "fold_role"}
     fixed = [(s, k) for s in ("audio", "model") for k in vars(getattr(config, s))]
     fixed += [("finetune", key) for key in vars(settings) if key not in free]

@@ -1,4 +1,7 @@
-"""Every setting of a run, its default, its range and what it means."""
+"""Settings of a run: every key with its default, its range and its meaning.
+
+The docstrings below the fields are what the settings page of the documentation shows.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,20 +10,20 @@ from typing import Any, Literal
 
 
 def setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A field whose number, or whose numbers, must lie in [low, high]."""
+    """Return a field whose number, or whose numbers, must lie in [low, high]."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width D, depth and number of attention heads of the transformer."""
+    """Width, depth and number of attention heads of the transformer."""
 
     embed_dim: int
     depth: int
     num_heads: int
 
 
-# tiny, small and base are DeiT's; large, huge and giant carry the same trunk further (ViT).
+# tiny, small and base are those of DeiT; large, huge and giant those of ViT and its followers.
 SIZES = {
     "tiny": Size(192, 12, 3),
     "small": Size(384, 12, 6),
@@ -33,23 +36,28 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Audio:
-    """From a waveform to the spectrogram that the model sees."""
+    """Log-mel filterbank features, the input of the model."""
 
     sample_rate_hz: int = setting(16000, 1000, 192000)
+    """Sample rate in Hz; recordings with another one are resampled."""
+
     n_mels: int = setting(128, 1, 1024)
+    """Number of mel bins."""
+
     num_frames: int = setting(1024, 1)
-    """Frames (10 ms each) of the input; longer clips are cut, shorter ones are zero-padded."""
+    """Input length in frames of 10 ms; longer clips are cut, shorter ones are zero-padded."""
 
     mean: float = -4.2677393
-    """Mean of the log-mel filterbank over the training set."""
+    """Mean of the log-mel filterbank features over the training set; `ssast data stats` measures
+    it."""
 
     std: float = setting(4.5689974, 1e-6)
-    """Its standard deviation; the model sees (fbank - mean) / (2 std)."""
+    """Standard deviation of the same; the model sees (fbank - mean) / (2 std)."""
 
     ignore_padding: bool = False
-    """Of clips shorter than ``num_frames``, mask, attend to, learn from and average only the whole
-    patches before their end: the same numbers as if each clip were computed without padding. The
-    published code treats padding as sound."""
+    """Use a padding mask: masking, attention, losses and pooling leave out the patches beyond the
+    end of a clip that is shorter than `num_frames`, with the same result as without padding. The
+    published code has no padding mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,259 +65,301 @@ class Model:
     """The spectrogram transformer."""
 
     size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "base"
+    """Width, depth and number of attention heads: 192/12/3, 384/12/6, 768/12/12, 1024/24/16,
+    1280/32/16, 1536/40/24."""
+
     patch: tuple[int, int] = setting((16, 16), 1)
-    """Mel bins and frames of one patch: [16, 16] is the patch model, [128, 2] the frame model."""
+    """Patch size in mel bins and frames: [16, 16] is the patch model, [128, 2] the frame model."""
 
     depth: int | None = setting(None, 1)
-    """Number of blocks, where it is not the size's own."""
+    """Number of transformer blocks; null: that of the size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Masked spectrogram patch modelling (MSPM)."""
+    """Pretraining objective: masked spectrogram patch modelling (MSPM)."""
 
     kind: Literal["joint", "discriminative", "generative"] = "joint"
+    """InfoNCE loss (`discriminative`), MSE loss of the reconstruction (`generative`), or their
+    weighted sum."""
+
     num_masked: int = setting(400, 2)
-    """Patches hidden in each clip."""
+    """Number of masked patches in each clip."""
 
     mask: Literal["official", "uniform", "random"] = "official"
-    """Clusters as published, clusters that favour no position, or single random patches."""
+    """How masked patches are drawn: clusters as in the published code, clusters at uniformly
+    distributed positions, or single patches uniformly."""
 
     softmax_axis: Literal["official", "paper"] = "official"
-    """InfoNCE over the predictions (published code) or over the targets (equation 1)."""
+    """Axis of the InfoNCE softmax: over the predictions (published code) or over the targets
+    (equation 1 of the paper)."""
 
     two_pass: bool = False
-    """A forward pass and a mask for each of the two losses, as the published code does."""
+    """Compute each of the two losses in a forward pass of its own, with its own mask, as the
+    published code does; otherwise they share one."""
 
     mse_weight: float = setting(10.0, 0.0)
+    """Weight of the MSE loss in the joint objective."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the clips are and how they are read."""
+    """Data sets, and how clips are read."""
 
     train: str | None = None
-    """A manifest (JSON or CSV), a folder of audio files or of prepared shards, or the URL of such
-    shards."""
+    """Training clips: a manifest (JSON or CSV), a folder of audio files or of prepared shards, or
+    the URL of such shards."""
 
     mix: Mapping[str, float] | None = setting(None, 1e-9, 1e9)
-    """Several data sets instead of ``train``, each as it takes it, with the share of each:
-    ``{/my/speech: 3, /my/sounds: 1}``. The shares are relative to each other, and say how many of
-    the clips that are drawn are of a set, whatever its size: of an epoch of 100 clips, 75 and 25.
-    An epoch draws as many clips as there are in all, and within a set each equally often."""
+    """A mixture of data sets instead of `train`: each data set with its sampling weight, such as
+    `{/my/speech: 3, /my/sounds: 1}`. Weights are relative: here 75 % of the clips drawn are speech,
+    however large the two sets are. An epoch draws as many clips as all sets hold, and within a set
+    each clip equally often."""
 
     valid: str | None = None
-    """The held-out clips; without it a share of the training clips is held out."""
+    """Validation clips, in the same forms as `train`; null: `valid_share` of the training clips is
+    held out."""
 
     valid_share: float = setting(0.02, 1e-6, 0.5)
+    """Fraction of the training clips that is held out for validation where `valid` is null."""
+
     num_threads: int | None = setting(None, 1)
-    """DALI's threads; the cores of the process if not given, at most 8."""
+    """Number of DALI threads per process; null: the cores of the process, at most 8."""
 
     read_ahead: int = setting(3, 1, 64)
-    """Batches read ahead of the decoder."""
+    """Number of batches whose files are read before they are decoded."""
 
-    fbank: Literal["auto", "torch", "dali"] = "auto"
+    fbank_backend: Literal["auto", "torch", "dali"] = "auto"
+    """What computes the filterbank features: the project's own kernels (`torch`) or DALI's
+    operators (`dali`); auto: dali on a GPU, torch on a CPU."""
+
     max_rejected: float = setting(0.05, 0.0, 1.0)
-    """Largest share of clips that may be unreadable before the run stops."""
+    """Largest fraction of unreadable clips; the run stops where there are more."""
 
-    weights: str | None = None
-    """A text file with a number for each training clip, in the manifest's order: how often it comes
-    up, relative to the others. All come up once in an epoch without it."""
+    sample_weights: str | None = None
+    """A text file with one sampling weight per training clip, in the order of the manifest; null:
+    each clip is drawn once per epoch."""
 
     random_crop: bool = False
-    """Of a recording longer than ``audio.num_frames``, train on another part in each epoch."""
+    """Train on another random crop in each epoch of recordings longer than `audio.num_frames`;
+    otherwise on their beginning."""
 
     cache_gib: float = setting(0.0, 0.0)
-    """Memory for filterbanks of training clips, which are then not computed again."""
+    """Size in GiB of a cache in memory for the features of training clips."""
 
     cache_folder: str | None = None
-    """A folder on a fast disk for filterbanks of all clips instead, 0.5 MiB for 10 s: they are not
-    computed again, in this run or in others with the same clips and ``audio`` settings."""
+    """A folder on a fast disk where the features of all clips are cached, 0.5 MiB per 10 s; later
+    runs with the same clips and `audio` settings share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The optimizer and its learning rate."""
+    """Optimizer and learning-rate schedule."""
 
     name: Literal["adam", "adamw"] = "adam"
-    """Adam with L2 regularisation in the gradient, as published, or AdamW."""
+    """Adam with L2 regularisation, as published, or AdamW."""
 
     lr: float = setting(1e-4, 0.0)
+    """Peak learning rate."""
+
     betas: tuple[float, float] = setting((0.95, 0.999), 0.0, 0.999999)
+    """Decay rates of the two moment estimates."""
+
     eps: float = setting(1e-8, 0.0)
+    """Term added to the denominator of Adam's update."""
+
     weight_decay: float = setting(5e-7, 0.0)
+    """Weight decay; L2 penalty of adam."""
+
     schedule: Literal["plateau", "cosine", "multistep", "constant"] = "plateau"
+    """Learning-rate schedule after the warm-up; multistep is for fine-tuning."""
+
     warmup_steps: int = setting(1000, 0)
+    """Optimizer steps of linear warm-up."""
+
     decay_start: int = setting(10, 1)
-    """Epochs at the full rate, where the schedule is multistep (in fine-tuning only)."""
+    """multistep: number of epochs before the first decay."""
 
     decay_every: int = setting(5, 1)
-    """Epochs from one fall of the rate to the next."""
+    """multistep: epochs between decays."""
 
     decay_factor: float = setting(0.5, 0.0, 1.0)
-    """What each fall leaves of the rate."""
+    """multistep: factor of each decay."""
 
     plateau_factor: float = setting(0.5, 0.0, 1.0)
+    """plateau: factor of each decay."""
+
     plateau_patience: int = setting(2, 0)
-    """Validations without a better accuracy that are borne before the rate falls."""
+    """plateau: validations without improvement before the learning rate is decayed."""
 
     min_lr: float = setting(0.0, 0.0)
-    """Where the cosine ends."""
+    """cosine: learning rate of the last step."""
 
     max_grad_norm: float | None = setting(None, 1e-12)
+    """Gradients are clipped to this global norm; null: no clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """The run."""
+    """The training loop."""
 
     steps: int = setting(800_000, 1)
-    """Optimizer steps in all."""
+    """Total number of optimizer steps; fine-tuning has `finetune.epochs` instead."""
 
     batch_size: int = setting(24, 1)
-    """Clips of one optimizer step, over all processes and accumulated micro-steps."""
+    """Global batch size: clips per optimizer step, over all ranks and micro-batches."""
 
-    accumulate: int = setting(1, 1)
-    """Micro-steps of one optimizer step."""
+    accumulation_steps: int = setting(1, 1)
+    """Gradient accumulation: number of micro-batches per optimizer step."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 weights and activations with fp32 master weights, or fp32; auto: bf16 on a GPU."""
+    """bf16: bf16 weights and activations, fp32 master weights; auto: bf16 on a GPU, fp32 on a
+    CPU."""
 
     zero_stage: int = setting(1, 0, 3)
-    """What DeepSpeed shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
 
     offload: Literal["none", "cpu"] = "none"
-    """Where the optimizer's state is kept and its step taken: on each rank's device, or in the main
-    memory of its machine."""
+    """Where optimizer states are kept and updated: on the device, or offloaded to the CPU."""
 
     reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of gradients on their way between ranks; auto: as they are computed."""
+    """Data type of the gradient reduction; auto: that of the gradients."""
 
-    checkpoint_every: int | None = setting(None, 1)
-    """Every so many blocks, keep only the input of one and compute its inside again in the backward
-    pass: less memory, more work. 1 does so in each block, none does not."""
+    activation_checkpoint_every: int | None = setting(None, 1)
+    """Activation checkpointing of every n-th transformer block: its activations are recomputed in
+    the backward pass, which saves memory and costs time. 1: all blocks; null: none."""
 
     compile: bool = False
-    """Compile each transformer block with torch.compile (needs a C++ compiler on a CPU)."""
+    """Compile each transformer block with torch.compile (on a CPU it needs a C++ compiler)."""
 
     timeout_s: float = setting(600.0, 1.0)
-    """Seconds without a step, a validated batch or a written checkpoint, or of waiting for another
-    process, after which a process ends with status 75 instead of hanging."""
+    """Time limit in s for one training step, validation batch or checkpoint, and for waiting for
+    other ranks; a process that exceeds it is ended with exit status 75."""
 
-    max_skipped: int = setting(20, 1)
-    """Steps in a row without a finite gradient (each is skipped) that end the run."""
+    max_skipped_steps: int = setting(20, 1)
+    """Number of consecutive steps skipped for non-finite gradients after which the run fails."""
 
-    spike: float | None = setting(None, 1.0)
-    """Go back to the last checkpoint, and over the clips since then, where the loss between two log
-    lines exceeds the median of the last 20 lines by so many times the median deviation from it."""
+    spike_factor: float | None = setting(None, 1.0)
+    """Loss-spike detection: when the logged loss exceeds the median of the last 20 by this many
+    median absolute deviations, go back to the last checkpoint and skip the clips since then; null:
+    no detection."""
 
     seed: int = setting(0, 0, 2**63 - 1)
+    """Random seed of weights, masks, clip order and augmentation."""
+
     log_every: int = setting(10, 1)
+    """Steps between log lines."""
+
     validate_every: int = setting(4000, 1)
+    """Steps between validations; fine-tuning validates after each epoch."""
+
     save_every: int = setting(4000, 1)
-    keep: int = setting(3, 1)
-    """Checkpoints kept, besides the best."""
+    """Steps between checkpoints; fine-tuning also saves after each epoch that is the best so
+    far."""
+
+    keep_checkpoints: int = setting(3, 1)
+    """Number of latest checkpoints to keep, besides the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where the results go."""
+    """Output of the run."""
 
     folder: str | None = None
-    """runs/<name of the configuration> if not given."""
+    """Output folder; null: runs/<name of the configuration>."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A record of where the time of a step goes."""
+    """Profiling of training steps."""
 
     steps: int = setting(0, 0)
-    """Steps of rank 0 that are recorded, from the sixth after the start on; the others are as fast
-    as ever. The run's folder then has profile/trace.json, for chrome://tracing or Perfetto, and
-    profile/table.json."""
+    """Number of steps to profile on rank 0, from the sixth step on; profile/trace.json (for
+    Perfetto or chrome://tracing) and profile/table.json are written to the run folder. 0: no
+    profiling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """A classifier on top of the encoder, trained on labelled clips."""
+    """Supervised fine-tuning: a classification head on the encoder, trained on labelled clips."""
 
     checkpoint: str | None = None
-    """Where the encoder's weights are from: a published file, or a pretraining run. Without one the
-    model is trained from scratch."""
+    """Pretrained weights: a published checkpoint or a pretraining run; null: from scratch."""
 
     folds: str | None = None
-    """A folder with train_1.json, eval_1.json, train_2.json, ..., as ``ssast data manifests``
-    writes it of ESC-50 and IEMOCAP: cross-validation, a run for each fold. Those of a recipe
-    give way to ``data.train``."""
+    """Cross-validation, one run per fold: a folder with train_1.json, eval_1.json, train_2.json,
+    ..., as `ssast data manifests` writes for ESC-50 and IEMOCAP. Where a recipe sets it,
+    `data.train` on the command line takes precedence."""
 
     fold_role: Literal["test", "valid"] = "test"
-    """What the eval manifest of a fold is: test clips, looked at once, while a share of the
-    training clips is held out (``data.valid_share``); or the held-out clips themselves, which the
-    weights are chosen by."""
+    """Role of a fold's eval manifest: test set (validation clips are then held out from the
+    training clips, see `data.valid_share`), or validation set, on which the best epoch is
+    chosen."""
 
     labels: str | None = None
-    """A CSV of the classes in their order (index, mid, display_name); the sorted names of the
-    training labels if not given."""
+    """A CSV of the classes in order (index, mid, display_name); null: the sorted labels of the
+    training clips."""
 
     loss: Literal["ce", "bce"] = "ce"
-    """Cross entropy for one label a clip, or binary cross entropy for each label by itself."""
+    """Cross entropy for one label per clip, or binary cross entropy for multi-label clips."""
 
     class_weights: str = "none"
-    """Factors of the classes in the loss: ``none``, ``balanced`` (each the mean number of clips of
-    a class over its own), or a text file with a number for each class, in their order. With bce
-    they weigh the clips that have a class, not those that have it not."""
+    """Weights of the classes in the loss: `none`, `balanced` (inverse to the number of clips of
+    the class, as in scikit-learn), or a text file with one number per class. With bce they weigh
+    the positive terms only."""
 
     metric: Literal["auto", "accuracy", "map"] = "auto"
-    """What the best checkpoint is chosen by, on the held-out clips; auto: accuracy where every clip
-    has one label, mean average precision otherwise."""
+    """Validation metric that selects the best checkpoint; auto: accuracy for single-label clips,
+    else mean average precision."""
 
     pooling: Literal["avgtok", "cls"] = "avgtok"
-    """Mean of the patch tokens, or of cls and dist."""
+    """Input of the head: mean of the patch tokens, or mean of the cls and distillation tokens."""
 
     stride: tuple[int, int] | None = setting(None, 1)
-    """Mel bins and frames between two patches; the patch itself, without overlap, if not given."""
+    """Patch stride in mel bins and frames; null: patches do not overlap."""
 
     freeze: Literal["none", "encoder"] = "none"
-    """``encoder`` trains the head alone: a linear probe."""
+    """`encoder` trains only the head (linear probing)."""
 
     epochs: int = setting(25, 1)
-    """Passes over the training clips; goes before ``train.steps``."""
+    """Number of epochs; replaces `train.steps`."""
 
     layer_decay: float = setting(1.0, 0.0, 1.0)
-    """Each block learns this much slower than the one above it."""
+    """Layer-wise learning-rate decay: the factor from each transformer block to the one below."""
 
     head_lr_scale: float = setting(1.0, 0.0)
-    """Learning rate of the head, as a multiple of ``optim.lr``."""
+    """Learning rate of the head relative to `optim.lr`."""
 
     mixup: float = setting(0.0, 0.0, 1.0)
-    """Share of the clips that are mixed with another one, in a proportion from Beta(10, 10)."""
+    """Fraction of the clips mixed with another clip; mixup coefficients are from Beta(10, 10)."""
 
     freq_mask: int = setting(0, 0)
-    """Widest band of mel bins that SpecAugment hides in a clip."""
+    """SpecAugment: maximum width of the frequency mask in mel bins."""
 
     time_mask: int = setting(0, 0)
-    """Longest run of frames that SpecAugment hides in a clip."""
+    """SpecAugment: maximum width of the time mask in frames."""
 
     noise: float = setting(0.0, 0.0)
-    """Largest amplitude of the uniform noise added to the normalised spectrogram (published:
-    0.1)."""
+    """Maximum amplitude of uniform noise added to the normalised features (published: 0.1)."""
 
     roll: int = setting(0, 0)
-    """Frames, at most, by which a clip is rolled to either side (published: 10)."""
+    """Maximum shift in frames of a clip, which wraps around (published: 10)."""
 
     label_smoothing: float = setting(0.0, 0.0, 1.0)
-    balanced: bool = False
-    """Draw clips of rare classes more often, as many clips an epoch."""
+    """Label smoothing of the loss."""
 
-    average_last: int = setting(0, 0)
-    """Weights averaged over the ends of so many last epochs; they are kept if they do better on the
-    held-out clips than the best epoch."""
+    balanced_sampling: bool = False
+    """Draw clips of rare classes more often; the length of an epoch stays."""
+
+    average_last_epochs: int = setting(0, 0)
+    """Weight averaging over this many last epochs; the averaged weights are kept if they are better
+    on the validation clips than the best epoch."""
 
     patience: int | None = setting(None, 1)
-    """Epochs without a better metric after which training ends."""
+    """Early stopping: epochs without improvement of the metric before training ends."""
 
     test: str | None = None
-    """A manifest of clips that are looked at once, by the chosen weights, at the end."""
+    """A manifest of test clips, evaluated once at the end with the selected weights."""
 
     allow_leakage: bool = False
-    """Train although training, held-out and test clips share recordings."""
+    """Train even if training, validation and test clips share recordings."""

@@ -182,7 +182,7 @@ def test_every_setting_is_on_the_settings_page():
     page = reference.settings_page()
     assert set(re.findall(r"\{ #(\S+) \}", page)) == known_keys()
     assert "`1`, default" not in page
-    assert "*integer, at least 1, default `800000`*  \n    Optimizer steps in all." in page
+    assert "*integer, at least 1, default `800000`*  \n    Total number of optimizer steps;" in page
 
 
 def test_every_command_and_option_is_on_the_commands_page():

@@ -56,12 +56,14 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
         raise ConfigError(
             "data.train is not set: give a manifest with labels, for example data.train=train.json"
         )
-    if settings.balanced and config.data.weights is not None:
-        raise ConfigError("finetune.balanced and data.weights are two ways to weigh clips: set one")
-    if settings.balanced and settings.class_weights == "balanced":
+    if settings.balanced_sampling and config.data.sample_weights is not None:
         raise ConfigError(
-            "finetune.balanced and finetune.class_weights=balanced make up for rare classes twice: "
-            "set one"
+            "finetune.balanced_sampling and data.sample_weights exclude each other: set one"
+        )
+    if settings.balanced_sampling and settings.class_weights == "balanced":
+        raise ConfigError(
+            "finetune.balanced_sampling and finetune.class_weights=balanced make up for rare "
+            "classes twice: set one"
         )
     if settings.freq_mask > config.audio.n_mels or settings.time_mask > config.audio.num_frames:
         raise ConfigError(

@@ -196,7 +196,7 @@ class SpectrogramTransformer(nn.Module):
             Block(size.embed_dim, size.num_heads) for _ in range(model.depth or size.depth)
         )
         self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
-        self.checkpoint_every: int | None = None
+        self.activation_checkpoint_every: int | None = None
         """Every so many blocks, the inside of one is computed again in the backward pass."""
 
     def forward(
@@ -227,7 +227,11 @@ class SpectrogramTransformer(nn.Module):
 
     def _run(self, index: int, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         """The output of a block, with or without keeping what its backward pass needs."""
-        if not self.training or not self.checkpoint_every or index % self.checkpoint_every:
+        if (
+            not self.training
+            or not self.activation_checkpoint_every
+            or index % self.activation_checkpoint_every
+        ):
             return block(x, **kwargs)
         # Nothing in a block is random.
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -149,7 +149,7 @@ def activations(config: Config, batch: int, e: int, every: int | None) -> float:
         config: Of the run.
         batch: b, clips of one device in one micro-step.
         e: Bytes of an activation.
-        every: As ``train.checkpoint_every``.
+        every: As ``train.activation_checkpoint_every``.
     """
     size, objective = SIZES[config.model.size], config.objective
     D, L = size.embed_dim, config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
@@ -190,13 +190,13 @@ def memory(
         world_size: W, devices.
         batch: b, clips of one device in one micro-step.
         stage: ZeRO 1, 2 or 3.
-        every: As ``train.checkpoint_every``.
+        every: As ``train.activation_checkpoint_every``.
     """
     P, T, W, e = parameters.total, parameters.trained, world_size, element_bytes(gpu)
     zero = deepspeed_config(
         world_size=W,
         batch_size=batch,
-        accumulate=config.train.accumulate,
+        accumulate=config.train.accumulation_steps,
         zero_stage=stage,
         precision=gpu.precision,
         max_grad_norm=None,
@@ -279,7 +279,7 @@ def step_time(
     every: int | None = None,
 ) -> StepTime:
     """Time of one optimizer step; arguments as in :func:`memory`."""
-    size, micro_steps = SIZES[config.model.size], config.train.accumulate
+    size, micro_steps = SIZES[config.model.size], config.train.accumulation_steps
     D, depth = size.embed_dim, config.model.depth or size.depth
     L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
     e, clips = element_bytes(gpu), batch * micro_steps
@@ -374,7 +374,7 @@ def _knee(
     every: int | None,
     most: int,
 ) -> tuple[int, str]:
-    limit = max(1, MOST_CLIPS // (world_size * config.train.accumulate))
+    limit = max(1, MOST_CLIPS // (world_size * config.train.accumulation_steps))
     powers = [2**k for k in range(11) if 2**k <= min(most, limit)]
 
     def rate(batch: int) -> float:
@@ -401,4 +401,6 @@ def _why_stage(stage: int) -> str:
 def _why_every(every: int | None) -> str:
     if every is None:
         return "no activation checkpointing: the activations fit, and it would cost time"
-    return f"train.checkpoint_every={every}: the activations of fewer blocks would not fit"
+    return (
+        f"train.activation_checkpoint_every={every}: the activations of fewer blocks would not fit"
+    )

@@ -68,7 +68,7 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
     gpu, W, train = wish.gpu, wish.gpus, config.train
     parameters = count_parameters(config)
     batch, notes = wish.batch, list[str]()
-    parts = W * train.accumulate
+    parts = W * train.accumulation_steps
     if batch is None and train.batch_size % parts == 0:
         batch = train.batch_size // parts
         notes.append(f"{batch} clips a device, as train.batch_size={train.batch_size} says")
@@ -81,7 +81,8 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
     if found is None:
         raise ConfigError(
             f"{batch or 1} clips do not fit into {gpu.memory_gib:g} GiB of {gpu.name}, however "
-            "sharded and computed again: fewer clips, more train.accumulate or a smaller model"
+            "sharded and recomputed: take fewer clips, more train.accumulation_steps or a smaller "
+            "model"
         )
     choice, reasons = found
     facts = _facts(config, gpu, parameters, W, choice)
@@ -112,7 +113,7 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
     seconds = config.audio.num_frames / 100
     reduced, gathered = 0.0, 0.0
     if W > 1:
-        reduced, gathered = wire_elements(parameters, choice.stage, train.accumulate)
+        reduced, gathered = wire_elements(parameters, choice.stage, train.accumulation_steps)
     e = element_bytes(gpu)
     return {
         "model": f"{config.model.size}, patch {list(config.model.patch)}",
@@ -123,9 +124,9 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
         "flops_per_clip": step_flops_per_clip(config),
         "choice": {
             "train.zero_stage": choice.stage,
-            "train.checkpoint_every": choice.every,
+            "train.activation_checkpoint_every": choice.every,
             "train.batch_size": global_batch,
-            "train.accumulate": train.accumulate,
+            "train.accumulation_steps": train.accumulation_steps,
             "batch_per_gpu": choice.batch,
         },
         "reasons": notes + reasons,
@@ -167,7 +168,7 @@ def _facts(
     }
     need = memory(config, gpu, parameters, **shape)
     seconds = step_time(config, gpu, parameters, **shape).total
-    rate = choice.batch * config.train.accumulate / seconds
+    rate = choice.batch * config.train.accumulation_steps / seconds
     return {
         "memory_per_gpu": need.total / GIB,
         "memory_parts": {name: size / GIB for name, size in vars(need).items()},
@@ -189,7 +190,14 @@ def _memory_table(
                 for b in BATCHES
             }
             most = largest_batch(config, gpu, parameters, **shape)
-            rows.append({"zero_stage": stage, "checkpoint_every": every, "gib": sizes, "fit": most})
+            rows.append(
+                {
+                    "zero_stage": stage,
+                    "activation_checkpoint_every": every,
+                    "gib": sizes,
+                    "fit": most,
+                }
+            )
     return rows
 
 
@@ -287,7 +295,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     ]
     for row in plan["memory_table"]:
         name = f"ZeRO {row['zero_stage']}"
-        name += ", all blocks computed again" if row["checkpoint_every"] else ""
+        name += ", all blocks computed again" if row["activation_checkpoint_every"] else ""
         sizes = "".join(f"{gib:9.1f}" for gib in row["gib"].values())
         lines.append(f"  {name:32}{sizes}   {row['fit']:,}")
     lines += ["", f"with {choice['batch_per_gpu']} clips on each GPU"]

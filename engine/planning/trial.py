@@ -151,7 +151,7 @@ def _measure(config: Config, world: Any, task: dict[str, Any]) -> Trial:
     if not cuda:
         keep_freed_memory()
     module, loss_of = _task(config, world.device)
-    micro = train.batch_size // train.accumulate
+    micro = train.batch_size // train.accumulation_steps
     with _batches(config, micro, world) as batches:
         next(batches)
         base_gib = peak_memory_gib(world.device)
@@ -172,7 +172,7 @@ def _measure(config: Config, world: Any, task: dict[str, Any]) -> Trial:
             if len(steps_s) >= 2 and now > start + 2 * task["seconds"]:  # long ones, of which
                 break  # the first are hardly longer than the others
             begin, cpu_s = time.perf_counter(), time.process_time()
-            for _ in range(train.accumulate):
+            for _ in range(train.accumulation_steps):
                 engine.backward(loss_of(engine, next(batches)))
                 engine.step(config.optim.lr)
             if cuda:
@@ -242,7 +242,7 @@ def _batches(config: Config, batch_size: int, world: Any) -> Any:
             device=world.device,
             num_threads=data.num_threads or 1,
             read_ahead=data.read_ahead,
-            fbank=data.fbank,
+            fbank=data.fbank_backend,
             max_rejected=1.0,
         )
     noise = torch.randn(batch_size, audio.num_frames, audio.n_mels)

@@ -63,10 +63,10 @@ def tune(
     """
     if seconds <= 0:
         raise ConfigError(f"--seconds must be positive, got {seconds:g}")
-    if config.train.batch_size % config.train.accumulate:
+    if config.train.batch_size % config.train.accumulation_steps:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} cannot be divided by "
-            f"train.accumulate {config.train.accumulate}"
+            f"train.accumulation_steps {config.train.accumulation_steps}"
         )
     end = time.monotonic() + seconds
     tried: list[Candidate] = []
@@ -163,7 +163,9 @@ def format_line(candidate: Candidate) -> str:
         settings += f", {candidate.config.data.num_threads or 'default'} DALI threads"
     settings += f", attention {candidate.attention}" if candidate.attention else ""
     settings += ", compiled" if train.compile else ""
-    settings += f", every {train.checkpoint_every}. block recomputed" * bool(train.checkpoint_every)
+    settings += f", every {train.activation_checkpoint_every}. block recomputed" * bool(
+        train.activation_checkpoint_every
+    )
     if trial.outcome != "ok":
         return f"  {settings:48} {trial.outcome}: {trial.reason[:100]}"
     return (
@@ -242,14 +244,14 @@ def _checkpointing(best: Candidate) -> Iterator[Candidate]:
     """Only where the configuration does not fit as it is."""
     if best.trial is not None and best.trial.outcome == "out of memory":
         for every in (2, 1):
-            train = replace(best.config.train, checkpoint_every=every)
+            train = replace(best.config.train, activation_checkpoint_every=every)
             yield replace(best, config=replace(best.config, train=train))
 
 
 def _with_batch(candidate: Candidate, factor: float) -> Candidate | None:
     train = candidate.config.train
     batch = int(train.batch_size * factor)
-    if batch < train.accumulate or batch % train.accumulate:
+    if batch < train.accumulation_steps or batch % train.accumulation_steps:
         return None
     config = replace(candidate.config, train=replace(train, batch_size=batch))
     return replace(candidate, config=config, trial=None)

@@ -38,13 +38,13 @@ def build_engine(
         batch_size: Clips of one rank in one micro-step.
     """
     train = config.train
-    encoder.checkpoint_every = train.checkpoint_every
+    encoder.activation_checkpoint_every = train.activation_checkpoint_every
     engine = TrainEngine(
         module,
         optimizer,
         world=world,
         batch_size=batch_size,
-        accumulate=train.accumulate,
+        accumulate=train.accumulation_steps,
         zero_stage=train.zero_stage,
         precision=precision_of(config, world.device),
         max_grad_norm=config.optim.max_grad_norm,

@@ -80,10 +80,10 @@ class Finetuning:
         auto = "accuracy" if single else "map"
         self.metric = auto if self.settings.metric == "auto" else self.settings.metric
         self.weights = None
-        if self.settings.balanced:
+        if self.settings.balanced_sampling:
             self.weights = balanced_weights(splits.train)
-        elif config.data.weights is not None:
-            self.weights = read_weights(config.data.weights, len(splits.train))
+        elif config.data.sample_weights is not None:
+            self.weights = read_weights(config.data.sample_weights, len(splits.train))
         self.seed = config.train.seed
         device = place.world.device
         self._tables = {True: splits.train.table().to(device)}
@@ -187,7 +187,9 @@ class Finetuning:
     def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
         """Loss and metrics of the held-out clips; also takes the weights into the average."""
         values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
-        first = self.place.config.train.steps - self.settings.average_last * self.steps_per_epoch
+        first = (
+            self.place.config.train.steps - self.settings.average_last_epochs * self.steps_per_epoch
+        )
         if progress.step > max(first, 0):
             tensors, _ = engine.state()
             self._num_averaged += 1

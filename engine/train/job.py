@@ -71,8 +71,8 @@ class Workplace:
         config, world = self.config, self.world
         on_reject = RejectLog(self.folder / "rejected.jsonl", split) if split else None
         training = epochs is None
-        if training and weights is None and config.data.weights is not None:
-            weights = read_weights(config.data.weights, len(paths))
+        if training and weights is None and config.data.sample_weights is not None:
+            weights = read_weights(config.data.sample_weights, len(paths))
         if training and isinstance(paths, MixedClips):
             weights = paths.weights()
         return AudioStream(
@@ -87,7 +87,7 @@ class Workplace:
             device=world.device,
             num_threads=config.data.num_threads or min(8, world.cores),
             read_ahead=config.data.read_ahead,
-            fbank=config.data.fbank,
+            fbank=config.data.fbank_backend,
             max_rejected=config.data.max_rejected if split else 1.0,
             weights=weights,
             random_crop=training and config.data.random_crop,
@@ -168,10 +168,11 @@ def micro_batch_size(config: Config, world: World) -> int:
     Raises:
         ConfigError: The batch cannot be divided evenly.
     """
-    parts = world.world_size * config.train.accumulate
+    parts = world.world_size * config.train.accumulation_steps
     if config.train.batch_size % parts:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} cannot be divided over "
-            f"{world.world_size} processes x train.accumulate {config.train.accumulate}"
+            f"{world.world_size} processes x "
+            f"train.accumulation_steps {config.train.accumulation_steps}"
         )
     return config.train.batch_size // parts

@@ -159,11 +159,15 @@ def train(
         The signal that stopped the run, after a checkpoint was saved, or 0.
 
     Raises:
-        TrainingError: ``train.max_skipped`` steps in a row gave no finite gradient. The state
+        TrainingError: ``train.max_skipped_steps`` steps in a row gave no finite gradient. The state
             before them was saved.
     """
     world, stop, settings, monitor = engine.world, Stop(), config.train, services.monitor
-    totals, skipped, guard = Totals(world.device), engine.skipped_steps, SpikeGuard(settings.spike)
+    totals, skipped, guard = (
+        Totals(world.device),
+        engine.skipped_steps,
+        SpikeGuard(settings.spike_factor),
+    )
     with stop.listening(), StepProfiler(config, world, task.module, monitor.say) as profiler:
         if progress.step == 0:
             monitor.log_valid(0, services.validate())
@@ -173,7 +177,7 @@ def train(
             last, saved = progress.step == settings.steps, False
             report = last or progress.step % settings.log_every == 0
 
-            if services.skips.in_row >= settings.max_skipped:
+            if services.skips.in_row >= settings.max_skipped_steps:
                 services.save(False)  # of the weights before: skipped steps change none
                 raise TrainingError(
                     f"no step from {progress.step - services.skips.in_row + 1} to {progress.step} "
@@ -236,7 +240,7 @@ def step(
         steps_per_epoch=task.steps_per_epoch,
     )
     seen, taken = [], False
-    for _ in range(settings.accumulate):
+    for _ in range(settings.accumulation_steps):
         profiler.mark("data")
         services.beat("waiting for training data")
         with services.monitor.waiting_for_data():

@@ -94,7 +94,9 @@ class _Run:
             f"rank {world.rank}",
         )
         self.place = Workplace(config, world, batch_size, self.watchdog.beat)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.train.keep)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", keep=config.train.keep_checkpoints
+        )
         self.clips: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
         check_agreement(
             {**to_plain(config), "code version": code_version(), "clips": self.clips}, world
@@ -162,7 +164,7 @@ class _Run:
             attention=attention_backend(world.device, dtype),
             precision=self.precision,
             matmul="oneDNN" if is_fast() else "PyTorch's choice",
-            fbank=config.data.fbank,
+            fbank=config.data.fbank_backend,
             code=code_version(),
         )
         if world.is_main:

@@ -101,7 +101,7 @@ def test_mistakes_are_named_in_one_line(override, message, tmp_path):
 def test_what_needs_the_other_kind_of_training_is_refused(tmp_path):
     for text, override, message in (
         ("{}", "optim.schedule=multistep", "multistep needs epochs"),
-        ("finetune: {}", "train.spike=20", "train.spike is for pretraining"),
+        ("finetune: {}", "train.spike_factor=20", "train.spike_factor is for pretraining"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(write(tmp_path, text), [override])

@@ -70,7 +70,7 @@ def whole(tmp_path_factory, splits, checkpoint, config_file):
 
 
 def command(run, splits, checkpoint, config_file, **changed):
-    settings = {"finetune__average_last": 2, "train__save_every": 2} | changed
+    settings = {"finetune__average_last_epochs": 2, "train__save_every": 2} | changed
     given = [*overrides(**settings), *data_overrides(splits), f"run.folder={run}"]
     return ["finetune", config_file, *given, "--checkpoint", checkpoint]
 
@@ -231,9 +231,13 @@ def test_shuffled_labels_are_not_learned(splits, checkpoint, tmp_path):
         {"finetune__loss": "bce", "finetune__label_smoothing": 0.1, "finetune__mixup": 1.0},
         {"finetune__freeze": "encoder", "finetune__stride": [10, 10], "finetune__roll": 0},
         {"finetune__layer_decay": 0.5, "finetune__head_lr_scale": 3.0, "finetune__pooling": "cls"},
-        {"finetune__balanced": True, "audio__ignore_padding": True, "finetune__metric": "map"},
+        {
+            "finetune__balanced_sampling": True,
+            "audio__ignore_padding": True,
+            "finetune__metric": "map",
+        },
         {"optim__schedule": "multistep", "optim__name": "adam", "train__precision": "bf16"},
-        {"train__zero_stage": 3, "train__accumulate": 2, "finetune__patience": 1},
+        {"train__zero_stage": 3, "train__accumulation_steps": 2, "finetune__patience": 1},
         {"finetune__class_weights": "balanced", "finetune__loss": "bce", "finetune__mixup": 0.5},
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
@@ -319,7 +323,9 @@ def test_people_read_names_not_labels(splits, tmp_path):
 def test_a_run_remembers_its_checkpoint(whole, checkpoint, config_file, splits):
     """Also where it goes on without being told again."""
     assert load_config(whole[0] / "config.yaml").finetune.checkpoint == str(checkpoint)
-    config = load(config_file, splits, whole[0], finetune__average_last=2, train__save_every=2)
+    config = load(
+        config_file, splits, whole[0], finetune__average_last_epochs=2, train__save_every=2
+    )
     assert finetune(config, resume=True) == 0
     assert load_config(whole[0] / "config.yaml").finetune.checkpoint == str(checkpoint)
 
@@ -466,12 +472,12 @@ def test_mistakes_are_found_before_any_work(splits, checkpoint, config_file, tmp
         ({"model__size": "small"}, CheckpointError, "has model.size 'tiny'.*set model.size=tiny"),
         ({"model__patch": [32, 2]}, CheckpointError, r"set model.patch=\[16,16\]"),
         ({"finetune__time_mask": 50}, ConfigError, "must be at most audio.n_mels 32"),
-        ({"train__accumulate": 3}, ConfigError, "train.batch_size 8 cannot be divided"),
+        ({"train__accumulation_steps": 3}, ConfigError, "train.batch_size 8 cannot be divided"),
         ({"finetune__class_weights": "balaced"}, DataError, "balaced: expected none, balanced or"),
         ({"finetune__class_weights": str(two)}, DataError, "2 numbers for 3 classes"),
         ({"finetune__class_weights": str(table)}, DataError, "expected a number a line"),
         (
-            {"finetune__class_weights": "balanced", "finetune__balanced": True},
+            {"finetune__class_weights": "balanced", "finetune__balanced_sampling": True},
             ConfigError,
             "make up for rare classes twice",
         ),

@@ -164,7 +164,7 @@ def load(config_file, data, run, **changed):
         {"objective__softmax_axis": "paper", "objective__mask": "official"},
         {"objective__mask": "random", "model__patch": [32, 2]},
         {"train__precision": "bf16", "optim__name": "adamw", "optim__schedule": "cosine"},
-        {"train__accumulate": 2, "optim__max_grad_norm": 1.0, "train__zero_stage": 2},
+        {"train__accumulation_steps": 2, "optim__max_grad_norm": 1.0, "train__zero_stage": 2},
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
@@ -179,7 +179,7 @@ def test_every_setting_trains(changed, config_file, data, tmp_path):
 
 
 def test_accumulation_changes_nothing(whole, config_file, data, tmp_path):
-    assert pretrain(load(config_file, data, tmp_path / "run", train__accumulate=2)) == 0
+    assert pretrain(load(config_file, data, tmp_path / "run", train__accumulation_steps=2)) == 0
     for ours, theirs in zip(
         lines(tmp_path / "run", "train"), lines(whole[0], "train"), strict=True
     ):
@@ -196,7 +196,12 @@ def test_computing_blocks_again_changes_nothing(stage, config_file, data, tmp_pa
         calls.clear()
         run = tmp_path / f"every-{every}"
         changed = {"model__depth": 3, "train__steps": 3, "train__zero_stage": stage}
-        assert pretrain(load(config_file, data, run, train__checkpoint_every=every, **changed)) == 0
+        assert (
+            pretrain(
+                load(config_file, data, run, train__activation_checkpoint_every=every, **changed)
+            )
+            == 0
+        )
         found.append(lines(run, "train"))
         counts.append(len(calls))
     assert found[0] == found[1] == found[2]
@@ -295,7 +300,11 @@ def test_too_many_bad_files_end_a_run(config_file, tmp_path):
         ({"data__train": None}, ConfigError, "data.train is not set: give a manifest or a folder"),
         ({"data__train": "/nowhere.json"}, DataError, "/nowhere.json: cannot be read: No such"),
         ({"data__train": "/nowhere"}, DataError, "/nowhere"),
-        ({"train__accumulate": 3}, ConfigError, "train.batch_size 4 cannot be divided over 1"),
+        (
+            {"train__accumulation_steps": 3},
+            ConfigError,
+            "train.batch_size 4 cannot be divided over 1",
+        ),
     ],
 )
 def test_mistakes_are_found_before_any_work(changed, error, message, config_file, data, tmp_path):
@@ -306,7 +315,7 @@ def test_mistakes_are_found_before_any_work(changed, error, message, config_file
 
 
 def test_diverging_training_stops_with_advice(config_file, data, tmp_path):
-    config = load(config_file, data, tmp_path / "run", optim__lr=1e18, train__max_skipped=3)
+    config = load(config_file, data, tmp_path / "run", optim__lr=1e18, train__max_skipped_steps=3)
     from ssast.engine.errors import TrainingError
 
     with pytest.raises(

@@ -113,7 +113,7 @@ def test_a_jump_goes_back_but_not_to_the_same_clips(load, losses, tmp_path, monk
         return len(calls) == 7  # at step 7; the last checkpoint is that of step 6
 
     monkeypatch.setattr(SpikeGuard, "spiked", spiked)
-    assert pretrain(load(train__spike=10.0)) == 0
+    assert pretrain(load(train__spike_factor=10.0)) == 0
     assert "the loss has jumped at step 7: back to step000000006, on" in capsys.readouterr().out
     found = lines(tmp_path / "run", "train")
     assert [row["step"] for row in found] == list(range(1, 13))
@@ -128,7 +128,7 @@ def test_jumping_again_and_again_ends_a_run(load, tmp_path, monkeypatch):
     steps = iter(range(1, 100))
     monkeypatch.setattr(SpikeGuard, "spiked", lambda self, loss: next(steps) >= 5)
     with pytest.raises(TrainingError, match=r"jumped 3 times after .*step000000004, the last"):
-        pretrain(load(train__spike=10.0))
+        pretrain(load(train__spike_factor=10.0))
 
 
 def test_a_jump_before_the_first_checkpoint_changes_nothing(
@@ -136,7 +136,7 @@ def test_a_jump_before_the_first_checkpoint_changes_nothing(
 ):
     calls = []
     monkeypatch.setattr(SpikeGuard, "spiked", lambda self, loss: calls.append(0) or len(calls) == 2)
-    assert pretrain(load(train__spike=10.0)) == 0
+    assert pretrain(load(train__spike_factor=10.0)) == 0
     assert "jumped at step 2; there is no checkpoint yet" in capsys.readouterr().out
     assert lines(tmp_path / "run", "train") == losses
 

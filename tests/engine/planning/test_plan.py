@@ -36,7 +36,7 @@ SMALL = ["audio.num_frames=256", "objective.num_masked=90"]
 def saved_bytes(config, batch):
     """Bytes that autograd keeps of a real forward pass, each storage once, without weights."""
     model = MSPM(config)
-    model.encoder.checkpoint_every = config.train.checkpoint_every
+    model.encoder.activation_checkpoint_every = config.train.activation_checkpoint_every
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -76,7 +76,9 @@ def test_activations_are_those_that_autograd_keeps(settings, batch):
 
 
 def test_of_a_block_that_is_computed_again_only_the_input_is_kept():
-    config = load_config("tiny_patch", [*SMALL, "model.depth=6", "train.checkpoint_every=2"])
+    config = load_config(
+        "tiny_patch", [*SMALL, "model.depth=6", "train.activation_checkpoint_every=2"]
+    )
     block = 3 * 130 * (16 * 192 * 4 + 12 + 16)  # one is at work while the others are not there
     P_M = 4 * 3 * 256 * 90 * 2
     want = saved_bytes(config, 3) + block + P_M
@@ -146,7 +148,7 @@ def test_what_is_recommended_is_no_more_than_is_needed():
     choice, _ = choose(config, gpu, parameters, 64)
     assert (choice.stage, choice.every) == (1, None)
     choice, reasons = choose(config, replace(gpu, memory_gib=4.0), parameters, 64)
-    assert choice.every is not None and "checkpoint_every" in " ".join(reasons)
+    assert choice.every is not None and "activation_checkpoint_every" in " ".join(reasons)
     choice, _ = choose(config, replace(gpu, memory_gib=14.0), parameters, 64, batch=16)
     assert (choice.stage, choice.batch) == (2, 16)
     assert choose(config, replace(gpu, memory_gib=2.2), parameters, 64) is None

@@ -32,8 +32,10 @@ def machine(overhead_s=0.1, clip_s=0.1, threads=2, fits=1 << 20, compiled=1.0, b
 
     def run(config, *, num_threads, **options):
         batch = config.train.batch_size
-        tried.append((batch, num_threads, config.train.compile, config.train.checkpoint_every))
-        if batch > fits * (4 if config.train.checkpoint_every else 1):
+        tried.append(
+            (batch, num_threads, config.train.compile, config.train.activation_checkpoint_every)
+        )
+        if batch > fits * (4 if config.train.activation_checkpoint_every else 1):
             return Trial("out of memory", "cannot allocate")
         step_s = (overhead_s + batch * clip_s) * (1 if num_threads == threads else 1.5)
         step_s *= compiled if config.train.compile else 1.0
@@ -82,7 +84,7 @@ def test_a_batch_that_takes_too_long_is_quartered(config):
 def test_blocks_are_computed_again_where_nothing_fits(config):
     run, _ = machine(overhead_s=0.01, fits=4)
     best = fastest(tune(config, run=run))
-    assert best.config.train.checkpoint_every == 2 or best.config.train.batch_size <= 4
+    assert best.config.train.activation_checkpoint_every == 2 or best.config.train.batch_size <= 4
 
 
 def test_nothing_is_started_when_time_is_up(config):
@@ -123,8 +125,11 @@ def test_what_is_written_is_a_configuration(config, tmp_path):
 def test_mistakes_are_named(config, capsys):
     with pytest.raises(ConfigError, match="--seconds must be positive, got 0"):
         tune(config, seconds=0)
-    assert main(["tune", "tiny_patch", "train.accumulate=5"]) == 2
-    assert "train.batch_size 24 cannot be divided by train.accumulate 5" in capsys.readouterr().err
+    assert main(["tune", "tiny_patch", "train.accumulation_steps=5"]) == 2
+    assert (
+        "train.batch_size 24 cannot be divided by train.accumulation_steps 5"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture

@@ -161,7 +161,11 @@ def test_a_mix_must_give_a_share_to_each_path(given: str, message: str) -> None:
     ("recipe", "more", "message"),
     [
         ("tiny_patch", "data.train=/b", "data.mix and data.train exclude each other"),
-        ("tiny_patch", "data.weights=/b", "data.mix and data.weights exclude each other"),
+        (
+            "tiny_patch",
+            "data.sample_weights=/b",
+            "data.mix and data.sample_weights exclude each other",
+        ),
         ("classifier", "data.train=null", "data.mix is for pretraining"),
     ],
 )
