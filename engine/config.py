@@ -1,9 +1,9 @@
-"""The settings of a run, nested frozen dataclasses, from one YAML file.
+"""The configuration of a run: nested frozen dataclasses, read from one YAML file.
 
     config = load_config("base_patch", ["data.train=clips.json", "train.steps=1000"])
 
-A key that no dataclass knows, a value of the wrong type and one out of range are errors that
-name the key, what was given and what is allowed.
+An unknown key, a value of the wrong type and one out of range are errors that name the key, what
+was found and what is expected.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run depends on; stored in its folder as config.yaml."""
+    """The whole configuration; each run stores it in its folder as config.yaml."""
 
     audio: Audio = field(default_factory=Audio)
     model: Model = field(default_factory=Model)
@@ -48,10 +48,10 @@ class Config:
     run: Run = field(default_factory=Run)
     profile: Profile = field(default_factory=Profile)
     finetune: Finetune | None = None
-    """Of a fine-tuning run, whose objective is not looked at; null in pretraining."""
+    """Settings of fine-tuning, which ignores ``objective``; null in pretraining."""
 
     def __post_init__(self) -> None:
-        """Check what no key can be checked for by itself."""
+        """Check what depends on more than one key."""
         if self.train.zero_stage == 0:
             raise ConfigError(
                 "train.zero_stage must be 1, 2 or 3, got 0: DeepSpeed's stage 0 starts bf16 runs "
@@ -96,7 +96,7 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows (frequency) and columns (time) of patches."""
+        """Rows (frequency) and columns (time) of the patch grid."""
         patch = self.model.patch
         rows, columns = (self.finetune and self.finetune.stride) or patch
         return (
@@ -106,14 +106,14 @@ class Config:
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a configuration and apply ``section.key=value`` overrides.
+    """Load a configuration and apply ``section.key=value`` overrides.
 
     Args:
-        name: A YAML file, or the name of one under configs/ without its ending.
-        overrides: Settings that go before the file's, values in YAML.
+        name: Path of a YAML file, or the name of one in configs/ without its extension.
+        overrides: Settings that take precedence over the file's; their values are YAML.
 
     Raises:
-        ConfigError: No such file, bad YAML, or a wrong key, type or value.
+        ConfigError: There is no such file, it is not YAML, or a key, type or value is wrong.
     """
     path = _find(name)
     try:
@@ -132,16 +132,16 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as YAML; ``load_config`` reads the same configuration from it."""
+    """Return the configuration as YAML, from which ``load_config`` loads it again."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Nested dicts and lists of plain values, as YAML and JSON hold them."""
+    """Convert a configuration to nested dicts and lists, as YAML and JSON hold them."""
     plain: dict[str, Any] = {}
     for key, value in vars(config).items():
         if value is None and isinstance(config, Config):
-            continue  # a run of the other kind does without this section
+            continue  # a pretraining run has no section finetune
         if dataclasses.is_dataclass(value):
             plain[key] = to_plain(value)
         else:
@@ -150,7 +150,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def from_plain(raw: dict[str, Any]) -> Config:
-    """The inverse of :func:`to_plain`, with every check."""
+    """Convert nested dicts and lists to a configuration, with every check."""
     return _build(Config, raw, "")
 
 
@@ -209,7 +209,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             near = _nearest(str(value), args)
             raise ConfigError(f"{key} must be one of {', '.join(args)}, got {value!r}{near}")
         return value
-    if isinstance(hint, types.UnionType):  # every one of ours is "something or nothing"
+    if isinstance(hint, types.UnionType):  # every union in the settings is "X | None"
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _convert(inner, value, key)
     if typing.get_origin(hint) is tuple:
@@ -218,10 +218,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return tuple(
             _convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
-    if typing.get_origin(hint) is Mapping:  # of names that are the user's
+    if typing.get_origin(hint) is Mapping:  # its keys are the user's
         named = {str(name): item for name, item in _mapping(value, key).items()}
         return {name: _convert(args[1], item, f"{key}[{name}]") for name, item in named.items()}
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as a string
+    if hint is float and isinstance(value, str):  # YAML 1.1 loads 1e-4, without a dot, as a string
         with contextlib.suppress(ValueError):
             value = float(value)
     if hint is float and type(value) is int:
@@ -255,7 +255,7 @@ def _all_keys() -> list[str]:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    by_last: dict[str, str] = {}  # "steps" stands for train.steps, but "train" for itself
+    by_last: dict[str, str] = {}  # so that "steps" finds train.steps
     for n in known:
         by_last.setdefault(n.rsplit(".", 1)[-1], n)
     near = difflib.get_close_matches(name, [*known, *by_last], n=1, cutoff=0.5)
@@ -269,10 +269,10 @@ def _one_line(error: Exception) -> str:
 
 
 def finetune_settings(config: Config) -> Finetune:
-    """The section ``finetune``.
+    """Return the section ``finetune``.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: It is a configuration for pretraining.
     """
     if config.finetune is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders that one process owns, cores that may be used."""
+"""Atomic writes, a lock on a folder, and the number of usable cores."""
 
 import contextlib
 import fcntl
@@ -59,10 +59,10 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Creates ``out`` and keeps every other run away from it; the lock dies with the process.
+    """Create a folder and lock it; the lock ends with the process.
 
     Raises:
-        DataError: Another run is at work there, or a file cannot be written (a full disk).
+        DataError: Another run holds the lock, or the body cannot write a file (a full disk).
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -76,10 +76,10 @@ def exclusive(out: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            what = f"{error.filename or out}: {error.strerror or error}"
-            raise DataError(f"preparing the data failed: {what}") from error
+            reason = f"{error.filename or out}: {error.strerror or error}"
+            raise DataError(f"preparing the data failed: {reason}") from error
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

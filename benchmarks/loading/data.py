@@ -1,14 +1,14 @@
-"""Clips per CPU second: this project's audio stream against plain loaders.
+"""Measure clips per CPU second: the audio stream against plain loaders.
 
-All turn the same files into the same Kaldi filterbanks. The plain loader is what most training
-code does: soundfile and torchaudio's way of computing the filterbank (its ``compliance.kaldi``
-written out) in a DataLoader with worker processes; where they are installed, torchcodec decodes in
-another one, and torchaudio itself computes in a third. "Decoding alone" is the stream without its
-filterbanks: what is left for the CPU where a GPU computes them. With ``--shards``, the stream reads
-the same clips from prepared shards as well.
+All compute the same Kaldi filterbanks from the same files. The plain loader is typical training
+code: soundfile and the filterbank of torchaudio's ``compliance.kaldi`` (reimplemented here) in a
+DataLoader with worker processes. Where they are installed, a second one decodes with torchcodec and
+a third one calls torchaudio itself. "Decoding alone" is the stream without its filterbanks: what
+the CPU does where a GPU computes them. With ``--shards``, the stream also reads the same clips from
+prepared shards.
 
-What is counted is CPU time, of worker processes as well: it does not depend on what else runs on
-the machine as wall-clock time does. All take turns, and the medians are compared.
+CPU time is measured, that of worker processes included, since wall-clock time depends on what else
+runs on the machine. The loaders take turns, and their medians are compared.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssast.benchmarks.loading.loaders import DecodedStream, PlainDataset, plain_loaders
-from ssast.benchmarks.loading.report import Result, plot, rows
+from ssast.benchmarks.loading.report import Result, plot, table
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import write_manifest
@@ -43,22 +43,22 @@ from ssast.pipelines.stream.stream import AudioStream
 
 CLIP_S = 10.0
 SUBTYPES = {"flac": "PCM_16", "wav": "PCM_16", "ogg": "VORBIS"}
-ENDLESS = 1 << 20  # passes
+ENDLESS = 1 << 20  # epochs
 
 
 def write_clips(
     folder: Path, count: int, *, seconds: float = CLIP_S, kind: str = "flac"
 ) -> list[Path]:
-    """Synthetic recordings: voiced sounds with moving formants over noise, 16 kHz mono.
+    """Write synthetic recordings, harmonic tones over noise, 16 kHz mono.
 
     Args:
-        folder: Where to write them.
-        count: How many.
-        seconds: Length of each.
+        folder: Folder of the files; it exists.
+        count: Number of files.
+        seconds: Length of each in s.
         kind: "flac", "wav" or "ogg".
 
     Returns:
-        The paths.
+        Paths of the files.
     """
     paths = []
     times = np.arange(int(16000 * seconds)) / 16000
@@ -76,12 +76,12 @@ def write_clips(
 
 
 def write_shards(folder: Path, paths: Sequence[Path], kind: str) -> ShardIndex:
-    """The same clips in shards, in the same order, each file as one clip.
+    """Pack files into shards, each as one clip, and return the clips in the same order.
 
     Args:
-        folder: Where to write them.
-        paths: Files; one that is there several times is packed once.
-        kind: "wav", or anything else for FLAC.
+        folder: Folder of the shards.
+        paths: Paths of the files; one that is listed several times is packed once.
+        kind: "wav" for WAV, anything else for FLAC.
     """
     unique = sorted(set(paths))
     write_manifest(folder / "clips.json", [path.absolute() for path in unique])
@@ -93,12 +93,12 @@ def write_shards(folder: Path, paths: Sequence[Path], kind: str) -> ShardIndex:
 
 
 def spec_of(seconds: float) -> FbankSpec:
-    """Filterbank settings of clips of this length."""
+    """Return filterbank settings for clips of this length in s."""
     return FbankSpec(num_frames=min(1024, num_frames(int(16000 * seconds), FbankSpec())))
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and of its living children."""
+    """Return the CPU seconds of this process and its running worker processes."""
     total = time.process_time()
     for child in active_children():
         times = psutil.Process(child.pid).cpu_times()
@@ -116,25 +116,25 @@ def measure(
     seconds: float = CLIP_S,
     shards: ShardIndex | None = None,
 ) -> Result:
-    """Let the loaders read all clips in turn.
+    """Measure all loaders on the same clips.
 
     Args:
-        paths: 16 kHz mono files, a multiple of the batch size.
+        paths: Paths of 16 kHz mono files, a multiple of the batch size.
         spec: Filterbank settings.
         batch_size: Clips per batch.
-        num_threads: Worker processes of the plain ones, threads of the others.
-        rounds: Times that each of them reads all clips.
-        seconds: Length of a clip, for the report.
-        shards: The same clips once more.
+        num_threads: Worker processes of a plain loader, threads of the stream.
+        rounds: Number of times that each loader reads all clips.
+        seconds: Length of a clip in s, for the report.
+        shards: The same clips in shards, to be measured as well.
 
     Returns:
-        The medians.
+        The medians over the rounds.
     """
     torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for the next sum would count as well
+    torch.set_num_threads(1)  # idle OpenMP threads spin, which would count as CPU time
     num_batches = len(paths) // batch_size
     passes: dict[str, Callable[[], None]] = {}
-    first: list[Tensor] = []  # batch of each
+    first: list[Tensor] = []  # the first batch of each loader
     for name, compute in plain_loaders()[0].items():
         plain: DataLoader[Tensor] = DataLoader(
             PlainDataset(paths, spec, compute),
@@ -142,7 +142,7 @@ def measure(
             num_workers=num_threads,
             persistent_workers=True,
         )
-        first.append(next(iter(plain)))  # the workers start before there are threads to inherit
+        first.append(next(iter(plain)))  # forks the workers before the streams start threads
         passes[name] = _plain_pass(plain)
     with ExitStack() as stack:
         for name, clips in {"files": paths, "shards": shards}.items():
@@ -235,11 +235,11 @@ def _read_pass(
 
 
 def _timed(read: Callable[[], None]) -> tuple[float, float]:
-    """CPU and wall-clock seconds."""
+    """Return CPU and wall-clock seconds of a pass."""
     cpu, wall = cpu_s(), time.perf_counter()
     read()
     wall = time.perf_counter() - wall
-    # Whoever reads ahead goes on for a while: as much as was ready at the start.
+    # Loaders that read ahead work on for a while, as much as they had ready at the start.
     now, before = cpu_s(), cpu
     while now - before > 0.002:
         time.sleep(0.02)
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
         if not args.json:
-            print("\n".join(rows(results[-1])), flush=True)
+            print("\n".join(table(results[-1])), flush=True)
 
     if args.data is not None:
         found = sorted(args.data.rglob("*.flac"))

@@ -1,4 +1,4 @@
-"""The loaders of the data benchmark: plain ones, and this project's stream stage by stage."""
+"""The loaders of the data benchmark: plain ones, and the stream without its last stage."""
 
 import importlib
 import math
@@ -16,11 +16,11 @@ from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.stream.graph import PREFETCH, decoded_clips
 from ssast.pipelines.stream.source import ClipSource
 
-Compute = Callable[[Path, FbankSpec], Tensor]  # of a file, its filterbank [T, F]
+Compute = Callable[[Path, FbankSpec], Tensor]  # returns the filterbank [T, F] of a file
 
 
 def plain_fbank(waveform: Tensor, spec: FbankSpec) -> Tensor:
-    """Kaldi's filterbank as torchaudio 2 computes it: [S] float32 to [T, F] float32."""
+    """Compute Kaldi's filterbank as torchaudio 2 does, [S] float32 to [T, F] float32."""
     waveform = waveform - waveform.mean()
     count = 1 + (len(waveform) - spec.window) // spec.hop
     frames = waveform.as_strided((count, spec.window), (spec.hop, 1))
@@ -36,7 +36,7 @@ def plain_fbank(waveform: Tensor, spec: FbankSpec) -> Tensor:
 
 
 def plain_mel_matrix(spec: FbankSpec) -> Tensor:
-    """The mel filters as torchaudio builds them, for every clip anew: [F, n_fft / 2 + 1]."""
+    """Build the mel filters [F, n_fft / 2 + 1], as torchaudio does again for every clip."""
     low = 1127.0 * math.log(1.0 + spec.low_hz / 700.0)
     high = 1127.0 * math.log(1.0 + spec.sample_rate_hz / 2 / 700.0)
     delta = (high - low) / (spec.n_mels + 1)
@@ -50,20 +50,20 @@ def plain_mel_matrix(spec: FbankSpec) -> Tensor:
 
 
 def with_soundfile(path: Path, spec: FbankSpec) -> Tensor:
-    """Decoded by libsndfile."""
+    """Decode with libsndfile."""
     samples, _ = soundfile.read(path, dtype="float32")
     return plain_fbank(torch.from_numpy(samples), spec)
 
 
 def with_torchcodec(path: Path, spec: FbankSpec) -> Tensor:
-    """Decoded by FFmpeg."""
+    """Decode with FFmpeg."""
     from torchcodec.decoders import AudioDecoder  # type: ignore[import-not-found]
 
     return plain_fbank(AudioDecoder(path).get_all_samples().data[0], spec)
 
 
 def with_torchaudio(path: Path, spec: FbankSpec) -> Tensor:
-    """Decoded by libsndfile, the filterbank by torchaudio itself."""
+    """Decode with libsndfile and compute the filterbank with torchaudio."""
     from torchaudio.compliance import kaldi  # type: ignore[import-not-found]
 
     samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
@@ -82,11 +82,7 @@ def with_torchaudio(path: Path, spec: FbankSpec) -> Tensor:
 
 
 def plain_loaders() -> tuple[dict[str, Compute], list[str]]:
-    """What there is to compare with.
-
-    Returns:
-        The plain loaders by name, and a line for each that cannot be used here.
-    """
+    """Return the plain loaders by name, and a line for each that cannot be imported here."""
     found: dict[str, Compute] = {"soundfile": with_soundfile}
     missing = []
     for name, needed, compute in (
@@ -95,7 +91,11 @@ def plain_loaders() -> tuple[dict[str, Compute], list[str]]:
     ):
         try:
             importlib.import_module(needed)
-        except (ImportError, OSError, RuntimeError) as error:  # without FFmpeg, of another torch
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+        ) as error:  # no FFmpeg, other torch
             missing.append(f"not compared with {name}: {str(error).splitlines()[0]}")
         else:
             found[name] = compute
@@ -103,7 +103,7 @@ def plain_loaders() -> tuple[dict[str, Compute], list[str]]:
 
 
 class PlainDataset(Dataset[Tensor]):
-    """One clip at a time, as a map-style dataset."""
+    """A map-style dataset of filterbanks."""
 
     def __init__(self, paths: Sequence[Path], spec: FbankSpec, compute: Compute) -> None:
         self.paths, self.spec, self.compute = paths, spec, compute
@@ -116,7 +116,7 @@ class PlainDataset(Dataset[Tensor]):
 
 
 class DecodedStream:
-    """The stream's source and decoder, without what a GPU would do after them."""
+    """The stream's source and decoder, without the filterbanks that a GPU would compute."""
 
     def __init__(self, paths: ClipPaths, spec: FbankSpec, batch_size: int, threads: int):
         self.source = ClipSource(
@@ -136,6 +136,6 @@ class DecodedStream:
         self.pipeline.run()
 
     def close(self) -> None:
-        """End all threads."""
+        """Stop all threads."""
         self.pipeline = None
         self.source.close()

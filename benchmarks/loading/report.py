@@ -1,4 +1,4 @@
-"""What the data benchmark has found: numbers, table and picture."""
+"""Results of the data benchmark: numbers, table and plot."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,17 +18,18 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over the rounds.
+    """Times per clip, as medians over the rounds.
 
     Attributes:
         kind: Format of the files.
-        seconds: Length of a clip.
-        clips: How many were read, in each of so many ``rounds``.
-        cpu_ms: CPU time of a clip, by loader: the plain ones, and "files" and "shards", the
-            stream. Of the stream also a part: "files decode" without filterbanks, and "files read"
-            of that, to get the bytes that DALI decodes.
-        wall_ms: Time of a clip by the clock.
-        max_difference: Between the filterbanks of the loaders, log-mel.
+        seconds: Length of a clip in s.
+        clips: Number of clips in a round.
+        rounds: Number of rounds.
+        cpu_ms: CPU time of a clip by loader: the plain ones, and "files" and "shards" of the
+            stream, also without its filterbanks ("files decode") and of reading alone
+            ("files read").
+        wall_ms: Wall-clock time of a clip by loader.
+        max_difference: Largest difference between the filterbanks of two loaders (log-mel).
     """
 
     kind: str
@@ -40,33 +41,33 @@ class Result:
     max_difference: float
 
     def ratio(self, loader: str) -> float:
-        """Clips per CPU second of a loader over those of the plain one."""
+        """Return the speed of a loader in clips per CPU second, relative to the plain one."""
         return self.cpu_ms["soundfile"] / self.cpu_ms[loader]
 
     def streams(self) -> list[str]:
-        """Where the stream read from."""
+        """Return the sources of the stream that were measured."""
         return [name for name in ("files", "shards") if name in self.cpu_ms]
 
     def stages(self, source: str) -> dict[str, float]:
-        """CPU ms of a clip in each stage of the stream."""
+        """Return the CPU time of a clip (ms) in each stage of the stream."""
         read, decode = self.cpu_ms[f"{source} read"], self.cpu_ms[f"{source} decode"]
         return {"read": read, "decode": decode - read, "filterbank": self.cpu_ms[source] - decode}
 
     def as_json(self) -> dict[str, object]:
-        """Everything that was found."""
-        fed = {f"{cores} cores": self.fed(cores) for cores in CORES}
+        """Return all numbers as JSON can hold them."""
+        rates = {f"{cores} cores": self.clips_per_s(cores) for cores in CORES}
         stages = {source: self.stages(source) for source in self.streams()}
         ratios = {"ratio": self.ratio("files"), "decode_ratio": self.ratio("files decode")}
-        return asdict(self) | ratios | {"stages_cpu_ms": stages, "clips_per_s": fed}
+        return asdict(self) | ratios | {"stages_cpu_ms": stages, "clips_per_s": rates}
 
-    def fed(self, cores: int) -> dict[str, float]:
-        """Clips a second that so many cores get ready, if nothing else runs on them."""
+    def clips_per_s(self, cores: int) -> dict[str, float]:
+        """Return the clips per second that so many otherwise idle cores load."""
         names = [*self.streams(), *(f"{source} decode" for source in self.streams())]
         return {name: 1e3 * cores / self.cpu_ms[name] for name in names}
 
 
-def rows(result: Result) -> Iterator[str]:
-    """The lines of a table."""
+def table(result: Result) -> Iterator[str]:
+    """Format a result as the lines of a table."""
     r = result
     yield f"{r.kind}, {r.seconds:g} s, {r.clips} clips, medians of {r.rounds} rounds"
     yield f"  {'':<42}{'CPU ms/clip':>12}{'clips/CPU s':>12}{'times plain':>12}"
@@ -78,16 +79,16 @@ def rows(result: Result) -> Iterator[str]:
     for source in r.streams():
         stages = ", ".join(f"{name} {ms:.2f}" for name, ms in r.stages(source).items())
         yield f"  CPU ms by stage, from {source}: {stages}"
-    yield f"  {'clips/s that so many cores feed':<42}" + "".join(f"{n:>12}" for n in CORES)
+    yield f"  {'clips/s by number of cores':<42}" + "".join(f"{n:>12}" for n in CORES)
     for source in r.streams():
         for what, name in (("with filterbanks", ""), ("where a GPU computes them", " decode")):
-            fed = "".join(f"{r.fed(cores)[source + name]:>12,.0f}" for cores in CORES)
-            yield f"  {f'from {source}, {what}':<42}{fed}"
+            rates = "".join(f"{r.clips_per_s(n)[source + name]:>12,.0f}" for n in CORES)
+            yield f"  {f'from {source}, {what}':<42}{rates}"
     yield f"  largest difference between the filterbanks: {r.max_difference:.1e} (log-mel)"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """CPU time of a clip by loader, the stream's split into its stages."""
+    """Plot the CPU time of a clip by loader, that of the stream by stage."""
     bars = [(r, name) for r in results for name in TITLES if name in r.cpu_ms]
     figure, axes = subplots(figsize=(9, 1.2 + 0.36 * len(bars)))
     colours = {"read": "tab:green", "decode": "tab:orange", "filterbank": "tab:blue"}

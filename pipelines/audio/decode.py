@@ -1,11 +1,11 @@
-"""A recording of any format to blocks of mono samples.
+"""Decode recordings of any format to blocks of mono samples.
 
-libsndfile decodes; what it cannot read (m4a, wma, webm, ...) is left to ffmpeg, where that is
-installed. A recording is read in blocks, so a file of many hours costs no more memory than one of
-a few seconds, and one inside a tar archive is read where it lies.
+libsndfile decodes most formats, ffmpeg (where it is installed) the others: m4a, wma, webm, ...
+Recordings are read in blocks, so memory does not grow with their length, and members of a tar
+archive are read in place.
 
-This module imports no torch, and holds no lock of the interpreter where time is spent: libsndfile
-and numpy release it, so threads decode in parallel.
+This module does not import torch. libsndfile and numpy release the GIL, so threads decode in
+parallel.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ import soundfile
 from ssast.pipelines.audio.headers import HEAD, OGG_PAGE, check_whole
 from ssast.pipelines.errors import DataError, UnusableError
 
-BLOCK_SAMPLES = 2**19  # read at once, of all channels together
-LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # a header that states another rate is damaged
-MOST_CHANNELS = 1024  # as in libsndfile
-SPAN_BUFFER = 2**20  # bytes read at once of a member of an archive
-UNRECOGNISED, SYSTEM_ERROR = 1, 2  # error numbers of libsndfile
-STREAMED = 1 << 48  # samples that a file claims if it was written without knowing how many
+BLOCK_SAMPLES = 2**19  # of all channels together
+LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # other sample rates mean a damaged header
+MOST_CHANNELS = 1024  # libsndfile's limit
+SPAN_BUFFER = 2**20  # bytes of a read from an archive
+UNRECOGNISED, SYSTEM_ERROR = 1, 2  # libsndfile's error numbers
+STREAMED = 1 << 48  # a header with so many samples was written before their number was known
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 AU_FLOAT = 6  # 32 bits, big-endian
 FFMPEG_SUFFIXES = frozenset(
@@ -49,12 +49,12 @@ FFMPEG_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A file inside a plain archive.
+    """A file inside an uncompressed archive.
 
     Attributes:
-        path: The archive.
-        offset: Where the file begins, in bytes.
-        size: Its bytes.
+        path: Path of the archive.
+        offset: First byte of the file in the archive.
+        size: Size of the file in bytes.
     """
 
     path: Path
@@ -64,11 +64,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A recording to convert.
+    """A recording to decode.
 
     Attributes:
-        name: Unique among the items; the clips are named after it.
-        data: A file, a file inside an archive, or the bytes of one.
+        name: Unique name; clips are named after it.
+        data: Path of the file, part of an archive, or the bytes of the file.
         folder: Folder below ``flac/`` for its clips, where they become files.
     """
 
@@ -77,10 +77,10 @@ class Item:
     folder: str = ""
 
     def signature(self) -> str:
-        """Changes when the recording changes: size and time of a file, or a hash of the bytes.
+        """Return a string that changes with the recording: size and mtime, or a hash of its bytes.
 
         Raises:
-            OSError: The file cannot be found, or is not a regular file.
+            OSError: The file does not exist or is not a regular file.
         """
         if isinstance(self.data, bytes):
             return hashlib.blake2b(self.data, digest_size=8).hexdigest()
@@ -92,93 +92,93 @@ class Item:
 
 
 class SpanFile(io.RawIOBase):
-    """A file inside an archive as a file of its own.
+    """A raw file object for part of an archive.
 
-    What calls it from C swallows exceptions, so a failure is kept in ``error`` and looks like the
-    end of the file.
+    libsndfile calls it from C and would swallow exceptions: a failed read looks like the end of the
+    file, and its exception is kept in ``error``.
     """
 
     def __init__(self, span: Span) -> None:
-        self.span, self.place = span, 0
+        self.span, self.position = span, 0
         self.error: OSError | None = None
         self.descriptor = os.open(span.path, os.O_RDONLY)
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fills the buffer as far as the file goes; returns the bytes read."""
-        wanted = min(len(buffer), max(0, self.span.size - self.place))
+        """Read into the buffer; return the number of bytes, 0 at the end of the file."""
+        wanted = min(len(buffer), max(0, self.span.size - self.position))
         part = memoryview(buffer)[:wanted]
         try:
-            done = os.preadv(self.descriptor, [part], self.span.offset + self.place)
+            done = os.preadv(self.descriptor, [part], self.span.offset + self.position)
         except OSError as error:
             self.error = error
             return 0
-        self.place += done
+        self.position += done
         return done
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to another place; returns it."""
-        self.place = max(0, offset + (0, self.place, self.span.size)[whence])
-        return self.place
+        """Change the position in the file; return the new one."""
+        self.position = max(0, offset + (0, self.position, self.span.size)[whence])
+        return self.position
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def close(self) -> None:
-        """Closes the archive."""
+        """Close the archive."""
         if not self.closed:
             os.close(self.descriptor)
         super().close()
 
 
 def read_blocks(item: Item, *, whole: bool = False) -> Iterator[tuple[np.ndarray, int]]:
-    """Decodes a recording to mono, block by block.
+    """Decode a recording to mono, block by block.
 
     Args:
         item: The recording.
-        whole: Do not accept a WAV or Ogg file that was cut off. (To libsndfile that is no error:
-            what is there counts.)
+        whole: Whether to reject a truncated WAV or Ogg file, which libsndfile accepts.
 
     Yields:
-        ([S] float32 samples, sample rate in Hz).
+        Samples [S] float32 and the sample rate in Hz.
 
     Raises:
         UnusableError: It cannot be decoded to its end, or holds NaN or infinite samples.
     """
     if suffix(item.name) in FFMPEG_SUFFIXES and not isinstance(item.data, bytes):
-        yield from finite(ffmpeg_blocks(item.data))
+        yield from to_mono(ffmpeg_blocks(item.data))
         return
     try:
-        yield from finite(sndfile_blocks(item, whole))
+        yield from to_mono(sndfile_blocks(item, whole))
     except UnusableError as error:
+        # libsndfile raises this one before it yields anything, so ffmpeg can start over.
         unrecognised = getattr(error.__cause__, "code", None) == UNRECOGNISED
         if not unrecognised or isinstance(item.data, bytes) or not ffmpeg_installed():
             raise
-        blocks = finite(ffmpeg_blocks(item.data))
+        blocks = to_mono(ffmpeg_blocks(item.data))
         try:
             first = next(blocks, None)
         except UnusableError:
             first = None
         if first is None:
-            raise
+            raise  # libsndfile's error: that ffmpeg failed as well says nothing more
         yield first
         yield from blocks
 
 
 def suffix(name: str) -> str:
-    """The ending of a file's name, with its dot, in small letters."""
+    """Return the extension of a file name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
-def finite(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
-    """Mixes [S, channels] blocks to mono, and refuses what is no sound.
+def to_mono(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
+    """Average the channels of [S, channels] blocks, and drop empty blocks.
 
     Raises:
-        UnusableError: An absurd sample rate, NaN or infinite samples.
+        UnusableError: The sample rate is out of range, or a sample is NaN or infinite.
     """
     for block, rate_hz in blocks:
         if not LOWEST_HZ <= rate_hz <= HIGHEST_HZ:
@@ -191,10 +191,10 @@ def finite(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarra
 
 
 def sndfile_blocks(item: Item, whole: bool) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks of [S, channels] float32, decoded by libsndfile; see :func:`read_blocks`."""
+    """Decode blocks of [S, channels] float32 with libsndfile; see :func:`read_blocks`."""
     with contextlib.ExitStack() as stack:
         try:
-            source, span, head = opened(item, stack, whole)
+            source, span, head = open_item(item, stack, whole)
             with soundfile.SoundFile(source) as sound:
                 block_frames = max(1, BLOCK_SAMPLES // sound.channels)
                 num_read = 0
@@ -202,12 +202,12 @@ def sndfile_blocks(item: Item, whole: bool) -> Iterator[tuple[np.ndarray, int]]:
                     block = sound.read(block_frames, dtype="float32", always_2d=True)
                     if span is not None and span.error is not None:
                         raise span.error
-                    # Also of an empty one the rate is looked at, so the last block goes out too.
+                    # The empty last block as well: without samples the rate must still be checked.
                     yield block, sound.samplerate
                     num_read += len(block)
                     if not len(block):
                         break
-                # Of an MP3 file without a table of contents the length is a guess.
+                # The length of an MP3 file without a Xing header is an estimate.
                 known = sound.format != "MP3" or b"Xing" in head or b"Info" in head
                 if whole and known and num_read < sound.frames < STREAMED:
                     raise UnusableError(f"truncated: {num_read} of {sound.frames} samples")
@@ -219,20 +219,27 @@ def sndfile_blocks(item: Item, whole: bool) -> Iterator[tuple[np.ndarray, int]]:
             raise UnusableError(why, passing=error.errno in PASSING) from error
         except DataError as error:
             raise UnusableError(str(error)) from error
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an absurd header
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # a damaged header
             raise UnusableError(f"cannot be decoded: {error}") from error
 
 
-def opened(
+def open_item(
     item: Item, stack: contextlib.ExitStack, whole: bool
 ) -> tuple[bytes | IO[bytes], SpanFile | None, bytes]:
-    """What libsndfile shall read, the part of an archive behind it, and its first bytes.
+    """Open a recording for libsndfile.
 
-    The part is None if there is no archive, and no bytes are given if it need not be whole.
+    Args:
+        item: The recording.
+        stack: Closes the file.
+        whole: Whether to reject a truncated WAV or Ogg file.
+
+    Returns:
+        What libsndfile reads: a path or an open file; the archive behind it, if there is one; with
+        ``whole`` the first :data:`HEAD` bytes, otherwise none.
 
     Raises:
         OSError: The file cannot be opened.
-        DataError: It was cut off, and must be whole.
+        DataError: With ``whole``, the file is empty or truncated.
     """
     span, head = None, b""
     file: IO[bytes]
@@ -241,7 +248,7 @@ def opened(
         file = stack.enter_context(io.BufferedReader(span, SPAN_BUFFER))
     elif isinstance(item.data, bytes):
         file = io.BytesIO(item.data)
-    else:  # libsndfile calls all that can go wrong a system error: open it here to know better
+    else:  # opened here, as libsndfile reports every reason as "System error"
         file = stack.enter_context(io.BufferedReader(io.FileIO(item.data)))
     if whole:
         head = file.read(HEAD)
@@ -251,15 +258,15 @@ def opened(
         file.seek(max(0, size - OGG_PAGE))
         check_whole(head, file.read(), size)
         file.seek(0)
-    # As bytes: a name need not be valid text.
+    # bytes, since a path need not be valid UTF-8
     return (os.fsencode(item.data) if isinstance(item.data, Path) else file), span, head
 
 
 def length_s(item: Item) -> float | None:
-    """Length of a recording in seconds, as its header says; None if libsndfile cannot read it."""
+    """Return the length in seconds from the header; None if libsndfile cannot read it."""
     with contextlib.ExitStack() as stack:
         try:
-            source, _, _ = opened(item, stack, False)
+            source, _, _ = open_item(item, stack, False)
             with soundfile.SoundFile(source) as sound:
                 return sound.frames / sound.samplerate
         except (RuntimeError, ValueError, OSError, ArithmeticError):
@@ -267,12 +274,12 @@ def length_s(item: Item) -> float | None:
 
 
 def ffmpeg_installed() -> bool:
-    """Whether there is an ffmpeg to call."""
+    """Return whether there is an ffmpeg program."""
     return shutil.which("ffmpeg") is not None
 
 
 def ffmpeg_blocks(data: Path | Span) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks of [S, channels] float32, decoded by ffmpeg at the recording's own rate.
+    """Decode blocks of [S, channels] float32 with ffmpeg, at the recording's sample rate.
 
     Raises:
         UnusableError: ffmpeg is not installed, or cannot decode the recording to its end.
@@ -291,15 +298,15 @@ def ffmpeg_blocks(data: Path | Span) -> Iterator[tuple[np.ndarray, int]]:
         url += os.path.abspath(path)
     else:
         url = f"file:{os.path.abspath(path)}"
-    # A playlist in disguise shall not fetch anything; a damaged frame is an error, not a gap.
+    # A playlist with an audio suffix must not fetch URLs. -xerror: a damaged frame is an error.
     reading = ("-nostdin", "-v", "error", "-xerror", "-protocol_whitelist", "file,subfile")
     writing = ("-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
-    with tempfile.TemporaryFile() as complaints:
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [program, *reading, "-i", url, *writing],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors,
         )
         assert process.stdout is not None
         try:
@@ -308,12 +315,12 @@ def ffmpeg_blocks(data: Path | Span) -> Iterator[tuple[np.ndarray, int]]:
                 yield from au_blocks(process.stdout)
             except UnusableError as error:
                 failure = error
-                process.stdout.close()  # what still writes shall end
+                process.stdout.close()  # ends an ffmpeg that is still writing
             if process.wait() or failure:
-                complaints.seek(0)
-                lines = complaints.read().decode(errors="replace").strip().splitlines()
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines()
                 why = str(lines[-1] if lines else failure or f"status {process.returncode}")
-                why = re.sub(r"\[[^]]*\] *", "", why).strip()  # names and addresses of its parts
+                why = re.sub(r"\[[^]]*\] *", "", why).strip()  # names and addresses of its modules
                 raise UnusableError(f"cannot be decoded by ffmpeg: {why}")
         finally:
             process.kill()
@@ -322,10 +329,10 @@ def ffmpeg_blocks(data: Path | Span) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def au_blocks(stream: IO[bytes]) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks of [S, channels] float32 out of an AU stream of floats.
+    """Read blocks of [S, channels] float32 from an AU stream of 32 bit floats.
 
     Raises:
-        UnusableError: It is none, or ends in the middle of a sample.
+        UnusableError: The stream has another format, or ends in the middle of a sample.
     """
     header = stream.read(24)
     if len(header) < 24 or header[:4] != b".snd":

@@ -1,27 +1,26 @@
-"""What the headers of audio files say, read without decoding."""
+"""Headers of audio files, read without decoding."""
 
 import struct
 
 from ssast.pipelines.errors import DataError
 
-UNKNOWN_LENGTH = 0x7FFF0000  # WAV files written as a stream claim this much or more
-HEAD = 65536  # bytes in which the header of a file ends
+UNKNOWN_LENGTH = 0x7FFF0000  # bytes of samples, or more, in the header of a streamed WAV file
+HEAD = 65536  # bytes at the start of a file that hold its header
 OGG_PAGE = 65307  # bytes of the largest page of an Ogg file
 
 
 def wav_header(data: bytes, size: int) -> tuple[int, int, int]:
-    """Rate, channels and samples of a WAV file.
+    """Read the header of a WAV file.
 
     Args:
         data: The file, or the first part of it.
-        size: Bytes of the whole file.
+        size: Size of the whole file in bytes.
 
     Returns:
-        (rate in Hz, channels, samples) of a PCM file; no samples if it is of another kind.
+        Sample rate in Hz, channels and samples per channel; 0 samples if it is not integer PCM.
 
     Raises:
-        DataError: The file ends before its samples do. (libsndfile would shorten it without a
-            word.)
+        DataError: The file is truncated. libsndfile would silently return fewer samples.
     """
     rate_hz = channels = frame_bytes = 0
     at = 12
@@ -41,12 +40,12 @@ def wav_header(data: bytes, size: int) -> tuple[int, int, int]:
 
 
 def check_whole(head: bytes, tail: bytes, size: int) -> None:
-    """Finds a WAV or Ogg file that was cut off, which libsndfile takes for a shorter one.
+    """Check that a WAV or Ogg file is not truncated, which libsndfile does not report.
 
     Args:
         head: The first :data:`HEAD` bytes of the file, or all of it.
         tail: The last :data:`OGG_PAGE` bytes, or all of it.
-        size: Bytes of the whole file.
+        size: Size of the whole file in bytes.
 
     Raises:
         DataError: A WAV file ends before its samples do, or an Ogg file in the middle of a page.
@@ -55,6 +54,7 @@ def check_whole(head: bytes, tail: bytes, size: int) -> None:
         wav_header(head, size)
     elif head[:4] == b"OggS":
         page = tail[tail.rfind(b"OggS") :]
+        # Byte 26 is the number of segments; their lengths follow it, then the segments themselves.
         segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
         if len(page) < 27 or len(page) < 27 + page[26] or len(page) - 27 - page[26] < sum(segments):
             raise DataError("truncated: ends in the middle of an Ogg page")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import sample_digest
-from ssast.pipelines.audio.decode import Item, finite, sndfile_blocks
+from ssast.pipelines.audio.decode import Item, sndfile_blocks, to_mono
 from ssast.pipelines.audio.encoded import LOUDEST, read_clip
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import located
@@ -186,7 +186,7 @@ def usable_seconds(path: str) -> float:
     """
     read_clip(path, FbankSpec())  # what training will say of it, decoded or not
     seconds = 0.0
-    for block, rate_hz in finite(sndfile_blocks(Item(path, Path(path)), whole=True)):
+    for block, rate_hz in to_mono(sndfile_blocks(Item(path, Path(path)), whole=True)):
         seconds += len(block) / rate_hz
         if np.abs(block).max() >= LOUDEST:
             raise DataError("holds samples that are NaN, infinite or absurdly large")

@@ -1,4 +1,4 @@
-"""Filterbanks kept in memory, so that later epochs need neither decode nor compute them."""
+"""An in-memory cache of filterbanks: later epochs neither decode nor compute them again."""
 
 from typing import Protocol
 
@@ -7,28 +7,28 @@ from torch import Tensor
 
 
 class Cache(Protocol):
-    """Where filterbanks of clips are kept; the clips are numbered as in the manifest."""
+    """A cache of filterbanks, by the clip's row in the manifest."""
 
     def ready(self, clip_id: int) -> bool:
-        """Whether it has a clip, for which ``get`` will ask once then. From any thread."""
+        """Return whether a clip is cached; then ``get`` must be called for it once. Thread-safe."""
         ...
 
     def put(self, clip_ids: list[int], features: Tensor, lengths: list[int]) -> None:
-        """Keep clips that were not ready: features [B, T, F], and samples of each."""
+        """Add clips that were not ready: features [B, T, F] and the number of samples of each."""
         ...
 
     def get(self, clip_ids: list[int]) -> tuple[Tensor, list[int]]:
-        """Filterbanks [B, T, F] on the CPU, and samples of each clip."""
+        """Return filterbanks [B, T, F] on the CPU and the number of samples of each clip."""
         ...
 
 
 class FbankCache:
-    """Filterbanks of clips, up to a limit; what comes after it is full is not kept.
+    """A cache in memory. Clips that come after it is full are not added.
 
-    One thread adds, others may ask what there is.
+    One thread may add clips while others call ``ready``.
 
     Args:
-        limit_bytes: Of all filterbanks together.
+        limit_bytes: Largest size of all filterbanks together.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -36,16 +36,16 @@ class FbankCache:
         self._kept: dict[int, tuple[Tensor, int]] = {}
 
     def ready(self, clip_id: int) -> bool:
-        """Whether a clip is kept."""
+        """Return whether a clip is cached."""
         return clip_id in self._kept
 
     def put(self, clip_ids: list[int], features: Tensor, lengths: list[int]) -> None:
-        """Keep the clips that are new, while there is room.
+        """Copy new clips to the CPU, while there is room.
 
         Args:
             clip_ids: B clips.
-            features: [B, T, F], on any device; the copies are on the CPU.
-            lengths: Samples of each clip.
+            features: Filterbanks [B, T, F] on any device.
+            lengths: Number of samples of each clip.
         """
         size = features[0].numel() * features.element_size() if len(features) else 0
         for row, (clip_id, length) in enumerate(zip(clip_ids, lengths, strict=True)):
@@ -55,6 +55,6 @@ class FbankCache:
             self._kept[clip_id] = features[row].detach().to("cpu", copy=True), length
 
     def get(self, clip_ids: list[int]) -> tuple[Tensor, list[int]]:
-        """Filterbanks [B, T, F] on the CPU and lengths of clips that are kept."""
+        """Return filterbanks [B, T, F] on the CPU and the number of samples of each clip."""
         features, lengths = zip(*(self._kept[clip_id] for clip_id in clip_ids), strict=True)
         return torch.stack(features), list(lengths)

@@ -1,9 +1,9 @@
-"""Filterbanks kept in a folder, for later epochs, later runs and other ranks.
+"""A cache of filterbanks on disk, shared by epochs, runs and ranks.
 
-A file holds one clip. It is named by a hash of all that its numbers depend on: place, size and time
-of change of the file (or the shard) that the clip is read from, filterbank settings, and the code
-that computes them. So what is found is never out of date. It appears in one move and ends with a
-checksum: whatever kills a run, and however many share the folder, a file is whole or not used.
+Each file holds one clip and is named by a hash of everything that its content depends on: path,
+size and mtime of the audio file (or the shard), filterbank settings, and the code that computes
+them, so an entry is never stale. Files are written atomically and end with a checksum: a run may be
+killed at any time, and any number of processes may share the folder.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ from ssast.pipelines.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the filterbank of the same clip comes out differently
+FORMAT = 2  # to be raised when the filterbank of the same clip changes
 TAIL = struct.Struct("<QI")  # samples of the clip, checksum of the filterbank
-FREE_SHARE = 0.05  # of the disk that is left to others: checkpoints must fit as well
+FREE_SHARE = 0.05  # of the disk that stays free, for checkpoints
 
 
 class DiskCache:
-    """Filterbanks in a folder; used as :class:`~ssast.pipelines.stream.cache.FbankCache`.
+    """A cache in a folder, see :class:`~ssast.pipelines.stream.cache.Cache`.
 
-    Where the disk is full, or fails, clips are computed as if there were no cache.
+    When the disk is full or fails, no more clips are added and the run goes on.
 
     Args:
-        folder: Is created; may hold clips of other data sets and settings.
-        paths: The clips.
+        folder: Folder of the cache; created. It may hold clips of other data sets and settings.
+        paths: Paths of the clips.
         spec: Filterbank settings.
-        computed_by: Names the code and the device that compute the filterbanks.
+        computed_by: Name of the code and of the device that compute the filterbanks.
 
     Raises:
         DataError: The folder cannot be written to.
@@ -50,33 +50,33 @@ class DiskCache:
     def __init__(self, folder: Path, paths: ClipPaths, spec: FbankSpec, computed_by: str) -> None:
         self._folder, self._paths, self._spec = folder, paths, spec
         self._made_by = repr((FORMAT, spec, computed_by))
-        self._missing: dict[int, str] = {}  # names of clips that are being computed
+        self._missing: dict[int, str] = {}  # file names of clips that are being computed
         self._ready: dict[int, list[tuple[Tensor, int]]] = {}
         self._lock = Lock()
         self._full = False
         try:
             write_atomically(folder / "probe", b"", shared=True)
-            (folder / "probe").unlink(missing_ok=True)  # another rank may have been faster
+            (folder / "probe").unlink(missing_ok=True)  # another rank may have removed it
         except OSError as error:
             raise DataError(f"{folder}: cannot be written to: {error.strerror}") from error
 
     def ready(self, clip_id: int) -> bool:
-        """Read a clip, if it is kept; each time, ``get`` must ask for it once. In any thread."""
+        """Read a clip if it is cached; then ``get`` must be called for it once. Thread-safe."""
         try:
             name = _identity(self._paths[clip_id], self._made_by)
-        except OSError:  # the clip itself is not there: who reads it will say so
+        except OSError:  # no such clip, which reading it will report
             return False
         found = self._read(self._folder / name[:2] / name)
         with self._lock:
             if found is None:
-                # What it was before it was read: it may change before it is computed.
+                # Named before it is read: a file that changes meanwhile must not get the new name.
                 self._missing.setdefault(clip_id, name)
             else:
                 self._ready.setdefault(clip_id, []).append(found)
         return found is not None
 
     def put(self, clip_ids: list[int], features: Tensor, lengths: list[int]) -> None:
-        """Keep clips that were not; the arguments are those of the cache in memory."""
+        """Write clips that were not cached; the arguments are those of :class:`FbankCache`."""
         for row, (clip_id, samples) in enumerate(zip(clip_ids, lengths, strict=True)):
             with self._lock:
                 name = self._missing.pop(clip_id, None)
@@ -93,11 +93,11 @@ class DiskCache:
                 write_atomically(path, content, shared=True)
             except OSError as error:
                 self._full = True
-                why = error.strerror or str(error)
-                log.warning("%s: %s: no more filterbanks are kept there", self._folder, why)
+                reason = error.strerror or str(error)
+                log.warning("%s: %s: no more filterbanks are cached", self._folder, reason)
 
     def get(self, clip_ids: list[int]) -> tuple[Tensor, list[int]]:
-        """Filterbanks [B, T, F] on the CPU and samples of clips that are ready."""
+        """Return filterbanks [B, T, F] on the CPU and the samples of clips that are ready."""
         with self._lock:
             found = [self._ready[clip_id].pop() for clip_id in clip_ids]
             for clip_id in {c for c in clip_ids if not self._ready[c]}:
@@ -106,7 +106,7 @@ class DiskCache:
         return torch.stack(features), list(lengths)
 
     def _read(self, path: Path) -> tuple[Tensor, int] | None:
-        """Filterbank [T, F] and samples; None if the file is not there, or not whole."""
+        """Read a filterbank [T, F] and the samples; None if the file is missing or damaged."""
         try:
             data = memoryview(path.read_bytes())
             samples, checksum = TAIL.unpack(data[-TAIL.size :])
@@ -122,7 +122,7 @@ class DiskCache:
 
 
 def _identity(path: ClipPath, made_by: str) -> str:
-    """Changes when the clip, its place or what computes its filterbank does.
+    """Return a hash that changes with the clip, its path, and the code of its filterbank.
 
     Raises:
         OSError: There is no such file.

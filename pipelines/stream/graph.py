@@ -1,16 +1,15 @@
-"""The DALI graph: encoded clips in, filterbanks out. One function, for a CPU and for a GPU.
+"""The DALI pipeline: encoded clips in, filterbanks out, on a CPU or a GPU.
 
-Kaldi's filterbank out of stock DALI operators (``features="dali"``), which naive use of them is
-not: ``preemphasis_filter``, ``spectrogram`` and ``mel_filter_bank`` over a whole clip miss the
-removal of each window's own mean, and DALI's mel triangles are linear in Hz.
+With ``features="dali"`` Kaldi's filterbank is computed by DALI's own operators. Applied to a whole
+clip, ``preemphasis_filter``, ``spectrogram`` and ``mel_filter_bank`` would not match Kaldi, which
+subtracts the mean of each window and whose mel triangles are linear in mel, not in Hz. Instead:
 
-- Windows overlap, so they are first laid out as rows: with a window of q hops and a rest, window t
-  is rows t, ..., t + q - 1 of the clip seen as [., hop], and the first ``rest`` samples of row
-  t + q.
-- The rows, without their means, are filtered as one long signal. What leaks from one window into
-  the next one's first sample is lost, as the Hann window is 0 there.
-- Triangles of both kinds have the same feet. Each FFT bin feeds at most one even and one odd
-  filter, so one gain per bin makes all even filters exact and another one all odd filters.
+- Overlapping windows are laid out as rows: for a window of q hops and a remainder, window t is rows
+  t, ..., t + q - 1 of the clip reshaped to [., hop], and the first samples of row t + q.
+- The rows, minus their means, are filtered as one long signal. Pre-emphasis leaks from one window
+  only into the first sample of the next, where the Hann window is 0.
+- Triangles of both kinds have the same end points. Each FFT bin feeds at most one even and one odd
+  filter, so one gain per bin makes all even filters exact, and a second one all odd filters.
 """
 
 import math
@@ -33,45 +32,45 @@ PREFETCH = 2  # batches in flight inside DALI
 
 
 class FbankThreads:
-    """The filterbank kernel as the body of a DALI Python function, a clip at a time per thread.
+    """The filterbank kernel as a DALI Python function, one clip at a time in each thread.
 
-    The threads are ours, each with one OpenMP thread: DALI calls from threads of its own, where
-    torch would start a team of OpenMP threads that spin beside those of the training step.
+    It uses its own threads, with one OpenMP thread each: in DALI's threads, torch would start
+    OpenMP teams that compete with those of the training step.
 
     Args:
         spec: Filterbank settings.
         batch_size: Largest number of clips in a call.
-        num_threads: How many threads.
+        num_threads: Number of threads.
     """
 
     def __init__(self, spec: FbankSpec, *, batch_size: int, num_threads: int) -> None:
         self._spec = spec
-        # DALI copies what a Python function returns before it calls the next time, so one output
-        # buffer does: fresh memory for every clip would cost as much in page faults as the FFT.
-        with torch.inference_mode(False):  # a caller's would not hold in our threads
+        # DALI copies the result of a Python function before the next call, so one output buffer is
+        # enough: with new memory for every clip, page faults would cost as much as the FFT.
+        with torch.inference_mode(False):  # the caller's mode does not apply in our threads
             self._out = torch.zeros(batch_size, spec.num_frames, spec.n_mels)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-fbank")
         together = threading.Barrier(num_threads)
 
         def start() -> None:
-            # Asked first: else this thread's first operation takes the process's number after all.
-            # Its OpenMP team would then make libgomp put the training step's own to sleep between
-            # any two operations, and that step took 1.7 times as long.
+            # Without this call the thread's first operation would use the process's number of
+            # threads. With such an OpenMP team, libgomp puts the training step's own threads to
+            # sleep between operations, which made that step 1.7 times slower.
             torch.get_num_threads()
             torch.set_num_threads(1)
             together.wait()
 
-        # The call counts for the thread that makes it and for threads yet to be born: put the
-        # caller's number back as soon as all of ours are there.
+        # set_num_threads also affects threads that start later: restore the caller's number once
+        # all of ours have started.
         num_torch_threads = torch.get_num_threads()
         wait([self._threads.submit(start) for _ in range(num_threads)])
         torch.set_num_threads(num_torch_threads)
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Filterbanks of up to B waveforms [S_b] float32.
+        """Compute the filterbanks of up to B waveforms [S_b] float32.
 
         Returns:
-            Arrays [T, F] float32, which are valid until the next call.
+            Arrays [T, F] float32, valid until the next call.
         """
         outs = self._out[: len(waveforms)]
         wait_for = [
@@ -83,7 +82,7 @@ class FbankThreads:
         return list(outs.numpy())
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._threads.shutdown(wait=True)
 
 
@@ -101,18 +100,18 @@ def _mel_operator(power: Node, spec: FbankSpec) -> Node:
 
 @lru_cache(maxsize=16)
 def mel_gains(spec: FbankSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Gains per FFT bin that turn DALI's mel filters into Kaldi's.
+    """Compute gains per FFT bin that turn DALI's mel filters into Kaldi's.
 
-    DALI's own weights are read back by sending the identity through its operator.
+    DALI's weights are read back by applying its operator to the identity matrix.
 
     Args:
         spec: Filterbank settings.
 
     Returns:
-        Two arrays [1, n_fft / 2 + 1] float32: for the even and for the odd filters.
+        Gains of the even and of the odd filters, [1, n_fft / 2 + 1] float32 each.
 
     Raises:
-        DataError: If this DALI's filters have other feet than Kaldi's.
+        DataError: The filters of this version of DALI have other end points than Kaldi's.
     """
     num_bins = spec.n_fft // 2 + 1
     probe = Pipeline(batch_size=1, num_threads=1, device_id=None)
@@ -133,16 +132,16 @@ def mel_gains(spec: FbankSpec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str) -> Node:
-    """The filterbank in stock DALI operators.
+    """Compute the filterbank with DALI's operators.
 
     Args:
-        waveform: [S] float32 on ``device``.
-        num_samples: [1] int32 on the CPU, S.
+        waveform: Samples [S] float32 on ``device``.
+        num_samples: Number of samples S, [1] int32 on the CPU.
         spec: Filterbank settings.
         device: "cpu" or "gpu".
 
     Returns:
-        [T, F] float32 on ``device``, 0 in frames after the clip's end.
+        Filterbank [T, F] float32 on ``device``, 0 in padding frames.
     """
     window, hop, frames = spec.window, spec.hop, spec.num_frames
     whole, rest = divmod(window, hop)
@@ -168,16 +167,16 @@ def kaldi_fbank(waveform: Node, num_samples: Node, spec: FbankSpec, device: str)
     is_even = (np.arange(spec.n_mels) % 2 == 0).astype(np.float32)[None]
     mel = _mel_operator(power * even, spec) * types.Constant(is_even, device=device)
     mel = mel + _mel_operator(power * odd, spec) * types.Constant(1 - is_even, device=device)
-    # frame t holds sound if t * hop + window <= S
+    # frame t is valid if t * hop + window <= S
     ends = types.Constant(np.arange(frames, dtype=np.int32)[:, None] * hop + window, device="cpu")
-    sound = fn.cast(ends <= num_samples, dtype=types.FLOAT)
-    return dali_math.log(dali_math.max(mel, EPS)) * (sound.gpu() if device == "gpu" else sound)
+    valid = fn.cast(ends <= num_samples, dtype=types.FLOAT)
+    return dali_math.log(dali_math.max(mel, EPS)) * (valid.gpu() if device == "gpu" else valid)
 
 
 def decoded_clips(
     source: Callable[..., tuple[list[np.ndarray], list[np.ndarray]]],
 ) -> tuple[Node, Node]:
-    """The part of the graph that runs on a CPU in any case.
+    """Add the operators that always run on the CPU: read and decode.
 
     Args:
         source: See :func:`build_pipeline`.
@@ -198,7 +197,7 @@ def decoded_clips(
 
 
 def _cut(waveform: Node, num_samples: int, shorter: Literal["pad", "trim_to_shape"]) -> Node:
-    """[S] to [num_samples]; a shorter one is padded or stays as short."""
+    """Cut [S] to [num_samples]; pad a shorter waveform, or leave it as it is."""
     return fn.slice(waveform, 0, num_samples, axes=[0], out_of_bounds_policy=shorter)
 
 
@@ -211,22 +210,22 @@ def build_pipeline(
     device_id: int | None,
     features: FbankThreads | Literal["dali", "waveform"],
 ) -> Pipeline:
-    """Build the graph.
+    """Build the pipeline.
 
     Args:
-        source: Callback for an external source with ``batch`` and ``batch_info``: encoded mono
-            clips at the wanted rate, and labels.
+        source: Callback of an external source with ``batch`` and ``batch_info``: encoded mono clips
+            at the sample rate of ``spec``, and labels.
         spec: Filterbank settings.
         batch_size: Clips per batch.
-        num_threads: DALI's threads on the CPU.
-        device_id: GPU that the outputs shall be on; None for a pipeline without one.
-        features: Threads that compute filterbanks on the CPU, in a pipeline without a GPU;
-            "dali": stock operators, on the GPU if there is one; "waveform": none, the samples
-            are cut or padded to ``spec.num_samples``.
+        num_threads: DALI's CPU threads.
+        device_id: GPU of the outputs; None for a CPU pipeline.
+        features: :class:`FbankThreads` compute filterbanks in a CPU pipeline; "dali": DALI's
+            operators, on the GPU if there is one; "waveform": no filterbank, the samples are cut or
+            padded to ``spec.num_samples``.
 
     Returns:
-        A pipeline with three outputs: features [T, F] float32 or waveform [S] float32; samples
-        of the clip that count [1] int32 (CPU); labels [3] int64 (CPU).
+        A pipeline with three outputs: filterbank [T, F] or waveform [S], float32; number of valid
+        samples [1] int32 (CPU); labels [3] int64 (CPU).
     """
     pipeline = Pipeline(
         batch_size=batch_size,
@@ -235,11 +234,11 @@ def build_pipeline(
         prefetch_queue_depth=PREFETCH,
     )
     with pipeline:
-        # Of the clip's mean nothing is left once each window has lost its own: it may stay.
+        # The clip's mean need not be subtracted, as each window's own mean is.
         waveform, labels = decoded_clips(source)
         num_samples = dali_math.min(waveform.shape(dtype=types.INT32), spec.num_samples)
         device = "cpu" if device_id is None else "gpu"
-        if device == "gpu":  # what will be cut need not travel
+        if device == "gpu":  # copy only the samples that are used
             waveform = _cut(waveform, spec.num_samples, "trim_to_shape").gpu()
         if features == "dali":
             output = kaldi_fbank(waveform, num_samples, spec, device)

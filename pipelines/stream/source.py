@@ -15,39 +15,38 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.cache import Cache
 
 INVALID, READ, CACHED = 0, 1, 2
-REQUESTS = 32  # at once, of a storage that answers after some 50 ms: a few hundred clips a second
-Loaded = tuple[np.ndarray, int]  # a file, and one of these
+REQUESTS = 32  # in parallel: at 50 ms each, several hundred clips per second
+Loaded = tuple[np.ndarray, int]  # an encoded file, and one of these
 
 
 class BatchInfo(Protocol):
-    """What DALI tells an external source: which batch it wants."""
+    """DALI's argument to an external source."""
 
     iteration: int
 
 
 class ClipSource:
-    """Callback of an external source: the encoded clips of batch ``iteration``.
+    """The callback of a DALI external source: the encoded clips of batch ``iteration``.
 
-    What it returns depends on the start position and the iteration alone; all else it keeps is a
-    cache of batches read ahead. A clip that cannot be read becomes silence, is marked invalid and
-    is noted, with the reason, in ``reasons``.
+    The result depends on the start position and the iteration alone; the only state is the batches
+    read ahead. A clip that cannot be read is replaced by silence and marked invalid; ``reasons``
+    holds the error message.
 
     Args:
-        paths: The clips of the manifest.
+        paths: Paths of the clips, in the order of the manifest.
         spec: Filterbank settings.
-        batch_size: Clips per batch of this rank.
-        seed: Of the order of the clips.
-        rank: Of this process, from 0.
+        batch_size: Batch size of this rank.
+        seed: Seed of the shuffling.
+        rank: Rank of this process.
         world_size: Number of ranks.
         start: First position of the stream, over all ranks.
-        epochs: Passes over the manifest in its order; None for the endless shuffled stream.
-        num_threads: Threads that read (and convert what needs it); more of them wait for clips
-            that lie behind a URL.
-        read_ahead: Batches to read ahead.
-        weights: Of the clips in the endless stream, see :mod:`ssast.pipelines.clips.order`.
-        random_crop: Of a recording that is longer than ``spec``, take another part in each epoch
-            instead of its beginning.
-        cache: Of clips that need not be read: silence stands for them.
+        epochs: Number of passes in manifest order; None for the endless shuffled stream.
+        num_threads: Threads that read and convert clips; at least :data:`REQUESTS` for URLs.
+        read_ahead: Number of batches to read ahead.
+        weights: Sampling weights of the endless stream, see :mod:`ssast.pipelines.clips.order`.
+        random_crop: Whether to take a different crop of a longer recording in each epoch, instead
+            of its start.
+        cache: Cache of filterbanks; cached clips are not read, and silence stands in for them.
     """
 
     def __init__(
@@ -73,8 +72,8 @@ class ClipSource:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.start, self.epochs, self.read_ahead = seed, start, epochs, read_ahead
         self.reasons: dict[int, str] = {}  # clip id -> why it was replaced
-        self._doubted: set[int] = set()
-        self._doubt_all = False
+        self._to_verify: set[int] = set()
+        self._verify_all = False
         self._ahead: dict[int, list[Future[Loaded]]] = {}
         self._silence = silence(spec)
         if is_remote(paths):
@@ -82,15 +81,14 @@ class ClipSource:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ssast-read")
 
     def clips(self, iteration: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which clips make up a batch.
+        """Return the clips of a batch.
 
         Args:
-            iteration: Batches since the start position.
+            iteration: Number of batches since the start position.
 
         Returns:
-            clip_ids: [B] int64, rows of the manifest.
-            epochs: [B] int64, pass over the manifest.
-            present: [B] bool, False past the end of a finite stream.
+            Rows of the manifest and epochs, [B] int64, and a mask [B] that is False past the end of
+            a finite stream.
         """
         positions = rank_positions(
             self.start, iteration, self.batch_size, self.rank, self.world_size
@@ -102,29 +100,28 @@ class ClipSource:
         epochs, clip_ids = np.divmod(positions, count)
         return clip_ids, epochs, epochs < self.epochs
 
-    def doubt(self, clip_ids: Iterable[int]) -> None:
-        """Decode these clips here from now on, before DALI sees them."""
-        self._doubted.update(clip_ids)
+    def verify(self, clip_ids: Iterable[int]) -> None:
+        """Decode these clips with libsndfile from now on, before DALI does."""
+        self._to_verify.update(clip_ids)
 
-    def doubt_all(self) -> None:
-        """Decode every clip here from now on."""
-        self._doubt_all = True
+    def verify_all(self) -> None:
+        """Decode every clip with libsndfile from now on."""
+        self._verify_all = True
 
     def restart(self, start: int) -> None:
-        """Forget what was read ahead and count iterations from another start position."""
+        """Drop the batches read ahead and count iterations from another start position."""
         self._cancel()
         self.start = start
 
     def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """One batch.
+        """Return one batch.
 
         Args:
-            info: Its ``iteration`` counts the batches since the start position.
+            info: ``iteration`` is the number of batches since the start position.
 
         Returns:
-            encoded: B arrays [n] uint8, audio files.
-            labels: B arrays [3] int64: clip id, epoch, and whether it is valid: INVALID, READ, or
-                CACHED.
+            B audio files [n] uint8, and B labels [3] int64: clip id, epoch, and INVALID, READ or
+            CACHED.
         """
         iteration = info.iteration
         for later in range(iteration, iteration + 1 + self.read_ahead):
@@ -141,7 +138,7 @@ class ClipSource:
         return encoded, labels
 
     def close(self) -> None:
-        """End the threads. The source cannot be used after this."""
+        """Stop the threads. The source cannot be used afterwards."""
         self._cancel()
         self._threads.shutdown(wait=True)
 
@@ -153,23 +150,23 @@ class ClipSource:
 
     def _submit(self, iteration: int) -> list["Future[Loaded]"]:
         clip_ids, epochs, present = self.clips(iteration)
-        nothing: Future[Loaded] = Future()
-        nothing.set_result((self._silence, INVALID))
+        padding: Future[Loaded] = Future()
+        padding.set_result((self._silence, INVALID))
         return [
-            self._threads.submit(self._load, int(clip_id), int(epoch)) if here else nothing
-            for clip_id, epoch, here in zip(clip_ids, epochs, present, strict=True)
+            self._threads.submit(self._load, int(clip_id), int(epoch)) if is_present else padding
+            for clip_id, epoch, is_present in zip(clip_ids, epochs, present, strict=True)
         ]
 
     def _load(self, clip_id: int, epoch: int) -> Loaded:
-        """The bytes of a clip; silence, and a note, if it cannot be read."""
+        """Read a clip; return silence, and keep the reason, if it cannot be read."""
         if clip_id in self.reasons:
             return self._silence, INVALID
         if self.cache is not None and self.cache.ready(clip_id):
             return self._silence, CACHED
-        trust = not (self._doubt_all or clip_id in self._doubted)
-        place = crop_place(self.seed, clip_id, epoch) if self.random_crop else 0.0
+        verify = self._verify_all or clip_id in self._to_verify
+        crop = crop_place(self.seed, clip_id, epoch) if self.random_crop else 0.0
         try:
-            return read_clip(self.paths[clip_id], self.spec, trust=trust, place=place), READ
+            return read_clip(self.paths[clip_id], self.spec, verify=verify, crop=crop), READ
         except DataError as error:
             self.reasons[clip_id] = str(error)
             return self._silence, INVALID

@@ -24,52 +24,50 @@ __all__ = ["AudioStream", "build_pipeline"]
 
 log = logging.getLogger(__name__)
 
-ENOUGH_SEEN = 50  # clips before the share of rejected ones means something
-HORIZON = 1000  # or the manifest, if it is shorter: bad clips may come early by chance
-MAX_RECOVERIES = 4  # decoding errors after which every clip is decoded before DALI sees it
+ENOUGH_SEEN = 50  # clips before the share of rejected ones is checked
+HORIZON = 1000  # clips, or the whole manifest: bad clips may come early by chance
+MAX_RECOVERIES = 4  # decoding errors after which libsndfile decodes every clip
 
 
 class AudioStream:
-    """Endless shuffled batches for training, or one pass in manifest order for validation.
+    """Endless shuffled batches for training, or passes in manifest order for validation.
 
-    The clips of a stream and their order depend on (paths, seed, position) alone: a stream that
-    starts at ``position`` of another one goes on exactly as that would have, whatever the batch
-    size and the number of ranks. With the same batch size it does so bit for bit.
+    The order of the clips depends on (paths, seed, position) alone: a stream that starts at the
+    ``position`` of another one continues it exactly, whatever the batch size and the number of
+    ranks; with the same batch size, bit for bit.
 
     A clip that cannot be read (missing, empty, damaged, NaN, shorter than one window) becomes a
     row of silence with ``valid`` False.
 
     Args:
-        paths: The clips of the manifest.
+        paths: Paths of the clips, in the order of the manifest.
         spec: Filterbank settings.
-        batch_size: B, clips per batch of this rank.
-        seed: Of the order of the clips.
-        rank: Of this process, from 0.
+        batch_size: Batch size B of this rank.
+        seed: Seed of the shuffling.
+        rank: Rank of this process.
         world_size: Number of ranks.
         start: Position of the stream, over all ranks, to start at.
-        epochs: None: the endless shuffled stream. k: k passes in manifest order; the last batch is
-            filled up with clips that are not valid, so that all ranks see as many batches.
-        device: Where the batches shall be.
-        num_threads: Threads for each of reading, decoding and (on a CPU) the filterbank.
-        read_ahead: Batches of encoded clips to read ahead.
-        fbank: "torch": the kernel of ``ssast.kernels.fbank``, in the graph on a CPU and on the
-            handed-over waveforms on a GPU; "dali": stock DALI operators in the graph; "auto":
-            "dali" on a GPU, "torch", which is cheaper there, on a CPU.
-        max_rejected: Share of rejected clips above which the stream stops with an error. While
-            few clips have been seen, it is taken of the manifest or of 1000 clips.
-        weights: How often each clip of the endless stream comes up, relative to the others; equally
-            often without them.
-        random_crop: Of a recording longer than ``spec``, another part in each epoch, drawn from
-            (seed, clip, epoch), instead of its beginning.
-        cache_gib: Memory for filterbanks, which are then not computed again; as many clips
-            are kept as fit. Not with ``random_crop``.
-        cache_folder: Keep them on disk instead, also for later runs; see
+        epochs: Number of passes in manifest order; the last batch is filled up with invalid clips,
+            so that all ranks get equally many batches. None for the endless shuffled stream.
+        device: Device of the batches.
+        num_threads: Threads of each of reading, decoding and (on a CPU) the filterbank.
+        read_ahead: Number of batches of encoded clips to read ahead.
+        fbank: Backend of the filterbank. "torch": the kernel of ``ssast.kernels.fbank``, inside the
+            DALI pipeline on a CPU, after it on a GPU; "dali": DALI's operators; "auto": "dali" on a
+            GPU and "torch" on a CPU, where it is faster.
+        max_rejected: Share of rejected clips above which the stream stops with an error. Until
+            enough clips were seen, the share of the manifest or of 1000 clips.
+        weights: Sampling weights of the endless stream; all clips are equally frequent without.
+        random_crop: Whether to take a different crop of a longer recording in each epoch, drawn
+            from (seed, clip, epoch), instead of its start.
+        cache_gib: Memory in GiB for a cache of filterbanks. Not with ``random_crop``.
+        cache_folder: Folder for a cache on disk instead, which later runs use as well; see
             :mod:`ssast.pipelines.stream.disk_cache`.
         on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
 
     Raises:
-        DataError: For an empty manifest or a setting out of range; from ``next``, if too many
-            clips were rejected.
+        DataError: The manifest is empty or a setting out of range; from ``next``, too many clips
+            were rejected.
     """
 
     def __init__(
@@ -159,18 +157,18 @@ class AudioStream:
 
     @property
     def position(self) -> int:
-        """Position of the stream, over all ranks, after the batches handed out so far."""
+        """Position of the stream, over all ranks, after the last batch."""
         return self._start + self._done * self._stride
 
     @property
     def rejected(self) -> dict[int, tuple[str, str]]:
-        """Path and reason of every rejected clip that came up so far, by clip id."""
+        """Path and reason of every rejected clip so far, by clip id."""
         return {
             i: (str(self._source.paths[i]), self._source.reasons[i]) for i in sorted(self._reported)
         }
 
     def __len__(self) -> int:
-        """Batches of a finite stream, from its start."""
+        """Return the number of batches of a finite stream, from its start."""
         if self._num_batches is None:
             raise TypeError("a training stream is endless: it has no length")
         return self._num_batches
@@ -193,7 +191,7 @@ class AudioStream:
         return self._batch(features, lengths, labels)
 
     def close(self) -> None:
-        """End all threads. A closed stream hands out no more batches."""
+        """Stop all threads. A closed stream yields no more batches."""
         if self._closed:
             return
         self._closed = True
@@ -224,11 +222,11 @@ class AudioStream:
         )
 
     def _run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """DALI's next batch: features, samples [B, 1] and labels [B, 3], both on the CPU.
+        """Return DALI's next batch: features, samples [B, 1] and labels [B, 3], both on the CPU.
 
-        On a CPU the features are DALI's own memory, which lives as long as the tensor does and is
-        never written again. On a GPU they are copied: a few microseconds, and no memory of DALI's
-        is in use by torch kernels that are still queued.
+        On a CPU the features share DALI's memory, which lives as long as the tensor and is never
+        overwritten. On a GPU they are copied, since DALI would reuse the memory while queued torch
+        kernels still read it; the copy takes a few microseconds.
         """
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         features, lengths, labels = (
@@ -251,7 +249,7 @@ class AudioStream:
     def _through_cache(
         self, cache: Cache, features: Tensor, lengths: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Put in what is kept, keep what is new; features become filterbanks."""
+        """Insert cached filterbanks into a batch and cache the new ones."""
         if self._features == "waveform":
             features = fbank(features, lengths.to(features.device), self.spec)
         clip_ids, states = labels[:, 0], labels[:, 2]
@@ -265,10 +263,10 @@ class AudioStream:
         return features, lengths
 
     def _account(self, labels: Tensor, present: np.ndarray) -> None:
-        """Count and report the rejected clips of a batch; raise if they are too many."""
-        for (clip_id, _, valid), here in zip(labels.tolist(), present, strict=True):
-            self._seen += bool(here)
-            if here and not valid:
+        """Count and report the rejected clips of a batch; raise if there are too many."""
+        for (clip_id, _, valid), is_present in zip(labels.tolist(), present, strict=True):
+            self._seen += bool(is_present)
+            if is_present and not valid:
                 self._rejected += 1
                 if clip_id not in self._reported:
                     self._reported.add(clip_id)
@@ -285,26 +283,25 @@ class AudioStream:
             )
 
     def _recover(self, error: RuntimeError) -> None:
-        """Go on after a decoding error of DALI's, which costs it the whole batch.
+        """Rebuild the pipeline after a decoding error, with which DALI drops the whole batch.
 
-        DALI does not say which clip it was. Those in flight are decoded by libsndfile from now
-        on: it rejects the bad one with a reason and hands the good ones on as plain samples, the
-        same that DALI decodes. So the batch that comes next cannot fail for a clip's sake.
+        DALI does not name the clip. libsndfile decodes those in flight from now on: it rejects the
+        bad one with a reason and passes the others on as samples, the same that DALI decodes. The
+        repeated batch can therefore not fail because of a clip.
         """
-        if self._recovered_at == self._done:
+        if self._recovered_at == self._done:  # it failed again, so no clip is to blame
             raise error
         self._recovered_at = self._done
         self._recoveries += 1
         iteration = self._done - self._base
         for later in range(iteration, iteration + PREFETCH + 1):
-            self._source.doubt(self._source.clips(later)[0].tolist())
+            self._source.verify(self._source.clips(later)[0].tolist())
         if self._recoveries == MAX_RECOVERIES:
             log.warning(
-                "DALI could not decode %d batches: from now on libsndfile decodes every clip "
-                "before DALI sees it",
+                "DALI could not decode %d batches: libsndfile decodes every clip from now on",
                 self._recoveries,
             )
-            self._source.doubt_all()
+            self._source.verify_all()
         self._source.restart(self.position)
         self._base = self._done
         self._pipeline = self._build()

@@ -187,7 +187,7 @@ def test_training_goes_on_without_room(
     assert kept > 0 and len(files(cache)) == (0 if how == "gone" else kept)
     (message,) = [r.getMessage() for r in caplog.records if r.name == disk_cache.__name__]
     reason = {"full": "No space left", "almost full": "less than 5% of the disk", "gone": "No such"}
-    assert reason[how] in message and "no more filterbanks are kept" in message
+    assert reason[how] in message and "no more filterbanks are cached" in message
 
 
 def test_two_ranks_and_another_run_at_once(clips: list[Path], tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_bad_files_become_silence(paths: list[Path], tmp_path: Path) -> None:
     beasts = bestiary(tmp_path)
     everything = [*paths, *beasts]
     clips = ClipSource(everything, SPEC, batch_size=len(everything), epochs=1)
-    clips.doubt_all()
+    clips.verify_all()
     encoded, labels = clips(at(0))
     assert [int(label[2]) for label in labels] == [1] * len(paths) + [0] * len(beasts)
     assert sorted(clips.reasons) == list(range(len(paths), len(everything)))
