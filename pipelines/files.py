@@ -81,5 +81,5 @@ def exclusive(out: Path) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

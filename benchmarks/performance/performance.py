@@ -5,7 +5,6 @@ Every measurement is kept in a file: stop it at any time, the same command goes 
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from ssast.engine.cli.data import PACKAGE_CACHE
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
 from ssast.pipelines.demo.corpora import fetch_demo
+from ssast.pipelines.files import usable_cores
 
 PARTS = ("step", "roofline", "scaling", "loader", "runs")
 DOCS = Path("docs")
@@ -68,7 +68,7 @@ def _measure(notes: Notes, options: argparse.Namespace) -> None:
     for name, least in (("turns", 1), ("batch", 2), ("frames", 32), ("threads", 1), ("clips", 1)):
         if (given := getattr(options, name)) is not None and given < least:
             raise ConfigError(f"--{name} must be {least} or more, got {given}")
-    known = notes.scope() or Scope(threads=len(os.sched_getaffinity(0)))
+    known = notes.scope() or Scope(threads=usable_cores())
     names = ("turns", "batch", "frames", "threads", "clips", "data")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     scope = replace(known, sizes=tuple(options.sizes), **changes)

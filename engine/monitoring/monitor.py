@@ -22,7 +22,6 @@ What follows ``train/`` or ``valid/`` is the name that the module and the metric
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import time
@@ -35,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from ssast.engine.parallel.ranks import World
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.files import usable_cores, write_atomically
 
 # Columns of a training line on the terminal: metric, label, format.
 COLUMNS = (
@@ -216,7 +215,7 @@ def environment(world: World, **choices: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
         "cuda": torch.version.cuda,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "world_size": world.world_size,
         "launcher": world.launcher,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssast.engine.errors import ConfigError, LostPeer
+from ssast.pipelines.files import usable_cores
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class World:
     launcher: str
     device: torch.device
     timeout_s: float = 600.0
-    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    cores: int = field(default_factory=usable_cores)
 
     @property
     def is_main(self) -> bool:
@@ -195,7 +196,7 @@ def init_world(timeout_s: float = 600.0) -> World:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    cores = max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+    cores = max(1, usable_cores() // launch.local_world_size)
     if "OMP_NUM_THREADS" not in os.environ:  # torch would take all cores in each process
         torch.set_num_threads(cores)
     _world = World(

@@ -7,7 +7,6 @@ table and no more. The batch changes what is learned: among those within 3 % of 
 smallest is taken.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ssast.engine.config import Config, dump_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.kernels.attention import candidates
+from ssast.pipelines.files import usable_cores
 
 CLOSE = 0.97  # of the best rate: as fast, given how much such runs vary
 _COST_S = 12.0  # of starting a process, at least
@@ -87,7 +87,7 @@ def tune(
         say(format_line(tried[-1]))
         return tried[-1]
 
-    best = attempt(Candidate(config, num_threads=_cores()))
+    best = attempt(Candidate(config, num_threads=usable_cores()))
     assert best is not None
     while best.trial is not None and best.trial.outcome == "too slow":
         smaller = _with_batch(best, 0.25)
@@ -142,7 +142,7 @@ def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
     best = fastest(tried)
     found, given = (" ".join(format_line(candidate).split()) for candidate in (best, tried[0]))
     words = [f"# {found}", f"# as given: {given}"]
-    if best.num_threads is not None and best.num_threads != _cores():
+    if best.num_threads is not None and best.num_threads != usable_cores():
         words.append(f"# to be run with OMP_NUM_THREADS={best.num_threads}")
     if best.config.train.batch_size != config.train.batch_size:
         words.append(
@@ -206,10 +206,6 @@ def _follow(
     return before is not best
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _attentions(best: Candidate) -> Iterator[Candidate]:
     """Where it is not PyTorch's own choice anyway: the first of these was taken by default."""
     if torch.cuda.is_available():
@@ -220,7 +216,7 @@ def _attentions(best: Candidate) -> Iterator[Candidate]:
 
 
 def _threads(best: Candidate) -> Iterator[Candidate]:
-    cores = _cores()
+    cores = usable_cores()
     if not torch.cuda.is_available() and cores > 1:
         yield replace(best, num_threads=cores // 2)
 
@@ -228,7 +224,7 @@ def _threads(best: Candidate) -> Iterator[Candidate]:
 def _loaders(best: Candidate) -> Iterator[Candidate]:
     data = best.config.data
     if data.train is not None:
-        for count in sorted({1, max(1, _cores() // 2), min(8, _cores())}):
+        for count in sorted({1, max(1, usable_cores() // 2), min(8, usable_cores())}):
             if count != data.num_threads:
                 changed = replace(data, num_threads=count)
                 yield replace(best, config=replace(best.config, data=changed))
