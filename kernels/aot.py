@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there, and read what came out.
+"""Compile kernels ahead of time, for GPUs that are not there, and read the result.
 
 A launch is recorded instead of run: the kernel, its arguments (tensors on the ``meta`` device will
 do) and its block sizes are those of the real launch, and they are specialised by Triton's own
@@ -39,7 +39,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Launch:
-    """One ``kernel[grid](...)``, as it was asked for."""
+    """One recorded ``kernel[grid](...)``."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -52,19 +52,19 @@ class Report:
     """What a kernel compiled to.
 
     Attributes:
-        kernel: Its name.
-        arch: Such as "sm_90".
+        kernel: Name of the kernel.
+        arch: Architecture, such as "sm_90".
         num_warps: Warps of a CTA.
-        registers: Of a thread.
-        spill_bytes: Moved between registers and local memory by the instructions of the kernel.
+        registers: Registers of a thread.
+        spill_bytes: Bytes that instructions move between registers and local memory.
         shared_bytes: Shared memory of a CTA.
-        shared_limit_bytes: What the device has for one.
+        shared_limit_bytes: Shared memory that the device has for a CTA.
         ctas_per_sm: How many CTAs an SM holds at a time; 0 where not even one fits.
         tensor_core_ops: Instructions of this architecture's tensor cores (HMMA, HGMMA, UTCMMA).
         load128: Loads of 128 bits from global memory, asynchronous copies and bulk loads included.
         loads: All loads from global memory.
         atomics: Atomic operations on global memory.
-        instructions: Of the whole kernel.
+        instructions: Instructions of the whole kernel.
     """
 
     kernel: str
@@ -84,7 +84,7 @@ class Report:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """In the block, launches are collected in a list and not run."""
+    """Collect launches in a list instead of running them."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -173,14 +173,14 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(work: Iterable[tuple[Launch, int]]) -> list[Report]:
-    """Several launches, each for its architecture, on all cores."""
+def compile_all(launches: Iterable[tuple[Launch, int]]) -> list[Report]:
+    """Compile several launches, each for its architecture, on all cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda item: compile_launch(*item), work))
+        return list(pool.map(lambda item: compile_launch(*item), launches))
 
 
 def record(operation: CustomOpDef, *args: Any) -> list[Launch]:
-    """What the CUDA implementation of an operation would launch for these arguments."""
+    """Return what the CUDA implementation of an operation launches for these arguments."""
     with recorded() as launches:
         operation._backend_fns["cuda"](*args)
     return launches

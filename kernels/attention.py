@@ -1,11 +1,11 @@
-"""Softmax attention through one function, by the fastest kernel that runs and is right.
+"""Softmax attention through one function, by the fastest backend that runs and is right.
 
     out = softmax(q k^T / sqrt(D_h)) v                   Vaswani et al. 2017
 
 On a CUDA device the candidates of :data:`CANDIDATES` are tried once per dtype, in their order, on
-514 tokens with gradients; the first whose numbers agree with the definition is used from then on.
-flash-attn (Dao 2023; Shah et al. 2024) is an optional dependency. PyTorch's choice is not left to
-itself: it depends on versions, and cuDNN before 9.15 is wrong on Hopper for lengths that are no
+514 tokens with gradients; the first whose numbers agree with the reference is used from then on.
+flash-attn (Dao 2023; Shah et al. 2024) is an optional dependency. The choice is not left to
+PyTorch: it depends on versions, and cuDNN before 9.15 is wrong on Hopper for lengths that are not a
 multiple of 128, such as 514.
 """
 
@@ -25,14 +25,14 @@ Backend = Literal[
     "flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "math", "sdpa", "blocked"
 ]
 
-# In half precision by architecture, the fastest first; later ones are as the last.
+# For half precision, by architecture, fastest first; newer architectures use the last row.
 CANDIDATES: dict[int, tuple[Backend, ...]] = {
     80: ("flash-attn-2", "flash", "efficient", "math"),
     90: ("flash-attn-3", "cudnn", "flash-attn-2", "flash", "efficient", "math"),
     100: ("cudnn", "flash-attn-2", "flash", "efficient", "math"),
 }
-IN_FULL_PRECISION: tuple[Backend, ...] = ("efficient", "math")
-UNTRIED = ("sdpa", "blocked")  # those of CPUs
+FULL_PRECISION: tuple[Backend, ...] = ("efficient", "math")
+CPU_BACKENDS = ("sdpa", "blocked")  # need no trial
 
 _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -40,72 +40,79 @@ _SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Of PyTorch's kernels these take a mask.
-_FOR_MASKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_CUDNN_RIGHT_AT_ANY_LENGTH = 91500
-_TRIAL_LENGTH, _TRIAL_ERROR = 514, 0.02
+_TAKE_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_MIN_CUDNN = 91500  # right at any length
+_TRIAL_LENGTH, _MAX_TRIAL_ERROR = 514, 0.02
 
 
-class RealKeys(NamedTuple):
-    """Which keys of each clip count; the rest is padding. Made once for a batch."""
+class PaddingMask(NamedTuple):
+    """Which keys of each clip are valid and which are padding; made once for a batch."""
 
-    real: Tensor  # [B, L] bool, at least one in each row
-    offsets: Tensor  # [B + 1] int32, where each clip begins among the keys that count
-    places: Tensor  # [number of them] int64, in [B * L]
+    valid: Tensor  # [B, L] bool, at least one in each row
+    cu_seqlens: Tensor  # [B + 1] int32, where each clip begins among the valid keys
+    indices: Tensor  # [number of valid keys] int64, in [B * L]
 
 
-def real_keys(real: Tensor) -> RealKeys:
-    """What attention needs to know of the padding.
+def make_padding_mask(valid: Tensor) -> PaddingMask:
+    """Prepare a padding mask for all backends.
 
-    Waits for the device once: how many keys there are in all decides on shapes.
+    Waits for the device once: shapes depend on the number of valid keys.
 
     Args:
-        real: [B, L] bool, False for padding; at least one of each row is True.
+        valid: [B, L] bool, False for padding; at least one of each row is True.
     """
-    offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
-    return RealKeys(real, offsets, real.flatten().nonzero().flatten())
+    cu_seqlens = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).int()
+    return PaddingMask(valid, cu_seqlens, valid.flatten().nonzero().flatten())
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-    """The definition, with the probabilities in memory; ``real`` [B, L'] bool marks the keys."""
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute :func:`attention` by its formula: the reference; ``valid`` is [B, L'] bool."""
     scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
-    if real is not None:
-        scores = scores.masked_fill(~real[:, None, None], float("-inf"))
-        v = v.masked_fill(~real[..., None, None], 0)
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
+        v = v.masked_fill(~valid[..., None, None], 0)
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None) -> Tensor:
     mask = None
-    if keys is not None:
-        mask, k, v = keys.real[:, None, None], _finite(k, keys), _finite(v, keys)
+    if padding_mask is not None:
+        mask = padding_mask.valid[:, None, None]
+        k, v = _without_padding(k, padding_mask), _without_padding(v, padding_mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
-def _finite(x: Tensor, keys: RealKeys) -> Tensor:
-    return x.masked_fill(~keys.real[..., None, None], 0)
+def _without_padding(x: Tensor, padding_mask: PaddingMask) -> Tensor:
+    # NaN in padding would survive a probability of 0.
+    return x.masked_fill(~padding_mask.valid[..., None, None], 0)
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None) -> Tensor:
-    if keys is None:
+def _blocked(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None) -> Tensor:
+    if padding_mask is None:
         return blocked_attention(q, k, v)
-    return blocked_attention(q, _finite(k, keys), _finite(v, keys), keys.real)
+    k, v = _without_padding(k, padding_mask), _without_padding(v, padding_mask)
+    return blocked_attention(q, k, v, padding_mask.valid)
 
 
 def _flash_attn(
-    dense: Callable, ragged: Callable, q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None
+    dense: Callable,
+    varlen: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding_mask: PaddingMask | None,
 ) -> Tensor:
-    """Versions 2 and 3 of flash-attn, whose arguments have the same names."""
-    if keys is None:
+    """Call flash-attn 2 or 3, whose arguments have the same names."""
+    if padding_mask is None:
         out = dense(q, k, v)
     else:
         B, queries = q.shape[:2]
-        out = ragged(
+        out = varlen(
             q.flatten(0, 1),
-            *(x.flatten(0, 1)[keys.places] for x in (k, v)),
+            *(x.flatten(0, 1)[padding_mask.indices] for x in (k, v)),
             cu_seqlens_q=torch.arange(B + 1, device=q.device, dtype=torch.int32) * queries,
-            cu_seqlens_k=keys.offsets,
+            cu_seqlens_k=padding_mask.cu_seqlens,
             max_seqlen_q=queries,
             max_seqlen_k=k.shape[1],
         )
@@ -114,27 +121,29 @@ def _flash_attn(
 
 
 def run_backend(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None = None
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None = None
 ) -> Tensor:
-    """:func:`attention` by one backend, whether or not it is the best."""
+    """Compute :func:`attention` by one backend, whether or not it is the best."""
     if backend == "flash-attn-3":
         import flash_attn_interface as flash3
 
-        return _flash_attn(flash3.flash_attn_func, flash3.flash_attn_varlen_func, q, k, v, keys)
+        dense, varlen = flash3.flash_attn_func, flash3.flash_attn_varlen_func
+        return _flash_attn(dense, varlen, q, k, v, padding_mask)
     if backend == "flash-attn-2":
         import flash_attn as flash2
 
-        return _flash_attn(flash2.flash_attn_func, flash2.flash_attn_varlen_func, q, k, v, keys)
+        dense, varlen = flash2.flash_attn_func, flash2.flash_attn_varlen_func
+        return _flash_attn(dense, varlen, q, k, v, padding_mask)
     if backend == "sdpa":
-        return _sdpa(q, k, v, keys)
+        return _sdpa(q, k, v, padding_mask)
     if backend == "blocked":
-        return _blocked(q, k, v, keys)
-    with sdpa_kernel([_SDPA[backend]] if keys is None else _FOR_MASKS):
-        return _sdpa(q, k, v, keys)
+        return _blocked(q, k, v, padding_mask)
+    with sdpa_kernel([_SDPA[backend]] if padding_mask is None else _TAKE_A_MASK):
+        return _sdpa(q, k, v, padding_mask)
 
 
-def _products_are_fast(dtype: torch.dtype) -> bool:
-    """Whether a CPU's matrix products leave behind those inside PyTorch's attention."""
+def _blocked_is_faster(dtype: torch.dtype) -> bool:
+    """Whether matmuls on this CPU are faster than those inside PyTorch's attention."""
     if dtype == torch.bfloat16:  # with AMX, PyTorch's attention has them as well
         cpu = torch.cpu.get_capabilities()
         return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_tile")
@@ -142,18 +151,18 @@ def _products_are_fast(dtype: torch.dtype) -> bool:
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
-    """What may run there, the fastest first."""
+    """List the backends for a device and dtype, the fastest first."""
     if device.type != "cuda":
-        return ("blocked",) if _products_are_fast(dtype) else ("sdpa",)
+        return ("blocked",) if _blocked_is_faster(dtype) else ("sdpa",)
     if dtype not in (torch.bfloat16, torch.float16):
-        return IN_FULL_PRECISION
+        return FULL_PRECISION
     return CANDIDATES[max(a for a in CANDIDATES if a <= max(80, architecture(device)))]
 
 
-def objection(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a candidate is not used; empty if nothing speaks against it."""
-    if backend == "cudnn" and (torch.backends.cudnn.version() or 0) < _CUDNN_RIGHT_AT_ANY_LENGTH:
-        return f"cuDNN {torch.backends.cudnn.version()} is older than {_CUDNN_RIGHT_AT_ANY_LENGTH}"
+def rejection_reason(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+    """Try a backend on 514 tokens; return why it is not used, or "" if it is right."""
+    if backend == "cudnn" and (torch.backends.cudnn.version() or 0) < _MIN_CUDNN:
+        return f"cuDNN {torch.backends.cudnn.version()} is older than {_MIN_CUDNN}"
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = torch.randn(4, 2, _TRIAL_LENGTH, 2, 64, generator=generator).to(device)
     with torch.enable_grad():
@@ -167,25 +176,26 @@ def objection(backend: Backend, device: torch.device, dtype: torch.dtype) -> str
         want = attention_reference(*exact)
         wanted = torch.autograd.grad(want, exact, upstream.to(dtype).double())
     for got, true in zip((out, *gradients), (want, *wanted), strict=True):
-        error_of_trial = ((got.double() - true).abs().max() / true.abs().max()).item()
-        if not error_of_trial < _TRIAL_ERROR:
-            return f"wrong at {_TRIAL_LENGTH} tokens, relative error {error_of_trial:.1e}"
+        relative_error = ((got.double() - true).abs().max() / true.abs().max()).item()
+        if not relative_error < _MAX_TRIAL_ERROR:
+            return f"wrong at {_TRIAL_LENGTH} tokens, relative error {relative_error:.1e}"
     return ""
 
 
 @cache
 def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, str]:
-    """What was tried for tensors of this device and dtype, up to the one that is used.
+    """Try the candidates in their order, up to the first that is right.
 
     Returns:
-        Candidate to objection, in the order of trial; the last one has none, it is "".
+        Why each was rejected, in the order of trial; "" for the last one, which is used.
 
     Raises:
         RuntimeError: No candidate works.
     """
     trials: dict[Backend, str] = {}
     for backend in candidates(device, dtype):
-        trials[backend] = "" if backend in UNTRIED else objection(backend, device, dtype)
+        tried = backend not in CPU_BACKENDS
+        trials[backend] = rejection_reason(backend, device, dtype) if tried else ""
         if not trials[backend]:
             return trials
     raise RuntimeError(f"no attention works on {device} in {dtype}: {trials}")
@@ -193,27 +203,27 @@ def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, 
 
 @torch.compiler.assume_constant_result
 def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """What :func:`attention` uses for tensors of this device and dtype."""
+    """Return the backend of :func:`attention` for a device and dtype."""
     if device.type == "cpu":
         return candidates(device, dtype)[0]  # it depends on settings: nothing to remember
     if not torch.cuda.is_available():
-        return "math"  # shapes alone are asked for
+        return "math"  # fake tensors: only shapes matter
     return next(reversed(attention_trials(device, dtype)))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, keys: RealKeys | None = None) -> Tensor:
-    """Attention of every query to every key that counts.
+def attention(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None = None) -> Tensor:
+    """Compute softmax attention of every query to every valid key.
 
     Args:
         q: [B, L, H, D_h].
         k: [B, L', H, D_h].
         v: [B, L', H, D_h].
-        keys: Which of them count; all do if None. What stands in the others has no effect, and
-            they have no gradient.
+        padding_mask: Which keys are valid; all if None. Values at padding have no effect, not
+            even NaN, and get no gradient.
 
     Returns:
         [B, L, H, D_h].
     """
     if torch.compiler.is_exporting():  # a file for other programs has PyTorch's operations alone
-        return run_backend("sdpa", q, k, v, keys)
-    return run_backend(attention_backend(q.device, q.dtype), q, k, v, keys)
+        return run_backend("sdpa", q, k, v, padding_mask)
+    return run_backend(attention_backend(q.device, q.dtype), q, k, v, padding_mask)

@@ -1,11 +1,11 @@
-"""Attention on a CPU by batched matrix products, a few heads at a time.
+"""Attention on a CPU by batched matmuls, a few heads at a time.
 
     P = softmax(q k^T / sqrt(D_h));  out = P v
     dv = P^T g;  dS = P * (g v^T - rowsum(P * g v^T)) / sqrt(D_h);  dq = dS k;  dk = dS^T q
 
-PyTorch's own kernel for CPUs works on tiles of a head, with MKL's products. Where oneDNN's are far
-faster, whole heads are better: their scores stay in the cache from the first product to the last,
-and are computed again in the backward pass. Scores and softmax are float32 at least.
+PyTorch's own CPU kernel works on tiles of a head, with matmuls by MKL. Where oneDNN's are far
+faster, whole heads are better: their scores stay in the cache from the first matmul to the last,
+and are recomputed in the backward pass. Scores and softmax are float32 at least.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def _by_token(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor) -> list[slice]:
-    """Of the first axis of q [B * H, L, D_h] and k."""
+    """Split the first axis of q [B * H, L, D_h] so that a block's scores fit into the cache."""
     rows = max(1, BLOCK // max(1, q.shape[1] * k.shape[1]))
     return [slice(i, min(i + rows, len(q))) for i in range(0, len(q), rows)]
 
@@ -51,16 +51,16 @@ def _probabilities(q: Tensor, k: Tensor, padding: Tensor | None, out: Tensor) ->
     return torch.softmax(out, 2, out=out).to(q.dtype)
 
 
-def _padding(real: Tensor | None, heads: int) -> Tensor | None:
-    return None if real is None else ~real.repeat_interleave(heads, 0)  # [B * H, L']
+def _padding(valid: Tensor | None, heads: int) -> Tensor | None:
+    return None if valid is None else ~valid.repeat_interleave(heads, 0)  # [B * H, L']
 
 
 def _rows(padding: Tensor | None, block: slice) -> Tensor | None:
     return None if padding is None else padding[block]
 
 
-def _attention_torch(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    like, padding = q, _padding(real, q.shape[2])
+def _attention_torch(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    like, padding = q, _padding(valid, q.shape[2])
     q, k, v = map(_by_head, (q, k, v))
     blocks, out = _blocks(q, k), torch.empty_like(q)
     scores = _buffer(q, k, blocks, _precise(q))
@@ -78,9 +78,9 @@ _attention = custom_op("blocked_attention", _attention_torch, fake=_attention_fa
 
 
 def _attention_backward_torch(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale, padding = q.shape[3] ** -0.5, _padding(real, q.shape[2])
+    scale, padding = q.shape[3] ** -0.5, _padding(valid, q.shape[2])
     queries, keys = q, k
     grad, q, k, v = map(_by_head, (grad, q, k, v))
     blocks = _blocks(q, k)
@@ -119,16 +119,16 @@ def _backward(ctx, grad: Tensor):
 _attention.register_autograd(_backward, setup_context=_save)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-    """Attention of every query to every key that counts.
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute softmax attention of every query to every valid key.
 
     Args:
         q: [B, L, H, D_h] on a CPU.
         k: [B, L', H, D_h].
         v: [B, L', H, D_h].
-        real: [B, L'] bool, False for keys that do not count; what stands there must be finite.
+        valid: [B, L'] bool, False for padding, where k and v must be finite.
 
     Returns:
         [B, L, H, D_h].
     """
-    return _attention(q, k, v, real)
+    return _attention(q, k, v, valid)

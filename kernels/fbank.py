@@ -1,4 +1,4 @@
-"""Kaldi log-mel filterbanks from waveforms: what the published spectrogram transformers were fed.
+"""Kaldi log-mel filterbanks from waveforms: the input of the published spectrogram transformers.
 
 For every window of 25 ms, each 10 ms (``snip_edges``: only windows that lie inside the clip):
 
@@ -12,14 +12,14 @@ The triangles of ``mel`` are linear on the mel scale 1127 ln(1 + f / 700), from 
 Nyquist frequency. No dither, no energy. Frames after a clip's end are 0.
 Source: Kaldi's feature-fbank.cc and mel-computations.cc, as called by the published SSAST code.
 
-On a CPU one clip is worked through at a time, in buffers that are kept: fresh ones cost page
-faults. Pre-emphasis comes first, once for all windows, and of each window that part of its mean
-goes which pre-emphasis lets through: the same sum in another order. The mel matrix is cut into
-bands of neighbouring filters, whose product runs over the bins that feed them alone: 7 times fewer
-multiplications than the whole product.
+On a CPU clips are processed one by one, in buffers that are kept: fresh ones cost page faults.
+Pre-emphasis comes first, once for all windows, and then the mean of each window is subtracted as
+pre-emphasis would have left it: the same sum in another order. The mel matrix is cut into bands of
+neighbouring filters, multiplied with the FFT bins that feed them alone: 7 times fewer operations
+than the whole matmul.
 
-On CUDA one kernel takes a block of frames from samples to log-mel, see fbank_kernel.py. On other
-devices, and in float64, the batch goes through :func:`fbank_reference`.
+On CUDA one kernel takes a block of frames from samples to log-mel, see fbank_kernel.py. Other
+devices use :func:`fbank_reference`.
 """
 
 import threading
@@ -33,20 +33,20 @@ from ssast.kernels.fbank_kernel import fbank_on_cuda
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec, mel_matrix, num_frames
 from ssast.kernels.operation import custom_op
 
-BLOCK = 1024  # frames at a time on a CPU: fewer cost more in calls and in the mel product
-BAND = 16  # filters at a time: 10 or 20 take BLAS longer, 8 and 32 as well
-PASSED = 1 - float(np.float32(PREEMPHASIS))  # of a constant, by pre-emphasis in float32
+BLOCK = 1024  # frames at a time on a CPU: fewer cost more in calls and in the mel matmul
+BAND = 16  # filters at a time: with 8, 10, 20 or 32, BLAS is slower
+PASSED = 1 - float(np.float32(PREEMPHASIS))  # what pre-emphasis in float32 leaves of a constant
 
 
 def fbank_reference(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
-    """The definition of :func:`fbank` in plain torch; also its implementation where no kernel is.
+    """Compute :func:`fbank` in plain torch: the reference, and what devices without a kernel use.
 
-    The product with the mel matrix is in float64 whatever the input: it is small, and TF32, which
-    a training run may have switched on, would cost three digits.
+    The matmul with the mel matrix is in float64 whatever the input: it is small, and TF32, which a
+    training run may have switched on, would cost three digits.
 
     Args:
         waveforms: [B, S] float32 or float64, on any device.
-        num_samples: [B] integer, samples of each clip; more than S count as S.
+        num_samples: [B] integer, samples of each clip, at most S are used.
         spec: Filterbank settings.
 
     Returns:
@@ -131,7 +131,7 @@ _workspaces = _Workspaces()
 
 
 def fbank_into(out: Tensor, waveform: Tensor, spec: FbankSpec) -> None:
-    """The CPU kernel for one clip, into memory that the caller owns.
+    """Compute the filterbank of one clip on the CPU, into memory that the caller owns.
 
     Args:
         out: [T, F] float32 on the CPU, contiguous; all of it is written.
@@ -180,7 +180,7 @@ _fbank = custom_op("fbank", _fbank_torch, cpu=_fbank_cpu, cuda=_fbank_cuda, fake
 
 
 def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
-    """Log-mel filterbanks of a batch of clips, before normalisation.
+    """Compute the log-mel filterbanks of a batch of clips, before normalisation.
 
     Args:
         waveforms: [B, S] float32 in [-1, 1] at ``spec.sample_rate_hz``; a clip's mean, which the
@@ -193,7 +193,7 @@ def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
         [B, T, F] float32, 0 in frames after a clip's end. No gradient: this is data.
 
     Raises:
-        ValueError: For another shape, dtype or device.
+        ValueError: Wrong shape, dtype or device.
     """
     if waveforms.ndim != 2 or waveforms.dtype != torch.float32:
         raise ValueError(

@@ -14,8 +14,8 @@ and leaves nothing of samples 0 and W - 1):
     imaginary[f] = sum_m odd[m] hann[H + m] sin(2 pi f (H + m - (W - 1) / 2) / n_fft)
 
 for 0 <= m < (W - 1) // 2; of an odd W the middle sample, which meets itself, counts half. These
-are two matrix products of half the plain DFT's size, on tensor cores with three TF32 products for
-one of float32; so is the one with ``mel``. A program makes up to 64 filters from the bins that feed
+are two matmuls of half the plain DFT's size, on tensor cores with three TF32 matmuls for one in
+float32; so is the one with ``mel``. A program computes up to 64 filters from the bins that feed
 them alone.
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from ssast.kernels.launch import architecture, on_its_device
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec, mel_matrix
 
-TABLE_COLUMNS = 32  # the tables have a multiple of so many
+TABLE_COLUMNS = 32  # the number of columns of a table is a multiple of this
 
 
 class _Tables(NamedTuple):
@@ -47,7 +47,7 @@ class _Tables(NamedTuple):
 
 
 def _block_mels(n_mels: int) -> int:
-    """Filters of a program: few, as each program leaves out the bins that feed none of its own."""
+    """Return the filters of a program: few, as a program skips the bins that feed none of them."""
     return min(64, max(16, triton.next_power_of_2(n_mels)))
 
 
@@ -80,37 +80,37 @@ def _tables(spec: FbankSpec, device: torch.device) -> _Tables:
         return ((bits + 0x1000) & -0x2000).view(np.float32)
 
     halves = (np.stack([to_tf32(x), to_tf32(x - to_tf32(x))]) for x in padded)
-    with torch.inference_mode(False):  # else they were of no use outside of it later on
+    with torch.inference_mode(False):  # tensors made in it cannot be used outside of it later
         cosines, sines, filters = (torch.tensor(pair, device=device) for pair in halves)
         bounds = torch.tensor(spans, dtype=torch.int32, device=device)
     return _Tables(cosines, sines, filters, bounds)
 
 
 @triton.jit
-def _dot_tf32x3(x, table, places, next_half, sums):
-    """``sums`` + x @ table.T, about float32; tl.dot's "tf32x3" would split the table each time."""
+def _dot_tf32x3(x, table, offsets, next_half, sums):
+    """Compute sums + x @ table.T in about float32; "tf32x3" would split the table every time."""
     bits = x.to(tl.int32, bitcast=True)
     high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     low = x - high
-    table_high = tl.load(table + places)
-    table_low = tl.load(table + next_half + places)
+    table_high = tl.load(table + offsets)
+    table_low = tl.load(table + next_half + offsets)
     sums = tl.dot(low, table_high.T, sums, input_precision="tf32")
     sums = tl.dot(high, table_low.T, sums, input_precision="tf32")
     return tl.dot(high, table_high.T, sums, input_precision="tf32")
 
 
 @triton.jit
-def _emphasised(samples, mean, here, FACTOR: tl.constexpr):
-    """The mean removed, then pre-emphasis."""
-    sample = tl.load(samples, mask=here, other=0.0) - mean[:, None]
-    previous = tl.load(samples - 1, mask=here, other=0.0) - mean[:, None]
+def _emphasised(samples, mean, valid, FACTOR: tl.constexpr):
+    """Subtract the mean, then apply pre-emphasis."""
+    sample = tl.load(samples, mask=valid, other=0.0) - mean[:, None]
+    previous = tl.load(samples - 1, mask=valid, other=0.0) - mean[:, None]
     return sample - FACTOR * previous
 
 
 @triton.jit
 def _log_mel(
     waveform,
-    here,
+    valid,
     cosines,
     sines,
     mel,
@@ -128,14 +128,14 @@ def _log_mel(
     BLOCK_K: tl.constexpr,
     BLOCK_MELS: tl.constexpr,
 ):
-    """[BLOCK_T, BLOCK_MELS] of the frames from ``waveform`` on; those not ``here`` are not read."""
+    """Compute [BLOCK_T, BLOCK_MELS] of the frames from ``waveform`` on that are ``valid``."""
     HALF: tl.constexpr = WINDOW // 2
     PAIRS: tl.constexpr = (WINDOW - 1) // 2
     frames = waveform + tl.arange(0, BLOCK_T)[:, None] * HOP
     sums = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for first in range(0, WINDOW, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        sums += tl.load(frames + k, mask=here[:, None] & (k < WINDOW), other=0.0)
+        sums += tl.load(frames + k, mask=valid[:, None] & (k < WINDOW), other=0.0)
     mean = tl.sum(sums, 1) / WINDOW
     mels = tl.arange(0, BLOCK_MELS)
     energies = tl.zeros((BLOCK_T, BLOCK_MELS), tl.float32)
@@ -145,15 +145,15 @@ def _log_mel(
         imaginary = tl.zeros((BLOCK_T, BLOCK_BINS), tl.float32)
         for first in range(0, PAIRS, BLOCK_K):
             m = first + tl.arange(0, BLOCK_K)
-            inside = here[:, None] & (m < PAIRS)  # beyond, the tables are 0
+            inside = valid[:, None] & (m < PAIRS)  # beyond, the tables are 0
             right = _emphasised(frames + (HALF + m), mean, inside, FACTOR)
             left = _emphasised(frames + (WINDOW - 1 - HALF - m), mean, inside, FACTOR)
-            places = bins[:, None] * COLUMNS + m
-            real = _dot_tf32x3(right + left, cosines, places, NUM_BINS * COLUMNS, real)
-            imaginary = _dot_tf32x3(right - left, sines, places, NUM_BINS * COLUMNS, imaginary)
+            offsets = bins[:, None] * COLUMNS + m
+            real = _dot_tf32x3(right + left, cosines, offsets, NUM_BINS * COLUMNS, real)
+            imaginary = _dot_tf32x3(right - left, sines, offsets, NUM_BINS * COLUMNS, imaginary)
         power = real * real + imaginary * imaginary
-        places = mels[:, None] * NUM_BINS + bins
-        energies = _dot_tf32x3(power, mel, places, next_half, energies)
+        offsets = mels[:, None] * NUM_BINS + bins
+        energies = _dot_tf32x3(power, mel, offsets, next_half, energies)
     return tl.log(tl.maximum(energies, FLOOR, propagate_nan=tl.PropagateNan.ALL))
 
 
@@ -189,23 +189,23 @@ def _fbank_kernel(
     t = first + tl.arange(0, BLOCK_T)
     block = tl.program_id(2)
     mels = block * BLOCK_MELS + tl.arange(0, BLOCK_MELS)
-    places = out + (b * T + t)[:, None] * N_MELS + mels
+    offsets = out + (b * T + t)[:, None] * N_MELS + mels
     wanted = (t < T)[:, None] & (mels < N_MELS)
-    here = t < tl.minimum(count, T)
+    valid = t < tl.minimum(count, T)
     if first < count:
         features = _log_mel(
-            waveforms + b * stride + first * HOP, here, cosines, sines,
+            waveforms + b * stride + first * HOP, valid, cosines, sines,
             mel + block * BLOCK_MELS * NUM_BINS, tl.num_programs(2) * BLOCK_MELS * NUM_BINS,
             tl.load(spans + 2 * block), tl.load(spans + 2 * block + 1),
             WINDOW, HOP, FACTOR, FLOOR, NUM_BINS, COLUMNS, BLOCK_T, BLOCK_BINS, BLOCK_K, BLOCK_MELS,
         )  # fmt: skip
-        tl.store(places, tl.where(here[:, None], features, 0.0), mask=wanted)
+        tl.store(offsets, tl.where(valid[:, None], features, 0.0), mask=wanted)
     else:
-        tl.store(places, tl.zeros((BLOCK_T, BLOCK_MELS), tl.float32), mask=wanted)
+        tl.store(offsets, tl.zeros((BLOCK_T, BLOCK_MELS), tl.float32), mask=wanted)
 
 
 def _blocks(architecture: int, spec: FbankSpec) -> dict[str, int]:
-    """The largest blocks without spills; 64 frames are the least that newer tensor cores take."""
+    """Return the largest blocks without spills; newer tensor cores need at least 64 frames."""
     bins = 64 if architecture == 90 else 32
     return {
         "BLOCK_T": 64,

@@ -1,17 +1,17 @@
 """Run ``@triton.jit`` kernels on CPU tensors, in a process that also compiles and launches them.
 
 Triton's own interpreter has to be switched on before Triton is imported, and then nothing compiles
-any more. Here it is switched on for the length of a ``with`` block, and made honest:
+any more. Here it is switched on for the length of a ``with`` block, and made to do as a GPU does:
 
-- bfloat16: products and roundings are those of the hardware (Triton's interpreter multiplies the
-  bit patterns and truncates). Any other arithmetic on bfloat16 is refused: a kernel that does it
-  loses precision on a GPU as well.
-- TF32: ``tl.dot`` sees 10 bits of mantissa; "tf32x3" is the sum of three such products that makes
-  up for it.
+- bfloat16: matmuls and roundings are those of the hardware (Triton's interpreter multiplies the bit
+  patterns and truncates). Any other arithmetic on bfloat16 is an error: a kernel that does it loses
+  precision on a GPU as well.
+- TF32: ``tl.dot`` sees 10 bits of mantissa; "tf32x3" is a sum of three such matmuls that restores
+  the precision.
 - Maximum and minimum of a number and NaN are the number, unless ``propagate_nan`` says otherwise.
-- Memory: a load or store outside of the tensors that a launch was given is an error, and so is one
-  program's access to what another program of the launch has written, or its write to what another
-  has read. On a GPU, programs run in no order.
+- Memory: a load or store outside of the tensors that a launch was given is an error, and so is a
+  race: an access to what another program of the launch has written, or a write to what another has
+  read. On a GPU, programs run in no order.
 """
 
 import math
@@ -33,12 +33,12 @@ _MISSING = object()
 
 
 class MemoryFault(IndexError):
-    """A kernel touched memory that is not its own."""
+    """A kernel accessed memory out of bounds, or raced another program."""
 
 
 @contextmanager
 def replaced(owner: object, **members: Any) -> Iterator[None]:
-    """Attributes of a class or module, exchanged for the length of a block."""
+    """Replace attributes of a class or module for the length of a block."""
     before = {name: vars(owner).get(name, _MISSING) for name in members}
     for name, member in members.items():
         setattr(owner, name, member)
@@ -132,7 +132,7 @@ def _dot(original: Any) -> Any:
 
 
 class _Memory:
-    """Which bytes a launch may touch, and which of its programs has touched them."""
+    """Bytes that a launch may access, and the programs that have accessed them."""
 
     def __init__(self, arguments: Iterable[object]):
         extents: dict[int, tuple[int, int]] = {}
@@ -145,13 +145,13 @@ class _Memory:
             extents[storage] = min(low, start), max(high, stop)
         self.extents = sorted(extents.values())
         self.starts = np.array([low for low, _ in self.extents], dtype=np.uint64)
-        # -1: nobody; -2 (readers): more than one program.
+        # -1: no program; -2 (readers): more than one.
         self.writers = [np.full(high - low, -1, np.int64) for low, high in self.extents]
         self.readers = [np.full(high - low, -1, np.int64) for low, high in self.extents]
         self.program = 0
 
     def places(self, pointers: np.ndarray, mask: np.ndarray, size: int, what: str) -> Iterator:
-        """(tensor, bytes in it) for those tensors that the pointers meet."""
+        """Yield (tensor, offsets in bytes) for the tensors that the pointers lie in."""
         pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))
         active = pointers[mask]
         owners = np.searchsorted(self.starts, active, side="right") - 1
@@ -214,14 +214,14 @@ def _guarded_memory(builder: Any) -> dict[str, Any]:
 
 
 class _Language:
-    """Stands for a function whose globals name what the interpreter has to patch."""
+    """Stand-in for a function whose globals name what the interpreter has to patch."""
 
     __globals__: dict[str, Any] = {"tl": tl, "core": tl.core}  # noqa: RUF012
 
 
 @contextmanager
 def interpreter_mode() -> Iterator[None]:
-    """In the block, ``kernel[grid](...)`` runs on CPU tensors, one program after the other.
+    """Run ``kernel[grid](...)`` on CPU tensors in the block, one program after the other.
 
     Raises (from the launch):
         MemoryFault: The kernel reads or writes out of bounds, or depends on the order of programs.

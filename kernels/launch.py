@@ -1,4 +1,4 @@
-"""What a launch needs to know besides its tensors: the architecture that it is for."""
+"""The architecture and the device of a launch."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ _assumed: ContextVar[int] = ContextVar("architecture", default=80)
 
 @contextmanager
 def assume_architecture(architecture: int) -> Iterator[None]:
-    """The architecture that launches on tensors without a GPU are prepared for, in this block."""
+    """Set the architecture for launches on tensors that are not on a GPU, in this block."""
     token = _assumed.set(architecture)
     try:
         yield
@@ -25,7 +25,7 @@ def assume_architecture(architecture: int) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> int:
-    """80 for sm_80, 90 for sm_90 ...; block sizes depend on it."""
+    """Return 80 for sm_80, 90 for sm_90 ...; block sizes depend on it."""
     if device.type != "cuda":
         return _assumed.get()
     major, minor = torch.cuda.get_device_capability(device)
@@ -33,7 +33,7 @@ def architecture(device: torch.device) -> int:
 
 
 def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
-    """Triton launches on the current GPU: make that the one of the first argument, a tensor."""
+    """Make the GPU of the first argument, a tensor, the current one: Triton launches there."""
 
     @functools.wraps(launcher)
     def launch(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Which patches are hidden: a pure function of (seed, stream, epoch, clip) on any device.
+"""Which patches are masked: a pure function of (seed, stream, epoch, clip) on any device.
 
 Every number comes from Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and the counter
 (block, clip, epoch, stream): the mask of a clip depends on nothing else, neither on the batch it is
@@ -11,9 +11,9 @@ The patch grid has F_p rows (frequency) and T_p columns (time); patch (f, t) has
   {start + T_p * i + j : 0 <= i, j < C} with 0 < id < N, until MORE than M ids are covered; the M
   smallest stay. Blocks wrap over the end of a row, and low ids are favoured.
 - ``uniform``: clusters that favour no position. The corner of a C x C block is drawn from all
-  places where it touches the grid, so that a block is as likely to cover one patch as another;
+  positions where it touches the grid, so that a block is as likely to cover one patch as another;
   what lies outside is cut off. When M or more ids are covered, a contiguous run of the surplus
-  (its place is draw 1) is dropped. Of 400 in 8 x 64, every row and column gets 0.778 to 0.784.
+  (draw 1 says where) is dropped. Of 400 in 8 x 64, every row and column gets 0.778 to 0.784.
 - ``random``: M single patches; patch i has draw i as its key, and the M smallest keys win.
 
 A clip that ends early has padding in its last columns. Its mask is that of the smaller grid of its
@@ -35,17 +35,17 @@ _WORD = 0xFFFFFFFF
 
 
 class Masks(NamedTuple):
-    """Hidden and visible patches of a batch of clips, both in ascending order.
+    """Masked and visible patches of a batch of clips, both in ascending order.
 
-    Where clips have padding, the first ``num_masked`` and ``num_visible`` of each list count; the
-    rest of both are the patches of padding.
+    Where clips have padding, the first ``num_masked`` and ``num_visible`` of each list are valid;
+    the rest of both are the patches of padding.
 
     A tuple, so that it may pass through modules whose hooks (ZeRO-3's) look for tensors.
     """
 
     mask_ids: Tensor  # [B, M] int64
     visible_ids: Tensor  # [B, N - M] int64
-    num_masked: Tensor | None = None  # [B] int64; all count if None
+    num_masked: Tensor | None = None  # [B] int64; all are valid if None
     num_visible: Tensor | None = None  # [B] int64
 
 
@@ -76,7 +76,7 @@ def _below(words: Tensor, n: int | Tensor) -> Tensor:
 def draw_masks_reference(
     clip: int, epoch: int, seed: int, stream: int, kind: MaskKind, grid: tuple[int, int], M: int
 ) -> list[int]:
-    """The definition for one clip, one draw after the other; returns its masked ids."""
+    """Return the masked ids of one clip, one draw after the other: the reference."""
     rows, columns = grid
     N = rows * columns
 
@@ -108,7 +108,7 @@ def draw_masks_reference(
 def _draw_masks_torch(
     clip_ids: Tensor,
     epochs: Tensor,
-    real_columns: Tensor | None,
+    valid_columns: Tensor | None,
     num_masked: Tensor | None,
     seed: int,
     stream: int,
@@ -118,24 +118,24 @@ def _draw_masks_torch(
     M: int,
 ) -> tuple[Tensor, Tensor]:
     B, N, device = len(clip_ids), rows * columns, clip_ids.device
-    if real_columns is None or num_masked is None:
-        real_columns = torch.full((B,), columns, device=device)
+    if valid_columns is None or num_masked is None:
+        valid_columns = torch.full((B,), columns, device=device)
         num_masked = torch.full((B,), M, device=device)
-    real, wanted = real_columns[:, None], num_masked[:, None]  # [B, 1]
+    valid, wanted = valid_columns[:, None], num_masked[:, None]  # [B, 1]
     if kind == "random":
         blocks = torch.arange(-(-N // 4), device=device)
         words = philox(seed, blocks, clip_ids[:, None], epochs[:, None], stream)
         ids = torch.arange(N, device=device)
         # The id in the low bits breaks ties, so the order does not depend on how a device sorts.
-        keys = ((words.flatten(1)[:, :N] << 16) | ids).where(ids < rows * real, 1 << 48)
+        keys = ((words.flatten(1)[:, :N] << 16) | ids).where(ids < rows * valid, 1 << 48)
         kept = (keys <= _smallest(keys, wanted)) & (wanted > 0)
     else:
-        kept = _clusters(clip_ids, epochs, real, wanted, seed, stream, kind, rows, N)
-    # From numbers within the clip's own columns to those of the whole grid.
+        kept = _clusters(clip_ids, epochs, valid, wanted, seed, stream, kind, rows, N)
+    # From ids in the grid of the clip's own columns to ids in the whole grid.
     ids = torch.arange(N, device=device)
     f, t = torch.div(ids, columns, rounding_mode="floor"), ids % columns
-    own = f * real + t
-    padding = t >= real
+    own = f * valid + t
+    padding = t >= valid
     masked = kept.gather(1, own.where(~padding, 0)) & ~padding
     # A stable sort lists the masked ids first, and each kind in ascending order.
     fill = padding & (padding.cumsum(1) <= M - wanted)  # padding that fills up the masked ids
@@ -150,7 +150,7 @@ def _draw_masks_torch(
 
 
 def _smallest(values: Tensor, k: Tensor) -> Tensor:
-    """The k-th smallest of each row, k [B, 1] from 1 on."""
+    """Return the k-th smallest of each row, k [B, 1] from 1 on."""
     return values.sort(1).values.gather(1, (k - 1).clamp(min=0))
 
 
@@ -165,7 +165,7 @@ def _clusters(
     rows: int,
     N: int,
 ) -> Tensor:
-    """Flags of the masked patches, [B, N] bool, in the grids of [B, 1] ``columns``.
+    """Return the masked patches, [B, N] bool, in the grids of [B, 1] ``columns``.
 
     Instead of drawing until enough is covered, all starts are drawn at once and each patch learns
     the FIRST draw that covers it; the draw that brings the count to ``need`` is then the need-th
@@ -215,7 +215,7 @@ def _clusters(
 
 
 def _draw_masks_fake(
-    clip_ids: Tensor, epochs: Tensor, real_columns: Tensor | None, num_masked: Tensor | None,
+    clip_ids: Tensor, epochs: Tensor, valid_columns: Tensor | None, num_masked: Tensor | None,
     seed: int, stream: int, kind: str, rows: int, columns: int, M: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, N = len(clip_ids), rows * columns
@@ -237,21 +237,21 @@ def draw_masks(
     grid: tuple[int, int],
     num_masked: int,
     stream: int = 0,
-    real_columns: Tensor | None = None,
+    valid_columns: Tensor | None = None,
 ) -> Masks:
     """Draw the mask of each clip of a batch.
 
     Args:
         clip_ids: [B] int64, which clip of the data set.
         epochs: [B] int64, which pass over it: a clip's mask is drawn anew in each.
-        seed: Of the run, from 0 to 2**63 - 1.
-        kind: See the module.
+        seed: Seed of the run, from 0 to 2**63 - 1.
+        kind: Kind of mask, see the module.
         grid: Rows and columns of patches, [F_p, T_p].
-        num_masked: M, for a clip without padding.
-        stream: Separates masks that must differ at the same clip and epoch (the second pass).
-        real_columns: [B] int64, columns of patches before the padding, from 1 to T_p; all of them
+        num_masked: M, masked patches of a clip without padding.
+        stream: Number that makes masks differ at the same clip and epoch (the second pass).
+        valid_columns: [B] int64, columns of patches before the padding, from 1 to T_p; all of them
             if None. Of a clip with fewer, the same share is masked, rounded up: the same patches
-            as in a grid of its own size. Nothing is where the grid is too small for a mask.
+            as in a grid of its own size. Where that grid is too small for a mask, nothing is.
 
     Raises:
         ValueError: The grid cannot hold that many masked patches.
@@ -260,31 +260,33 @@ def draw_masks(
     most = N - 2 if kind == "official" else N
     if not 1 <= num_masked <= most:
         raise ValueError(
-            f"draw_masks: {kind} masks of a {grid[0]} x {grid[1]} grid hide 1 to {most} patches, "
+            f"draw_masks: {kind} masks of a {grid[0]} x {grid[1]} grid cover 1 to {most} patches, "
             f"got num_masked={num_masked}"
         )
     if N > 1 << 16:
         raise ValueError(f"draw_masks: a grid may have {1 << 16} patches at most, got {N}")
     counts = None
-    if real_columns is not None:
-        real = grid[0] * real_columns
-        share = torch.div(num_masked * real + N - 1, N, rounding_mode="floor")
-        counts = torch.minimum(share, (real - (N - most)).clamp(min=0))
+    if valid_columns is not None:
+        valid = grid[0] * valid_columns
+        share = torch.div(num_masked * valid + N - 1, N, rounding_mode="floor")
+        counts = torch.minimum(share, (valid - (N - most)).clamp(min=0))
     masks = Masks(
-        *_draw_masks(clip_ids, epochs, real_columns, counts, seed, stream, kind, *grid, num_masked)
+        *_draw_masks(clip_ids, epochs, valid_columns, counts, seed, stream, kind, *grid, num_masked)
     )
-    return masks if counts is None else masks._replace(num_masked=counts, num_visible=real - counts)
+    return (
+        masks if counts is None else masks._replace(num_masked=counts, num_visible=valid - counts)
+    )
 
 
 def masks_from_ids(mask_ids: Tensor, num_patches: int) -> Masks:
-    """Masks at given places.
+    """Build masks from the ids of masked patches.
 
     Args:
         mask_ids: [B, M] integers in [0, num_patches), distinct in each row, in any order.
         num_patches: N.
 
     Raises:
-        ValueError: An id lies outside the grid or stands twice in a row.
+        ValueError: An id lies outside the grid or occurs twice in a row.
     """
     ids = mask_ids.long().sort(1).values
     wrong = (ids < 0) | (ids >= num_patches)
@@ -299,26 +301,29 @@ def masks_from_ids(mask_ids: Tensor, num_patches: int) -> Masks:
 
 
 def no_masks(
-    batch_size: int, grid: tuple[int, int], device: torch.device, real_columns: Tensor | None = None
+    batch_size: int,
+    grid: tuple[int, int],
+    device: torch.device,
+    valid_columns: Tensor | None = None,
 ) -> Masks:
-    """Nothing hidden, as in fine-tuning; see :func:`draw_masks` for the arguments."""
+    """Return masks that cover nothing, as in fine-tuning; arguments as in :func:`draw_masks`."""
     rows, columns = grid
     ids = torch.arange(rows * columns, device=device).expand(batch_size, -1)
-    if real_columns is None:
+    if valid_columns is None:
         return Masks(ids[:, :0], ids)
-    padding = ids % columns >= real_columns[:, None]
+    padding = ids % columns >= valid_columns[:, None]
     order = padding.byte().argsort(dim=1, stable=True)
-    counts = rows * real_columns
+    counts = rows * valid_columns
     return Masks(ids[:, :0], order, torch.zeros_like(counts), counts)
 
 
-def real_patches(masks: Masks) -> Tensor | None:
-    """Which patches are no padding, [B, N] bool; None where none is."""
+def valid_patches(masks: Masks) -> Tensor | None:
+    """Return which patches are not padding, [B, N] bool; None where no clip has padding."""
     if masks.num_masked is None or masks.num_visible is None:
         return None
     every = torch.cat((masks.mask_ids, masks.visible_ids), 1)
     flags = torch.zeros_like(every, dtype=torch.bool)
     for ids, count in ((masks.mask_ids, masks.num_masked), (masks.visible_ids, masks.num_visible)):
-        place = torch.arange(ids.shape[1], device=ids.device)
-        flags.scatter_(1, ids, place < count[:, None])
+        rank = torch.arange(ids.shape[1], device=ids.device)
+        flags.scatter_(1, ids, rank < count[:, None])
     return flags

@@ -1,4 +1,4 @@
-"""The masks on CUDA: one program draws the mask of one clip, the bits of masking.py."""
+"""Masks on CUDA: one program draws the mask of one clip, bit for bit that of masking.py."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from ssast.kernels.launch import on_its_device
 
 @triton.jit
 def _draw(seed, d, clip, epoch, stream):
-    """Draw d (a scalar or a block of them) of a clip, uint32."""
+    """Return draw d (a scalar or a block of them) of a clip, uint32."""
     zero = d * 0
     w0, w1, w2, w3 = tl.philox(seed, zero + d // 4, zero + clip, zero + epoch, zero + stream)
     word = d % 4
@@ -25,7 +25,7 @@ def _draw_below(n, seed, d, clip, epoch, stream):
 
 @triton.jit
 def _smallest_keys(ids, N, M, seed, clip, epoch, stream):
-    """Flags of the M ids below N with the smallest (draw, id)."""
+    """Return flags of the M ids below N with the smallest (draw, id)."""
     draws = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
     keys = tl.where(ids < N, draws << 16 | ids, 1 << 48)
     bound = tl.sum(ids, 0).to(tl.int64) * 0
@@ -39,7 +39,7 @@ def _smallest_keys(ids, N, M, seed, clip, epoch, stream):
 def _covered(
     ids, columns, M, seed, clip, epoch, stream, ROWS: tl.constexpr, OFFICIAL: tl.constexpr
 ):
-    """Flags of the M ids that clusters cover in a grid of ROWS x columns."""
+    """Return flags of the M ids that clusters cover in a grid of ROWS x columns."""
     N = ROWS * columns
     zero = columns * 0
     C = 3 + _draw_below(3, seed, zero, clip, epoch, stream)
@@ -54,8 +54,8 @@ def _covered(
             on |= (offset >= 0) & (offset // columns < C) & (offset % columns < C)
             on &= (ids > 0) & (ids < N)
         else:
-            places = (ROWS + C - 1) * (columns + C - 1)
-            corner = _draw_below(places, seed, d, clip, epoch, stream)
+            corners = (ROWS + C - 1) * (columns + C - 1)
+            corner = _draw_below(corners, seed, d, clip, epoch, stream)
             f = corner // (columns + C - 1) - ids // columns
             t = corner % (columns + C - 1) - ids % columns
             on |= (f >= 0) & (f < C) & (t >= 0) & (t < C) & (ids < N)
@@ -72,7 +72,7 @@ def _covered(
 def _masks_kernel(
     clip_ids,
     epochs,
-    real_columns,
+    valid_columns,
     num_masked,
     masked,
     visible,
@@ -95,24 +95,26 @@ def _masks_kernel(
     columns = M * 0 + COLUMNS
     wanted = M
     if PADDED:
-        columns = tl.load(real_columns + b).to(tl.int32)
+        columns = tl.load(valid_columns + b).to(tl.int32)
         wanted = tl.load(num_masked + b).to(tl.int32)
-    real = ROWS * columns
+    valid = ROWS * columns
     ids = tl.arange(0, BLOCK)  # within the clip's own columns
     if KIND == "random":
-        hidden = _smallest_keys(ids, real, wanted, seed, clip, epoch, stream)
+        is_masked = _smallest_keys(ids, valid, wanted, seed, clip, epoch, stream)
     else:
-        hidden = _covered(ids, columns, wanted, seed, clip, epoch, stream, ROWS, KIND == "official")
-    before = tl.cumsum(hidden.to(tl.int32), 0) - hidden.to(tl.int32)
-    places = (ids // columns * COLUMNS + ids % columns).to(tl.int64)
-    tl.store(masked + before, places, mask=hidden)
-    tl.store(visible + ids - before, places, mask=(ids < real) & (hidden == 0))
+        is_masked = _covered(
+            ids, columns, wanted, seed, clip, epoch, stream, ROWS, KIND == "official"
+        )
+    before = tl.cumsum(is_masked.to(tl.int32), 0) - is_masked.to(tl.int32)
+    patches = (ids // columns * COLUMNS + ids % columns).to(tl.int64)
+    tl.store(masked + before, patches, mask=is_masked)
+    tl.store(visible + ids - before, patches, mask=(ids < valid) & (is_masked == 0))
     if PADDED:  # fills up both lists
         padding = (ids < N) & (ids % COLUMNS >= columns)
         before = tl.cumsum(padding.to(tl.int32), 0) - padding.to(tl.int32)
         room = M - wanted
         tl.store(masked + wanted + before, ids.to(tl.int64), mask=padding & (before < room))
-        out = visible + (real - wanted) + before - room
+        out = visible + (valid - wanted) + before - room
         tl.store(out, ids.to(tl.int64), mask=padding & (before >= room))
 
 
@@ -120,7 +122,7 @@ def _masks_kernel(
 def draw_masks_on_cuda(
     clip_ids: Tensor,
     epochs: Tensor,
-    real_columns: Tensor | None,
+    valid_columns: Tensor | None,
     num_masked: Tensor | None,
     seed: int,
     stream: int,
@@ -136,10 +138,10 @@ def draw_masks_on_cuda(
     block = max(32, triton.next_power_of_2(N))
     _masks_kernel[(B,)](
         clip_ids.contiguous(), epochs.contiguous(),
-        clip_ids if real_columns is None else real_columns.contiguous(),
+        clip_ids if valid_columns is None else valid_columns.contiguous(),
         clip_ids if num_masked is None else num_masked.contiguous(),
         masked, visible, seed, stream, M,
-        ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=real_columns is not None, BLOCK=block,
+        ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=valid_columns is not None, BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return masked, visible

@@ -1,8 +1,8 @@
-"""Float32 matrix products on a CPU by the fastest library that is exact.
+"""Float32 matmuls on a CPU by the fastest library that is exact.
 
-PyTorch gives them to MKL, which runs its AVX2 code on processors that are not Intel's. oneDNN runs
-AVX-512 on all that have it: 2.2 times as fast on an AMD Zen 5. PyTorch takes it where products may
-be rounded to bfloat16, and oneDNN then rounds where that is faster, which is with AMX alone.
+PyTorch uses MKL, which runs its AVX2 code on processors that are not Intel's. oneDNN runs AVX-512
+on all that have it: 2.2 times as fast on an AMD Zen 5. PyTorch uses oneDNN where factors may be
+rounded to bfloat16, and oneDNN rounds them only where that is faster: on CPUs with AMX.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-_ROUNDING = 1e-5  # relative; float32 products err by 3e-7, those of bfloat16 factors by 3e-3
+_ROUNDING = 1e-5  # relative; the error is 3e-7 in float32, 3e-3 with factors in bfloat16
 
 
 def onednn_is_faster() -> bool:
-    """Whether MKL leaves AVX-512 unused here, and oneDNN does not."""
+    """Return whether this CPU has AVX-512 that MKL leaves unused and oneDNN uses."""
     if not torch.backends.mkldnn.is_available():
         return False
     cpu = torch.cpu.get_capabilities()
@@ -24,9 +24,10 @@ def onednn_is_faster() -> bool:
 
 
 def is_exact() -> bool:
-    """Whether products are float32's, with the settings of now: those of a layer and its gradients.
+    """Try whether matmuls are exact to float32 with the current settings.
 
-    Shapes are large enough for every kernel of the library.
+    Covers a linear layer with its gradients and a batched matmul, in shapes that are large enough
+    for every kernel of the library.
     """
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*s, generator=generator) for s in ((520, 192), (576, 192)))
@@ -41,7 +42,7 @@ def is_exact() -> bool:
 
 
 @cache
-def _may_be_used() -> bool:
+def _is_usable() -> bool:
     if not onednn_is_faster():
         return False
     with _allowed():
@@ -66,11 +67,11 @@ def _allowed() -> Iterator[None]:
 
 @contextmanager
 def fast_matmul() -> Iterator[bool]:
-    """Float32 products by oneDNN inside, where that is faster and a trial was exact.
+    """Use oneDNN for float32 matmuls in the block, where that is faster and a trial was exact.
 
-    Holds for all threads of the process. Gives whether they are.
+    Holds for all threads of the process. Yields whether oneDNN is used.
     """
-    if not _may_be_used():
+    if not _is_usable():
         yield False
         return
     with _allowed():
@@ -78,5 +79,5 @@ def fast_matmul() -> Iterator[bool]:
 
 
 def is_fast() -> bool:
-    """Whether float32 products are oneDNN's now."""
-    return _settings().fp32_precision == "bf16" and _may_be_used()
+    """Return whether float32 matmuls are oneDNN's now."""
+    return _settings().fp32_precision == "bf16" and _is_usable()

@@ -1,4 +1,4 @@
-"""What Kaldi's filterbank is made of: settings, frames, mel filters; see fbank.py."""
+"""Settings, frames and mel filters of Kaldi's filterbank; see fbank.py."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +27,7 @@ class FbankSpec:
             frequency.
 
     Raises:
-        ValueError: For a setting out of range.
+        ValueError: A setting is out of range.
     """
 
     sample_rate_hz: int = 16000
@@ -67,14 +67,14 @@ class FbankSpec:
 
 
 def num_frames(num_samples: Count, spec: FbankSpec) -> Count:
-    """Frames that hold sound: the windows that lie inside the clip, at most ``spec.num_frames``.
+    """Return the valid frames: windows that lie inside the clip, at most ``spec.num_frames``.
 
     Args:
         num_samples: Length of a clip, or an integer tensor of lengths.
         spec: Filterbank settings.
 
     Returns:
-        The count, of the argument's kind.
+        The count, an integer or a tensor like ``num_samples``.
     """
     if isinstance(num_samples, Tensor):
         whole = torch.div(num_samples - spec.window, spec.hop, rounding_mode="floor") + 1
@@ -84,7 +84,7 @@ def num_frames(num_samples: Count, spec: FbankSpec) -> Count:
 
 @lru_cache(maxsize=16)
 def mel_matrix(spec: FbankSpec) -> np.ndarray:
-    """Weights of the mel filters.
+    """Return the weights of the mel filters.
 
     Args:
         spec: Filterbank settings.

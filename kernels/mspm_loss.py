@@ -9,11 +9,12 @@ reconstructions r (SSAST, equations 1 and 2):
     accuracy = 1/M #{j : argmax_i softmax(S)_ij = j}
     MSE      = 1/(M P) sum_i |r_i - t_i|^2
 
-Both losses are linear in what comes from above, so the forward pass already has the gradients:
-d InfoNCE / d c_j = 1/M sum_i (softmax(S)_ij - delta_ij) t_i. S and the softmax are not kept.
+The upstream gradient of a loss is one number per clip, so the forward pass computes the gradient
+already: d InfoNCE / d c_j = 1/M sum_i (softmax(S)_ij - delta_ij) t_i. It is all that is saved; the
+backward pass scales it. On CUDA, S and its softmax exist in tiles alone.
 
 Where clips have different numbers of masked patches, M is the largest of them and ``num_masked``
-says how many rows of a clip count. The others may hold anything, and their gradient is 0.
+says how many rows of a clip are valid. The others may hold anything, and their gradient is 0.
 """
 
 from typing import Any, Literal
@@ -33,7 +34,7 @@ def info_nce_reference(
     softmax_axis: SoftmaxAxis,
     num_masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of InfoNCE and its accuracy, both [B]; differentiable."""
+    """Compute InfoNCE and its accuracy, both [B], in differentiable torch: the reference."""
     if num_masked is not None:
         clips = [
             info_nce_reference(targets[b : b + 1, :n], predictions[b : b + 1, :n], softmax_axis)
@@ -53,7 +54,7 @@ def info_nce_reference(
 
 
 def mse_reference(targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None) -> Tensor:
-    """The definition of the reconstruction loss, [B]; differentiable."""
+    """Compute the reconstruction loss, [B], in differentiable torch: the reference."""
     if num_masked is not None:
         clips = [
             mse_reference(targets[b : b + 1, :n], predictions[b : b + 1, :n])
@@ -69,20 +70,20 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _rows_that_count(num_masked: Tensor | None, M: int) -> Tensor | None:
-    """[B, M] bool; None: all of them."""
+def _valid_rows(num_masked: Tensor | None, M: int) -> Tensor | None:
+    """Return which rows are valid, [B, M] bool; None: all of them."""
     if num_masked is None:
         return None
     return torch.arange(M, device=num_masked.device) < num_masked[:, None]
 
 
-def _divisor(num_masked: Tensor | None, M: int, dtype: torch.dtype) -> Tensor | int:
-    """Of the means over the rows of a clip, at least 1, [B]."""
+def _num_valid(num_masked: Tensor | None, M: int, dtype: torch.dtype) -> Tensor | int:
+    """Return the divisor of a clip's mean over its rows, at least 1, [B]."""
     return max(M, 1) if num_masked is None else num_masked.clamp(1, max(M, 1)).to(dtype)
 
 
-def _keep(rows: Tensor | None, x: Tensor) -> Tensor:
-    """0 wherever a row does not count; ``x`` is [B, M] or [B, M, P]."""
+def _zero_padding(rows: Tensor | None, x: Tensor) -> Tensor:
+    """Set padding rows to 0; ``x`` is [B, M] or [B, M, P]."""
     return x if rows is None else x.where(rows.view(*rows.shape, *[1] * (x.ndim - 2)), 0)
 
 
@@ -90,22 +91,22 @@ def _info_nce_torch(
     targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, M, _ = targets.shape
-    rows = _rows_that_count(num_masked, M)
-    t, c = (_keep(rows, _at_least_fp32(x)) for x in (targets, predictions))
+    rows = _valid_rows(num_masked, M)
+    t, c = (_zero_padding(rows, _at_least_fp32(x)) for x in (targets, predictions))
     if M == 0:
         return t.new_zeros(B), t.new_zeros(B), torch.zeros_like(predictions)
-    count = _divisor(num_masked, M, t.dtype)
+    count = _num_valid(num_masked, M, t.dtype)
     scores, axis = t @ c.transpose(1, 2), 1 if over_targets else 2  # [B, i, j]
     if rows is None:
         log_p = scores.log_softmax(axis)
-    else:  # twice: the softmax of a row that does not count is NaN
+    else:  # filled twice: the softmax of a padding row is NaN
         padding = ~(rows[:, :, None] & rows[:, None, :])
         log_p = scores.masked_fill_(padding, -torch.inf).log_softmax(axis)
         log_p.masked_fill_(padding, -torch.inf)
     del scores
-    nce = -_keep(rows, log_p.diagonal(dim1=1, dim2=2)).sum(1) / count
+    nce = -_zero_padding(rows, log_p.diagonal(dim1=1, dim2=2)).sum(1) / count
     # Over the targets, the normaliser of column j is the same for all i: the argmax is that of S.
-    hit = _keep(rows, log_p.argmax(1) == torch.arange(M, device=t.device))
+    hit = _zero_padding(rows, log_p.argmax(1) == torch.arange(M, device=t.device))
     p = log_p.exp_()
     p.diagonal(dim1=1, dim2=2).sub_(1 if rows is None else rows.to(p.dtype))
     gradient = torch.bmm(p.transpose(1, 2), t)
@@ -128,8 +129,8 @@ def _mse_torch(
 ) -> tuple[Tensor, Tensor]:
     _, M, P = targets.shape
     error = _at_least_fp32(predictions) - _at_least_fp32(targets)
-    error = _keep(_rows_that_count(num_masked, M), error)
-    size = _divisor(num_masked, M, error.dtype) * max(P, 1)
+    error = _zero_padding(_valid_rows(num_masked, M), error)
+    size = _num_valid(num_masked, M, error.dtype) * max(P, 1)
     mse = error.flatten(1).square().sum(1) / size
     error *= 2 / (size if isinstance(size, int) else size[:, None, None])
     return mse, error.to(predictions.dtype).contiguous()
@@ -169,21 +170,21 @@ def info_nce(
     softmax_axis: SoftmaxAxis = "official",
     num_masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE over the masked patches of each clip, and how often a patch is told from the others.
+    """Compute InfoNCE over the masked patches of each clip, and its (pretext) accuracy.
 
     Args:
         targets: [B, M, P], the normalised masked patches; no gradient flows to them.
         predictions: [B, M, P].
-        softmax_axis: See the module.
-        num_masked: [B] int64, from 0 to M: only the first ``num_masked[b]`` rows of clip b count,
-            the others may hold anything. None: all count.
+        softmax_axis: Axis of the softmax, see the module.
+        num_masked: [B] int64, from 0 to M: only the first ``num_masked[b]`` rows of clip b are
+            valid, the others may hold anything. All are valid if None.
 
     Returns:
         The loss (nats) and the accuracy of each clip, [B], float32 (float64 for float64 input); 0
-        where no row counts.
+        where no row is valid.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not match.
     """
     _check(targets, predictions, num_masked, "info_nce")
     nce, accuracy, _ = _info_nce(targets, predictions, softmax_axis == "paper", num_masked)
@@ -191,18 +192,18 @@ def info_nce(
 
 
 def mse(targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None) -> Tensor:
-    """Mean squared error over the masked patches of each clip.
+    """Compute the mean squared error over the masked patches of each clip.
 
     Args:
         targets: [B, M, P], the normalised masked patches; no gradient flows to them.
         predictions: [B, M, P].
-        num_masked: As for :func:`info_nce`.
+        num_masked: [B] int64, as for :func:`info_nce`.
 
     Returns:
-        [B], float32 (float64 for float64 input); 0 where no row counts.
+        [B], float32 (float64 for float64 input); 0 where no row is valid.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not match.
     """
     _check(targets, predictions, num_masked, "mse")
     return _mse(targets, predictions, num_masked)[0]

@@ -1,8 +1,8 @@
 """The losses on CUDA; see mspm_loss.py.
 
-S exists in tiles alone, which are computed twice (three times over "official", whose normaliser is
-that of a row while the accuracy and the gradient go down the columns). Products are taken in the
-dtype of the inputs, float32 as three TF32 products, and summed in float32.
+S exists in tiles alone, which are computed twice (three times for "official", whose normaliser is
+that of a row while the accuracy and the gradient go down the columns). Matmuls take the dtype of
+the inputs, float32 as three TF32 matmuls, and accumulate in float32.
 """
 
 import torch
@@ -14,7 +14,7 @@ from ssast.kernels.launch import architecture, on_its_device
 
 
 @triton.jit
-def _count(num_masked, b, M):
+def _valid_count(num_masked, b, M):
     if num_masked is None:
         return M
     else:
@@ -23,7 +23,7 @@ def _count(num_masked, b, M):
 
 @triton.jit
 def _load_tile(x, rows, count, first, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Columns ``first`` and on of these rows of a clip; 0 beyond the rows that count and P."""
+    """Load columns from ``first`` on of these rows of a clip; 0 beyond the valid rows and P."""
     k = first + tl.arange(0, BLOCK_P)
     inside = (rows < count)[:, None]
     if P % BLOCK_P != 0:
@@ -33,7 +33,7 @@ def _load_tile(x, rows, count, first, P: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _scores(x, y, x_rows, y_rows, count, P: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Products of these rows of a clip, x y^T, in chunks of P."""
+    """Compute x y^T of these rows of a clip, in chunks of P."""
     scores = tl.zeros((x_rows.shape[0], y_rows.shape[0]), tl.float32)
     for k in range(0, P, BLOCK_K):
         a = _load_tile(x, x_rows, count, k, P, BLOCK_K)
@@ -55,7 +55,7 @@ def _row_normalisers_kernel(
     BLOCK_OWN: tl.constexpr,
     BLOCK_LOOP: tl.constexpr,
 ):
-    """max_j S_ij and log sum_j exp(S_ij - max); one program per tile of targets of a clip.
+    """Compute max_j S_ij and log sum_j exp(S_ij - max): a program per tile of a clip's targets.
 
     Two numbers, because their sum would be rounded to the precision of S.
     """
@@ -63,7 +63,7 @@ def _row_normalisers_kernel(
     tile = tl.program_id(0) % tiles
     b = (tl.program_id(0) // tiles).to(tl.int64)
     i = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    count = _count(num_masked, b, M)
+    count = _valid_count(num_masked, b, M)
     targets += b * M * P
     predictions += b * M * P
     if P <= BLOCK_K:
@@ -103,9 +103,9 @@ def _info_nce_kernel(
     BLOCK_OWN: tl.constexpr,
     BLOCK_LOOP: tl.constexpr,
 ):
-    """Sums of the loss and the hits, and the gradient; over the targets where there is no row_max.
+    """Sum the loss and the hits of a tile of a clip's predictions, and compute its gradient.
 
-    One program per tile of predictions of a clip and chunk of P.
+    The softmax goes over the targets where row_max is None. One program per tile and chunk of P.
     """
     OVER_TARGETS: tl.constexpr = row_max is None
     WHOLE: tl.constexpr = P <= BLOCK_K and BLOCK_K == BLOCK_P
@@ -114,7 +114,7 @@ def _info_nce_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     j = tile * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     chunk = tl.program_id(1) * BLOCK_P
-    count = _count(num_masked, b, M)
+    count = _valid_count(num_masked, b, M)
     targets += b * M * P
     predictions += b * M * P
     if WHOLE:
@@ -137,8 +137,8 @@ def _info_nce_kernel(
             scores -= tl.load(row_max + b * M + i, mask=i < count, other=0.0)[None, :]
             scores -= tl.load(row_log + b * M + i, mask=i < count, other=0.0)[None, :]
         scores = tl.where((i < count)[None, :], scores, float("-inf"))
-        largest, place = tl.max(scores, 1, return_indices=True)
-        best_i = tl.where(largest > best, first + place, best_i)
+        largest, offset = tl.max(scores, 1, return_indices=True)
+        best_i = tl.where(largest > best, first + offset, best_i)
         diagonal = j[:, None] == i[None, :]
         own += tl.sum(tl.where(diagonal, scores, 0.0), 1)
         if OVER_TARGETS:
@@ -169,9 +169,9 @@ def _info_nce_kernel(
         mask=(j < M)[:, None] & (k < P)[None, :],
     )
     if chunk == 0:
-        place = tl.program_id(0)
-        tl.store(losses + place, -tl.sum(tl.where(counts, own, 0.0), 0))
-        tl.store(hits + place, tl.sum((counts & (best_i == j)).to(tl.float32), 0))
+        offset = tl.program_id(0)
+        tl.store(losses + offset, -tl.sum(tl.where(counts, own, 0.0), 0))
+        tl.store(hits + offset, tl.sum((counts & (best_i == j)).to(tl.float32), 0))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -185,25 +185,25 @@ def _mse_kernel(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of squares and the gradient; one program per block of a clip's M * P numbers."""
+    """Sum the squares and compute the gradient: a program per block of a clip's M * P numbers."""
     tiles = tl.cdiv(M * P, BLOCK)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    size = _count(num_masked, b, M) * P
-    place = b * M * P + n
-    t = tl.load(targets + place, mask=n < size, other=0.0).to(tl.float32)
-    r = tl.load(predictions + place, mask=n < size, other=0.0).to(tl.float32)
+    size = _valid_count(num_masked, b, M) * P
+    offset = b * M * P + n
+    t = tl.load(targets + offset, mask=n < size, other=0.0).to(tl.float32)
+    r = tl.load(predictions + offset, mask=n < size, other=0.0).to(tl.float32)
     error = r - t
     tl.store(sums + tl.program_id(0), tl.sum(error * error, 0))
     scale = 2.0 / tl.maximum(size, 1).to(tl.float32)
-    tl.store(gradient + place, (error * scale).to(gradient.dtype.element_ty), mask=n < M * P)
+    tl.store(gradient + offset, (error * scale).to(gradient.dtype.element_ty), mask=n < M * P)
 
 
 def _blocks(arch: int, dtype: torch.dtype, P: int) -> tuple[int, int, int, int]:
-    """BLOCK_K, BLOCK_P, BLOCK_LOOP and warps with which nothing spills on sm_80, sm_90, sm_100.
+    """Return BLOCK_K, BLOCK_P, BLOCK_LOOP and warps that do not spill on sm_80, sm_90, sm_100.
 
     In half precision a whole patch of up to 256 numbers stays on the chip. In float32, with three
-    products for one, it does not fit: the scores are computed in chunks of P, anew for each chunk
+    matmuls for one, it does not fit: the scores are computed in chunks of P, anew for each chunk
     of the gradient.
     """
     width = max(16, triton.next_power_of_2(P))
@@ -214,8 +214,8 @@ def _blocks(arch: int, dtype: torch.dtype, P: int) -> tuple[int, int, int, int]:
     return width if width <= 256 else 64, min(256, width), loop, 4 if width <= 64 else 8
 
 
-def _divisor(num_masked: Tensor | None, M: int) -> Tensor | int:
-    """Rows of each clip that count, at least 1."""
+def _num_valid(num_masked: Tensor | None, M: int) -> Tensor | int:
+    """Return the number of valid rows of each clip, at least 1."""
     return M if num_masked is None else num_masked.clamp(1, M)
 
 
@@ -223,13 +223,13 @@ def _divisor(num_masked: Tensor | None, M: int) -> Tensor | int:
 def info_nce_on_cuda(
     targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and accuracy of each clip, [B] float32, and the gradient of the predictions.
+    """Compute loss and accuracy of each clip, [B] float32, and the predictions' gradient.
 
     Args:
         targets: [B, M, P], not empty.
         predictions: [B, M, P].
-        over_targets: The softmax goes over the targets.
-        num_masked: [B] int64, rows that count; all if None.
+        over_targets: Whether the softmax goes over the targets.
+        num_masked: [B] int64, valid rows of each clip; all if None.
     """
     B, M, P = targets.shape
     dtype = torch.promote_types(targets.dtype, predictions.dtype)
@@ -250,7 +250,7 @@ def info_nce_on_cuda(
         t, c, n, row_max, row_log, losses, hits, gradient, M,
         P=P, BLOCK_P=block_p, BLOCK_LOOP=loop, **blocks,
     )  # fmt: skip
-    count = _divisor(num_masked, M)
+    count = _num_valid(num_masked, M)
     return losses.sum(1) / count, hits.sum(1) / count, gradient.to(predictions.dtype)
 
 
@@ -258,7 +258,7 @@ def info_nce_on_cuda(
 def mse_on_cuda(
     targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each clip, [B] float32, and its gradient; the tensors are not empty."""
+    """Compute the loss of each clip, [B] float32, and its gradient; no tensor is empty."""
     B, M, P = targets.shape
     block = 4096
     tiles = triton.cdiv(M * P, block)
@@ -269,4 +269,4 @@ def mse_on_cuda(
         None if num_masked is None else num_masked.contiguous(),
         sums, gradient, M, P=P, BLOCK=block, num_warps=8,
     )  # fmt: skip
-    return sums.sum(1) / (_divisor(num_masked, M) * P), gradient
+    return sums.sum(1) / (_num_valid(num_masked, M) * P), gradient

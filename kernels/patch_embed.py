@@ -5,7 +5,7 @@
     tokens  = [cls + pos, dist + pos, token_0, ..., token_{N-1}]
     targets = the normalised masked patches
 
-Masked patches cost no arithmetic: with 400 of 512 hidden, the projection works on 22 % of the
+Masked patches cost no arithmetic: with 400 of 512 masked, the projection works on 22 % of the
 rows. Patches lie on a grid of F_p rows (frequency) and T_p columns (time), numbered row by row; a
 patch is flattened row by row over (mel bin, frame), as a convolution's kernel is.
 """
@@ -26,18 +26,18 @@ from ssast.kernels.operation import custom_op
 def patch_grid(
     n_mels: int, num_frames: int, patch: Sequence[int], stride: Sequence[int]
 ) -> tuple[int, int]:
-    """Rows and columns of whole patches that fit into a spectrogram."""
+    """Return the rows and columns of whole patches that fit into a spectrogram."""
     return (n_mels - patch[0]) // stride[0] + 1, (num_frames - patch[1]) // stride[1] + 1
 
 
 def cut_patches(fbank: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Flattened patches [B, N, P] of a filterbank [B, T, F]; P = patch[0] * patch[1]."""
+    """Cut a filterbank [B, T, F] into flattened patches [B, N, P], P = patch[0] * patch[1]."""
     tiles = fbank.unfold(1, patch[1], stride[1]).unfold(2, patch[0], stride[0])
     return tiles.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)  # [B, T_p, F_p, t, f] before
 
 
 def join_patches(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
-    """The spectrogram [B, T, F] whose non-overlapping patches are [B, N, P]."""
+    """Join non-overlapping patches [B, N, P] to a spectrogram [B, T, F]."""
     tiles = patches.unflatten(1, tuple(grid)).unflatten(3, tuple(patch))  # [B, F_p, T_p, f, t]
     return tiles.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
 
@@ -55,7 +55,7 @@ def patch_embed_reference(
     std: float,
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The definition of :func:`patch_embed`, as the published code computes it."""
+    """Compute :func:`patch_embed` as the published code does: the reference."""
     x = ((fbank - mean) / (2 * std)).to(weight.dtype)
     image = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
     tokens = functional.conv2d(image, weight, bias, tuple(stride)).flatten(2).transpose(1, 2)
@@ -68,7 +68,7 @@ def patch_embed_reference(
 
 
 def take(rows: Tensor, ids: Tensor) -> Tensor:
-    """Rows [B, K, *] of [B, N, *] at the ids [B, K]."""
+    """Gather rows [B, K, D] of [B, N, D] at the ids [B, K]."""
     return rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[2]))
 
 
@@ -94,15 +94,15 @@ def _patch_embed_torch(
     std: float,
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    D, extra = weight.shape[0], prefix.shape[1]
+    D, num_prefix = weight.shape[0], prefix.shape[1]
     patches = _normalised(fbank, weight, mean, std, stride)
     visible = take(patches, visible_ids)  # [B, N - M, P]
     pos = pos_embed[0]
     rows = torch.addmm(bias, visible.flatten(0, 1), weight.flatten(1).T).view(*visible.shape[:2], D)
-    rows += pos[extra + visible_ids]
-    tokens = torch.cat((prefix[0] + pos[:extra], mask_embed + pos[extra:]))
+    rows += pos[num_prefix + visible_ids]
+    tokens = torch.cat((prefix[0] + pos[:num_prefix], mask_embed + pos[num_prefix:]))
     tokens = tokens.expand(len(fbank), -1, -1).contiguous()
-    tokens.scatter_(1, (extra + visible_ids)[..., None].expand(-1, -1, D), rows)
+    tokens.scatter_(1, (num_prefix + visible_ids)[..., None].expand(-1, -1, D), rows)
     return tokens, take(patches, mask_ids)
 
 
@@ -130,11 +130,11 @@ def _patch_embed_backward_torch(
     std: float,
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    extra = grad.shape[1] - mask_ids.shape[1] - visible_ids.shape[1]
+    num_prefix = grad.shape[1] - mask_ids.shape[1] - visible_ids.shape[1]
     visible = take(_normalised(fbank, weight, mean, std, stride), visible_ids).flatten(0, 1)
-    rows = take(grad, extra + visible_ids).flatten(0, 1)
+    rows = take(grad, num_prefix + visible_ids).flatten(0, 1)
     dweight = (rows.T @ visible).view_as(weight)
-    dmask_embed = take(grad, extra + mask_ids).sum((0, 1))
+    dmask_embed = take(grad, num_prefix + mask_ids).sum((0, 1))
     return dweight, rows.sum(0), dmask_embed, grad.sum(0, keepdim=True)
 
 
@@ -155,7 +155,7 @@ _patch_embed_backward = custom_op(
 
 def _save(ctx, inputs, output) -> None:
     fbank, weight, _, _, _, prefix, mask_ids, visible_ids, ctx.mean, ctx.std, ctx.stride = inputs
-    ctx.extra = prefix.shape[1]
+    ctx.num_prefix = prefix.shape[1]
     ctx.save_for_backward(fbank, weight, mask_ids, visible_ids)
     ctx.mark_non_differentiable(output[1])
 
@@ -165,7 +165,7 @@ def _backward(ctx, grad: Tensor, _: Tensor | None):
         grad.contiguous(), *ctx.saved_tensors, ctx.mean, ctx.std, ctx.stride
     )
     # Cloned: two gradients may not share memory.
-    dprefix = dpos[:, : ctx.extra].clone()
+    dprefix = dpos[:, : ctx.num_prefix].clone()
     return None, dweight, dbias, dmask_embed, dpos, dprefix, *(None,) * 5
 
 
@@ -185,26 +185,26 @@ def patch_embed(
     std: float,
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of a batch of filterbanks, masked, and the patches that hide behind the masks.
+    """Compute the tokens of a batch of filterbanks, and the masked patches as targets.
 
     Args:
         fbank: [B, T, F] log-mel before normalisation, float32 or the weights' dtype. No gradient
             flows to it.
-        weight: [D, 1, f, t], the patch projection as a convolution's weight.
+        weight: [D, 1, f, t], the patch projection as the weight of a convolution.
         bias: [D].
         mask_embed: [D], the learned token of a masked patch.
-        pos_embed: [1, E + N, D], learned positions, those of the extra tokens first.
-        prefix: [1, E, D], the extra tokens (cls and dist).
-        masks: Which of the N patches are hidden.
-        mean: Of the filterbank, for the normalisation.
-        std: Likewise.
-        stride: Distance of two patches, in mel bins and in frames.
+        pos_embed: [1, E + N, D], learned positions, those of the prefix tokens first.
+        prefix: [1, E, D], the prefix tokens (cls and dist).
+        masks: Which of the N patches are masked.
+        mean: Mean of the data set's filterbanks.
+        std: Standard deviation of the data set's filterbanks.
+        stride: Mel bins and frames from one patch to the next.
 
     Returns:
         tokens [B, E + N, D] and targets [B, M, f * t], in the dtype of the weights.
 
     Raises:
-        ValueError: Shapes that do not belong together.
+        ValueError: The shapes do not match.
     """
     D, _, f, t = weight.shape
     B, T, F = fbank.shape

@@ -1,9 +1,9 @@
-"""The least that each operation must move and compute: what its speed is measured against.
+"""The least bytes and FLOPs of each operation: the roofline that its speed is measured against.
 
 Bytes: every input read once and every output written once, whatever an implementation does in
-between. FLOPs: two for each multiply-add of its matrix products. A kernel that needs t seconds on
-a device of peak FLOP/s F and bandwidth W reaches max(bytes / W, FLOPs / F) / t of the roofline
-(Williams et al. 2009).
+between. FLOPs: two for each multiply-add of its matmuls. A kernel that needs t seconds on a device
+of peak FLOP/s F and bandwidth W reaches max(bytes / W, FLOPs / F) / t of the roofline (Williams et
+al. 2009).
 
     B clips, N patches of P values, M of them masked, V = N - M, L = N + 2 tokens of width D
 """
@@ -11,71 +11,71 @@ a device of peak FLOP/s F and bandwidth W reaches max(bytes / W, FLOPs / F) / t 
 from typing import NamedTuple
 
 ID_BYTES = 8  # patch ids are int64
-EXTRA = 2  # cls and dist
+PREFIX = 2  # cls and dist
 
 
 class Work(NamedTuple):
-    """Of one call."""
+    """Bytes and FLOPs of one call."""
 
     bytes: int
     flops: int
 
     def seconds(self, bytes_per_s: float, flops_per_s: float) -> float:
-        """The least time on a device with these peaks."""
+        """Return the least time on a device with these peaks."""
         return max(self.bytes / bytes_per_s, self.flops / flops_per_s)
 
 
 def draw_masks(B: int, N: int) -> Work:
-    """Clip and epoch numbers in, ids out."""
+    """Count clip and epoch numbers in, ids out."""
     return Work(B * (2 + N) * ID_BYTES, 0)
 
 
 def patch_embed(
     B: int, N: int, M: int, P: int, D: int, *, fbank_bytes: int, weight_bytes: int
 ) -> Work:
-    """Forward: every patch is read, visible ones for the product, masked ones as targets."""
-    read = B * N * (P * fbank_bytes + ID_BYTES) + (D * P + (EXTRA + N + 2) * D) * weight_bytes
-    written = B * (EXTRA + N) * D * weight_bytes + B * M * P * weight_bytes
+    """Count the forward pass: visible patches are read for the matmul, masked ones as targets."""
+    read = B * N * (P * fbank_bytes + ID_BYTES) + (D * P + (PREFIX + N + 2) * D) * weight_bytes
+    written = B * (PREFIX + N) * D * weight_bytes + B * M * P * weight_bytes
     return Work(read + written, 2 * B * (N - M) * P * D)
 
 
 def patch_embed_backward(
     B: int, N: int, M: int, P: int, D: int, *, fbank_bytes: int, weight_bytes: int
 ) -> Work:
-    """Backward: the gradient of all tokens and the visible patches in, the parameters' out."""
+    """Count the backward pass: gradients of all tokens and visible patches in, of weights out."""
     V = N - M
-    read = B * (EXTRA + N) * D * weight_bytes + B * V * P * fbank_bytes + B * N * ID_BYTES
-    written = (D * P + (EXTRA + N + 2) * D) * weight_bytes
+    read = B * (PREFIX + N) * D * weight_bytes + B * V * P * fbank_bytes + B * N * ID_BYTES
+    written = (D * P + (PREFIX + N + 2) * D) * weight_bytes
     return Work(read + written, 2 * B * V * P * D)
 
 
 def info_nce(B: int, M: int, P: int, *, itemsize: int) -> Work:
-    """Forward, gradient included: S = t c^T and the gradient's product."""
+    """Count the forward pass with its gradient: two matmuls, S = t c^T and softmax(S)^T t."""
     return Work(3 * B * M * P * itemsize + 2 * B * 4, 4 * B * M * M * P)
 
 
 def mse(B: int, M: int, P: int, *, itemsize: int) -> Work:
-    """Forward, gradient included; no matrix product."""
+    """Count the forward pass with its gradient; no matmul."""
     return Work(3 * B * M * P * itemsize + B * 4, 0)
 
 
 def scale_gradient(B: int, M: int, P: int, *, itemsize: int) -> Work:
-    """Backward of both losses."""
+    """Count the backward pass of either loss."""
     return Work(2 * B * M * P * itemsize, 0)
 
 
 def attention(B: int, L: int, D: int, *, itemsize: int) -> Work:
-    """Forward: q k^T and the product with v."""
+    """Count the forward pass: two matmuls, q k^T and the one with v."""
     return Work(4 * B * L * D * itemsize, 4 * B * L * L * D)
 
 
 def attention_backward(B: int, L: int, D: int, *, itemsize: int) -> Work:
-    """Backward: five products, the scores computed a second time (Dao et al. 2022)."""
+    """Count the backward pass: five matmuls, scores recomputed (Dao et al. 2022)."""
     return Work(8 * B * L * D * itemsize, 10 * B * L * L * D)
 
 
 def fbank(B: int, samples: int, frames: int, n_mels: int, n_fft: int) -> Work:
-    """Waveforms in, features out; the mel product over n_fft / 2 bins.
+    """Count waveforms in, features out, and the mel matmul over n_fft / 2 bins.
 
     The Fourier transform is not counted: how many operations it takes is up to the algorithm.
     """

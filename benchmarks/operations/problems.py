@@ -16,7 +16,7 @@ from ssast.kernels.attention import (
     attention,
     attention_reference,
     candidates,
-    objection,
+    rejection_reason,
     run_backend,
 )
 from ssast.kernels.fbank import FbankSpec, _fbank, fbank, fbank_reference
@@ -236,7 +236,7 @@ def attention_problem(shape: Shape, dtype: torch.dtype, device: torch.device) ->
     providers: dict[str, Callable[..., Outputs]] = {"ours": attention, "eager": attention_reference}
     if device.type == "cuda":
         for backend in candidates(device, dtype):
-            if not objection(backend, device, dtype):
+            if not rejection_reason(backend, device, dtype):
                 providers[backend] = functools.partial(run_backend, backend)
     return Problem(
         "attention",

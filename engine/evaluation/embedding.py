@@ -198,7 +198,7 @@ def _embed(
     embed = encoder.embed
     starts = torch.arange(embed.grid[1], device=fbank.device) * embed.stride[1]
     sound = starts < num_frames.clamp(min=1)[:, None]  # [B, T']
-    whole = embed.real_columns(num_frames)
+    whole = embed.valid_columns(num_frames)
     if whole is not None:
         sound = torch.arange(embed.grid[1], device=fbank.device) < whole[:, None]
     if level == "frame":

@@ -64,7 +64,7 @@ def embed_clips(
     if pooling == "cls" or num_frames is None:
         return pool(hidden, pooling)
     places = torch.arange(columns, device=fbank.device)
-    whole = encoder.embed.real_columns(num_frames)
+    whole = encoder.embed.valid_columns(num_frames)
     if whole is not None:
         sound = places < whole[:, None]  # [B, columns]
     else:

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssast.engine.settings import SIZES, Audio, Model
-from ssast.kernels.attention import RealKeys, attention, real_keys
-from ssast.kernels.masking import Masks, no_masks, real_patches
+from ssast.kernels.attention import PaddingMask, attention, make_padding_mask
+from ssast.kernels.masking import Masks, no_masks, valid_patches
 from ssast.kernels.patch_embed import patch_embed, patch_grid, take
-from ssast.kernels.spread import own_ids, spread
+from ssast.kernels.scatter_tokens import scatter_tokens, visible_token_ids
 
 NUM_EXTRA_TOKENS = 2  # cls and dist
 
 
-class Repeated(NamedTuple):
-    """Tokens that are the same in every clip: those of the masked patches, before any block."""
+class SharedTokens(NamedTuple):
+    """Tokens that all clips share: those of the masked patches, before the first block."""
 
-    tokens: Tensor  # [N, D], what stands at a patch where it is masked
+    tokens: Tensor  # [N, D], the token of each patch where it is masked
     masks: Masks
 
     @property
     def worthwhile(self) -> bool:
-        """Whether there are fewer of them than of their repetitions."""
+        """Whether a batch has more masked patches than there are shared tokens."""
         return self.masks.mask_ids.numel() > len(self.tokens)
 
 
@@ -52,7 +52,7 @@ class PatchEmbed(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.xavier_normal_(self.mask_embed)
 
-    def real_columns(self, num_frames: Tensor | None) -> Tensor | None:
+    def valid_columns(self, num_frames: Tensor | None) -> Tensor | None:
         """Columns of patches that lie whole in the sound, [B], at least one.
 
         None where padding counts as sound, or where no length is given.
@@ -66,8 +66,8 @@ class PatchEmbed(nn.Module):
         """What the patches are cut from, [B, T, F]."""
         return (fbank - self.mean) / (2 * self.std)
 
-    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Repeated]:
-        """Tokens and targets (see :func:`patch_embed`), and what repeats among the tokens."""
+    def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor, SharedTokens]:
+        """Return tokens and targets (see :func:`patch_embed`), and the shared tokens."""
         assert self.bias is not None
         tokens, targets = patch_embed(
             fbank,
@@ -82,22 +82,22 @@ class PatchEmbed(nn.Module):
             stride=self.stride,
         )
         masked = self.mask_embed[0] + self.pos_embed[0, NUM_EXTRA_TOKENS:]
-        return tokens, targets, Repeated(masked, masks)
+        return tokens, targets, SharedTokens(masked, masks)
 
 
 class QueryKeyValue(nn.Linear):
     """The three projections of an attention as one linear layer, a third of its rows for each."""
 
     def forward(  # type: ignore[override]  # three results where Linear has one
-        self, x: Tensor, queries: Tensor | None = None, repeated: Repeated | None = None
+        self, x: Tensor, queries: Tensor | None = None, shared: SharedTokens | None = None
     ) -> tuple[Tensor, ...]:
         """Queries [B, K, D] of the tokens ``queries``, those of x if None; keys and values of x.
 
-        With ``repeated``, x holds the other tokens only, and the results are for all of them.
+        With ``shared``, x holds the other tokens alone, and the results are for all tokens.
         """
-        if repeated is not None:
-            own, shared = super().forward(x), super().forward(repeated.tokens)
-            return spread(own, shared, repeated.masks).chunk(3, 2)
+        if shared is not None:
+            visible, masked = super().forward(x), super().forward(shared.tokens)
+            return scatter_tokens(visible, masked, shared.masks).chunk(3, 2)
         if queries is None:
             return super().forward(x).chunk(3, 2)
         D = self.in_features
@@ -118,12 +118,12 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         queries: Tensor | None = None,
-        repeated: Repeated | None = None,
-        keys: RealKeys | None = None,
+        shared: SharedTokens | None = None,
+        padding_mask: PaddingMask | None = None,
     ) -> Tensor:
         """[B, L, D] to [B, L, D], or to [B, K, D] where only some of the tokens ask."""
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, repeated))
-        return self.proj(attention(q, k, v, keys).flatten(2))
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, shared))
+        return self.proj(attention(q, k, v, padding_mask).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -157,23 +157,23 @@ class Block(nn.Module):
         self,
         x: Tensor,
         wanted: Tensor | None = None,
-        repeated: Repeated | None = None,
-        keys: RealKeys | None = None,
+        shared: SharedTokens | None = None,
+        padding_mask: PaddingMask | None = None,
     ) -> Tensor:
         """[B, L, D] to [B, L, D], or to the tokens ``wanted`` [B, K] alone: [B, K, D].
 
-        What ``repeated`` names is normalised and projected once for all clips. ``keys`` says which
-        tokens are no padding.
+        Tokens in ``shared`` are normalised and projected once for all clips. Tokens that
+        ``padding_mask`` marks as padding are not attended to.
         """
         queries = None
-        if repeated is not None:
-            y = self.norm1(take(x, own_ids(repeated.masks, NUM_EXTRA_TOKENS)))
-            repeated = repeated._replace(tokens=self.norm1(repeated.tokens))
+        if shared is not None:
+            y = self.norm1(take(x, visible_token_ids(shared.masks, NUM_EXTRA_TOKENS)))
+            shared = shared._replace(tokens=self.norm1(shared.tokens))
         else:
             y = self.norm1(x)
         if wanted is not None:  # the others are needed as keys and values only
             x, queries = take(x, wanted), take(y, wanted)
-        x = x + self.attn(y, queries, repeated, keys)
+        x = x + self.attn(y, queries, shared, padding_mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -214,15 +214,13 @@ class SpectrogramTransformer(nn.Module):
             Hidden states [B, 2 + N, D], or with ``masked_only`` those of the masked patches
             [B, M, D], and the normalised masked patches [B, M, P].
         """
-        x, targets, repeated = self.embed(fbank, masks)
-        real, keys = real_patches(masks), None
-        if real is not None:
-            keys = real_keys(nn.functional.pad(real, (NUM_EXTRA_TOKENS, 0), value=True))
+        x, targets, shared = self.embed(fbank, masks)
+        padding_mask = token_padding_mask(masks)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             wanted = masks.mask_ids + NUM_EXTRA_TOKENS if masked_only and i == last else None
-            first = repeated if i == 0 and i < last and repeated.worthwhile else None
-            x = self._run(i, block, x, wanted=wanted, repeated=first, keys=keys)
+            first = shared if i == 0 and i < last and shared.worthwhile else None
+            x = self._run(i, block, x, wanted=wanted, shared=first, padding_mask=padding_mask)
         return self.norm(x), targets
 
     def _run(self, index: int, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
@@ -239,8 +237,16 @@ class SpectrogramTransformer(nn.Module):
     def no_masks(self, batch_size: int, num_frames: Tensor | None = None) -> Masks:
         """Nothing hidden, as in fine-tuning; ``num_frames`` [B] tells where padding begins."""
         embed = self.embed
-        columns = embed.real_columns(num_frames)
+        columns = embed.valid_columns(num_frames)
         return no_masks(batch_size, embed.grid, embed.pos_embed.device, columns)
+
+
+def token_padding_mask(masks: Masks) -> PaddingMask | None:
+    """Return which tokens attention leaves out; None where no clip has padding."""
+    valid = valid_patches(masks)
+    if valid is None:
+        return None
+    return make_padding_mask(nn.functional.pad(valid, (NUM_EXTRA_TOKENS, 0), value=True))
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -286,14 +292,11 @@ def layer_states(
         ``depth + 1`` tensors [B, 2 + N, D].
     """
     masks = encoder.no_masks(len(clips), lengths)
-    real = real_patches(masks)
-    keys = None
-    if real is not None:
-        keys = real_keys(nn.functional.pad(real, (NUM_EXTRA_TOKENS, 0), value=True))
+    padding_mask = token_padding_mask(masks)
     x, _, _ = encoder.embed(clips, masks)
     states = [x]
     for block in encoder.blocks:
-        states.append(block(states[-1], keys=keys))
+        states.append(block(states[-1], padding_mask=padding_mask))
     return [*states[:-1], encoder.norm(states[-1])]
 
 

@@ -38,7 +38,7 @@ class MSPM(nn.Module):
 
         ``num_frames`` tells where padding begins, for ``audio.ignore_padding``.
         """
-        real_columns = self.encoder.embed.real_columns(num_frames)
+        valid_columns = self.encoder.embed.valid_columns(num_frames)
         return [
             draw_masks(
                 clip_ids,
@@ -48,7 +48,7 @@ class MSPM(nn.Module):
                 grid=self.grid,
                 num_masked=self.objective.num_masked,
                 stream=stream,
-                real_columns=real_columns,
+                valid_columns=valid_columns,
             )
             for stream in range(2 if self.objective.two_pass else 1)
         ]

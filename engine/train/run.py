@@ -186,9 +186,9 @@ class _Run:
             f"{world.world_size} x {facts['device']}, {self.precision}, "
             f"{products}attention {facts['attention']}, ZeRO stage {config.train.zero_stage}"
         )
-        for backend, objection in attention_trials(world.device, dtype).items():
-            if objection:
-                monitor.say(f"attention {backend} is not used: {objection}")
+        for backend, reason in attention_trials(world.device, dtype).items():
+            if reason:
+                monitor.say(f"attention {backend} is not used: {reason}")
         if self.found is not None:
             monitor.say(f"resumed from {self.found} at step {self.progress.step}")
         return monitor

@@ -18,7 +18,7 @@ from ssast.kernels.attention import (
     attention_backend,
     attention_reference,
     attention_trials,
-    real_keys,
+    make_padding_mask,
     run_backend,
 )
 
@@ -154,7 +154,7 @@ def test_a_candidate_is_tried_before_it_is_used(
 ) -> None:
     """Missing, refused or wrong: the next one is taken, and the reason is kept."""
     cpu = torch.device("cpu")
-    assert module.objection(flash_attn, cpu, torch.bfloat16) == ""
+    assert module.rejection_reason(flash_attn, cpu, torch.bfloat16) == ""
     name = MODULES[int(flash_attn[-1])]
     right = sys.modules[name].flash_attn_func
 
@@ -165,12 +165,12 @@ def test_a_candidate_is_tried_before_it_is_used(
         raise RuntimeError("no kernel image\nfor this device")
 
     monkeypatch.setattr(sys.modules[name], "flash_attn_func", wrong)
-    assert "wrong at 514 tokens" in module.objection(flash_attn, cpu, torch.bfloat16)
+    assert "wrong at 514 tokens" in module.rejection_reason(flash_attn, cpu, torch.bfloat16)
     monkeypatch.setattr(sys.modules[name], "flash_attn_func", refuses)
-    objection = module.objection(flash_attn, cpu, torch.bfloat16)
-    assert objection == "RuntimeError: no kernel image"
+    reason = module.rejection_reason(flash_attn, cpu, torch.bfloat16)
+    assert reason == "RuntimeError: no kernel image"
     monkeypatch.setitem(sys.modules, name, None)
-    assert "ModuleNotFoundError" in module.objection(flash_attn, cpu, torch.bfloat16)
+    assert "ModuleNotFoundError" in module.rejection_reason(flash_attn, cpu, torch.bfloat16)
     monkeypatch.setattr(module, "candidates", lambda *_: (flash_attn, "math"))
     attention_trials.cache_clear()
     trials = attention_trials(cpu, torch.bfloat16)
@@ -194,7 +194,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     real = torch.arange(514, device=device) % 5 < torch.tensor([[5], [2]], device=device)
     q, k, v = (x.to(dtype) for x in inputs)
     want = attention_reference(*inputs, real)
-    error = (attention(q, k, v, real_keys(real)).double() - want).abs().max() / want.abs().max()
+    error = (
+        attention(q, k, v, make_padding_mask(real)).double() - want
+    ).abs().max() / want.abs().max()
     assert error < 0.01
 
 

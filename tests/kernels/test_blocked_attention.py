@@ -82,7 +82,7 @@ def test_reads_one_packed_projection() -> None:
     torch.testing.assert_close(a, b)
 
 
-def test_is_taken_where_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_used_where_matmul_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(**cpu: bool) -> str:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
         return attention_backend(CPU, torch.bfloat16)

@@ -23,7 +23,7 @@ from ssast.kernels.masking import (
     masks_from_ids,
     no_masks,
     philox,
-    real_patches,
+    valid_patches,
 )
 
 KINDS: list[MaskKind] = ["official", "uniform", "random"]
@@ -209,7 +209,7 @@ def test_random_masks_are_all_subsets() -> None:
 def test_too_many_masked_patches(kind: MaskKind) -> None:
     most = 126 if kind == "official" else 128
     assert draw(torch.arange(2), kind, (8, 16), most).shape == (2, most)
-    message = f"draw_masks: {kind} masks of a 8 x 16 grid hide 1 to {most} patches"
+    message = f"draw_masks: {kind} masks of a 8 x 16 grid cover 1 to {most} patches"
     for wrong in (0, most + 1):
         with pytest.raises(ValueError, match=re.escape(message)):
             draw(torch.arange(2), kind, (8, 16), wrong)
@@ -246,11 +246,11 @@ def test_a_clip_with_padding_has_the_mask_of_its_own_grid(
     real = torch.tensor([columns, 1, max(1, columns // 2), columns - 1])
     with on_triton(_draw_masks) if on == "triton" else nullcontext():
         masks = draw_masks(
-            clips, epochs, seed=3, kind=kind, grid=grid, num_masked=num_masked, real_columns=real
+            clips, epochs, seed=3, kind=kind, grid=grid, num_masked=num_masked, valid_columns=real
         )
     everything = torch.cat(masks[:2], 1).sort(1).values
     assert torch.equal(everything, torch.arange(N).expand(4, -1))
-    flags = real_patches(masks).view(4, rows, columns)
+    flags = valid_patches(masks).view(4, rows, columns)
     assert torch.equal(flags, (torch.arange(columns) < real[:, None])[:, None].expand_as(flags))
     for b, own in enumerate(real.tolist()):
         count = int(masks.num_masked[b])

@@ -4,7 +4,7 @@ import torch
 from compare import random_inputs
 from torch import Tensor
 
-from ssast.kernels.attention import attention_reference, real_keys
+from ssast.kernels.attention import attention_reference, make_padding_mask
 
 # B, queries, keys, heads, width of a head
 SHAPES = [(2, 33, 33, 3, 64), (1, 5, 37, 2, 16), (3, 1, 9, 1, 8), (2, 7, 1, 2, 4), (1, 3, 3, 1, 5)]
@@ -27,7 +27,7 @@ def assert_ignores_padding(run) -> None:
     real[0], real[1, 3], real[2, 1::2] = True, True, True
     k[~real], v[~real] = float("nan"), float("inf")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = run(*leaves, real_keys(real))
+    out = run(*leaves, make_padding_mask(real))
     gradients = torch.autograd.grad(out.square().sum(), leaves)
     for b in range(3):
         alone = [x[b : b + 1, real[b]].detach().requires_grad_() for x in (k, v)]

@@ -10,7 +10,7 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
 from ssast.engine.model.objective import MSPM, mean_losses, with_masks
-from ssast.kernels.masking import Masks, real_patches
+from ssast.kernels.masking import Masks, valid_patches
 
 FRAMES = 128
 LENGTHS = [128, 79, 33, 16]  # frames; whole columns of 16 x 16 patches: 8, 4, 2, 1
@@ -126,11 +126,11 @@ def test_padding_counts_as_sound_unless_it_is_ignored() -> None:
     config = configuration("patch", FRAMES, 45, "audio.ignore_padding=false")
     model = MSPM(config)
     masks = model.draw_masks(torch.arange(4), torch.zeros(4).long(), torch.tensor(LENGTHS))
-    assert masks[0].num_masked is None and real_patches(masks[0]) is None
+    assert masks[0].num_masked is None and valid_patches(masks[0]) is None
 
 
 def test_real_patches() -> None:
     masks = Masks(
         torch.tensor([[0, 3, 2]]), torch.tensor([[1, 4, 5]]), torch.tensor([2]), torch.tensor([1])
     )
-    assert real_patches(masks).tolist() == [[True, True, False, True, False, False]]
+    assert valid_patches(masks).tolist() == [[True, True, False, True, False, False]]
