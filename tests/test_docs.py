@@ -29,7 +29,8 @@ SECTIONS = "|".join(field.name for field in dataclasses.fields(Config))
 KEY = re.compile(rf"^({SECTIONS})\.([a-z_]+)(?:=(.*))?$")
 ENDINGS = ("json", "csv", "py", "yaml")  # of files that are named like a section
 PATTERN = re.compile(r"\b(?:COMMAND|CONFIG|WHAT|CKPT)\b")  # in place of what a user names
-PATH = re.compile(r"^(?:engine|kernels|pipelines|benchmarks|configs|examples|tests)/[\w./-]*$")
+FOLDERS = "engine|kernels|pipelines|benchmarks|configs|examples|tests"
+PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`|\b((?:{FOLDERS})/[\w/-]+\.(?:py|yaml|sh))\b")
 
 
 def blocks(text):
@@ -168,8 +169,8 @@ def test_settings_and_files_exist(page):
     for code in CODE.findall(text):
         if match := KEY.match(code):
             assert f"{match[1]}.{match[2]}" in keys or match[2] in ENDINGS, code
-        elif PATH.match(code):
-            assert (ROOT / code).exists(), code
+    for paths in PATH.findall(text):
+        assert (ROOT / (paths[0] or paths[1])).exists(), paths
 
 
 def known_keys():

@@ -46,8 +46,9 @@ def write_page(notes: Notes, docs: Path) -> Path:
         ]),
         ("## The training step, one change after the other", [
             "Each row adds one change to the row before it; the first is the published step "
-            "(benchmarks/baseline.py), the bold one what `ssast pretrain` does by default, and the "
-            "rows below it add one option each to the bold one. \"Only what the losses need\": "
+            "(benchmarks/training/baseline.py), the bold one what `ssast pretrain` does by "
+            "default, and the rows below it add one option each to the bold one. "
+            "\"Only what the losses need\": "
             "masked patches are not projected, what all clips share passes the first block's norm "
             "and projections once, and the last block ends with the masked tokens alone.", "",
             "Each variant runs in a process of its own, one at a time, in turns; masks, forward, "
@@ -74,10 +75,10 @@ def write_page(notes: Notes, docs: Path) -> Path:
             *_unless_empty([
                 "The least that the default step would need: products and attention at the peak "
                 "of a large product, norms, activations, residuals and the optimizer's weights at "
-                "the bandwidth of a large copy, by the formulas of engine/plan.py.", "",
+                "the bandwidth of a large copy, by the formulas of engine/planning/plan.py.", "",
             ], tables.rooflines(notes, scope)),
             *_unless_empty([
-                "Where the time of the default step goes (engine/profiling.py).", "",
+                "Where the time of the default step goes (engine/monitoring/profiling.py).", "",
             ], tables.where_time_goes(notes, scope)),
             *images["parts"],
         ]),
@@ -88,8 +89,8 @@ def write_page(notes: Notes, docs: Path) -> Path:
         ], [*tables.scaling(notes, scope), *images["scaling"]])),
         ("## Predicted for GPUs", [
             "**Nothing here is measured**: formulas of `ssast plan` with the makers' peaks and the "
-            "shares of them that are usual (engine/gpus.py). `ssast plan --calibrate` puts a "
-            "machine's own in their place.", "",
+            "shares of them that are usual (engine/monitoring/gpus.py). `ssast plan --calibrate` "
+            "puts a machine's own in their place.", "",
             *tables.plans(),
         ]),
     ]  # fmt: skip
