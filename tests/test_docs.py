@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 
@@ -12,6 +13,7 @@ import reference
 import roles
 from paths import ROOT
 
+from ssast.engine import settings
 from ssast.engine.cli import main as cli
 from ssast.engine.config import CONFIGS, Config, load_config
 from ssast.engine.errors import ConfigError
@@ -184,6 +186,15 @@ def test_every_setting_is_on_the_settings_page():
     assert set(re.findall(r"\{ #(\S+) \}", page)) == known_keys()
     assert "`1`, default" not in page
     assert "*integer, at least 1, default `800000`*  \n    Total number of optimizer steps;" in page
+
+
+def test_every_setting_is_described():
+    docs = reference.field_docs(inspect.getsource(settings))
+    named = {cls for cls in vars(settings).values() if dataclasses.is_dataclass(cls)}
+    named.discard(settings.Size)  # not a section
+    for cls in named:
+        missing = [f.name for f in dataclasses.fields(cls) if (cls.__name__, f.name) not in docs]
+        assert not missing, cls
 
 
 def test_every_command_and_option_is_on_the_commands_page():
