@@ -18,8 +18,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ from ssast.benchmarks.loading.report import Result, plot, table
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import write_manifest
-from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
+from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 from ssast.pipelines.stream.source import ClipSource
 from ssast.pipelines.stream.stream import AudioStream
@@ -143,7 +144,7 @@ def measure(
             persistent_workers=True,
         )
         first.append(next(iter(plain)))  # forks the workers before the streams start threads
-        passes[name] = _plain_pass(plain)
+        passes[name] = partial(_plain_pass, plain)
     with ExitStack() as stack:
         for name, clips in {"files": paths, "shards": shards}.items():
             if clips is None:
@@ -161,14 +162,21 @@ def measure(
             first.append(next(stream).fbank)
             for _ in range(num_batches - 1):
                 next(stream)
-            passes[name] = _stream_pass(stream, num_batches)
+            passes[name] = partial(_stream_pass, stream, num_batches)
             decoded = DecodedStream(clips, spec, batch_size, num_threads)
             stack.callback(decoded.close)
             next(decoded)
-            passes[f"{name} decode"] = _decode_pass(decoded, num_batches)
-            passes[f"{name} read"] = _read_pass(
-                stack, clips, spec, batch_size, num_threads, num_batches
+            passes[f"{name} decode"] = partial(_decode_pass, decoded, num_batches)
+            source = ClipSource(
+                clips,
+                spec,
+                batch_size=batch_size,
+                epochs=ENDLESS,
+                num_threads=num_threads,
+                read_ahead=0,
             )
+            stack.callback(source.close)
+            passes[f"{name} read"] = partial(_read_pass, source, itertools.count(), num_batches)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
         for _ in range(rounds):
             for name, read in passes.items():
@@ -189,49 +197,24 @@ def measure(
     )
 
 
-def _plain_pass(loader: "DataLoader[Tensor]") -> Callable[[], None]:
-    def read() -> None:
-        for batch in loader:
-            batch.sum()
-
-    return read
+def _plain_pass(loader: "DataLoader[Tensor]") -> None:
+    for batch in loader:
+        batch.sum()
 
 
-def _stream_pass(stream: AudioStream, num_batches: int) -> Callable[[], None]:
-    def read() -> None:
-        for _ in range(num_batches):
-            next(stream).fbank.sum()
-
-    return read
+def _stream_pass(stream: AudioStream, num_batches: int) -> None:
+    for _ in range(num_batches):
+        next(stream).fbank.sum()
 
 
-def _decode_pass(stream: DecodedStream, num_batches: int) -> Callable[[], None]:
-    def read() -> None:
-        for _ in range(num_batches):
-            next(stream)
-
-    return read
+def _decode_pass(stream: DecodedStream, num_batches: int) -> None:
+    for _ in range(num_batches):
+        next(stream)
 
 
-def _read_pass(
-    stack: ExitStack,
-    clips: ClipPaths,
-    spec: FbankSpec,
-    batch_size: int,
-    num_threads: int,
-    num_batches: int,
-) -> Callable[[], None]:
-    source = ClipSource(
-        clips, spec, batch_size=batch_size, epochs=ENDLESS, num_threads=num_threads, read_ahead=0
-    )
-    stack.callback(source.close)
-    iterations = itertools.count()
-
-    def read() -> None:
-        for _ in range(num_batches):
-            source(SimpleNamespace(iteration=next(iterations)))
-
-    return read
+def _read_pass(source: ClipSource, iterations: Iterator[int], num_batches: int) -> None:
+    for iteration in itertools.islice(iterations, num_batches):
+        source(SimpleNamespace(iteration=iteration))
 
 
 def _timed(read: Callable[[], None]) -> tuple[float, float]:
