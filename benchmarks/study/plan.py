@@ -9,14 +9,14 @@ The models come in groups, the headline first: the page can be made when any of 
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ssast.engine.config import Config, load_config
-from ssast.engine.data.labels import shared_clips
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.overlap import Contents, shared_recordings
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 
@@ -308,26 +308,17 @@ def check_no_leak(plan: Plan) -> dict[str, int]:
     Raises:
         DataError: One is; or a manifest is missing or wrong.
     """
-    pretraining = [
-        path
-        for name in ("train.json", "valid.json")
-        for path in read_manifest(Path(plan.data, name)).paths
-    ]
-    tests: dict[str, Sequence[str]] = {}
+    contents, pretraining, tests = Contents(), 0, set()
+    for name in ("train.json", "valid.json"):
+        pretraining += len(read_manifest(Path(plan.data, name)))
     for task in plan.tasks:
-        tests[task] = [str(path) for path in read_manifest(plan.labelled(task, "eval")).paths]
-        trained = read_manifest(plan.labelled(task, "train")).paths
-        _refuse(shared_clips(tests[task], trained), plan, task, f"tasks/{task}_train.json")
-    every = sorted({path for paths in tests.values() for path in paths})
-    for first, second in shared_clips(every, pretraining):
-        task = next(name for name, paths in tests.items() if first in paths)
-        _refuse([(first, second)], plan, task, "train.json or valid.json")
-    return {"pretraining": len(pretraining), "test": len(every)}
-
-
-def _refuse(shared: Sequence[tuple[str, str]], plan: Plan, task: str, other: str) -> None:
-    if shared:
-        raise DataError(
-            f"{plan.labelled(task, 'eval')}: {shared[0][0]} is also in {other}, as "
-            f"{shared[0][1]}: expected test clips that no model has been trained on"
-        )
+        test = read_manifest(plan.labelled(task, "eval")).paths
+        tests |= set(test)
+        for other in ("train.json", "valid.json", f"tasks/{task}_train.json"):
+            trained = read_manifest(Path(plan.data, other)).paths
+            for first, second in shared_recordings(test, trained) + contents.copies(test, trained):
+                raise DataError(
+                    f"{plan.labelled(task, 'eval')}: {first} is also in {other}, as {second}: "
+                    "expected test clips that no model has been trained on"
+                )
+    return {"pretraining": pretraining, "test": len(tests)}

@@ -3,13 +3,14 @@
 import numpy as np
 
 from ssast.engine.config import Config
+from ssast.engine.data.leakage import check_disjoint
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.clips.holdout import TooFewRecordings, hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.mix import MixedClips, check_disjoint
-from ssast.pipelines.clips.order import permutation
-from ssast.pipelines.clips.shards import ClipPaths, ShardIndex, select
+from ssast.pipelines.clips.mix import MixedClips
+from ssast.pipelines.clips.shards import ClipPaths, select
 from ssast.pipelines.errors import DataError
 
 
@@ -25,8 +26,7 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
 
     Raises:
         ConfigError: No training data is named.
-        DataError: A manifest is wrong, there is nothing to hold out, or data sets of a mix share
-            clips.
+        DataError: A manifest is wrong, there is nothing to hold out, or data sets share recordings.
     """
     data = config.data
     if data.train is None and not data.mix:
@@ -34,45 +34,28 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
             "data.train is not set: give a manifest or a folder of audio files, "
             "for example data.train=/my/recordings"
         )
-    valid = None if data.valid is None else read_manifest(data.valid).paths
-    sets = {name: read_manifest(name).paths for name in data.mix or [str(data.train)]}
-    check_disjoint(sets)
-    if valid is None:
+    names = data.mix or [str(data.train)]
+    sets = {name: read_manifest(name).paths for name in names}
+    key = "data.train" if data.mix is None else "data.mix"
+    named = {f"{key} {name}": paths for name, paths in sets.items()}
+    if data.valid is None:
+        check_disjoint(named)
         splits = [_split(name, paths, data.valid_share) for name, paths in sets.items()]
     else:
+        valid = read_manifest(data.valid).paths
+        check_disjoint(named | {f"data.valid {data.valid}": valid})
         splits = [(paths, valid) for paths in sets.values()]
     train, held = zip(*splits, strict=True)
     if data.mix is None:
         return train[0], held[0]
     shares = list(data.mix.values())
-    return MixedClips(train, shares), MixedClips(held, shares) if valid is None else valid
+    return MixedClips(train, shares), MixedClips(held, shares) if data.valid is None else valid
 
 
 def _split(name: str, paths: ClipPaths, valid_share: float) -> tuple[ClipPaths, ClipPaths]:
-    """Training and held-out clips of one data set."""
-    if len(paths) < 2:
-        raise DataError(f"{name}: one clip alone cannot be split; set data.valid")
-    held = held_out(paths, max(1, round(valid_share * len(paths))))
+    """Return the training and the held-out clips of one data set."""
+    try:
+        held = hold_out_clips(paths, valid_share)
+    except TooFewRecordings as error:
+        raise DataError(f"{name}: {error}; set data.valid") from error
     return select(paths, np.flatnonzero(~held)), select(paths, np.flatnonzero(held))
-
-
-def held_out(paths: ClipPaths, count: int) -> np.ndarray:
-    """Chooses clips to hold out, the same ones whenever it is asked.
-
-    Clips that were cut from one recording stay together, where that is known and there is another.
-
-    Args:
-        paths: Two clips or more.
-        count: How many to hold out, at least; 1 or more.
-
-    Returns:
-        [n] bool; neither all nor none.
-    """
-    groups = np.arange(len(paths))
-    if isinstance(paths, ShardIndex):
-        _, of_recording = np.unique(paths.recordings(), return_inverse=True)
-        groups = of_recording if of_recording.max() else groups
-    sizes = np.bincount(groups)
-    order = permutation(0, 0, len(sizes))
-    enough = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1
-    return np.isin(groups, order[: min(enough, len(sizes) - 1)])

@@ -1,20 +1,18 @@
 """Labels of clips: the order of the classes, targets, and what a split must not be."""
 
 import difflib
-import hashlib
-import os
+import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.order import permutation
+from ssast.pipelines.clips.overlap import size_of
+from ssast.pipelines.clips.shards import ClipPaths, select
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
 
@@ -31,7 +29,7 @@ class LabelledClips:
         source: Where they were read from, for messages.
     """
 
-    paths: Sequence[Any]
+    paths: ClipPaths
     classes: tuple[str, ...]
     indices: np.ndarray
     offsets: np.ndarray
@@ -63,12 +61,17 @@ class LabelledClips:
         """Clips of each class, [C] int64."""
         return np.bincount(self.indices, minlength=len(self.classes))
 
+    def labels(self) -> list[list[int]]:
+        """Class numbers of each clip."""
+        numbers, ends = self.indices.tolist(), self.offsets.tolist()
+        return [numbers[start:end] for start, end in itertools.pairwise(ends)]
+
     def take(self, rows: np.ndarray) -> "LabelledClips":
         """Some of the clips."""
         count = np.diff(self.offsets)[rows]
         parts = [self.indices[self.offsets[r] : self.offsets[r + 1]] for r in rows]
         return LabelledClips(
-            [self.paths[int(r)] for r in rows],
+            select(self.paths, rows),
             self.classes,
             np.concatenate(parts) if parts else self.indices[:0],
             np.concatenate([[0], np.cumsum(count)]),
@@ -159,31 +162,6 @@ def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> Labe
     )
 
 
-def hold_out(clips: LabelledClips, share: float) -> tuple[LabelledClips, LabelledClips]:
-    """Splits clips, class by class, the same way whenever it is asked.
-
-    Args:
-        clips: Of all classes.
-        share: Of the clips of each class that are held out; at least one of two or more.
-
-    Returns:
-        The other clips, and those that are held out.
-
-    Raises:
-        DataError: No class has two clips.
-    """
-    first = clips.indices[clips.offsets[:-1]]
-    order = permutation(0, 0, len(clips))
-    held = np.zeros(len(clips), bool)
-    for number in np.unique(first):
-        members = order[first[order] == number]
-        if len(members) > 1:
-            held[members[: max(1, round(share * len(members)))]] = True
-    if not held.any():
-        raise DataError(f"{clips.source}: no class has two clips to split; set data.valid")
-    return clips.take(np.flatnonzero(~held)), clips.take(np.flatnonzero(held))
-
-
 def check_classes_are_learned(train: LabelledClips) -> None:
     """Every class must have a training clip.
 
@@ -242,67 +220,10 @@ def check_files_are_there(splits: dict[str, LabelledClips], share: float) -> Non
         DataError: More are.
     """
     for name, clips in splits.items():
-        gone = [clip for clip in clips.paths if not _size(clip)]
+        gone = [clip for clip in clips.paths if not size_of(clip)]
         if len(gone) > share * len(clips):
-            what = "is missing" if _size(gone[0]) is None else "is an empty file"
+            what = "is missing" if size_of(gone[0]) is None else "is an empty file"
             raise DataError(
                 f"{name} ({clips.source}): {len(gone)} of {len(clips)} clips are missing or empty, "
                 f"expected at most {share:.0%} (data.max_rejected): {gone[0]} {what}"
             )
-
-
-def check_no_leakage(splits: dict[str, LabelledClips]) -> None:
-    """No clip may be in two splits, be it the same file or a copy of it.
-
-    Files of equal size alone are read: other ones cannot be copies.
-
-    Args:
-        splits: Clips by the name of their split.
-
-    Raises:
-        DataError: Two splits share clips.
-    """
-    names = list(splits)
-    for number, one in enumerate(names):
-        for other in names[number + 1 :]:
-            shared = shared_clips(splits[one].paths, splits[other].paths)
-            if shared:
-                first, second = shared[0]
-                raise DataError(
-                    f"{len(shared)} clips of {one} ({splits[one].source}) are also in {other} "
-                    f"({splits[other].source}), such as {first} and {second}: expected none; "
-                    "finetune.allow_leakage=true trains all the same"
-                )
-
-
-def shared_clips(one: Sequence[Any], other: Sequence[Any]) -> list[tuple[str, str]]:
-    """Pairs of clips, of one list and of another, that hold the same bytes."""
-    ours, theirs = {_size(c) for c in one}, {_size(c) for c in other}
-    equal = (ours & theirs) - {None}
-    found: dict[str | None, Any] = {}
-    pairs = []
-    with ThreadPoolExecutor(4, thread_name_prefix="ssast-hash") as threads:
-        here = [clip for clip in one if _size(clip) in equal]
-        for clip, digest in zip(here, threads.map(_digest, here), strict=True):
-            found.setdefault(digest, clip)
-        there = [clip for clip in other if _size(clip) in equal]
-        for clip, digest in zip(there, threads.map(_digest, there), strict=True):
-            if digest is not None and digest in found:
-                pairs.append((str(found[digest]), str(clip)))
-    return pairs
-
-
-def _size(clip: Any) -> int | None:
-    """Bytes of a clip; None for one that is missing: the pipeline will say so."""
-    try:
-        return clip.size if hasattr(clip, "size") else os.stat(clip).st_size
-    except OSError:
-        return None
-
-
-def _digest(clip: Any) -> str | None:
-    try:
-        data = clip.read() if hasattr(clip, "read") else Path(clip).read_bytes()
-    except (OSError, DataError):
-        return None
-    return hashlib.sha256(data).hexdigest()

@@ -9,14 +9,14 @@ from ssast.engine.data.labels import (
     LabelledClips,
     check_classes_are_learned,
     check_files_are_there,
-    check_no_leakage,
     class_names,
     class_weights,
     find_classes,
-    hold_out,
     read_labelled,
 )
+from ssast.engine.data.leakage import check_no_leakage
 from ssast.engine.errors import ConfigError
+from ssast.pipelines.clips.holdout import TooFewRecordings, hold_out_clips
 from ssast.pipelines.errors import DataError
 
 
@@ -82,7 +82,7 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     if config.data.valid is not None:
         valid = read_labelled(config.data.valid, classes, one_label=one_label)
     else:
-        train, valid = hold_out(train, config.data.valid_share)
+        train, valid = _split(train, config.data.valid_share)
     test = None
     if settings.test is not None:
         test = read_labelled(settings.test, classes, one_label=one_label)
@@ -100,3 +100,12 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     if not settings.allow_leakage:
         check_no_leakage(splits)
     return Splits(train, valid, test, weights, class_names(classes, settings.labels))
+
+
+def _split(clips: LabelledClips, valid_share: float) -> tuple[LabelledClips, LabelledClips]:
+    """Return the training and the held-out clips."""
+    try:
+        held = hold_out_clips(clips.paths, valid_share, clips.labels())
+    except TooFewRecordings as error:
+        raise DataError(f"{clips.source}: {error}; set data.valid") from error
+    return clips.take(np.flatnonzero(~held)), clips.take(np.flatnonzero(held))

@@ -23,6 +23,10 @@ Labels = Sequence[Sequence[Hashable]]
 log = logging.getLogger(__name__)
 
 
+class TooFewRecordings(DataError):
+    """No recording can be held out while others are left to train on."""
+
+
 def recordings_of(paths: ClipPaths) -> np.ndarray:
     """Return the number of the recording that each clip was cut from, [n] int64.
 
@@ -46,13 +50,14 @@ def hold_out_clips(paths: ClipPaths, share: float, labels: Labels | None = None)
     Of one recording alone without labels, single clips are held out, with a warning.
 
     Raises:
-        DataError: There are too few recordings, or one alone whose clips overlap.
+        TooFewRecordings: There is one alone, and its clips overlap; or see :func:`hold_out`.
+        DataError: A list of the prepared folder cannot be read.
     """
     recordings = recordings_of(paths)
     alone = len(np.unique(recordings)) == 1 < len(paths)
     if alone and labels is None and isinstance(paths, ShardIndex):
         if paths.overlapping():
-            raise DataError(
+            raise TooFewRecordings(
                 "clips of one recording that overlap cannot be held out from each other: expected "
                 "two recordings or more"
             )
@@ -84,7 +89,7 @@ def hold_out(
         [n] bool, True for the clips to hold out: neither all nor none.
 
     Raises:
-        DataError: There is only one recording, or no class with two that can be divided.
+        TooFewRecordings: There is only one, or no class with two that can be divided.
     """
     table = _Classes.of(recordings, labels)
     held = np.zeros(table.num_recordings, bool)
@@ -110,13 +115,10 @@ def hold_out(
         if not have:  # every recording that may be held out is a large one
             any(map(hold, members[np.argsort(sizes, kind="stable")]))
     if not held.any():
-        if table.num_recordings < 2:
-            raise DataError(
-                f"{table.num_recordings} recordings cannot be split: expected two or more, one of "
-                "them to hold out"
-            )
-        raise DataError(
-            "no class has two recordings to split: expected one to train on and one to hold out"
+        raise TooFewRecordings(
+            "no class has two recordings, expected one to train on and one to hold out"
+            if table.num_recordings > 1
+            else f"holds {table.num_recordings} recording, expected two or more: one is held out"
         )
     return held[table.recordings]
 

@@ -12,7 +12,6 @@ import numpy as np
 from ssast.pipelines.clips.order import Weights
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths, ShardIndex
-from ssast.pipelines.errors import DataError
 
 
 class MixedClips(Sequence[ClipPath]):
@@ -76,22 +75,3 @@ def fingerprint(paths: ClipPaths) -> str:
     else:
         text = "\n".join(os.path.basename(str(path)) for path in paths)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_disjoint(sets: dict[str, ClipPaths]) -> None:
-    """Refuses data sets that have a file in common: a clip that one holds out, the other may train.
-
-    Args:
-        sets: Clips by the name of the set, for messages.
-
-    Raises:
-        DataError: Two sets have a file, or a folder of shards, in common.
-    """
-    owners: dict[str, str] = {}
-    for name, paths in sets.items():
-        if isinstance(paths, ShardIndex):
-            folder = paths.folder
-            paths = [str(folder) if is_url(folder) else os.path.realpath(folder)]
-        for path in map(str, paths):
-            if owners.setdefault(path, name) != name:
-                raise DataError(f"data.mix: {owners[path]} and {name} both hold {path}")

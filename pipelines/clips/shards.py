@@ -251,14 +251,25 @@ class ShardIndex(Sequence[ShardClip]):
         return numbers[:] if self.rows is None else numbers[self.rows]
 
     def overlapping(self) -> bool:
-        """Return whether clips of one recording have samples in common.
+        """Return whether clips of one recording may have samples in common.
 
         Raises:
             DataError: The report cannot be read.
         """
+        recipe = self._report("settings")["recipe"]
+        return (recipe["hop_s"] or recipe["clip_s"]) < recipe["clip_s"]
+
+    def without_duplicates(self) -> bool:
+        """Return whether no two clips of the folder have the same samples.
+
+        Raises:
+            DataError: The report cannot be read.
+        """
+        return self._report("settings")["drop_duplicates"] or not self._report("duplicates")
+
+    def _report(self, key: str) -> Any:
         try:
-            recipe = json.loads((self.folder / REPORT).read_text())["settings"]["recipe"]
-            return (recipe["hop_s"] or recipe["clip_s"]) < recipe["clip_s"]
+            return json.loads((self.folder / REPORT).read_text(encoding="utf-8"))[key]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again") from error
 

@@ -141,11 +141,11 @@ def test_a_large_recording_is_not_held_out() -> None:
 @pytest.mark.parametrize(
     ("recordings", "labels", "message"),
     [
-        ([], None, "0 recordings cannot be split"),
-        (["a"], None, "1 recordings cannot be split"),
-        (["a", "a", "a"], None, "1 recordings cannot be split"),
-        (["a", "a"], [("x",), ("y",)], "1 recordings cannot be split"),
-        (["a", "b"], [("x",), ("y",)], "no class has two recordings to split"),
+        ([], None, "holds 0 recording, expected"),
+        (["a"], None, "holds 1 recording, expected two or more"),
+        (["a", "a", "a"], None, "holds 1 recording, expected two or more"),
+        (["a", "a"], [("x",), ("y",)], "holds 1 recording, expected two or more"),
+        (["a", "b"], [("x",), ("y",)], "no class has two recordings, expected"),
     ],
 )
 def test_what_cannot_be_split(

@@ -120,11 +120,28 @@ def test_each_set_holds_out_its_own(folders: dict[str, Path]) -> None:
         alone = find_clips(Config(data=Data(train=name, valid_share=0.2)))
         assert (list(own), list(held)) == tuple(map(list, alone))
     assert [len(part) for part in valid.parts] == [2, 1, 6]
-    given_valid = Data(mix=mix, valid=str(folders["m.json"]))
     with pytest.raises(DataError, match="both hold"):
         find_clips(Config(data=Data(mix=mix | {str(folders["files"].parent / "listed"): 1.0})))
-    train, valid = find_clips(Config(data=given_valid))
-    assert (len(train), len(valid)) == (12 + 5 + 24, 5)
+
+
+def test_held_out_clips_that_are_given_are_in_no_set(folders: dict[str, Path]) -> None:
+    """Neither the same files nor clips of the same recordings."""
+    train = {str(folders[name]): 1.0 for name in ("files", "shards")}
+    found = find_clips(Config(data=Data(mix=train, valid=str(folders["m.json"]))))
+    assert tuple(map(len, found)) == (12 + 24, 5)
+    found = find_clips(Config(data=Data(train=str(folders["files"]), valid=str(folders["shards"]))))
+    assert tuple(map(len, found)) == (12, 24)
+    some = folders["files"].parent / "some.json"
+    write_manifest(some, sorted(folders["files"].iterdir())[3:5])
+    for held, data in (
+        (some, Data(mix=train, valid=str(some))),
+        (some, Data(train=str(folders["files"]), valid=str(some))),
+        (folders["shards"], Data(mix=train, valid=str(folders["shards"]))),
+    ):
+        with pytest.raises(
+            DataError, match=rf"data\.(mix|train) .* and data\.valid {held} both hold"
+        ):
+            find_clips(Config(data=data))
 
 
 def test_what_a_fingerprint_depends_on(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -179,7 +196,10 @@ def test_mistakes_in_the_data_are_named(folders: dict[str, Path], tmp_path: Path
     for mix, message in (
         ({}, "data.train is not set"),
         ({str(tmp_path / "nowhere"): 1.0}, "nowhere: expected a folder"),
-        ({str(folders["files"]): 1.0, str(tmp_path / "one.json"): 1.0}, "one.json: one clip alone"),
+        (
+            {str(folders["files"]): 1.0, str(tmp_path / "one.json"): 1.0},
+            "one.json: holds 1 recording, expected two or more: .*; set data.valid",
+        ),
         ({str(folders["shards"]): 1.0, f"{folders['shards']}/.": 1.0}, "both hold"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):
