@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -31,6 +31,7 @@ from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
 from ssast.engine.settings import Audio
 from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.clips.holdout import assign_folds, recordings_of
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
 from ssast.pipelines.errors import DataError
@@ -110,13 +111,14 @@ def probe(
     Args:
         encoders: By a name for their weights.
         tasks: Manifests of the training and of the evaluation clips. Where there are no evaluation
-            clips, each fifth of the training clips is evaluated on after training on the others.
+            clips, the recordings of the training clips are dealt out to five folds, each of which
+            is evaluated on after training on the others.
         audio: Of the encoders' input.
         device: Where they shall work.
 
     Raises:
-        DataError: A manifest is wrong or has no labels, none of its clips can be read, or a class
-            has only one clip where fifths are taken.
+        DataError: A manifest is wrong or has no labels, none of its clips can be read, the clips to
+            train on are of one class, or a class has only one recording where folds are made.
     """
     labels = {
         task: [_labels(path) for path in pair if path is not None] for task, pair in tasks.items()
@@ -127,25 +129,25 @@ def probe(
     for weights, encoder in encoders.items():
         vectors = features(encoder, paths, audio, device)
         for task, (train, *rest) in labels.items():
-            x, y = _arrays(train, vectors, tasks[task][0])
-            x_eval, y_eval = _arrays(rest[0], vectors, tasks[task][1] or "") if rest else (x, y)
-            classes, counts = np.unique(y, return_counts=True)
-            if not rest and counts.min() < 2:
-                raise DataError(
-                    f"{tasks[task][0]}: {classes[counts.argmin()]} has one clip alone, expected "
-                    "two or more of each class, or other clips to train on"
+            x, y, recordings = _arrays(train, vectors, tasks[task][0])
+            x_eval, y_eval, of_eval = x, y, recordings
+            if rest:
+                x_eval, y_eval, of_eval = _arrays(rest[0], vectors, tasks[task][1] or "")
+                _check_classes(y, tasks[task][0])
+                linear, knn = (
+                    model.fit(x, y).score(x_eval, y_eval) for model in _models(len(x) // 2)
                 )
-            linear, knn = (
-                model.fit(x, y).score(x_eval, y_eval) if rest else _cross_score(model, x, y)
-                for model in _models(len(x))
-            )
+            else:
+                folds = _folds(y, recordings, tasks[task][0])
+                linear, knn = _cross_scores(x, y, folds)
+            classes, counts = np.unique(y, return_counts=True)
             score = Score(
                 task,
                 weights,
                 linear=float(linear),
                 knn=float(knn),
                 chance=float((y_eval == classes[counts.argmax()]).mean()),
-                eer=pairwise_eer(StandardScaler().fit(x).transform(x_eval), y_eval),
+                eer=pairwise_eer(StandardScaler().fit(x).transform(x_eval), y_eval, of_eval),
                 num_train=len(y),
                 num_eval=len(y_eval),
                 num_classes=len(classes),
@@ -154,33 +156,62 @@ def probe(
     return sorted(scores, key=lambda score: list(labels).index(score.task))
 
 
-def _models(num_train: int) -> tuple[BaseEstimator, BaseEstimator]:
+def _models(num_voters: int) -> tuple[BaseEstimator, BaseEstimator]:
     """The linear classifier and the vote of the nearest neighbours."""
     # Regularised rather strongly: a few thousand clips against a few hundred features.
     linear = LogisticRegression(C=0.1, tol=1e-3, max_iter=2000)
-    # In cross-validation, a half of the clips is left to vote at the least.
-    vote = KNeighborsClassifier(
-        min(10, max(1, num_train // 2)), metric="cosine", weights="distance"
-    )
+    vote = KNeighborsClassifier(min(10, max(1, num_voters)), metric="cosine", weights="distance")
     return make_pipeline(StandardScaler(), linear), make_pipeline(StandardScaler(), vote)
 
 
-def _cross_score(model: BaseEstimator, x: np.ndarray, y: np.ndarray) -> float:
-    """Accuracy over all clips, each evaluated by a model that was trained without its fold."""
-    folds = min(NUM_FOLDS, int(np.unique(y, return_counts=True)[1].min()))
-    split = StratifiedKFold(folds, shuffle=True, random_state=0)
-    sizes = [len(held_out) for _, held_out in split.split(x, y)]
-    return float(np.average(cross_val_score(model, x, y, cv=split), weights=sizes))
+def _check_classes(y: np.ndarray, path: Path) -> None:
+    if len(np.unique(y)) < 2:
+        raise DataError(
+            f"{path}: the clips to train on are all {y[0]}, expected two classes or more"
+        )
 
 
-def pairwise_eer(x: np.ndarray, y: np.ndarray) -> float:
+def _folds(
+    y: np.ndarray, recordings: np.ndarray, path: Path
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to train on and rows to evaluate on, of each fold of whole recordings."""
+    counts = {name: len(np.unique(recordings[y == name])) for name in np.unique(y)}
+    rarest = min(counts, key=lambda name: counts[name])
+    if counts[rarest] < 2:
+        raise DataError(
+            f"{path}: {rarest} has one recording alone, expected two or more of each class, or "
+            "other clips to train on"
+        )
+    fold = assign_folds(recordings, [(name,) for name in y], min(NUM_FOLDS, counts[rarest]))
+    parts = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in np.unique(fold)]
+    for train, _ in parts:
+        _check_classes(y[train], path)
+    return parts
+
+
+def _cross_scores(
+    x: np.ndarray, y: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]
+) -> list[float]:
+    """Accuracies over all clips, each evaluated by a model that was trained without its fold."""
+    sizes = [len(held) for _, held in folds]
+    least = min(len(x) // 2, *(len(train) for train, _ in folds))
+    return [
+        float(np.average(cross_val_score(model, x, y, cv=folds), weights=sizes))
+        for model in _models(least)
+    ]
+
+
+def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
     """Equal error rate of the cosine between features [n, D], for whether labels [n] are the same.
 
-    Over all pairs of the first clips; NaN if there are none that are the same, or none that differ.
+    Over all pairs of the first clips that are of different recordings [n]; NaN if there are none
+    that are the same, or none that differ.
     """
-    x, y = x[:MOST_PAIRED], y[:MOST_PAIRED]
+    x, y, recordings = x[:MOST_PAIRED], y[:MOST_PAIRED], recordings[:MOST_PAIRED]
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     one, other = np.triu_indices(len(x), 1)
+    apart = recordings[one] != recordings[other]
+    one, other = one[apart], other[apart]
     same = y[one] == y[other]
     if same.all() or not same.any():
         return float("nan")
@@ -252,21 +283,25 @@ def format_scores(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _labels(path: Path) -> dict[ClipPath, str]:
-    """The one label of each clip of a manifest, by path."""
+def _labels(path: Path) -> dict[ClipPath, tuple[str, int]]:
+    """The one label and the recording of each clip of a manifest."""
     manifest = read_manifest(path)
     if manifest.labels is None:
         raise DataError(f"{path}: has no labels, a probe needs them")
     for clip, names in zip(manifest.paths, manifest.labels, strict=True):
         if len(names) != 1:
             raise DataError(f"{path}: {clip} has {len(names)} labels, a probe needs one")
-    return {clip: names[0] for clip, names in zip(manifest.paths, manifest.labels, strict=True)}
+    recordings = recordings_of(manifest.paths).tolist()
+    rows = zip(manifest.paths, manifest.labels, recordings, strict=True)
+    return {clip: (names[0], recording) for clip, names, recording in rows}
 
 
 def _arrays(
-    labels: dict[ClipPath, str], vectors: dict[ClipPath, np.ndarray], path: Path | str
-) -> tuple[np.ndarray, np.ndarray]:
+    labels: dict[ClipPath, tuple[str, int]], vectors: dict[ClipPath, np.ndarray], path: Path | str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, label and recording of each clip that can be read."""
     clips = [clip for clip in labels if clip in vectors]
     if not clips:
         raise DataError(f"{path}: none of its {len(labels)} clips can be read")
-    return np.stack([vectors[clip] for clip in clips]), np.array([labels[clip] for clip in clips])
+    names, recordings = zip(*(labels[clip] for clip in clips), strict=True)
+    return np.stack([vectors[clip] for clip in clips]), np.array(names), np.array(recordings)

@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 import torch
 
-from ssast.engine.config import from_plain
+from ssast.engine.config import Config, from_plain, load_config
 from ssast.engine.interop import save_published
 from ssast.engine.model.objective import MSPM
 from ssast.pipelines.clips.manifest import write_manifest
@@ -92,3 +92,25 @@ def data_overrides(splits: dict[str, Path]) -> list[str]:
         f"data.valid={splits['valid']}",
         f"finetune.test={splits['test']}",
     ]
+
+
+def command(
+    run: Path, splits: dict[str, Path], checkpoint: Path, recipe: Path, **changed: object
+) -> list[object]:
+    """Arguments of a run on the command line."""
+    settings = {"finetune__average_last_epochs": 2, "train__save_every": 2} | changed
+    given = [*overrides(**settings), *data_overrides(splits), f"run.folder={run}"]
+    return ["finetune", recipe, *given, "--checkpoint", checkpoint]
+
+
+def load(recipe: Path, splits: dict[str, Path], run: Path, **changed: object) -> Config:
+    """The configuration of a run."""
+    given = [*overrides(**changed), *data_overrides(splits), f"run.folder={run}"]
+    return load_config(recipe, given)
+
+
+def plain_file(tmp_path: Path) -> Path:
+    """A recipe that changes nothing."""
+    path = tmp_path / "plain.yaml"
+    path.write_text("finetune: {}\n")
+    return path

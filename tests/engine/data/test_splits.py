@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finetune_runs import load, manifest
 from shards import make_recordings, prepare
 
 from ssast.engine.config import Config, from_plain
 from ssast.engine.data.labels import read_labelled
 from ssast.engine.data.splits import find_splits
+from ssast.engine.finetune import finetune
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.clips.overlap import Contents, shared_recordings
 from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex
@@ -171,3 +173,16 @@ def test_damaged_sidecars_are_named(tmp_path: Path) -> None:
     (tmp_path / "train/report.json").write_text("{}")
     with pytest.raises(DataError, match=r"train/report.json: damaged: prepare the data again"):
         find_splits(config_of(tmp_path / "train"))
+
+
+def test_a_copy_of_a_clip_is_a_leak(splits, checkpoint, recipe, tmp_path):
+    copy = tmp_path / "0_copy.wav"
+    copy.write_bytes((splits["train"].parent / "train" / "1_0.wav").read_bytes())
+    others = sorted((splits["valid"].parent / "valid").glob("*.wav"))
+    valid = manifest(tmp_path / "valid.json", [*others, copy])
+    changed = {**splits, "valid": valid}
+    with pytest.raises(DataError, match=r"1 clips of data.train .*1_0.wav and .*0_copy.wav"):
+        finetune(load(recipe, changed, tmp_path / "run"), checkpoint)
+    allowed = load(recipe, changed, tmp_path / "run", finetune__epochs=1,
+                   finetune__allow_leakage=True)  # fmt: skip
+    assert finetune(allowed, checkpoint) == 0

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from shards import prepare
 from sounds import write
 
 from ssast.engine.cli.main import main
@@ -18,6 +19,7 @@ from ssast.engine.evaluation.probe import (
 )
 from ssast.engine.interop import save_published
 from ssast.engine.model.classifier import Classifier
+from ssast.pipelines.clips.holdout import recordings_of
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.errors import DataError
 
@@ -64,9 +66,17 @@ def test_pairs_of_clips_are_told_apart_by_their_angle():
     random = np.random.default_rng(0)
     labels = np.repeat(["a", "b", "c"], 40)
     places = np.repeat(np.eye(3), 40, axis=0)
-    assert pairwise_eer(places + 0.05 * random.standard_normal(places.shape), labels) == 0.0
-    assert pairwise_eer(random.standard_normal((120, 3)), labels) == pytest.approx(0.5, abs=0.05)
-    assert np.isnan(pairwise_eer(places, np.repeat("a", 120)))
+    own = np.arange(120)
+    assert pairwise_eer(places + 0.05 * random.standard_normal(places.shape), labels, own) == 0.0
+    noise = random.standard_normal((120, 3))
+    assert pairwise_eer(noise, labels, own) == pytest.approx(0.5, abs=0.05)
+    assert np.isnan(pairwise_eer(places, np.repeat("a", 120), own))
+    # Clips of one recording are alike whatever their labels: such pairs are left out.
+    recordings = np.repeat(np.arange(30), 4)
+    labels = random.integers(0, 2, 30)[recordings]
+    alike = random.standard_normal((30, 8))[recordings]
+    assert pairwise_eer(alike, labels, own) < 0.45
+    assert pairwise_eer(alike, labels, recordings) == pytest.approx(0.5, abs=0.05)
 
 
 def test_labels_at_random_are_not_learned(folder, tmp_path):
@@ -136,10 +146,45 @@ def test_any_checkpoint_is_probed_without_training(folder, tmp_path, capsys):
     assert (with_others[1]["num_train"], with_others[1]["linear"]) == (12, 1.0)
 
 
-def test_a_class_of_one_clip_cannot_be_taken_apart(folder, tmp_path):
+def test_a_class_of_one_recording_cannot_be_taken_apart(folder, tmp_path):
     data = json.loads((folder / "pitch_eval.json").read_text())["data"]
     labels = [("a",), ("b",), *[("a",)] * 6]
     write_manifest(tmp_path / "x.json", [e["wav"] for e in data], labels)
     encoders = {"any": untrained_encoder(CONFIG)}
-    with pytest.raises(DataError, match=r"x\.json: b has one clip alone, expected two or more"):
+    with pytest.raises(
+        DataError, match=r"x\.json: b has one recording alone, expected two or more"
+    ):
         probe(encoders, {"x": (tmp_path / "x.json", None)}, CONFIG.audio, CPU)
+
+
+def test_a_coin_for_each_recording_is_not_learned(tmp_path):
+    """Clips of one recording sound alike: a fold must not be trained on others of its own."""
+    random = np.random.default_rng(0)
+    (tmp_path / "source").mkdir()
+    paths = []
+    for number in range(24):
+        pitch = random.uniform(200, 4000)
+        wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(6 * 8000) / 16000)
+        wave += 0.01 * random.standard_normal(len(wave))
+        path = tmp_path / f"source/{number}.wav"
+        paths.append(write(path, wave.astype(np.float32), subtype="PCM_16"))
+    found = []
+    for turn in range(3):
+        labels = [(str(k % 2),) for k in random.permutation(24)]
+        write_manifest(tmp_path / f"source/{turn}.json", paths, labels)
+        index = prepare(tmp_path / f"source/{turn}.json", tmp_path / str(turn), clip_s=0.5)
+        assert len(index) == 144 and len(np.unique(recordings_of(index))) == 24
+        tasks = {"coin": (tmp_path / str(turn), None)}
+        found += probe({"any": untrained_encoder(CONFIG)}, tasks, CONFIG.audio, CPU)
+    assert np.mean([score.linear for score in found]) == pytest.approx(0.5, abs=0.15)
+    assert np.mean([score.knn for score in found]) == pytest.approx(0.5, abs=0.15)
+    assert np.nanmean([score.eer for score in found]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_clips_of_one_class_train_nothing(folder, tmp_path):
+    data = json.loads((folder / "pitch_train.json").read_text())["data"]
+    write_manifest(tmp_path / "x.json", [e["wav"] for e in data], [("a",)] * len(data))
+    encoders = {"any": untrained_encoder(CONFIG)}
+    for pair in ((tmp_path / "x.json", None), (tmp_path / "x.json", folder / "pitch_eval.json")):
+        with pytest.raises(DataError, match=r"x\.json: the clips to train on are all a, expected"):
+            probe(encoders, {"x": pair}, CONFIG.audio, CPU)

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from golden_model import golden, pretraining_case
 
-from ssast.engine.model.classifier import Classifier, embed_clips, pool
+from ssast.engine.checkpoints.classifier import build_classifier, fill_encoder
+from ssast.engine.config import from_plain
+from ssast.engine.model.classifier import Classifier, LossClassifier, embed_clips, pool
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
 
@@ -42,3 +45,51 @@ def test_pooling_and_gradients():
     assert logits.shape == (3, 5)
     logits.sum().backward()
     assert classifier.encoder.embed.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["patch", "frame"])
+def test_the_published_classifier_comes_out(kind):
+    """Pretrained weights in another grid, a head: the published logits."""
+    for case in golden(kind)["finetune"]:
+        pretrained, _, _ = pretraining_case(kind, torch.float64)
+        plain = {
+            "model": {"size": "tiny", "depth": 2, "patch": list(pretrained.encoder.embed.patch)},
+            "audio": {"num_frames": case["input_tdim"], "mean": 0.0, "std": 0.5},
+        }
+        for pooling in ("avgtok", "cls"):
+            stride = [case["fstride"], case["tstride"]]
+            config = from_plain({**plain, "finetune": {"stride": stride, "pooling": pooling}})
+            classifier = build_classifier(config, case["label_dim"]).double()
+            fill_encoder(classifier.encoder, pretrained.encoder)
+            head = {name: value.double() for name, value in case["mlp_head"].items()}
+            classifier.head.load_state_dict(head)
+            logits, want = classifier(case["input"].double()), case[f"ft_{pooling}"]
+            exact = 1e-8 if config.grid == (1, 150) else 1e-10
+            assert (logits - want).abs().max() < exact * want.abs().max()
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_class_weights_are_factors_in_the_loss(loss):
+    """Of the terms of the classes that a clip has, in training alone."""
+    torch.manual_seed(0)
+    config = from_plain(
+        {"model": {"size": "tiny", "depth": 1}, "audio": {"num_frames": 32}, "finetune": {}}
+    )
+    model = build_classifier(config, 3, LossClassifier)
+    model.loss = loss
+    fbank, targets = torch.randn(4, 32, 128), torch.eye(3)[[0, 1, 2, 1]]
+    weights = torch.tensor([0.5, 2.0, 0.0])
+    plain = model(fbank, targets)
+    model.class_weights = weights
+    weighted = model(fbank, targets)
+    logits = plain["logits"]
+    if loss == "ce":
+        want = -(weights * targets * logits.log_softmax(1)).sum(1)
+    else:
+        terms = (
+            weights * targets * logits.sigmoid().log() + (1 - targets) * (-logits).sigmoid().log()
+        )
+        want = -terms.mean(1)
+    torch.testing.assert_close(weighted["loss"], want)
+    assert model.eval()(fbank, targets)["loss"].equal(plain["loss"])
+    assert "class_weights" not in model.state_dict()

@@ -1,0 +1,62 @@
+"""Predictions and metrics of a trained classifier, also where files are bad."""
+
+import json
+
+import pytest
+from finetune_runs import manifest
+
+from ssast.engine.cli.main import main
+from ssast.engine.evaluation import predict
+from ssast.engine.evaluation.predict import find_files
+from ssast.engine.finetune import FinetuneEngine
+from ssast.pipelines.errors import DataError
+
+
+def test_predict_and_evaluate_from_the_command_line(finetuned, splits, capsys):
+    folder = splits["test"].parent / "test"
+    bad = folder / "9_bad.wav"
+    bad.write_text("no audio")
+    assert main(["predict", str(finetuned[0]), str(folder), "--json"]) == 0
+    bad.unlink()
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 10
+    assert found[-1]["classes"] == [] and found[-1]["reason"]
+    for line in found[:-1]:
+        assert sum(p for _, p in line["classes"]) == pytest.approx(1.0)
+    assert main(["evaluate", str(finetuned[0]), str(splits["test"])]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    want = json.loads((finetuned[0] / "test" / "metrics.json").read_text())
+    assert float(shown["accuracy"]) == pytest.approx(want["accuracy"], abs=1e-4)
+    right = sum(line["classes"][0][0][-1] == line["path"].rpartition("/")[2][0]
+                for line in found[:-1])  # fmt: skip
+    assert want["accuracy"] == pytest.approx(right / 9)
+
+
+def test_what_predict_is_given(splits, tmp_path):
+    folder = splits["test"].parent / "test"
+    clips = sorted(map(str, folder.glob("*.wav")))
+    assert find_files([folder]) == find_files([f"file://{folder}"]) == clips
+    assert find_files([splits["test"]]) == clips
+    assert find_files([clips[1], "none.wav"]) == [clips[1], "none.wav"]
+    with pytest.raises(DataError, match="no files: expected audio files"):
+        find_files([])
+
+
+@pytest.mark.parametrize("bad", [[0], [0, 1], [2, 3, 4], [0, 1, 2, 3, 4], [4]])
+def test_bad_files_stop_no_prediction(bad, finetuned, splits, tmp_path, monkeypatch):
+    """However many there are, and wherever; two at a time."""
+    monkeypatch.setattr(predict, "BATCH", 2)
+    engine = FinetuneEngine.from_checkpoint(finetuned[0])
+    good = sorted((splits["test"].parent / "test").glob("*.wav"))[:5]
+    want = engine.predict(good)
+    paths = [tmp_path / f"{i}.wav" if i in bad else path for i, path in enumerate(good)]
+    for i in bad[1:]:
+        paths[i].touch()
+    for i, found in enumerate(engine.predict(paths)):
+        assert (found.reason is not None) == (i in bad) == (not found.classes)
+        if i not in bad:
+            assert dict(found.classes) == pytest.approx(dict(want[i].classes), abs=1e-6)
+    if len(bad) == 5:
+        clips = manifest(tmp_path / "bad.json", paths, ["pitch0"] * 5)
+        with pytest.raises(DataError, match=r"bad\.json: none of its 5 clips can be read"):
+            engine.evaluate(clips)

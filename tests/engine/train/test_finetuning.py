@@ -1,0 +1,140 @@
+"""The fine-tuning job: what it learns, every setting of it, and its batches."""
+
+import random
+
+import pytest
+import torch
+from finetune_runs import load, make_sounds, manifest, overrides, plain_file
+from runs import lines
+from sounds import write_clips
+
+from ssast.engine.checkpoints.classifier import load_classifier
+from ssast.engine.config import load_config
+from ssast.engine.data.splits import find_splits
+from ssast.engine.finetune import FinetuneEngine, finetune
+from ssast.engine.formats.open import load_initial
+from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.train.finetuning import Finetuning
+from ssast.engine.train.job import Workplace
+
+
+@pytest.mark.slow
+def test_32_clips_are_learned_by_heart(checkpoint, tmp_path):
+    labels = [f"label{random.Random(i).randint(0, 2)}" for i in range(32)]  # with no sense in them
+    train = manifest(tmp_path / "train.json", write_clips(tmp_path, 32), labels)
+    engine = FinetuneEngine.from_checkpoint(
+        checkpoint,
+        3,
+        plain_file(tmp_path),
+        overrides(
+            finetune__epochs=160,
+            finetune__allow_leakage=True,
+            optim__schedule="constant",
+            train__batch_size=16,
+            train__log_every=100,
+        ),
+    )
+    engine.fit(train, train, folder=tmp_path / "run")
+    assert engine.evaluate(train)["accuracy"] == 1.0
+
+
+@pytest.mark.slow
+def test_shuffled_labels_are_not_learned(splits, checkpoint, tmp_path):
+    paths = make_sounds(tmp_path / "sounds", 3, 8)
+    labels = [f"pitch{i % 3}" for i in range(24)]  # as many of each in every class
+    train = manifest(tmp_path / "train.json", paths, labels)
+    results = {}
+    for name, source in (("true", splits["train"]), ("shuffled", train)):
+        config = load_config(
+            plain_file(tmp_path),
+            [*overrides(finetune__epochs=6, train__log_every=100), f"data.train={source}",
+             f"data.valid={splits['valid']}", f"run.folder={tmp_path / name}"],
+        )  # fmt: skip
+        assert finetune(config, checkpoint) == 0
+        # The last epoch: choosing the best one would itself learn from the held-out clips.
+        results[name] = lines(tmp_path / name, "valid")[-1]["accuracy"]
+    assert results["true"] == 1.0
+    assert results["shuffled"] <= 0.67
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"finetune__loss": "bce", "finetune__label_smoothing": 0.1, "finetune__mixup": 1.0},
+        {"finetune__freeze": "encoder", "finetune__stride": [10, 10], "finetune__roll": 0},
+        {"finetune__layer_decay": 0.5, "finetune__head_lr_scale": 3.0, "finetune__pooling": "cls"},
+        {
+            "finetune__balanced_sampling": True,
+            "audio__ignore_padding": True,
+            "finetune__metric": "map",
+        },
+        {"optim__schedule": "multistep", "optim__name": "adam", "train__precision": "bf16"},
+        {"train__zero_stage": 3, "train__accumulation_steps": 2, "finetune__patience": 1},
+        {"finetune__class_weights": "balanced", "finetune__loss": "bce", "finetune__mixup": 0.5},
+    ],
+    ids=lambda c: "-".join(str(v) for v in c.values()),
+)
+def test_every_setting_trains(changed, recipe, splits, checkpoint, tmp_path):
+    config = load(recipe, splits, tmp_path / "run", finetune__epochs=2, **changed)
+    assert finetune(config, checkpoint) == 0
+    assert len(lines(tmp_path / "run", "valid")) == 3
+    trained = load_classifier(tmp_path / "run")
+    if changed.get("finetune__freeze") == "encoder":
+        for name, value in load_initial(checkpoint)[0].blocks.state_dict().items():
+            assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
+
+
+def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
+    """Adam's first step moves every weight by the learning rate of its group."""
+    config = load(plain_file(tmp_path), splits, tmp_path, finetune__layer_decay=0.5,
+                  finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12)  # fmt: skip
+    place = Workplace(config, world, 8)
+    job = Finetuning(place, find_splits(config), load_initial(checkpoint)[0], 3)
+    before = {name: value.clone() for name, value in job.module.named_parameters()}
+    engine = TrainEngine(job.module, job.optimizer(), world=world, batch_size=8)
+    with job.train_batches(0) as batches:
+        arguments, valid = job.arguments(next(batches), training=True)
+    engine.backward(job.means(engine(*arguments), valid)["loss"])
+    assert engine.step(1e-3)
+    engine.close()
+    for name, value in job.module.named_parameters():
+        moved = (value - before[name]).abs().max().item()
+        scale = 10.0 if name.startswith("head") else 1.0
+        for part, rate in (("blocks.0", 0.5), ("embed.", 0.25), ("mask_embed", 0.0)):
+            scale = rate if part in name else scale
+        assert moved == pytest.approx(1e-3 * scale, rel=0.05), name
+
+
+def test_mixup_adds_the_clip_whose_label_it_adds(world, splits, checkpoint, tmp_path):
+    """Also from the middle of the stream on, and never a clip that cannot be read."""
+    bad = manifest(
+        tmp_path / "bad.json", [*make_sounds(tmp_path / "s", 3, 2), tmp_path / "0_no.wav"]
+    )
+    config = load(plain_file(tmp_path), {**splits, "train": bad}, tmp_path, finetune__mixup=1.0,
+                  data__max_rejected=0.9)  # fmt: skip
+    place = Workplace(config, world, 8)
+    job = Finetuning(place, find_splits(config), load_initial(checkpoint)[0], 1)
+    with place.stream(job.splits.train.paths, None, epochs=1) as batches:
+        every = next(batches)
+    with job.train_batches(8) as batches:
+        for _ in range(2):
+            batch = next(batches)
+            assert torch.equal(batch.other_fbank, every.fbank[batch.other_clips])
+            (fbank, targets, _), valid = job.arguments(batch, training=True)
+            changed = (fbank != batch.fbank).flatten(1).any(1)
+            assert torch.equal(changed, batch.other_valid & valid)
+            same = targets.amax(1) == 1
+            twins = job.splits.train.targets().argmax(1)
+            equal = torch.from_numpy(twins[batch.clip_ids] == twins[batch.other_clips])
+            assert torch.equal(same, equal | ~batch.other_valid)
+            assert targets.sum(1).tolist() == pytest.approx([1.0] * 8)
+
+
+def test_early_stopping(splits, checkpoint, tmp_path):
+    config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__patience=2,
+                  finetune__epochs=30, optim__lr=0.0)  # fmt: skip
+    assert finetune(config, checkpoint) == 0
+    steps = [line["step"] for line in lines(tmp_path / "run", "valid")]
+    assert steps == [0, 3, 6, 9]
+    assert finetune(config, checkpoint, resume=True) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "valid")] == steps
