@@ -23,3 +23,7 @@ class UnusableError(Exception):
     def __init__(self, reason: str, *, passing: bool = False) -> None:
         super().__init__(reason)
         self.passing = passing
+
+
+class TooFewRecordings(DataError):
+    """No recording can be held out while others are left to train on."""

@@ -7,11 +7,11 @@ from ssast.engine.data.leakage import check_disjoint
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.clips.holdout import TooFewRecordings, hold_out_clips
+from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.shards import ClipPaths, select
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, TooFewRecordings
 
 
 def fbank_spec(audio: Audio) -> FbankSpec:

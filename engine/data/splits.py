@@ -16,8 +16,8 @@ from ssast.engine.data.labels import (
 )
 from ssast.engine.data.leakage import check_no_leakage
 from ssast.engine.errors import ConfigError
-from ssast.pipelines.clips.holdout import TooFewRecordings, hold_out_clips
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.clips.holdout import hold_out_clips
+from ssast.pipelines.errors import DataError, TooFewRecordings
 
 
 @dataclass(frozen=True)

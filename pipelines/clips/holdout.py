@@ -15,16 +15,12 @@ import numpy as np
 
 from ssast.pipelines.clips.order import permutation
 from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import TooFewRecordings
 
 SEED = 0  # fixed: a run that is resumed, and every rank of it, must hold out the same clips
 Labels = Sequence[Sequence[Hashable]]
 
 log = logging.getLogger(__name__)
-
-
-class TooFewRecordings(DataError):
-    """No recording can be held out while others are left to train on."""
 
 
 def recordings_of(paths: ClipPaths) -> np.ndarray:
