@@ -61,7 +61,7 @@ class Parsed(Exception):
 
 def check_ssast(words, monkeypatch):
     """Read the words after ``ssast`` as the program does; its configuration must exist."""
-    options, rest = cli._parser().parse_known_args(words)
+    options, rest = cli.build_parser().parse_known_args(words)
     assert all("=" in word for word in rest), f"not understood: {rest}"
     if hasattr(options, "config"):
         known = (CONFIGS / f"{options.config}.yaml").is_file()
@@ -199,7 +199,7 @@ def test_every_setting_is_described():
 
 def test_every_command_and_option_is_on_the_commands_page():
     page = reference.commands_page()
-    found = list(reference.subcommands(cli._parser()))
+    found = list(reference.subcommands(cli.build_parser()))
     assert len(found) > 15
     for parser, _ in found:
         assert re.search(rf"^##+ {parser.prog}$", page, re.M)

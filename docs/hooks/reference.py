@@ -136,11 +136,11 @@ PLAIN_GROUPS = ("positional arguments", "options")
 
 def commands_page() -> str:
     """Return the reference of all commands."""
-    parser = cli._parser()
+    parser = cli.build_parser()
     parts = [COMMANDS_INTRO]
     for command, helped in subcommands(parser):
         parts.append(_command(command, helped))
-    parts.append(f"## Exit status\n\n```text\n{_epilog(cli.STATUSES)}\n```\n")
+    parts.append(f"## Exit status\n\n```text\n{_epilog(cli.EXIT_STATUS)}\n```\n")
     return "\n".join(parts)
 
 

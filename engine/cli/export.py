@@ -5,42 +5,49 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ssast.engine.cli.options import add_missing_metadata, missing_metadata
+
 FORMATS = {
-    "published": "a .pth file for the published code",
-    "hf": "a folder for transformers' from_pretrained",
-    "onnx": "an ONNX file, for any number of clips",
-    "pt2": "a file of torch.export, for any number of clips",
-    "weights": "of a pretraining run, what finetune --checkpoint needs: a folder, in float16",
+    "published": ".pth file for the published SSAST code",
+    "hf": "folder for from_pretrained of Hugging Face transformers",
+    "onnx": "ONNX model with a dynamic batch size",
+    "pt2": "torch.export program with a dynamic batch size",
+    "weights": "folder with the fp16 weights of a pretraining run, for finetune --checkpoint",
 }
 
 
 def add_export_commands(commands: Any) -> None:
-    """Adds ``export`` and ``embed`` to the commands of ``ssast``.
-
-    Args:
-        commands: What ``add_subparsers`` of the parser has returned.
-    """
+    """Add both commands to the subparsers of ``ssast``."""
     command = commands.add_parser(
         "export",
-        help="take a model elsewhere",
+        help="convert a model to another format",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="formats:\n" + "\n".join(f"  {name:10} {text}" for name, text in FORMATS.items()),
     )
     _add_model(command)
-    command.add_argument("--to", required=True, choices=FORMATS, help="see below")
-    command.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
+    command.add_argument("--to", required=True, choices=FORMATS, help="output format, see below")
+    command.add_argument("out", metavar="OUT", type=Path, help="file or folder to write")
     command.set_defaults(run=_export)
 
-    command = commands.add_parser("embed", help="write embeddings of recordings")
+    command = commands.add_parser("embed", help="extract embeddings of recordings")
     _add_model(command)
-    command.add_argument("source", metavar="SRC", help="a manifest, a folder or an audio file")
+    command.add_argument("source", metavar="SOURCE", help="manifest, folder or audio file")
     command.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help=".npy, with a .csv, or .parquet"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=".npy (with a .csv of the rows) or .parquet",
     )
     command.add_argument(
-        "--level", choices=("clip", "frame"), default="clip", help="one vector for each (clip)"
+        "--level",
+        choices=("clip", "frame"),
+        default="clip",
+        help="one vector per clip or per frame (default: clip)",
     )
-    command.add_argument("--batch-size", type=int, default=16, help="clips at once (16)")
+    command.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="clips per batch (default: 16)"
+    )
     command.set_defaults(run=_embed)
 
 
@@ -49,41 +56,15 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "model",
         metavar="CKPT",
         type=Path,
-        help="a run's folder, a checkpoint, a published file, or a folder of transformers",
+        help="folder of a run, a checkpoint, a published .pth, or a transformers folder",
     )
-    add_unsaid(command)
-
-
-def add_unsaid(command: argparse.ArgumentParser, *, classifier: bool = False) -> None:
-    """Add options for what a published file does not say of its model."""
-    unsaid = command.add_argument_group("of a published file, which does not say it")
-    unsaid.add_argument("--frames", type=int, metavar="T", help="frames of its input")
-    unsaid.add_argument("--stride", type=int, nargs=2, metavar=("F", "T"), help="of its patches")
-    unsaid.add_argument("--pooling", choices=("avgtok", "cls"), default="avgtok", help="(avgtok)")
-    unsaid.add_argument("--mean", type=float, help="of its filterbanks (AudioSet's)")
-    unsaid.add_argument("--std", type=float, help="of its filterbanks (AudioSet's)")
-    if classifier:
-        unsaid.add_argument(
-            "--loss", choices=("ce", "bce"), help="one class a clip, or several (ce)"
-        )
-        unsaid.add_argument(
-            "--labels", type=Path, metavar="CSV", help="its classes: index,mid,display_name"
-        )
-
-
-def unsaid_of(options: argparse.Namespace) -> Any:
-    """What these options say."""
-    from ssast.engine.formats.open import Unsaid
-
-    stride = None if options.stride is None else tuple(options.stride)
-    loss = getattr(options, "loss", None)
-    return Unsaid(options.frames, stride, options.pooling, options.mean, options.std, loss)
+    add_missing_metadata(command)
 
 
 def _open(options: argparse.Namespace) -> Any:
     from ssast.engine.formats.open import open_model
 
-    return open_model(options.model, unsaid_of(options))
+    return open_model(options.model, missing_metadata(options))
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -105,7 +86,7 @@ def _export(options: argparse.Namespace) -> int:
         return 0
     if options.to == "published":
         if isinstance(opened.model, SpectrogramTransformer):
-            raise ConfigError(f"{options.model}: an encoder alone has no published form")
+            raise ConfigError(f"{options.model}: a plain encoder has no published format")
         save_published(opened.model, out, opened.audio)
     elif options.to == "hf":
         export_huggingface(opened.useful, out, opened.audio, opened.labels)
@@ -114,8 +95,8 @@ def _export(options: argparse.Namespace) -> int:
         save(opened.useful, out, opened.audio, opened.labels)
     if opened.audio.ignore_padding:
         print(
-            "note: audio.ignore_padding stays behind: what was exported takes padding for sound, "
-            f"and has our numbers for clips of {opened.audio.num_frames} frames",
+            "warning: audio.ignore_padding is not exported: outputs are the same only for clips of "
+            f"{opened.audio.num_frames} frames, without padding",
             file=sys.stderr,
         )
     print(out)
@@ -134,6 +115,6 @@ def _embed(options: argparse.Namespace) -> int:
     )
     empty = "null" if embedded.listing == embedded.path else "NaN"
     for path, reason in embedded.rejected.items():
-        print(f"not read, its row is {empty}: {path}: {reason}")
+        print(f"cannot be read, its row is {empty}: {path}: {reason}")
     print(f"{embedded.path}: {' x '.join(map(str, embedded.shape))}; rows in {embedded.listing}")
     return 0

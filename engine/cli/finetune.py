@@ -7,80 +7,89 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssast.engine.cli.export import add_unsaid, unsaid_of
+from ssast.engine.cli.options import (
+    add_config,
+    add_missing_metadata,
+    add_resume,
+    missing_metadata,
+)
 
 RECIPES = """recipes: classifier, demo_finetune,
 audioset_20k_{patch,frame}, audioset_2m_{patch,frame},
 esc50_{patch,frame}, speechcommands_v1_{patch,frame}, speechcommands_v2_{patch,frame},
 voxceleb1_{patch,frame}, iemocap_{patch,frame}
 
-  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth      five folds, one report
+examples:
   ssast finetune classifier --checkpoint runs/mine data.train=train.json
   ssast finetune classifier --checkpoint runs/mine data.train=train.json --resume
   ssast finetune classifier data.train=train.json model.size=tiny         from scratch
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth        5-fold cross-validation
 """
 
 
 def add_finetune_commands(commands: Any) -> None:
-    """Add the three commands to the parser's."""
+    """Add the three commands to the subparsers of ``ssast``."""
     command = commands.add_parser(
         "finetune",
-        help="train a classifier, from pretrained weights or from scratch",
+        help="train a classifier from pretrained weights or from scratch",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=RECIPES,
     )
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe (see below)")
-    command.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="go before the file's"
-    )
+    add_config(command)
     command.add_argument(
         "--checkpoint",
         type=Path,
         metavar="CKPT",
-        help="a published .pth, or the folder of a pretraining run; from scratch without it",
+        help="pretrained weights: folder of a pretraining run or a published .pth (default: none)",
     )
-    command.add_argument(
-        "--resume", action="store_true", help="go on from the run's last checkpoint"
-    )
+    add_resume(command)
     command.set_defaults(run=_finetune)
 
     command = commands.add_parser(
-        "evaluate", help="score a classifier, or the features of a model, on labelled clips"
+        "evaluate", help="compute metrics of a classifier, or of frozen features, on labelled clips"
     )
     _add_classifier(command)
-    command.add_argument("manifest", metavar="MANIFEST", help="clips with labels")
+    command.add_argument("manifest", metavar="MANIFEST", help="manifest of labelled clips")
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="gets predictions.csv, metrics.json and pictures"
+        "--out", type=Path, metavar="DIR", help="write predictions.csv, metrics.json and plots"
     )
     command.add_argument(
         "--probe",
         action="store_true",
-        help="score the frozen encoder of any model by a linear and a nearest-neighbour classifier",
+        help="evaluate the frozen encoder of any model: linear probe and nearest neighbours",
     )
     command.add_argument(
         "--train",
         type=Path,
         metavar="TRAIN",
-        help="with --probe: clips to train on (else four fifths of MANIFEST in turn)",
+        help="with --probe: training clips (default: 5-fold cross-validation on MANIFEST)",
     )
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("predict", help="name what is in recordings")
+    command = commands.add_parser("predict", help="print the most likely classes of recordings")
     _add_classifier(command)
     command.add_argument(
-        "sources", nargs="+", metavar="FILE_OR_FOLDER", help="audio files, folders, manifests"
+        "sources", nargs="+", metavar="SOURCE", help="audio files, folders or manifests"
     )
-    command.add_argument("--top", type=int, default=3, help="how many classes (3)")
-    command.add_argument("--json", action="store_true", help="one JSON object a line")
-    long = command.add_argument_group("of long recordings, window by window")
+    command.add_argument(
+        "--top", type=int, default=3, metavar="K", help="number of classes (default: 3)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object per line")
+    long = command.add_argument_group("sliding windows over long recordings")
     long.add_argument(
-        "--window-s", type=float, metavar="S", help="length in seconds (the model's input)"
+        "--window-s",
+        type=float,
+        metavar="S",
+        help="window length in seconds (default: the input length of the model)",
     )
     long.add_argument(
-        "--hop-s", type=float, metavar="S", help="from window to window (half of one)"
+        "--hop-s",
+        type=float,
+        metavar="S",
+        help="hop between windows in seconds (default: half a window)",
     )
     long.add_argument(
-        "--out", type=Path, metavar="DIR", help="gets windows.jsonl and a picture of each recording"
+        "--out", type=Path, metavar="DIR", help="write windows.jsonl and a plot of each recording"
     )
     command.set_defaults(run=_predict)
 
@@ -90,9 +99,9 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="RUN",
         type=Path,
-        help="a fine-tuning run's folder, a published fine-tuned file, a folder of transformers",
+        help="folder of a fine-tuning run, a published fine-tuned .pth, or a transformers folder",
     )
-    add_unsaid(command, classifier=True)
+    add_missing_metadata(command, classifier=True)
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -110,7 +119,9 @@ def _open(options: argparse.Namespace, *, named: bool = False) -> Any:
     from ssast.engine.finetune import FinetuneEngine
     from ssast.engine.formats.open import open_classifier
 
-    found = open_classifier(options.checkpoint, unsaid_of(options), options.labels, named=named)
+    found = open_classifier(
+        options.checkpoint, missing_metadata(options), options.labels, named=named
+    )
     return FinetuneEngine(found.config, trained=found)
 
 
@@ -128,7 +139,7 @@ def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
     from ssast.engine.formats.open import open_model
 
-    opened = open_model(options.checkpoint, unsaid_of(options))
+    opened = open_model(options.checkpoint, missing_metadata(options))
     scores = probe_model(opened, Path(options.manifest), options.train)
     print(format_scores(scores))
     if options.out is not None:

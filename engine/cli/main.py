@@ -11,40 +11,40 @@ from pathlib import Path
 from ssast.engine.cli.data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.cli.export import add_export_commands
 from ssast.engine.cli.finetune import add_finetune_commands
+from ssast.engine.cli.options import add_config, add_overrides, add_resume
 from ssast.engine.cli.plan import add_plan_commands
 from ssast.engine.config import CONFIGS
 from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, TrainingError
 from ssast.engine.monitoring.watchdog import STUCK
 
 DESCRIPTION = (
-    "Pretrain audio spectrogram transformers without labels, and make classifiers of them."
+    "Pretrain audio spectrogram transformers on unlabelled audio and fine-tune them as classifiers."
 )
 EXAMPLES = """examples:
-  ssast demo                                  fetch real recordings, pretrain, show the results
-  ssast data demo                             only fetch the recordings
+  ssast demo                                  download a small corpus, pretrain, show the results
   ssast data prepare /my/recordings data/mine
   ssast data manifests esc50 /my/ESC-50-master --out data/esc50
-  ssast pretrain demo                         only pretrain on them
   ssast pretrain base_patch data.train=/my/recordings train.steps=10000
-  ssast pretrain base_patch --resume          go on where a run was stopped
+  ssast pretrain base_patch --resume          resume a run
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
-  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth data.train=train.json
-  ssast predict runs/esc50_patch dog.wav /my/recordings
-  ssast plan base_patch --gpus 64 --gpu h100  memory, speed, days, before it is started
-  ssast tune base_patch --out tuned.yaml      the fastest settings on this machine
-  ssast probe runs/demo --tasks data/demo/tasks
-  ssast visualize runs/demo
-  ssast export runs/demo --to published SSAST-Demo.pth
-  ssast embed runs/demo /my/recordings --out embeddings.npy
+  ssast finetune classifier --checkpoint runs/base_patch data.train=train.json
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth
+  ssast evaluate runs/classifier test.json
+  ssast predict runs/classifier dog.wav /my/recordings
+  ssast embed runs/base_patch /my/recordings --out embeddings.npy
+  ssast export runs/base_patch --to hf folder
+  ssast plan base_patch --gpus 64 --gpu h100  estimate memory, throughput and days
+  ssast tune base_patch --out tuned.yaml      find the fastest settings for this machine
 """
-STATUSES = """exit status:
-  0      done
-  2      something that only you can mend; the message says what
-  75     a process hung or was lost: start again with --resume
-  128+n  stopped by signal n (INT 130, TERM 143, USR1 138) after saving: start again with --resume
+EXIT_STATUS = """exit status:
+  0      success
+  2      user error; the message says what to change
+  75     a process hung or was lost: run the same command again with --resume
+  128+n  stopped by signal n (SIGINT 130, SIGTERM 143, SIGUSR1 138) after a checkpoint was saved:
+         run the same command again with --resume
 """
 USER_ERROR = 2
-BENCHMARKS = {  # modules below ssast.benchmarks
+BENCHMARKS = {  # name: module in ssast.benchmarks
     "kernels": "operations.kernels",
     "step": "training.step",
     "data": "loading.data",
@@ -57,15 +57,15 @@ BENCHMARKS = {  # modules below ssast.benchmarks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
-    parser = _parser()
+    """Run a command line and return its exit status."""
+    parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes no settings behind an option, as in: pretrain demo --resume train.steps=9
+    # argparse stops collecting overrides at an option: pretrain demo --resume train.steps=9
     if rest and not (hasattr(options, "overrides") and all("=" in r and r[0] != "-" for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    # Imported here, so that --help and a mistyped command answer at once.
+    # Heavy modules are imported where they are used: --help and errors must be fast.
     from ssast.pipelines.errors import DataError
 
     try:
@@ -75,71 +75,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except LostPeer as error:
         print(f"ssast: error: {error}", file=sys.stderr, flush=True)
-        os._exit(STUCK)  # leaving the group in order could wait for who is gone
+        os._exit(STUCK)  # an orderly exit could wait for the lost process
     except KeyboardInterrupt:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "ssast", description=DESCRIPTION, epilog=EXAMPLES + STATUSES, formatter_class=raw
+        "ssast", description=DESCRIPTION, epilog=f"{EXAMPLES}\n{EXIT_STATUS}", formatter_class=raw
     )
-    # The deepspeed launcher puts this before everything else; the rank comes from the environment.
+    # The deepspeed launcher puts this first; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = commands.add_parser(
-        "pretrain",
-        help="pretrain a model",
-        formatter_class=raw,
-        epilog="configurations: " + ", ".join(_recipes()),
-    )
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a name (see below)")
-    command.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="go before the file's"
+        "demo", help="download a small corpus, pretrain on it and show the results"
     )
     command.add_argument(
-        "--resume", action="store_true", help="go on from the run's last checkpoint"
+        "--source", type=Path, metavar="DIR", help="use your own audio files instead"
     )
-    command.set_defaults(run=_pretrain)
-
-    command = commands.add_parser("demo", help="fetch real recordings, pretrain, show the results")
-    command.add_argument("--source", type=Path, metavar="DIR", help="your own audio instead")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
+    add_overrides(command)
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser("probe", help="score frozen features on labelled tasks")
+    command = commands.add_parser(
+        "pretrain",
+        help="pretrain a model on unlabelled audio",
+        formatter_class=raw,
+        epilog="recipes: " + ", ".join(_recipes()),
+    )
+    add_config(command)
+    add_resume(command)
+    command.set_defaults(run=_pretrain)
+
+    add_finetune_commands(commands)
+
+    command = commands.add_parser("probe", help="evaluate frozen features on labelled tasks")
     command.add_argument(
-        "run_folder", metavar="RUN", type=Path, help="a run's folder, or a checkpoint"
+        "checkpoint", metavar="CKPT", type=Path, help="folder of a run, or a checkpoint"
     )
     command.add_argument(
-        "--tasks", type=Path, required=True, metavar="DIR", help="<task>_{train,eval}.json"
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of manifests <task>_{train,eval}.json",
     )
     command.set_defaults(run=_probe)
 
-    command = commands.add_parser("visualize", help="draw curves and reconstructed spectrograms")
-    command.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
-    command.add_argument("--clips", type=int, default=4, help="how many held-out clips (4)")
+    command = commands.add_parser(
+        "visualize", help="plot metrics and reconstructed spectrograms of a pretraining run"
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of the run")
+    command.add_argument(
+        "--clips", type=int, default=4, metavar="N", help="number of validation clips (default: 4)"
+    )
     command.set_defaults(run=_visualize)
 
-    add_finetune_commands(commands)
     add_export_commands(commands)
     add_data_commands(commands)
     add_plan_commands(commands)
 
-    command = commands.add_parser("bench", help="measure this machine", add_help=False)
+    command = commands.add_parser("bench", help="run a benchmark on this machine", add_help=False)
     command.add_argument("what", choices=BENCHMARKS)
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
     command.set_defaults(run=_bench)
 
-    command = commands.add_parser("env", help="print the machine, versions and backends")
+    command = commands.add_parser("env", help="print hardware, package versions and backends")
     command.set_defaults(run=_env)
     return parser
 
 
 def _recipes() -> list[str]:
-    """Names of the configurations that pretrain."""
+    """Return the names of the pretraining recipes."""
     paths = sorted(CONFIGS.glob("*.yaml"))
     return [p.stem for p in paths if "\nfinetune:" not in p.read_text(encoding="utf-8")]
 
@@ -159,7 +168,7 @@ def _status(stopped: int) -> int:
 def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.probe import format_scores, probe_run
 
-    scores, written = probe_run(options.run_folder, options.tasks)
+    scores, written = probe_run(options.checkpoint, options.tasks)
     print(format_scores(scores))
     print(written)
     return 0
@@ -194,11 +203,11 @@ def _env(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     world = World(0, 0, 1, "single", device)
-    passed_over = [f"{b}: {why}" for b, why in attention_trials(device, dtype).items() if why]
+    unavailable = [f"{b}: {why}" for b, why in attention_trials(device, dtype).items() if why]
     facts = environment(
         world,
         attention=attention_backend(device, dtype),
-        attention_passed_over="; ".join(passed_over),
+        attention_unavailable="; ".join(unavailable),
     )
     print(json.dumps(facts, indent=1))
     return 0

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ssast.engine.cli.options import add_config
 from ssast.engine.errors import ConfigError
 
 PLAN_EXAMPLES = """examples:
@@ -22,24 +23,42 @@ TUNE_EXAMPLES = """examples:
 
 
 def add_plan_commands(commands: Any) -> None:
-    """Add both commands to the parser's."""
+    """Add both commands to the subparsers of ``ssast``."""
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(
         "plan",
-        help="memory, speed, traffic, days and cost of a run, before it is started",
+        help="estimate memory, throughput, communication, time and cost of a pretraining run",
         formatter_class=raw,
         epilog=PLAN_EXAMPLES,
     )
-    _add_config(command)
-    command.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (1)")
+    add_config(command)
     command.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="h100 (default), a100, ..., cpu, a YAML file"
+        "--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)"
     )
-    command.add_argument("--batch", type=int, metavar="B", help="clips of a GPU and micro-step")
-    command.add_argument("--clips", type=float, metavar="N", help="to train on, with repetitions")
-    command.add_argument("--price", type=float, metavar="P", help="of a GPU hour")
     command.add_argument(
-        "--loader", type=Path, metavar="FILE", help="what ssast bench data --json printed"
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="GPU type: h100, a100, ..., cpu, or a YAML file of --calibrate (default: h100)",
+    )
+    command.add_argument(
+        "--batch",
+        type=int,
+        metavar="B",
+        help="micro-batch size per GPU (default: chosen by the plan)",
+    )
+    command.add_argument(
+        "--clips",
+        type=float,
+        metavar="N",
+        help="clips to train on in total, all epochs (default: those of the configuration)",
+    )
+    command.add_argument("--price", type=float, metavar="P", help="price of one GPU hour")
+    command.add_argument(
+        "--loader",
+        type=Path,
+        metavar="FILE",
+        help="data loading throughput: output of ssast bench data --json",
     )
     command.add_argument(
         "--calibrate",
@@ -47,39 +66,38 @@ def add_plan_commands(commands: Any) -> None:
         nargs="?",
         const=Path("machine.yaml"),
         metavar="FILE",
-        help="measure this machine for a minute, write FILE (machine.yaml), plan with it",
+        help="benchmark this machine (1 minute), write FILE (machine.yaml) and plan with it",
     )
     command.add_argument(
         "--order",
         type=int,
         metavar="CLIPS",
-        help="also work out who reads which of so many clips, for all GPUs, and check it",
+        help="also compute and verify the order in which all ranks read this many clips",
     )
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--png", type=Path, metavar="FILE", help="draw the scaling")
+    command.add_argument("--json", action="store_true", help="print the plan as JSON")
+    command.add_argument(
+        "--png", type=Path, metavar="FILE", help="plot the scaling with the number of GPUs"
+    )
     command.set_defaults(run=_plan)
 
     command = commands.add_parser(
         "tune",
-        help="find the fastest settings on this machine by short runs",
+        help="find the fastest settings for this machine in short trial runs",
         formatter_class=raw,
         epilog=TUNE_EXAMPLES,
     )
-    _add_config(command)
+    add_config(command)
     command.add_argument(
-        "--seconds", type=float, default=120.0, metavar="S", help="for all runs together (120)"
+        "--seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="time limit for all trials (default: 120)",
     )
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="gets the configuration with the fastest settings"
+        "--out", type=Path, metavar="FILE", help="write the configuration with the fastest settings"
     )
     command.set_defaults(run=_tune)
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe's name")
-    command.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="go before the file's"
-    )
 
 
 def _plan(options: argparse.Namespace) -> int:

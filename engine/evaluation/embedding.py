@@ -13,7 +13,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.formats.open import Opened
 from ssast.engine.model.classifier import Classifier, embed_clips
-from ssast.engine.model.encoder import layer_states, over_time
+from ssast.engine.model.encoder import layer_states, time_states
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import located
@@ -202,7 +202,7 @@ def _embed(
     if whole is not None:
         sound = torch.arange(embed.grid[1], device=fbank.device) < whole[:, None]
     if level == "frame":
-        states = over_time(encoder, layer_states(encoder, fbank, num_frames)[-1])
+        states = time_states(encoder, layer_states(encoder, fbank, num_frames)[-1])
         return states.masked_fill(~sound[..., None], torch.nan), sound.sum(1)
     pooling = opened.model.pooling if isinstance(opened.model, Classifier) else "avgtok"
     return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)

@@ -18,7 +18,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.formats.open import open_model
 from ssast.engine.model.encoder import (
     layer_states,
-    over_time,
+    time_states,
 )
 from ssast.kernels.fbank import fbank, num_frames
 
@@ -69,6 +69,6 @@ class UpstreamExpert(nn.Module):
             clips = fbank(part.contiguous(), samples, self.spec)
             frames = num_frames(samples, self.spec)
             states = layer_states(self.encoder, clips, frames)
-            windows.append([over_time(self.encoder, state) for state in states])
+            windows.append([time_states(self.encoder, state) for state in states])
         hidden = [torch.cat(layer, 1)[:, :steps] for layer in zip(*windows, strict=True)]
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}

@@ -1,4 +1,4 @@
-"""A classifier on top of the encoder: mean of the tokens, LayerNorm, Linear."""
+"""Classification head on the encoder: mean pooling, LayerNorm, Linear."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
 
 
 def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"]) -> Tensor:
-    """One vector a clip, [B, D], from hidden states [B, 2 + N, D].
+    """Pool hidden states [B, 2 + N, D] to one vector per clip, [B, D].
 
     ``avgtok`` is the mean of the patch tokens (published default), ``cls`` that of cls and dist.
     """
@@ -20,7 +20,7 @@ def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"]) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Filterbanks [B, T, F] to logits [B, classes]."""
+    """Encoder, pooling and linear head: filterbanks [B, T, F] to logits [B, C]."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class Classifier(nn.Module):
         )
 
     def forward(self, fbank: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """Logits [B, classes] of log-mel filterbanks [B, T, F] before normalisation.
+        """Return the logits [B, C] of log-mel filterbanks [B, T, F] before normalisation.
 
-        ``num_frames`` [B] tells where padding begins; see :func:`embed_clips`.
+        ``num_frames`` [B] are the valid (unpadded) frames; see :func:`embed_clips`.
         """
         return self.head(embed_clips(self.encoder, fbank, self.pooling, num_frames))
 
@@ -48,34 +48,35 @@ def embed_clips(
     pooling: Literal["avgtok", "cls"] = "avgtok",
     num_frames: Tensor | None = None,
 ) -> Tensor:
-    """One vector a clip, with nothing masked.
+    """Compute one embedding per clip, with no patch masked.
 
     Args:
-        encoder: Of the clips.
+        encoder: The encoder.
         fbank: [B, T, F] log-mel before normalisation.
         pooling: See :func:`pool`.
-        num_frames: [B], frames that hold sound; patches of padding are then left out of the mean.
+        num_frames: [B], valid (unpadded) frames; the mean leaves out patches of padding. None: all
+            frames are valid.
 
     Returns:
-        [B, D].
+        Embeddings [B, D].
     """
     rows, columns = encoder.embed.grid
     hidden, _ = encoder(fbank, encoder.no_masks(len(fbank), num_frames))
     if pooling == "cls" or num_frames is None:
         return pool(hidden, pooling)
-    places = torch.arange(columns, device=fbank.device)
+    positions = torch.arange(columns, device=fbank.device)
     whole = encoder.embed.valid_columns(num_frames)
     if whole is not None:
-        sound = places < whole[:, None]  # [B, columns]
+        valid = positions < whole[:, None]  # [B, columns]
     else:
-        sound = places * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
-    weights = (sound / sound.sum(1, keepdim=True)).to(hidden.dtype)
+        valid = positions * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
+    weights = (valid / valid.sum(1, keepdim=True)).to(hidden.dtype)
     tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
     return torch.einsum("brcd,bc->bd", tokens, weights) / rows
 
 
 class LossClassifier(Classifier):
-    """A classifier that says how wrong it is, clip by clip."""
+    """A classifier that returns the loss of each clip, for training."""
 
     loss: str = "ce"
     label_smoothing: float = 0.0
@@ -88,12 +89,13 @@ class LossClassifier(Classifier):
     def forward(  # type: ignore[override]  # filterbanks and targets to losses
         self, fbank: Tensor, targets: Tensor, num_frames: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Losses of filterbanks [B, T, F] with targets [B, C] in [0, 1].
+        """Return the losses of filterbanks [B, T, F] for targets [B, C] in [0, 1].
 
-        Label smoothing and class weights are of training alone.
+        Label smoothing and class weights apply in training mode only.
 
         Returns:
-            "loss" and "accuracy" (whether the strongest label is named), [B]; "logits" [B, C].
+            "loss" and "accuracy" (0 or 1: the prediction is the target's largest class), [B];
+            "logits" [B, C].
         """
         logits = super().forward(fbank, num_frames).float()
         smoothing = self.label_smoothing if self.training else 0.0
@@ -104,9 +106,9 @@ class LossClassifier(Classifier):
             )
         else:
             soft = targets * (1 - smoothing) + smoothing / 2
-            every = functional.binary_cross_entropy_with_logits(
+            losses = functional.binary_cross_entropy_with_logits(
                 logits, soft, pos_weight=weights, reduction="none"
             )
-            loss = every.mean(1)
+            loss = losses.mean(1)
         accuracy = (logits.argmax(1) == targets.argmax(1)).float()
         return {"loss": loss, "accuracy": accuracy, "logits": logits}

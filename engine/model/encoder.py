@@ -20,19 +20,19 @@ NUM_EXTRA_TOKENS = 2  # cls and dist
 
 
 class SharedTokens(NamedTuple):
-    """Tokens that all clips share: those of the masked patches, before the first block."""
+    """Tokens that all clips share: before the first block, a masked patch is its position alone."""
 
-    tokens: Tensor  # [N, D], the token of each patch where it is masked
+    tokens: Tensor  # [N, D], mask embedding plus position embedding of each patch
     masks: Masks
 
     @property
-    def worthwhile(self) -> bool:
-        """Whether a batch has more masked patches than there are shared tokens."""
+    def saves_work(self) -> bool:
+        """Whether the batch has more masked patches than there are shared tokens."""
         return self.masks.mask_ids.numel() > len(self.tokens)
 
 
 class PatchEmbed(nn.Module):
-    """Filterbanks [B, T, F] to tokens [B, 2 + N, D] and the masked patches [B, M, P]."""
+    """Patch embedding: filterbanks [B, T, F] to tokens [B, 2 + N, D] and targets [B, M, P]."""
 
     def __init__(
         self, patch: tuple[int, int], stride: tuple[int, int], embed_dim: int, audio: Audio
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
         return whole.clamp(1, self.grid[1])
 
     def normalise(self, fbank: Tensor) -> Tensor:
-        """What the patches are cut from, [B, T, F]."""
+        """Normalise filterbanks [B, T, F]; patches are cut from the result."""
         return (fbank - self.mean) / (2 * self.std)
 
     def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor, SharedTokens]:
@@ -86,14 +86,20 @@ class PatchEmbed(nn.Module):
 
 
 class QueryKeyValue(nn.Linear):
-    """The three projections of an attention as one linear layer, a third of its rows for each."""
+    """The query, key and value projections as one linear layer."""
 
     def forward(  # type: ignore[override]  # three results where Linear has one
         self, x: Tensor, queries: Tensor | None = None, shared: SharedTokens | None = None
     ) -> tuple[Tensor, ...]:
-        """Queries [B, K, D] of the tokens ``queries``, those of x if None; keys and values of x.
+        """Project to queries, keys and values.
 
-        With ``shared``, x holds the other tokens alone, and the results are for all tokens.
+        Args:
+            x: Tokens [B, L, D]; with ``shared``, those that are not masked.
+            queries: Tokens [B, K, D] to project to queries; x if None.
+            shared: The masked tokens, projected once and copied into every clip.
+
+        Returns:
+            Queries [B, K, D] or [B, L, D], keys and values [B, L, D] of all tokens.
         """
         if shared is not None:
             visible, masked = super().forward(x), super().forward(shared.tokens)
@@ -121,7 +127,7 @@ class Attention(nn.Module):
         shared: SharedTokens | None = None,
         padding_mask: PaddingMask | None = None,
     ) -> Tensor:
-        """[B, L, D] to [B, L, D], or to [B, K, D] where only some of the tokens ask."""
+        """Map tokens [B, L, D] to [B, L, D], or to [B, K, D] for ``queries`` alone."""
         q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, shared))
         return self.proj(attention(q, k, v, padding_mask).flatten(2))
 
@@ -135,7 +141,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Map [..., D] to [..., D]."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -156,14 +162,20 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        wanted: Tensor | None = None,
+        query_ids: Tensor | None = None,
         shared: SharedTokens | None = None,
         padding_mask: PaddingMask | None = None,
     ) -> Tensor:
-        """[B, L, D] to [B, L, D], or to the tokens ``wanted`` [B, K] alone: [B, K, D].
+        """Apply the block.
 
-        Tokens in ``shared`` are normalised and projected once for all clips. Tokens that
-        ``padding_mask`` marks as padding are not attended to.
+        Args:
+            x: Tokens [B, L, D].
+            query_ids: [B, K], tokens whose outputs are computed; all if None.
+            shared: Tokens of x that are normalised and projected once for all clips.
+            padding_mask: Tokens that attention leaves out; none if None.
+
+        Returns:
+            [B, L, D], or [B, K, D] with ``query_ids``.
         """
         queries = None
         if shared is not None:
@@ -171,8 +183,8 @@ class Block(nn.Module):
             shared = shared._replace(tokens=self.norm1(shared.tokens))
         else:
             y = self.norm1(x)
-        if wanted is not None:  # the others are needed as keys and values only
-            x, queries = take(x, wanted), take(y, wanted)
+        if query_ids is not None:  # the other tokens are needed as keys and values only
+            x, queries = take(x, query_ids), take(y, query_ids)
         x = x + self.attn(y, queries, shared, padding_mask)
         return x + self.mlp(self.norm2(x))
 
@@ -181,12 +193,12 @@ class SpectrogramTransformer(nn.Module):
     """The encoder: filterbanks [B, T, F] to hidden states [B, 2 + N, D], cls and dist first."""
 
     def __init__(self, model: Model, audio: Audio, stride: tuple[int, int] | None = None):
-        """Build it with fresh weights.
+        """Initialise the weights.
 
         Args:
             model: Size and patch.
             audio: Number of mel bins and frames of the input, and its normalisation.
-            stride: Mel bins and frames between two patches; the patch itself (no overlap) if None.
+            stride: Patch stride in mel bins and frames; no overlap if None.
         """
         super().__init__()
         size = SIZES[model.size]
@@ -197,7 +209,7 @@ class SpectrogramTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
         self.activation_checkpoint_every: int | None = None
-        """Every so many blocks, the inside of one is computed again in the backward pass."""
+        """Recompute the activations of every n-th block in the backward pass; None: of no block."""
 
     def forward(
         self, fbank: Tensor, masks: Masks, *, masked_only: bool = False
@@ -206,9 +218,9 @@ class SpectrogramTransformer(nn.Module):
 
         Args:
             fbank: [B, T, F] log-mel before normalisation.
-            masks: Which patches are hidden.
-            masked_only: The hidden states of the other tokens are not wanted; the last block then
-                leaves out what only they would have needed. The numbers are the same.
+            masks: Masked patches.
+            masked_only: Return hidden states of the masked patches alone. The last block then
+                computes queries and the MLP for them only; the results are the same.
 
         Returns:
             Hidden states [B, 2 + N, D], or with ``masked_only`` those of the masked patches
@@ -218,24 +230,25 @@ class SpectrogramTransformer(nn.Module):
         padding_mask = token_padding_mask(masks)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            wanted = masks.mask_ids + NUM_EXTRA_TOKENS if masked_only and i == last else None
-            first = shared if i == 0 and i < last and shared.worthwhile else None
-            x = self._run(i, block, x, wanted=wanted, shared=first, padding_mask=padding_mask)
+            query_ids = masks.mask_ids + NUM_EXTRA_TOKENS if masked_only and i == last else None
+            # Only before the first block do masked tokens not depend on the clip.
+            first = shared if i == 0 and i < last and shared.saves_work else None
+            x = self._run(i, block, x, query_ids=query_ids, shared=first, padding_mask=padding_mask)
         return self.norm(x), targets
 
     def _run(self, index: int, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
-        """The output of a block, with or without keeping what its backward pass needs."""
+        """Run a block, with activation checkpointing where it is set."""
         if (
             not self.training
             or not self.activation_checkpoint_every
             or index % self.activation_checkpoint_every
         ):
             return block(x, **kwargs)
-        # Nothing in a block is random.
+        # A block has no dropout: no random state needs to be restored.
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def no_masks(self, batch_size: int, num_frames: Tensor | None = None) -> Masks:
-        """Nothing hidden, as in fine-tuning; ``num_frames`` [B] tells where padding begins."""
+        """Return masks with no patch masked; ``num_frames`` [B] are the valid frames of clips."""
         embed = self.embed
         columns = embed.valid_columns(num_frames)
         return no_masks(batch_size, embed.grid, embed.pos_embed.device, columns)
@@ -250,15 +263,15 @@ def token_padding_mask(masks: Masks) -> PaddingMask | None:
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embedding for another patch grid.
+    """Adapt the position embedding to another patch grid, as the published fine-tuning does.
 
-    Each axis is cut around its centre where the new grid is shorter and interpolated (bilinear)
-    where it is longer; the extra tokens keep theirs. As in the published fine-tuning.
+    An axis is cropped around its centre where the new grid is shorter and interpolated (bilinear)
+    where it is longer; the extra tokens keep their embeddings.
 
     Args:
-        pos_embed: [1, 2 + N, D].
-        old: Rows and columns it was made for.
-        new: Rows and columns wanted.
+        pos_embed: Position embedding [1, 2 + N, D].
+        old: Rows and columns of its grid.
+        new: Rows and columns of the new grid.
 
     Returns:
         [1, 2 + N', D].
@@ -266,11 +279,11 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     extra, image = pos_embed[:, :NUM_EXTRA_TOKENS], pos_embed[:, NUM_EXTRA_TOKENS:]
     image = image.transpose(1, 2).unflatten(2, old)  # [1, D, rows, columns]
     for axis in (3, 2):  # time first, as published
-        wanted, have = new[axis - 2], image.shape[axis]
-        if wanted < have:
-            image = image.narrow(axis, have // 2 - wanted // 2, wanted)
-        elif wanted > have:
-            size = (image.shape[2], wanted) if axis == 3 else (wanted, image.shape[3])
+        length, found = new[axis - 2], image.shape[axis]
+        if length < found:
+            image = image.narrow(axis, found // 2 - length // 2, length)
+        elif length > found:
+            size = (image.shape[2], length) if axis == 3 else (length, image.shape[3])
             image = nn.functional.interpolate(
                 image, size=size, mode="bilinear", align_corners=False
             )
@@ -280,16 +293,16 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
 def layer_states(
     encoder: SpectrogramTransformer, clips: Tensor, lengths: Tensor | None = None
 ) -> list[Tensor]:
-    """Hidden states of every layer, with nothing masked.
+    """Return the hidden states of all layers, with no patch masked.
 
     Args:
-        encoder: Of the clips.
+        encoder: The encoder.
         clips: [B, T, F] log-mel before normalisation.
-        lengths: [B], frames that hold sound; see ``audio.ignore_padding``.
+        lengths: [B], valid (unpadded) frames; see ``audio.ignore_padding``.
 
     Returns:
-        Tokens before the first block, and after each block, the last after the final norm:
-        ``depth + 1`` tensors [B, 2 + N, D].
+        ``depth + 1`` tensors [B, 2 + N, D]: the embeddings, then the output of each block, that of
+        the last block after the final norm.
     """
     masks = encoder.no_masks(len(clips), lengths)
     padding_mask = token_padding_mask(masks)
@@ -300,11 +313,6 @@ def layer_states(
     return [*states[:-1], encoder.norm(states[-1])]
 
 
-def over_time(encoder: SpectrogramTransformer, hidden: Tensor) -> Tensor:
-    """One vector for each column of patches, [B, T', D]: the mean over its rows.
-
-    Args:
-        encoder: Which made the states.
-        hidden: [B, 2 + N, D].
-    """
+def time_states(encoder: SpectrogramTransformer, hidden: Tensor) -> Tensor:
+    """Average hidden states [B, 2 + N, D] over frequency, to [B, T', D]: one per patch column."""
     return hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, encoder.embed.grid).mean(1)

@@ -16,7 +16,7 @@ from ssast.kernels.mspm_loss import info_nce, mse
 
 
 class MSPM(nn.Module):
-    """The encoder with the heads and losses of its pretraining."""
+    """The encoder with the heads and losses of masked spectrogram patch modelling."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -27,16 +27,19 @@ class MSPM(nn.Module):
         D, P = self.encoder.embed_dim, config.model.patch[0] * config.model.patch[1]
         self.discriminative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
         self.generative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
-        # A head that the objective leaves idle has no gradient: the optimizer need not carry it.
+        # A head that the objective does not use has no gradient: keep it out of the optimizer.
         self.discriminative_head.requires_grad_(config.objective.kind != "generative")
         self.generative_head.requires_grad_(config.objective.kind != "discriminative")
 
     def draw_masks(
         self, clip_ids: Tensor, epochs: Tensor, num_frames: Tensor | None = None
     ) -> list[Masks]:
-        """One mask for each forward pass, for these clips in these epochs, all [B] int64.
+        """Draw the masks of each forward pass.
 
-        ``num_frames`` tells where padding begins, for ``audio.ignore_padding``.
+        Args:
+            clip_ids: [B] int64, rows of the clips.
+            epochs: [B] int64; a clip has another mask in each epoch.
+            num_frames: [B] int64, valid (unpadded) frames, for ``audio.ignore_padding``.
         """
         valid_columns = self.encoder.embed.valid_columns(num_frames)
         return [
@@ -54,15 +57,15 @@ class MSPM(nn.Module):
         ]
 
     def held_out_masks(self, clip_ids: Tensor, num_frames: Tensor | None = None) -> list[Masks]:
-        """Masks that are the same in each validation; no training epoch has their number."""
+        """Draw the masks of a validation, which are always the same: those of epoch -1."""
         return self.draw_masks(clip_ids, torch.full_like(clip_ids, -1), num_frames)
 
     def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
-        """The losses of each clip.
+        """Return the losses of each clip.
 
         Args:
             fbank: [B, T, F] log-mel before normalisation.
-            masks: Of the forward pass; with ``two_pass`` a second one for the generative loss.
+            masks: Masks of the forward pass; with ``two_pass`` a second set, for the MSE loss.
 
         Returns:
             Those of "infonce_loss", "pretext_accuracy" and "mse_loss" that the objective has,
@@ -82,30 +85,30 @@ class MSPM(nn.Module):
         return losses
 
     def reconstruct(self, fbank: Tensor, masks: Masks) -> Tensor:
-        """What the generative head puts in place of the masked patches, normalised, [B, M, P]."""
+        """Reconstruct the masked patches, normalised, [B, M, P]."""
         states, _ = self.encoder(fbank, masks, masked_only=True)
         return self.generative_head(states)
 
 
 def with_masks(valid: Tensor, masks: list[Masks]) -> Tensor:
-    """Those of the valid clips, [B] bool, in which anything is masked: a short one may be left."""
+    """Return which valid clips [B] bool have masked patches; a very short clip may have none."""
     num_masked = masks[0].num_masked
     return valid if num_masked is None else valid & (num_masked > 0)
 
 
 def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:
-    """Means over the valid clips of a batch.
+    """Average losses over the valid clips of a batch.
 
     Args:
-        losses: Per clip, as :meth:`MSPM.forward` gives them.
-        valid: [B] bool; the others count nothing.
-        mse_weight: Of the generative loss in the joint one.
+        losses: Losses per clip, from :meth:`MSPM.forward`.
+        valid: [B] bool; other clips are ignored.
+        mse_weight: Weight of the MSE loss in the joint loss.
 
     Returns:
         Scalars: the same losses and "loss", to be minimised; all 0 where no clip is valid.
     """
     weights = valid / valid.sum().clamp(min=1)
-    # where, not a product: a clip that counts nothing may hold an infinity.
+    # where, not multiplication: an ignored clip may hold an infinity.
     means = {name: (value.where(valid, 0) * weights).sum() for name, value in losses.items()}
     if "infonce_loss" in means and "mse_loss" in means:
         loss = means["infonce_loss"] + mse_weight * means["mse_loss"]

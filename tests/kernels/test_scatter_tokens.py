@@ -103,7 +103,7 @@ def test_the_cut_of_the_first_block_changes_nothing(
     masks = model.draw_masks(torch.arange(4), torch.zeros(4, dtype=torch.int64))
 
     def values(cut: bool) -> tuple[list[Tensor], list[str]]:
-        monkeypatch.setattr(SharedTokens, "worthwhile", property(lambda self: cut))
+        monkeypatch.setattr(SharedTokens, "saves_work", property(lambda self: cut))
         model.zero_grad()
         states, targets = model.encoder(fbank, masks[0], masked_only=masked_only)
         weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
@@ -121,5 +121,5 @@ def test_the_cut_of_the_first_block_changes_nothing(
 def test_is_worthwhile_where_masked_patches_repeat() -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64)
     tokens = torch.zeros(8, 3)
-    assert SharedTokens(tokens, Masks(ids, ids[:, :3])).worthwhile
-    assert not SharedTokens(tokens, Masks(ids[:1], ids[:1, :3])).worthwhile
+    assert SharedTokens(tokens, Masks(ids, ids[:, :3])).saves_work
+    assert not SharedTokens(tokens, Masks(ids[:1], ids[:1, :3])).saves_work

@@ -7,7 +7,7 @@ from sounds import tone
 from ssast.engine.config import from_plain
 from ssast.engine.formats.s3prl import UpstreamExpert
 from ssast.engine.interop import save_published
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, layer_states, over_time
+from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, layer_states, time_states
 from ssast.engine.model.objective import MSPM
 from ssast.kernels.fbank import FbankSpec, fbank
 
@@ -61,7 +61,7 @@ def test_states_are_those_of_the_encoder_on_the_same_window(kind, upstream):
     for window in (0, 1):
         part = (x - x.mean())[None, window * columns * rate :][:, : spec.num_samples].contiguous()
         clips = fbank(part, torch.tensor([part.shape[1]]), spec)
-        want = [over_time(encoder, s) for s in layer_states(encoder, clips)]
+        want = [time_states(encoder, s) for s in layer_states(encoder, clips)]
         for state, layer in zip(states, want, strict=True):
             place = slice(window * columns, (window + 1) * columns)
             torch.testing.assert_close(state[:, place], layer)
@@ -79,7 +79,7 @@ def test_layers_end_with_the_hidden_states_of_the_model(kind):
     torch.testing.assert_close(states[0], encoder.embed(x, masks)[0])
     rows, columns = encoder.embed.grid
     tokens = states[1][:, NUM_EXTRA_TOKENS:].reshape(3, rows, columns, 192)
-    torch.testing.assert_close(over_time(encoder, states[1]), tokens.mean(1))
+    torch.testing.assert_close(time_states(encoder, states[1]), tokens.mean(1))
 
 
 @pytest.mark.parametrize("kind", ["patch"])

@@ -1,0 +1,74 @@
+"""Command-line arguments that several commands of ``ssast`` share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """Add CONFIG and its overrides."""
+    command.add_argument("config", metavar="CONFIG", help="YAML file or name of a recipe")
+    add_overrides(command)
+
+
+def add_overrides(command: argparse.ArgumentParser) -> None:
+    """Add settings that override those of the configuration."""
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that override those of the configuration",
+    )
+
+
+def add_resume(command: argparse.ArgumentParser) -> None:
+    """Add ``--resume``."""
+    command.add_argument(
+        "--resume", action="store_true", help="resume the run from its latest checkpoint"
+    )
+
+
+def add_missing_metadata(command: argparse.ArgumentParser, *, classifier: bool = False) -> None:
+    """Add options for metadata that published checkpoints lack."""
+    group = command.add_argument_group("metadata that published checkpoints lack")
+    group.add_argument("--frames", type=int, metavar="T", help="input length in frames of 10 ms")
+    group.add_argument(
+        "--stride",
+        type=int,
+        nargs=2,
+        metavar=("F", "T"),
+        help="patch stride in mel bins and frames",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=("avgtok", "cls"),
+        default="avgtok",
+        help="mean of the patch tokens, or of the cls tokens (default: avgtok)",
+    )
+    group.add_argument(
+        "--mean", type=float, help="mean of the input features (default: AudioSet's)"
+    )
+    group.add_argument(
+        "--std", type=float, help="standard deviation of the input features (default: AudioSet's)"
+    )
+    if classifier:
+        group.add_argument(
+            "--loss",
+            choices=("ce", "bce"),
+            help="single-label (ce) or multi-label (bce) (default: ce)",
+        )
+        group.add_argument(
+            "--labels",
+            type=Path,
+            metavar="CSV",
+            help="classes in the order of the outputs: index,mid,display_name",
+        )
+
+
+def missing_metadata(options: argparse.Namespace) -> Any:
+    """Return what these options give."""
+    from ssast.engine.formats.open import Unsaid
+
+    stride = None if options.stride is None else tuple(options.stride)
+    loss = getattr(options, "loss", None)
+    return Unsaid(options.frames, stride, options.pooling, options.mean, options.std, loss)
