@@ -24,8 +24,8 @@ from ssast.engine.evaluation.predict import Prediction, find_files, score_clips
 from ssast.engine.evaluation.timeline import Timeline, Windows, timeline
 from ssast.engine.formats.open import Unsaid, is_classifier, load_initial, open_classifier
 from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
-from ssast.engine.train.job import run_folder
 from ssast.engine.train.run import run_training
+from ssast.engine.train.task import run_folder
 from ssast.pipelines.errors import DataError
 
 
@@ -79,7 +79,7 @@ def finetune(
     fixed += [("finetune", key) for key in vars(settings) if key not in free]
     return run_training(
         config,
-        lambda place: Finetuning(place, splits, pretrained, each),
+        lambda context: Finetuning(context, splits, pretrained, each),
         clips=splits.train.paths,
         fixed=[*fixed, ("train", "seed")],
         resume=resume,

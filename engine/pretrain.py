@@ -3,9 +3,9 @@
 from ssast.engine.config import Config
 from ssast.engine.data.clips import find_clips
 from ssast.engine.errors import ConfigError
-from ssast.engine.train.job import run_folder
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
+from ssast.engine.train.task import run_folder
 
 
 def pretrain(config: Config, *, resume: bool = False) -> int:
@@ -35,7 +35,7 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
     fixed = [(s, k) for s in ("audio", "model", "objective") for k in vars(getattr(config, s))]
     return run_training(
         config,
-        lambda place: Pretraining(place, train_paths, valid_paths),
+        lambda context: Pretraining(context, train_paths, valid_paths),
         clips=train_paths,
         fixed=[*fixed, ("train", "seed")],
         resume=resume,

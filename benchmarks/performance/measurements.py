@@ -20,14 +20,13 @@ from ssast.benchmarks.loading.data import measure as measure_loaders
 from ssast.benchmarks.loading.data import spec_of, write_clips
 from ssast.benchmarks.performance.notes import Case, Scope
 from ssast.benchmarks.training.contender import Sample, in_process, measure, start, take_steps
+from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
-from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant, our_step
+from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
-from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.monitoring.profiling import StepProfiler
-from ssast.engine.parallel.ranks import init_world
 from ssast.engine.planning.trial import try_out
 from ssast.engine.settings import Profile, Run
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
@@ -105,9 +104,12 @@ def _profile(setting: Setting, steps: int) -> dict[str, Any]:
         config = replace(
             DEFAULT.config(setting), run=Run(folder=folder), profile=Profile(steps=steps)
         )
-        model = MSPM(config)
-        step = our_step(setting, config, model, engine=True)
-        with StepProfiler(config, init_world(), model, lambda text: None, skipped=1) as profiler:
+        step = OurStep(config, setting.fbank(), deepspeed=True)
+        torch.set_num_threads(setting.threads)
+        task = step.task
+        with StepProfiler(
+            config, task.context.world, task.module, lambda text: None, skipped=1
+        ) as profiler:
             for _ in range(1 + steps):
                 step(mark=profiler.mark)
                 profiler.end_step()

@@ -16,11 +16,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 from ssast.benchmarks.training.baseline import (
     Baseline,
@@ -28,17 +29,16 @@ from ssast.benchmarks.training.baseline import (
     published_optimizer,
     train_step,
 )
-from ssast.engine.checkpoints.classifier import build_classifier
+from ssast.benchmarks.training.ours import OurStep
 from ssast.engine.config import Config, from_plain
 from ssast.engine.model.classifier import LossClassifier
-from ssast.engine.model.objective import MSPM, mean_losses
+from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.flops import PEAK_SHAPE, step_flops_per_clip
+from ssast.engine.planning.plan import NUM_CLASSES
+from ssast.engine.planning.synthetic import noise
 from ssast.engine.settings import SIZES
 from ssast.engine.train.memory import keep_freed_memory
-from ssast.engine.train.optim import build_optimizer
 from ssast.kernels.matmul import fast_matmul
-
-NUM_CLASSES = 527  # AudioSet's
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,12 @@ class Setting:
         )
 
     def fbank(self) -> torch.Tensor:
-        """[B, T, F] log-mel filterbanks."""
-        audio = self.config().audio
-        generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(self.batch, self.frames, audio.n_mels, generator=generator)
-        return audio.mean + 2 * audio.std * noise
+        """Return log-mel filterbanks [B, T, F]."""
+        return noise(self.config(), self.batch)
 
     def targets(self) -> torch.Tensor:
-        """[B, C], two classes a clip."""
-        numbers = torch.arange(2 * self.batch).view(self.batch, 2)
-        return torch.zeros(self.batch, NUM_CLASSES).scatter_(1, numbers % NUM_CLASSES, 1.0)
+        """Return targets [B, C], one class a clip."""
+        return one_hot(torch.arange(self.batch) % NUM_CLASSES, NUM_CLASSES).float()
 
 
 @dataclass(frozen=True)
@@ -119,57 +115,18 @@ class Result:
     loss_difference: float  # relative, on the same masks
 
 
-def _our_step(setting: Setting) -> Callable[[], None]:
-    config = setting.config()
-    if setting.finetune:
-        return _our_finetune_step(setting)
-    model = MSPM(config)
-    optimizer = build_optimizer(model, config.optim)
-    fbank, clips = setting.fbank(), torch.arange(setting.batch)
-    epochs, valid = torch.zeros_like(clips), torch.ones(setting.batch, dtype=torch.bool)
-
-    def step() -> None:
-        losses = model(fbank, *model.draw_masks(clips, epochs))
-        loss = mean_losses(losses, valid, config.objective.mse_weight)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        epochs.add_(1)
-
-    return step
-
-
-def _our_finetune_step(setting: Setting) -> Callable[[], None]:
-    config = setting.config()
-    model = _classifier(config)
-    optimizer = build_optimizer(model, config.optim)
-    fbank, targets = setting.fbank(), setting.targets()
-
-    def step() -> None:
-        loss = model(fbank, targets)["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _classifier(config: Config) -> LossClassifier:
-    classifier = build_classifier(config, NUM_CLASSES, LossClassifier)
-    classifier.loss = "bce"
-    return classifier
-
-
 def _published_step(setting: Setting) -> Callable[[], None]:
-    config = setting.config()
+    config, fbank = setting.config(), setting.fbank()
+    module = OurStep(config, fbank).task.module
     # The published data loader normalises before the step.
-    x = (setting.fbank() - config.audio.mean) / (2 * config.audio.std)
+    x = (fbank - config.audio.mean) / (2 * config.audio.std)
     model: Baseline | ClassifierBaseline
-    batch: tuple[torch.Tensor, ...]
-    if setting.finetune:
-        model, batch = ClassifierBaseline(config, _classifier(config)), (x, setting.targets())
+    batch: tuple[torch.Tensor, ...] = (x,)
+    if isinstance(module, MSPM):
+        model = Baseline(config, module)
     else:
-        model, batch = Baseline(config, MSPM(config)), (x,)
+        assert isinstance(module, LossClassifier)
+        model, batch = ClassifierBaseline(config, module), (x, setting.targets())
     optimizer = published_optimizer(model)
 
     def step() -> None:
@@ -185,7 +142,8 @@ def _work(connection: Connection, name: str, setting: Setting) -> None:
     random.seed(0)
     if name == "ours" and not setting.default_memory:
         keep_freed_memory()
-    step = _our_step(setting) if name == "ours" else _published_step(setting)
+    published = name == "baseline"
+    step = _published_step(setting) if published else OurStep(setting.config(), setting.fbank())
     tasks = {"step": lambda: timed(step), "peak": lambda: peak_gflops(product_s()[0])}
     with fast_matmul() if name == "ours" else nullcontext():  # as ssast pretrain does
         for task in iter(connection.recv, None):
@@ -262,21 +220,18 @@ def measure(setting: Setting, repeats: int) -> Result:
 def loss_difference(setting: Setting) -> float:
     """Relative difference of the two losses with the same weights, and on the same two masks."""
     torch.manual_seed(0)
-    config = setting.config(two_pass=True)
-    if setting.finetune:
-        classifier, fbank, targets = _classifier(config), setting.fbank()[:2], setting.targets()[:2]
-        ours = classifier(fbank, targets)["loss"].mean().item()
-        x = classifier.encoder.embed.normalise(fbank)
-        theirs = ClassifierBaseline(config, classifier).losses(x, targets)["loss"].item()
-        return abs(ours - theirs) / abs(theirs)
-    model = MSPM(config)
-    fbank, clips = setting.fbank()[:2], torch.arange(min(setting.batch, 2))
-    masks = model.draw_masks(clips, torch.zeros_like(clips))
-    losses = model(fbank, *masks)
-    valid = torch.ones(len(clips), dtype=torch.bool)
-    ours = mean_losses(losses, valid, config.objective.mse_weight)["loss"].item()
-    x = (fbank - config.audio.mean) / (2 * config.audio.std)
-    theirs = Baseline(config, model).losses(x, *(m.mask_ids for m in masks))["loss"].item()
+    setting = replace(setting, batch=min(setting.batch, 2))
+    config, fbank = setting.config(two_pass=True), setting.fbank()
+    step = OurStep(config, fbank)
+    task, x = step.task, step.task.encoder.embed.normalise(fbank)
+    inputs, valid = task.inputs(next(step.batches), training=True)
+    ours = task.means(task.module(*inputs), valid)["loss"].item()
+    if isinstance(task.module, MSPM):
+        losses = Baseline(config, task.module).losses(x, *(m.mask_ids for m in inputs[1:]))
+    else:
+        assert isinstance(task.module, LossClassifier)
+        losses = ClassifierBaseline(config, task.module).losses(x, setting.targets())
+    theirs = losses["loss"].item()
     return abs(ours - theirs) / abs(theirs)
 
 

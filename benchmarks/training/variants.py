@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ssast.benchmarks.training.baseline import Baseline, published_optimizer
+from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.step import Setting
 from ssast.engine.config import Config
-from ssast.engine.model.objective import MSPM, mean_losses
-from ssast.engine.parallel.ranks import init_world
-from ssast.engine.train.building import build_engine
+from ssast.engine.model.objective import MSPM
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.optim import build_optimizer
 from ssast.kernels import attention
-from ssast.kernels.masking import draw_masks, masks_from_ids
+from ssast.kernels.masking import draw_masks
 from ssast.kernels.matmul import fast_matmul, is_fast
 from ssast.kernels.mspm_loss import info_nce, mse
 from ssast.kernels.patch_embed import cut_patches, take
@@ -150,22 +149,20 @@ class Variant:
     def config(self, setting: Setting) -> Config:
         """The configuration of one process."""
         config = setting.config()
-        changed = {"compile": self.compiled, "precision": self.precision}
-        train = replace(config.train, batch_size=setting.batch, **changed)  # type: ignore[arg-type]
+        train = replace(config.train, compile=self.compiled, precision=self.precision)
         return replace(config, train=train)
 
     def build(self, setting: Setting) -> Step:
         """The step, with fresh weights that are the same for all variants."""
         torch.manual_seed(0)
         config = self.config(setting)
-        weights = MSPM(config)
-        if self.model is not MSPM:
-            return self._published_step(setting, config, weights)
-        return our_step(setting, config, weights, engine=self.engine)
+        if issubclass(self.model, Baseline):
+            return self._published_step(setting, config, self.model(config, MSPM(config)))
+        step = OurStep(config, setting.fbank(), deepspeed=self.engine)
+        torch.set_num_threads(setting.threads)  # DeepSpeed sets them as well
+        return step
 
-    def _published_step(self, setting: Setting, config: Config, weights: MSPM) -> Step:
-        assert issubclass(self.model, Baseline)
-        model = self.model(config, weights)
+    def _published_step(self, setting: Setting, config: Config, model: Baseline) -> Step:
         if self.fused_attention:
             for block in model.v.blocks:
                 block.attn.attend = nn.functional.scaled_dot_product_attention  # type: ignore[union-attr]
@@ -186,40 +183,6 @@ class Variant:
             return loss.item()
 
         return step
-
-
-def our_step(setting: Setting, config: Config, model: MSPM, *, engine: bool) -> Step:
-    """The step of our model, its own or that of ``ssast pretrain``."""
-    optimizer = build_optimizer(model, config.optim)
-    fbank, clips = setting.fbank(), torch.arange(setting.batch)
-    epochs, valid = torch.zeros_like(clips), torch.ones(setting.batch, dtype=torch.bool)
-    run: Any = model
-    if engine:
-        world = init_world()
-        run = build_engine(
-            config, model, model.encoder, optimizer, world=world, batch_size=setting.batch
-        )
-        torch.set_num_threads(setting.threads)
-
-    def step(mask_ids: Tensor | None = None, mark: Mark = lambda part: None) -> float:
-        mark("inputs")
-        masks = model.draw_masks(clips, epochs)
-        if mask_ids is not None:
-            masks = [masks_from_ids(mask_ids, model.grid[0] * model.grid[1])]
-        loss = mean_losses(run(fbank, *masks), valid, config.objective.mse_weight)["loss"]
-        mark("backward")
-        if engine:
-            run.backward(loss)
-            mark("optimizer")
-            run.step(config.optim.lr)
-        else:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        epochs.add_(1)
-        return loss.item()
-
-    return step
 
 
 def check_mask_ids(setting: Setting) -> Tensor:

@@ -5,6 +5,7 @@ the same names as in TensorBoard. Every ``train.log_every`` steps, averaged over
 line before:
 
     train/loss, train/lr, train/skipped_steps
+    train/grad_norm                                                of the last step, unclipped
     train/infonce_loss, train/mse_loss, train/pretext_accuracy      pretraining
     train/accuracy                                                  fine-tuning on single labels
     perf/clips_per_s, perf/step_s                                   of all ranks together

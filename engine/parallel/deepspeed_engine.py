@@ -201,8 +201,8 @@ class TrainEngine:
         return self._engine.was_step_applied()
 
     @property
-    def grad_norm(self) -> Tensor | float | None:
-        """Global gradient norm before clipping of the last step, inf if it was skipped.
+    def grad_norm(self) -> Tensor | float:
+        """Global gradient norm of the last step, before clipping; inf if it was skipped.
 
         A tensor on the device where possible: reading it there costs a wait.
         """

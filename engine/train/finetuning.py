@@ -1,4 +1,4 @@
-"""The job of a fine-tuning run: labels, augmentations, losses, and the weights that are kept."""
+"""The task of a fine-tuning run: labels, augmentations, losses, and which weights are kept."""
 
 import itertools
 import json
@@ -26,9 +26,8 @@ from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, gather_rows, run_on_main
-from ssast.engine.train.job import Workplace
-from ssast.engine.train.loop import Progress, validate
-from ssast.engine.train.optim import build_optimizer
+from ssast.engine.train.step import evaluate
+from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
@@ -46,80 +45,79 @@ class PairedBatch(Batch):
     other_valid: Tensor
 
 
-class Finetuning:
-    """See :class:`~ssast.engine.train.job.Job`.
+class Finetuning(Task):
+    """Training of a classifier on labelled clips.
 
     Args:
-        place: The run.
-        splits: Its clips.
+        context: What the run offers.
+        splits: The clips.
         pretrained: Where the encoder's weights are from; None leaves them as they are drawn.
         num_epoch_steps: Steps of one epoch.
     """
 
+    module: LossClassifier
+
     def __init__(
         self,
-        place: Workplace,
+        context: RunContext,
         splits: Splits,
         pretrained: SpectrogramTransformer | None,
         num_epoch_steps: int,
     ):
-        self.place, self.splits, self.steps_per_epoch = place, splits, num_epoch_steps
-        self.train_paths = splits.train.paths
-        config = place.config
-        self.settings = finetune_settings(config)
-        self.patience = self.settings.patience
-        self.module = build_classifier(config, len(splits.classes), LossClassifier)
-        self.module.loss = self.settings.loss
-        self.module.label_smoothing = self.settings.label_smoothing
+        config, train = context.config, splits.train
+        self.settings = settings = finetune_settings(config)
+        module = build_classifier(config, len(splits.classes), LossClassifier)
+        module.loss, module.label_smoothing = settings.loss, settings.label_smoothing
         if splits.class_weights is not None:
-            self.module.class_weights = torch.from_numpy(splits.class_weights).float()
-        self.encoder = self.module.encoder
+            module.class_weights = torch.from_numpy(splits.class_weights).float()
         if pretrained is not None:
-            fill_encoder(self.encoder, pretrained)
-        single = splits.train.single and splits.valid.single
-        auto = "accuracy" if single else "map"
-        self.metric = auto if self.settings.metric == "auto" else self.settings.metric
-        self.weights = None
-        if self.settings.balanced_sampling:
-            self.weights = balanced_weights(splits.train)
-        elif config.data.sample_weights is not None:
-            self.weights = read_weights(config.data.sample_weights, len(splits.train))
-        self.seed = config.train.seed
-        device = place.world.device
-        self._tables = {True: splits.train.table().to(device)}
-        self._evaluated = splits.valid
-        self._tables[False] = self._evaluated.table().to(device)
-        self._averages: dict[str, Tensor] = {}
-        self._num_averaged = 0
-        self.summary = (
-            f"{self.settings.checkpoint or 'from scratch'}, "
-            f"{len(splits.train)} training and {len(splits.valid)} held-out clips of "
+            fill_encoder(module.encoder, pretrained)
+        summary = (
+            f"{settings.checkpoint or 'from scratch'}, "
+            f"{len(train)} training and {len(splits.valid)} held-out clips of "
             f"{len(splits.classes)} classes"
         )
+        super().__init__(context, module, module.encoder, train.paths, summary)
+        self.splits, self.steps_per_epoch = splits, num_epoch_steps
+        self.patience, self.seed = settings.patience, config.train.seed
+        auto = "accuracy" if train.single and splits.valid.single else "map"
+        self.metric = auto if settings.metric == "auto" else settings.metric
+        self.weights = None
+        if settings.balanced_sampling:
+            self.weights = balanced_weights(train)
+        elif config.data.sample_weights is not None:
+            self.weights = read_weights(config.data.sample_weights, len(train))
+        self._train_labels = train.table().to(context.world.device)
+        self._valid_labels = splits.valid.table().to(context.world.device)
+        self._averages: dict[str, Tensor] = {}
+        self._num_averaged = 0
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Lower blocks may learn more slowly, the head faster."""
-        scale = partial(
-            lr_scale,
-            depth=len(self.encoder.blocks),
-            layer_decay=self.settings.layer_decay,
-            head=self.settings.head_lr_scale,
-        )
-        return build_optimizer(self.module, self.place.config.optim, scale)
+    def lr_scale(self, name: str) -> float:
+        """Return 1 for the last block and the norm after it.
+
+        Each block below learns ``layer_decay`` as fast as the one above, the embedding slowest; the
+        head has a factor of its own.
+        """
+        depth, decay = len(self.encoder.blocks), self.settings.layer_decay
+        if name.startswith("head."):
+            return self.settings.head_lr_scale
+        if name.startswith("encoder.blocks."):
+            return decay ** (depth - 1 - int(name.split(".")[2]))
+        return decay**depth if name.startswith("encoder.embed.") else 1.0
 
     @contextmanager
     def train_batches(self, start: int) -> Iterator[Iterator[Batch]]:
-        """The endless stream, with partners where there is mixup."""
-        place, paths = self.place, self.splits.train.paths
+        """Open the endless stream of training clips; mixup pairs it with a second one."""
+        context, paths = self.context, self.splits.train.paths
         with ExitStack() as stack:
-            batches: Iterator[Batch] = stack.enter_context(
-                place.stream(paths, "train", start=start, weights=self.weights)
+            batches = stack.enter_context(
+                context.stream(paths, "train", start=start, weights=self.weights)
             )
             if self.settings.mixup:
-                train = place.config.train
+                train = context.config.train
                 total = train.steps * train.batch_size
                 partners = Partners(paths, total, self.seed, self.weights)
-                others = stack.enter_context(place.stream(partners, None, start=start, epochs=1))
+                others = stack.enter_context(context.stream(partners, None, start=start, epochs=1))
                 batches = map(
                     partial(self._pair, partners, start), itertools.count(), batches, others
                 )
@@ -128,7 +126,7 @@ class Finetuning:
     def _pair(
         self, partners: Partners, start: int, iteration: int, batch: Batch, other: Batch
     ) -> PairedBatch:
-        world = self.place.world
+        world = self.context.world
         places = rank_positions(start, iteration, len(batch), world.rank, world.world_size)
         rows = torch.from_numpy(partners.rows(np.minimum(places, len(partners) - 1)))
         rows = rows.to(world.device, non_blocking=True)
@@ -140,22 +138,21 @@ class Finetuning:
             other_valid=other.valid,
         )
 
-    def arguments(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
-        """Filterbanks, augmented in training, and targets."""
-        num_classes = len(self.splits.classes)
-        fbank, table = batch.fbank, self._tables[training]
-        targets = targets_of(table, batch.clip_ids, num_classes)
+    def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
+        """Return filterbanks and targets, augmented in training, and where padding begins."""
+        labels = self._train_labels if training else self._valid_labels
+        fbank, targets = batch.fbank, targets_of(labels, batch.clip_ids, len(self.splits.classes))
         if training:
             fbank, targets = self._augment(batch, targets)
-        frames = batch.num_frames if self.place.config.audio.ignore_padding else None
+        frames = batch.num_frames if self.context.config.audio.ignore_padding else None
         return (fbank, targets, frames), batch.valid
 
     def _augment(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
-        settings, audio, fbank = self.settings, self.place.config.audio, batch.fbank
+        settings, audio, fbank = self.settings, self.context.config.audio, batch.fbank
         draw = augment.Draw(self.seed, batch.clip_ids, batch.epochs)
         if isinstance(batch, PairedBatch):
             share = augment.mixup_shares(draw, settings.mixup).where(batch.other_valid, 1.0)
-            others = targets_of(self._tables[True], batch.other_clips, targets.shape[1])
+            others = targets_of(self._train_labels, batch.other_clips, targets.shape[1])
             fbank = augment.mix(
                 fbank, batch.num_frames, batch.other_fbank, batch.other_frames, share
             )
@@ -171,26 +168,20 @@ class Finetuning:
         return fbank, targets
 
     def means(self, outputs: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
-        """Over the clips that could be read."""
+        """Return means over the clips that could be read."""
         weights = valid / valid.sum().clamp(min=1)
         names = ("loss", "accuracy") if self.metric == "accuracy" else ("loss",)
         return {name: (outputs[name].where(valid, 0) * weights).sum() for name in names}
 
     def criterion(self, values: dict[str, float]) -> float:
-        """The metric, the other way round."""
+        """Return the negative metric."""
         return -values[self.metric]
 
-    def score(self, values: dict[str, float]) -> float:
-        """The metric."""
-        return values[self.metric]
-
-    def validate(self, engine: TrainEngine, progress: Progress) -> dict[str, float]:
-        """Loss and metrics of the held-out clips; also takes the weights into the average."""
+    def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
+        """Return loss and metrics of the held-out clips; include late weights in the average."""
         values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
-        first = (
-            self.place.config.train.steps - self.settings.average_last_epochs * self.steps_per_epoch
-        )
-        if progress.step > max(first, 0):
+        late = self.settings.average_last_epochs * self.steps_per_epoch
+        if step > max(self.context.config.train.steps - late, 0):
             tensors, _ = engine.state()
             self._num_averaged += 1
             for name, value in tensors.items():
@@ -203,7 +194,7 @@ class Finetuning:
     def _evaluate(
         self, engine: TrainEngine, clips: LabelledClips, split: str
     ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-        """Values, logits [n, C], and which clips could be read, [n] bool. Collective."""
+        """Return values, logits [n, C], and which clips could be read, [n] bool. Collective."""
         rows: list[Tensor] = []
         logits: list[Tensor] = []
 
@@ -211,10 +202,10 @@ class Finetuning:
             rows.append(batch.clip_ids[valid])
             logits.append(outputs["logits"][valid])
 
-        world = self.place.world
-        self._tables[False] = clips.table().to(world.device)
-        with self.place.stream(clips.paths, split, epochs=1) as batches:
-            values = validate(engine, batches, self, watch, self.place.beat)
+        world = self.context.world
+        self._valid_labels = clips.table().to(world.device)
+        with self.context.stream(clips.paths, split, epochs=1) as batches:
+            values = evaluate(self, engine, batches, watch)
         whole, read = gather_rows(torch.cat(rows), torch.cat(logits), len(clips), world)
         mask = read.numpy()
         values.pop("accuracy", None)
@@ -226,23 +217,24 @@ class Finetuning:
             )
         return {**values, **scores}, whole.double().numpy(), mask
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The averaged weights."""
-        return {name: mean.clone() for name, mean in self._averages.items()}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the averaged weights; how many were averaged, and the classes."""
+        meta = {
+            "classes": list(self.splits.classes),
+            "names": list(self.splits.names),
+            "num_averaged": self._num_averaged,
+        }
+        return {name: mean.clone() for name, mean in self._averages.items()}, meta
 
-    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """The averaged weights."""
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Take up the averaged weights."""
         self._averages = {n: t.clone() for n, t in tensors.items() if n.startswith(AVERAGE)}
         self._num_averaged = meta["num_averaged"]
 
-    def meta(self) -> dict[str, Any]:
-        """The classes, and how many weights were averaged."""
-        classes = {"classes": list(self.splits.classes), "names": list(self.splits.names)}
-        return {**classes, "num_averaged": self._num_averaged}
-
     def finish(self, engine: TrainEngine, progress: Progress) -> None:
-        """Keep the weights that did best on the held-out clips, then look at the test clips."""
-        run, world, config = self.place.folder, self.place.world, self.place.config
+        """Keep the weights that did best on the held-out clips, then evaluate the test clips."""
+        context = self.context
+        run, world, config = context.folder, context.world, context.config
         done = run_on_main(lambda: finished_at(run), world)
         if done == progress.step:
             return
@@ -290,19 +282,6 @@ def finished_at(run: Path) -> int | None:
     if found is None:
         return None
     return int(json.loads((found / "meta.json").read_text(encoding="utf-8"))["step"])
-
-
-def lr_scale(name: str, *, depth: int, layer_decay: float, head: float) -> float:
-    """The learning rate of a parameter as a multiple of the run's.
-
-    The last block and the norm after it have 1; each block below learns ``layer_decay`` as fast as
-    the one above, the embedding slowest.
-    """
-    if name.startswith("head."):
-        return head
-    if name.startswith("encoder.blocks."):
-        return layer_decay ** (depth - 1 - int(name.split(".")[2]))
-    return layer_decay**depth if name.startswith("encoder.embed.") else 1.0
 
 
 def steps_of_epochs(config: Config, num_clips: int) -> tuple[int, int]:

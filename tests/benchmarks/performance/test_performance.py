@@ -70,7 +70,7 @@ def test_variants_are_told_the_parts_and_draw_masks() -> None:
     parts: list[str] = []
     step = replace(DEFAULT, engine=False).build(TOY)
     drawn = {step(mark=parts.append), step(), step(check_mask_ids(TOY))}
-    assert parts == ["inputs", "backward"] and len(drawn) == 3
+    assert parts == ["data", "inputs", "backward", "optimizer", "other"] and len(drawn) == 3
     assert VARIANTS["published"].num_passes == 2
     assert {v.num_passes for n, v in VARIANTS.items() if n != "published"} == {1}
 

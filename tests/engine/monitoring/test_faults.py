@@ -82,9 +82,9 @@ def test_a_jump_is_told_from_noise_and_from_falling():
 
 
 def test_a_bad_clip_is_named_and_its_step_left_out(load, losses, tmp_path, monkeypatch):
-    honest, calls, poisoned = Pretraining.arguments, [], []
+    honest, calls, poisoned = Pretraining.inputs, [], []
 
-    def arguments(self, batch, *, training):
+    def inputs(self, batch, *, training):
         (fbank, *masks), valid = honest(self, batch, training=training)
         if training:
             calls.append(batch)
@@ -94,7 +94,7 @@ def test_a_bad_clip_is_named_and_its_step_left_out(load, losses, tmp_path, monke
                 poisoned.append(str(self.train_paths[int(batch.clip_ids[1])]))
         return (fbank, *masks), valid
 
-    monkeypatch.setattr(Pretraining, "arguments", arguments)
+    monkeypatch.setattr(Pretraining, "inputs", inputs)
     assert pretrain(load()) == 0
     (line,) = map(json.loads, (tmp_path / "run" / "skipped.jsonl").open())
     assert line == {"step": 3, "rank": 0, "certain": True, "clips": poisoned}

@@ -22,7 +22,7 @@ def config():
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr(tuning, "_cores", lambda: 2)
+    monkeypatch.setattr(tuning, "usable_cores", lambda: 2)
     monkeypatch.setattr(tuning.shutil, "which", lambda name: None)
 
 

@@ -15,7 +15,8 @@ from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.open import load_initial
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.finetuning import Finetuning
-from ssast.engine.train.job import Workplace
+from ssast.engine.train.step import train_step
+from ssast.engine.train.task import RunContext
 
 
 @pytest.mark.slow
@@ -88,16 +89,15 @@ def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
     """Adam's first step moves every weight by the learning rate of its group."""
     config = load(plain_file(tmp_path), splits, tmp_path, finetune__layer_decay=0.5,
                   finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12)  # fmt: skip
-    place = Workplace(config, world, 8)
-    job = Finetuning(place, find_splits(config), load_initial(checkpoint)[0], 3)
-    before = {name: value.clone() for name, value in job.module.named_parameters()}
-    engine = TrainEngine(job.module, job.optimizer(), world=world, batch_size=8)
-    with job.train_batches(0) as batches:
-        arguments, valid = job.arguments(next(batches), training=True)
-    engine.backward(job.means(engine(*arguments), valid)["loss"])
-    assert engine.step(1e-3)
+    context = RunContext(config, world)
+    task = Finetuning(context, find_splits(config), load_initial(checkpoint)[0], 3)
+    before = {name: value.clone() for name, value in task.module.named_parameters()}
+    engine = TrainEngine(task.module, task.optimizer(), world=world, batch_size=8)
+    with task.train_batches(0) as batches:
+        updated, _ = train_step(task, engine, batches, 1e-3)
+    assert updated
     engine.close()
-    for name, value in job.module.named_parameters():
+    for name, value in task.module.named_parameters():
         moved = (value - before[name]).abs().max().item()
         scale = 10.0 if name.startswith("head") else 1.0
         for part, rate in (("blocks.0", 0.5), ("embed.", 0.25), ("mask_embed", 0.0)):
@@ -112,19 +112,19 @@ def test_mixup_adds_the_clip_whose_label_it_adds(world, splits, checkpoint, tmp_
     )
     config = load(plain_file(tmp_path), {**splits, "train": bad}, tmp_path, finetune__mixup=1.0,
                   data__max_rejected=0.9)  # fmt: skip
-    place = Workplace(config, world, 8)
-    job = Finetuning(place, find_splits(config), load_initial(checkpoint)[0], 1)
-    with place.stream(job.splits.train.paths, None, epochs=1) as batches:
+    context = RunContext(config, world)
+    task = Finetuning(context, find_splits(config), load_initial(checkpoint)[0], 1)
+    with context.stream(task.splits.train.paths, None, epochs=1) as batches:
         every = next(batches)
-    with job.train_batches(8) as batches:
+    with task.train_batches(8) as batches:
         for _ in range(2):
             batch = next(batches)
             assert torch.equal(batch.other_fbank, every.fbank[batch.other_clips])
-            (fbank, targets, _), valid = job.arguments(batch, training=True)
+            (fbank, targets, _), valid = task.inputs(batch, training=True)
             changed = (fbank != batch.fbank).flatten(1).any(1)
             assert torch.equal(changed, batch.other_valid & valid)
             same = targets.amax(1) == 1
-            twins = job.splits.train.targets().argmax(1)
+            twins = task.splits.train.targets().argmax(1)
             equal = torch.from_numpy(twins[batch.clip_ids] == twins[batch.other_clips])
             assert torch.equal(same, equal | ~batch.other_valid)
             assert targets.sum(1).tolist() == pytest.approx([1.0] * 8)

@@ -1,0 +1,59 @@
+"""All that a checkpoint holds of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.config import to_plain
+from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.parallel.ranks import broadcast_object
+from ssast.engine.train.optim import Plateau
+from ssast.engine.train.task import Progress, Task
+
+
+class TrainState:
+    """Weights and optimizer, the task's own state, progress, and the random number generator.
+
+    Args:
+        task: What is trained.
+        engine: Holds the task's module and its optimizer.
+        clips: Number and fingerprint of the training clips.
+    """
+
+    def __init__(self, task: Task, engine: TrainEngine, clips: Mapping[str, int | str]):
+        self.task, self.engine, self.clips = task, engine, clips
+        self.progress = Progress()
+
+    def gather(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors (on rank 0) and the JSON values of a checkpoint. Collective."""
+        tensors, adam_step = self.engine.state()
+        own_tensors, own_meta = self.task.state()
+        progress = vars(self.progress) | {"plateau": dict(vars(self.progress.plateau))}
+        meta = {
+            "progress": progress,
+            "adam_step": adam_step,
+            "clips": self.clips,
+            "config": to_plain(self.task.context.config),
+        }
+        return {**tensors, "rng/cpu": torch.get_rng_state(), **own_tensors}, {**meta, **own_meta}
+
+    def restore(self, path: Path) -> None:
+        """Take up the state of a checkpoint. Collective."""
+        # Rank 0 alone reads: other machines need not see its disk.
+        world = self.engine.world
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {}
+        rng = torch.get_rng_state()
+        if world.is_main:
+            tensors, meta = Checkpoints.load(path, check=False)
+            rng = tensors["rng/cpu"].clone()
+        meta, rng = broadcast_object((meta, rng), world)
+        self.task.load_state(tensors, meta)
+        self.engine.load_state(tensors, meta["adam_step"])
+        torch.set_rng_state(rng)
+        plateau = Plateau(**meta["progress"].pop("plateau"))
+        vars(self.progress).update(meta["progress"], plateau=plateau)

@@ -1,0 +1,247 @@
+"""What is trained (:class:`Task`), and what its run offers it (:class:`RunContext`)."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssast.engine.config import Config
+from ssast.engine.data.clips import fbank_spec
+from ssast.engine.errors import ConfigError
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.parallel.ranks import World
+from ssast.engine.settings import Optim
+from ssast.engine.train.optim import Plateau, build_optimizer
+from ssast.pipelines.clips.mix import MixedClips
+from ssast.pipelines.clips.order import Weights, read_weights
+from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.stream.stream import AudioStream
+
+
+def run_folder(config: Config) -> Path:
+    """Return the folder of a run.
+
+    Raises:
+        ConfigError: It is not set.
+    """
+    if config.run.folder is None:
+        raise ConfigError("run.folder is not set")
+    return Path(config.run.folder)
+
+
+@dataclass
+class Progress:
+    """What changes from step to step, besides the weights and the optimizer."""
+
+    step: int = 0
+    position: int = 0
+    """Clips taken from the data order so far, over all ranks."""
+
+    plateau: Plateau = field(default_factory=Plateau)
+    best_loss: float = math.inf
+    """Lowest criterion (see :meth:`Task.criterion`) of all validations."""
+
+    since_best: int = 0
+    """Validations since that one."""
+
+    def update(self, criterion: float, score: float, optim: Optim) -> bool:
+        """Take the result of a validation; return whether it is the best so far."""
+        self.plateau.update(score, optim)
+        self.since_best += 1
+        if criterion < self.best_loss:
+            self.best_loss, self.since_best = criterion, 0
+        return self.since_best == 0
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The configuration and the processes of a run, and its streams of clips.
+
+    Attributes:
+        config: Configuration of the run.
+        world: This process among all processes of the run.
+        heartbeat: Told what is done next, before anything that may hang.
+
+    Raises:
+        ConfigError: The batch cannot be divided evenly over the processes.
+    """
+
+    config: Config
+    world: World
+    heartbeat: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        """Check that the batch can be divided."""
+        train, world_size = self.config.train, self.world.world_size
+        if train.batch_size % (world_size * train.accumulation_steps):
+            raise ConfigError(
+                f"train.batch_size {train.batch_size} cannot be divided over "
+                f"{world_size} processes x train.accumulation_steps {train.accumulation_steps}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Clips of one rank in one micro-batch."""
+        train = self.config.train
+        return train.batch_size // (self.world.world_size * train.accumulation_steps)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return run_folder(self.config)
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """Precision of weights and activations."""
+        if self.config.train.precision == "auto":
+            return "bf16" if self.world.device.type == "cuda" else "fp32"
+        return self.config.train.precision
+
+    def stream(
+        self,
+        paths: Sequence[Any],
+        split: str | None,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        weights: Weights | None = None,
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """Open a stream of clips, read as the configuration says; see :class:`AudioStream`.
+
+        Args:
+            paths: The clips.
+            split: Under which clips that cannot be read are logged; too many of them end the run.
+                With None they are neither logged nor counted.
+            start: Position in the data order.
+            epochs: Passes over the clips; None trains on them without end.
+            weights: How often each clip is drawn in training; those of the configuration if None.
+        """
+        config, world = self.config, self.world
+        training = epochs is None
+        if training and weights is None and config.data.sample_weights is not None:
+            weights = read_weights(config.data.sample_weights, len(paths))
+        if training and isinstance(paths, MixedClips):
+            weights = paths.weights()
+        return AudioStream(
+            paths,
+            fbank_spec(config.audio),
+            batch_size=self.batch_size,
+            seed=config.train.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            start=start,
+            epochs=epochs,
+            device=world.device,
+            num_threads=config.data.num_threads or min(8, world.cores),
+            read_ahead=config.data.read_ahead,
+            fbank=config.data.fbank_backend,
+            max_rejected=config.data.max_rejected if split else 1.0,
+            weights=weights,
+            random_crop=training and config.data.random_crop,
+            cache_gib=config.data.cache_gib if training else 0.0,
+            cache_folder=config.data.cache_folder,
+            on_reject=RejectLog(self.folder / "rejected.jsonl", split) if split else None,
+        )
+
+
+class Task(ABC):
+    """A module with its data and losses; pretraining is one task, fine-tuning another.
+
+    Args:
+        context: What the run offers.
+        module: What is trained. Its call gives values per clip, each [B, ...].
+        encoder: The module's encoder.
+        train_paths: The training clips.
+        summary: One line about the data.
+
+    Attributes:
+        steps_per_epoch: Steps by which the multistep schedule counts epochs.
+        patience: Validations without a lower criterion after which training ends; None: never.
+    """
+
+    steps_per_epoch: int = 1
+    patience: int | None = None
+
+    def __init__(
+        self,
+        context: RunContext,
+        module: nn.Module,
+        encoder: SpectrogramTransformer,
+        train_paths: ClipPaths,
+        summary: str,
+    ):
+        self.context, self.module, self.encoder = context, module, encoder
+        self.train_paths, self.summary = train_paths, summary
+
+    @abstractmethod
+    def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
+        """Return the module's arguments for a batch, and which of its clips count, [B] bool."""
+
+    @abstractmethod
+    def means(self, outputs: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+        """Return scalar means over the clips that count; "loss" is minimised."""
+
+    @abstractmethod
+    def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
+        """Return losses and metrics of the held-out clips. Collective."""
+
+    def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
+        """Open the endless stream of training clips at a position of the data order."""
+        return self.context.stream(self.train_paths, "train", start=start)
+
+    def lr_scale(self, name: str) -> float:
+        """Return the learning rate of a parameter as a multiple of the run's."""
+        return 1.0
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Build the optimizer of the module's trainable parameters."""
+        return build_optimizer(self.module, self.context.config.optim, self.lr_scale)
+
+    def criterion(self, values: dict[str, float]) -> float:
+        """Return what the best checkpoint has the lowest of, from the result of a validation."""
+        return values["loss"]
+
+    def score(self, values: dict[str, float]) -> float:
+        """Return what the plateau schedule watches, the higher the better."""
+        return -self.criterion(values)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint holds of the task itself: tensors on rank 0, and JSON values."""
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:  # noqa: B027
+        """Take up what :meth:`state` gave, from all tensors (rank 0's) and values."""
+
+    def finish(self, engine: TrainEngine, progress: Progress) -> None:  # noqa: B027
+        """Do what is left after the last step. Collective."""
+
+
+class RejectLog:
+    """Writes clips that could not be read to rejected.jsonl, each once for a run."""
+
+    def __init__(self, path: Path, split: str):
+        self._path, self._split = path, split
+        self._known: set[bytes] = set()
+        self._read_to = 0
+
+    def __call__(self, clip_id: int, path: str, reason: str) -> None:
+        """Log a clip: its row in the manifest, its path, and why it could not be read."""
+        line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
+        text = json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
+        with self._path.open("a+b") as file:
+            # Other ranks write here as well: only what has come since is read.
+            file.seek(self._read_to)
+            self._known.update(file)
+            self._read_to = file.tell()
+            if text not in self._known:
+                file.write(text)

@@ -1,0 +1,219 @@
+"""The training loop: what happens between steps."""
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from ssast.engine.checkpoints.background import Saver
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.errors import TrainingError
+from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
+from ssast.engine.monitoring.monitor import Monitor
+from ssast.engine.monitoring.profiling import StepProfiler
+from ssast.engine.parallel.ranks import World, reduce_max, run_on_main
+from ssast.engine.train.optim import learning_rate
+from ssast.engine.train.state import TrainState
+from ssast.engine.train.step import MicroBatch, Totals, train_step
+from ssast.pipelines.stream.batch import Batch
+
+MAX_ROLLBACKS = 3  # to one checkpoint, before a run is given up
+
+
+class Stop:
+    """Set by SIGINT, SIGTERM or SIGUSR1 (batch systems warn with it); a second one acts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals inside, then put the handlers before back."""
+        before = {s: signal.signal(s, self._catch) for s in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self, world: World) -> bool:
+        """Return whether any rank has been asked to stop. Collective."""
+        self.signal = int(reduce_max([self.signal], world)[0])
+        return self.signal != 0
+
+
+class Trainer:
+    """Trains, validates, logs and saves, from where the progress stands to the last step.
+
+    Args:
+        state: Task, engine and progress.
+        checkpoints: Where the state is saved.
+        monitor: Logs of the run.
+    """
+
+    def __init__(self, state: TrainState, checkpoints: Checkpoints, monitor: Monitor):
+        self.state, self.checkpoints, self.monitor = state, checkpoints, monitor
+        task = state.task
+        self.context = context = task.context
+        world = context.world
+        self.saver = Saver(checkpoints, world, monitor.say)
+        self.totals = Totals(world.device)
+        self.skip_log = SkipLog(
+            context.folder / "skipped.jsonl", world.rank, lambda row: str(task.train_paths[row])
+        )
+        self.spike_guard = SpikeGuard(context.config.train.spike_factor)
+        self.num_skipped = 0  # steps since the last log line
+        self.stop = Stop()
+        self.rollbacks: Counter[Path] = Counter()
+
+    def train(self) -> int:
+        """Train to ``train.steps``, or until the patience of the task is over.
+
+        Returns:
+            The signal that stopped the run, after a checkpoint was saved, or 0.
+
+        Raises:
+            TrainingError: ``train.max_skipped_steps`` steps in a row gave no finite gradient (the
+                state before them was saved), or the loss jumped again and again.
+        """
+        task, engine, progress = self.state.task, self.state.engine, self.state.progress
+        config, world, settings = self.context.config, self.context.world, self.context.config.train
+        with (
+            task.train_batches(progress.position) as stream,
+            self.stop.listening(),
+            StepProfiler(config, world, task.module, self.monitor.say) as profiler,
+        ):
+            batches = self._watch(stream)
+            if progress.step == 0:
+                self._validate()
+            while not self._finished():
+                lr = learning_rate(
+                    progress.step,
+                    config.optim,
+                    steps=settings.steps,
+                    plateau_scale=progress.plateau.scale,
+                    steps_per_epoch=task.steps_per_epoch,
+                )
+                updated, micro_batches = train_step(task, engine, batches, lr, profiler.mark)
+                self._record(updated, micro_batches)
+                profiler.end_step()
+
+                step = progress.step
+                if self.skip_log.in_row >= settings.max_skipped_steps:
+                    self._diverged()
+                log = step % settings.log_every == 0 or step == settings.steps
+                if log:
+                    loss = self._log(lr)
+                    if self.spike_guard.spiked(loss) and self._roll_back():
+                        continue
+                improved = False
+                if step % settings.validate_every == 0 or step == settings.steps:
+                    values = self._validate()
+                    improved = progress.update(
+                        task.criterion(values), task.score(values), config.optim
+                    )
+                # Asking other ranks waits for the device: only where logging does so anyway.
+                ask = log or world.world_size == 1 or world.device.type == "cpu"
+                stopped = ask and self.stop.requested(world)
+                if improved or stopped or self._finished() or step % settings.save_every == 0:
+                    self._save(improved)
+                if stopped:
+                    return self.stop.signal
+        return 0
+
+    def close(self) -> None:
+        """Let the last checkpoint be written, and close logs and engine."""
+        self.saver.close()
+        self.monitor.close()
+        self.state.engine.close()
+
+    def _watch(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches of a stream, timing how long each is waited for."""
+        while True:
+            self.context.heartbeat("waiting for training data")
+            with self.monitor.waiting_for_data():
+                batch = next(stream)
+            self.context.heartbeat("a training step")
+            yield batch
+
+    def _finished(self) -> bool:
+        progress, patience = self.state.progress, self.state.task.patience
+        out_of_patience = patience is not None and progress.since_best >= patience
+        return out_of_patience or progress.step >= self.context.config.train.steps
+
+    def _record(self, updated: bool, micro_batches: list[MicroBatch]) -> None:
+        """Count a step, and its losses if it changed the weights."""
+        progress = self.state.progress
+        progress.step += 1
+        progress.position += self.context.config.train.batch_size
+        for micro_batch in micro_batches:
+            self.totals.add(micro_batch.means, micro_batch.valid, counts=updated)
+        if updated:
+            self.skip_log.taken()
+        else:
+            self.num_skipped += 1
+            self.skip_log.skipped(progress.step, [(m.clip_ids, m.outputs) for m in micro_batches])
+
+    def _log(self, lr: float) -> float:
+        """Log the steps since the last line; return their mean loss. Collective."""
+        values = self.totals.read(self.context.world, grad_norm=self.state.engine.grad_norm)
+        step, skipped = self.state.progress.step, self.num_skipped
+        self.monitor.log_train(step, {**values, "lr": lr, "skipped_steps": skipped})
+        self.num_skipped = 0
+        return values["loss"]
+
+    def _validate(self) -> dict[str, float]:
+        step = self.state.progress.step
+        values = self.state.task.validate(self.state.engine, step)
+        self.monitor.log_valid(step, values)
+        self.monitor.restart_clock(step)
+        return values
+
+    def _save(self, best: bool) -> None:
+        self.context.heartbeat("gathering a checkpoint")
+        progress = self.state.progress
+        tensors, meta = self.state.gather()
+        criterion = progress.best_loss if best else None
+        self.saver.save(tensors, meta, step=progress.step, best=criterion)
+        self.monitor.restart_clock(progress.step)
+
+    def _diverged(self) -> None:
+        """End the run after too many skipped steps."""
+        self._save(False)  # the weights before them: skipped steps change none
+        step, in_row = self.state.progress.step, self.skip_log.in_row
+        raise TrainingError(
+            f"no step from {step - in_row + 1} to {step} "
+            f"gave a finite gradient (their clips are in {self.skip_log.path}): lower "
+            "optim.lr or set optim.max_grad_norm, then --resume"
+        )
+
+    def _roll_back(self) -> bool:
+        """Go back to the last checkpoint, on with other clips; return whether there was one."""
+        world, progress = self.context.world, self.state.progress
+        step, position = progress.step, progress.position
+        run_on_main(self.saver.settle, world)
+        found = run_on_main(self.checkpoints.latest, world)
+        if found is None:
+            self.monitor.say(f"the loss has jumped at step {step}; there is no checkpoint yet")
+            return False
+        self.rollbacks[found] += 1
+        if self.rollbacks[found] > MAX_ROLLBACKS:
+            raise TrainingError(
+                f"the loss has jumped {MAX_ROLLBACKS} times after {found}, the last time at step "
+                f"{step}: lower optim.lr or set optim.max_grad_norm, then --resume"
+            )
+        self.state.restore(found)
+        progress.position = position  # past the clips with which it happened
+        self.monitor.rewind(progress.step)
+        self.monitor.say(
+            f"the loss has jumped at step {step}: back to {found.name}, on with other clips"
+        )
+        return True
