@@ -11,9 +11,9 @@ AMD = {"avx512_f": True, "cpu_name": "AMD EPYC"}
 
 @pytest.fixture(autouse=True)
 def forget():
-    module._may_be_used.cache_clear()
+    module._is_usable.cache_clear()
     yield
-    module._may_be_used.cache_clear()
+    module._is_usable.cache_clear()
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_variants_are_told_the_parts_and_draw_masks() -> None:
 def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(matmul, "_may_be_used", lambda: False)
+    monkeypatch.setattr(matmul, "_is_usable", lambda: False)
     found = {}
     for name, variant in {**VARIANTS, **OPTIONS}.items():
         with replace(variant, keep_memory=False).prepared() as lacking:
