@@ -22,7 +22,7 @@ from pathlib import Path
 from ssast.benchmarks.loading.data import write_clips
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.monitoring.monitor import read_metrics, scalars
-from ssast.engine.monitoring.watchdog import STUCK
+from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
 
 SETTINGS = (
     "model.size=tiny",
@@ -112,7 +112,7 @@ class Ranks:
         return [
             process.returncode
             for rank, process in enumerate(self.processes)
-            if rank != killed and process.returncode not in (0, STUCK)
+            if rank != killed and process.returncode not in (0, EX_TEMPFAIL)
         ]
 
 

@@ -108,7 +108,7 @@ def _profile(setting: Setting, steps: int) -> dict[str, Any]:
         torch.set_num_threads(setting.threads)
         task = step.task
         with StepProfiler(
-            config, task.context.world, task.module, lambda text: None, skipped=1
+            config, task.context.world, task.module, lambda text: None, warmup_steps=1
         ) as profiler:
             for _ in range(1 + steps):
                 step(mark=profiler.mark)

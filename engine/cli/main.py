@@ -15,7 +15,7 @@ from ssast.engine.cli.options import add_config, add_overrides, add_resume
 from ssast.engine.cli.plan import add_plan_commands
 from ssast.engine.config import CONFIGS
 from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, TrainingError
-from ssast.engine.monitoring.watchdog import STUCK
+from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
 
 DESCRIPTION = (
     "Pretrain audio spectrogram transformers on unlabelled audio and fine-tune them as classifiers."
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except LostPeer as error:
         print(f"ssast: error: {error}", file=sys.stderr, flush=True)
-        os._exit(STUCK)  # an orderly exit could wait for the lost process
+        os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
     except KeyboardInterrupt:
         return 130
 

@@ -1,10 +1,10 @@
-"""Floating point operations of a step, counted as two for each multiply-add.
+"""Model FLOPs of a training step; a multiply-add counts as two.
 
     block, forward, L tokens of width D: 2 L 12 D^2 (linear layers) + 4 L^2 D (attention)
     backward = 2 x forward                               Kaplan et al. 2020, Chowdhery et al. 2022
 
-What a clever implementation leaves out (the projection of masked patches, say) is counted all the
-same: the figure measures the model, so that rates of different implementations can be compared.
+These are model FLOPs: operations that an implementation avoids (the projection of masked patches,
+say) count as well, so that MFU compares different implementations.
 """
 
 from ssast.engine.config import Config
@@ -13,12 +13,12 @@ from ssast.engine.monitoring.gpus import find_gpu
 from ssast.engine.settings import SIZES
 
 PEAK_SHAPE = (4096, 768, 3072)
-"""Rows, inner size and columns of the matrix product that a CPU's peak is taken from: the base
-model's MLP, 19.3 GFLOP."""
+"""M, K and N of the matmul that a CPU's peak is measured with: the MLP of the base model, 19.3
+GFLOP."""
 
 
 def forward_flops(config: Config) -> float:
-    """FLOPs of one forward pass of the encoder over one clip."""
+    """Return the FLOPs of one forward pass of the encoder over one clip."""
     size = SIZES[config.model.size]
     D, depth = size.embed_dim, config.model.depth or size.depth
     N = config.grid[0] * config.grid[1]
@@ -28,14 +28,14 @@ def forward_flops(config: Config) -> float:
 
 
 def attention_flops(config: Config) -> float:
-    """Of these, FLOPs of the scores and of what they weigh, in all blocks."""
+    """Return the share of attention in these: scores and weighted sums of all blocks."""
     size = SIZES[config.model.size]
     L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
     return (config.model.depth or size.depth) * 4.0 * L * L * size.embed_dim
 
 
 def step_flops_per_clip(config: Config) -> float:
-    """FLOPs of one training step, forward and backward, divided by its clips."""
+    """Return the FLOPs of a training step, forward and backward, per clip."""
     if config.finetune is not None:
         return (1 if config.finetune.freeze == "encoder" else 3) * forward_flops(config)
     D, P = SIZES[config.model.size].embed_dim, config.model.patch[0] * config.model.patch[1]
@@ -46,6 +46,6 @@ def step_flops_per_clip(config: Config) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a known accelerator, None for one that is not in the table."""
+    """Return the peak FLOP/s of a known GPU; None if it is not in the table."""
     gpu = find_gpu(device_name)
     return None if gpu is None else gpu.peak_tflops * 1e12

@@ -1,7 +1,7 @@
-"""Accelerators that a run can be planned for: what their makers say, and what of it is reached.
+"""GPU specifications from data sheets, and the efficiency that training reaches.
 
-Peaks are dense bf16 without sparsity, from the data sheets. The shares are what training reaches of
-them, set so that the published rates below come out within 20 %:
+Peaks are dense bf16, without sparsity. The efficiencies (``*_share``) are set so that the published
+throughputs below are met within 20 %:
 
     MPT-125M on A100, 42.6 % of the peak; MPT-760M on H100, 40.4 %   llm-foundry's tables
     attention of 512 tokens, heads of 64, forward, H100: 335 TFLOP/s Shah et al. 2024, figure 5
@@ -21,24 +21,24 @@ from ssast.engine.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One accelerator and the machine around it; a file for ``--gpu FILE`` has these keys.
+    """A GPU and the node around it; a YAML file for ``--gpu FILE`` has these keys.
 
     Attributes:
-        name: As it is called.
-        peak_tflops: Dense, of matrix products in the precision that is trained in.
-        memory_gib: Of the device.
-        bandwidth_gb_s: Of its memory.
-        link_gb_s: Bus bandwidth of collectives within a node, per device and direction.
-        network_gb_s: Network bandwidth of a device's share of the node's adapters.
-        per_node: Devices of a machine.
+        name: Name, part of what the driver reports.
+        peak_tflops: Peak dense matmul throughput in ``precision``, TFLOP/s.
+        memory_gib: Device memory, GiB.
+        bandwidth_gb_s: Memory bandwidth, GB/s.
+        link_gb_s: Bus bandwidth of collectives within a node, GB/s per GPU and direction.
+        network_gb_s: Network bandwidth between nodes, GB/s per GPU.
+        per_node: GPUs per node.
         precision: "bf16" or "fp32".
-        gemm_share: Of the peak, reached by products of very wide layers.
-        half_width: Width at which half of that is reached; it grows as D / (D + half_width).
-        attention_share: Of the peak, reached by attention, forward and backward.
-        bandwidth_share: Of the bandwidth, reached by norms, activations and the optimizer.
-        launch_us: Host time of one operation, in microseconds.
-        base_gib: Taken by driver, libraries and communicators.
-        fragmentation: Memory that the allocator holds, over what is in use.
+        gemm_share: Fraction of the peak that matmuls of very wide layers reach.
+        half_width: Layer width at which half of ``gemm_share`` is reached, D / (D + half_width).
+        attention_share: Fraction of the peak that attention reaches, forward and backward.
+        bandwidth_share: Fraction of the bandwidth that norms, activations and the optimizer reach.
+        launch_us: Host time to launch one operation, microseconds.
+        base_gib: Memory of driver, libraries and communicators, GiB.
+        fragmentation: Memory reserved by the allocator, relative to the memory in use.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Gpu:
 
 _AMPERE: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.38}
 _CARD: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.4}
-# The first name that fits a device's counts.
+# The first entry whose name is part of the device name is used.
 GPUS = (
     Gpu(
         name="B200", peak_tflops=2250, memory_gib=179, bandwidth_gb_s=8000, link_gb_s=800,
@@ -91,12 +91,12 @@ GPUS = (
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The accelerator that a driver calls so, None for one that is not in the table."""
+    """Find a GPU by the device name of its driver; None if it is not in the table."""
     return next((gpu for gpu in GPUS if gpu.name in device_name), None)
 
 
 def load_gpu(name: str) -> Gpu:
-    """An accelerator by its name in the table, in any case, or from a YAML file.
+    """Load a GPU by its name in the table (in any case), or from a YAML file.
 
     Raises:
         ConfigError: Neither, or the file lacks or misspells a key.

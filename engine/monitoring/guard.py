@@ -1,4 +1,4 @@
-"""Notices training that goes wrong: gradients that are not finite, losses that jump."""
+"""Detection of training problems: non-finite gradients and loss spikes."""
 
 import json
 import math
@@ -10,25 +10,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-WINDOW = 20  # log lines that a loss is compared with
-ENOUGH = 5  # and how many there must be at least
+WINDOW = 20  # last logged losses that a loss is compared with
+MIN_LOSSES = 5  # no detection before there are that many
 
 
-def culprits(seen: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[int], bool]:
-    """The clips of a step that had no finite gradient.
+def non_finite_clips(
+    micro_batches: Sequence[tuple[Tensor, dict[str, Tensor]]],
+) -> tuple[list[int], bool]:
+    """Find the clips of a step whose gradient was not finite.
 
     Args:
-        seen: For each micro-step its clip ids [B] and what the module gave for them, [B, ...].
+        micro_batches: Clip ids [B] and outputs of the module, [B, ...] each, per micro-batch.
 
     Returns:
-        Those whose own outputs are not finite; all of the rank's clips where there are none, since
-        a gradient says no more. And whether they are the former.
+        The clips whose outputs are not finite, and True; or, if all outputs are finite, all clips
+        of this rank and False: a gradient does not tell which clip it came from.
     """
     bad: list[int] = []
-    for clip_ids, outputs in seen:
+    for clip_ids, outputs in micro_batches:
         rows = [~value.detach().flatten(1).isfinite().all(1) for value in _rows(outputs)]
         bad += clip_ids[torch.stack(rows).any(0)].tolist()
-    everything = [clip for clip_ids, _ in seen for clip in clip_ids.tolist()]
+    everything = [clip for clip_ids, _ in micro_batches for clip in clip_ids.tolist()]
     return (bad, True) if bad else (everything, False)
 
 
@@ -37,26 +39,26 @@ def _rows(outputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 class SkipLog:
-    """Writes the clips of skipped steps to skipped.jsonl and counts skips in a row.
+    """Log of the clips of skipped steps, and a count of consecutive skips.
 
     Args:
-        path: Of the file; all ranks append to it.
-        rank: This process's.
-        name_of: Path of a clip, by its row.
+        path: Path of skipped.jsonl, to which all ranks append.
+        rank: Rank of this process.
+        name_of: Function from the row of a clip to its path.
     """
 
     def __init__(self, path: Path, rank: int, name_of: Callable[[int], str]):
         self.path, self._rank, self._name_of = path, rank, name_of
-        self.in_row = 0
+        self.consecutive = 0
 
     def taken(self) -> None:
-        """The step was taken."""
-        self.in_row = 0
+        """Note that a step was taken."""
+        self.consecutive = 0
 
-    def skipped(self, step: int, seen: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> None:
-        """The step was left out."""
-        self.in_row += 1
-        clips, certain = culprits(seen)
+    def skipped(self, step: int, micro_batches: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Note that a step was skipped, and write its clips; see :func:`non_finite_clips`."""
+        self.consecutive += 1
+        clips, certain = non_finite_clips(micro_batches)
         line = {
             "step": step,
             "rank": self._rank,
@@ -68,11 +70,11 @@ class SkipLog:
 
 
 class SpikeGuard:
-    """Tells whether a loss is out of line with those before it.
+    """Detector of loss spikes.
 
     Args:
-        factor: How many times the median deviation from the median of the last losses is too much;
-            None: nothing is.
+        factor: A loss is a spike when it exceeds the median of the last losses by more than this
+            many median absolute deviations; None: never.
     """
 
     def __init__(self, factor: float | None):
@@ -80,13 +82,14 @@ class SpikeGuard:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def spiked(self, loss: float) -> bool:
-        """Whether this one is; takes it into account for later ones if not."""
+        """Return whether a loss is a spike; if not, later losses are compared with it too."""
         if self._factor is None or not math.isfinite(loss):
-            return False  # a loss that is no number has no gradient: its step was skipped
-        if len(self._losses) >= ENOUGH:
-            middle = statistics.median(self._losses)
-            spread = statistics.median(abs(past - middle) for past in self._losses)
-            if loss - middle > self._factor * max(spread, 1e-3 * abs(middle)):
+            return False  # no finite gradient: the step was skipped already
+        if len(self._losses) >= MIN_LOSSES:
+            median = statistics.median(self._losses)
+            deviation = statistics.median(abs(past - median) for past in self._losses)
+            # A floor, since a loss that barely moves has hardly any deviation.
+            if loss - median > self._factor * max(deviation, 1e-3 * abs(median)):
                 return True
         self._losses.append(loss)
         return False

@@ -1,9 +1,8 @@
-"""Where the time of a step goes: a trace for a viewer, and a table short enough to read.
+"""Profiling of training steps: a trace for a viewer, and a short table.
 
 Marks cut a step into parts, each of which lasts until the next mark, so the parts add up to the
-step. On a GPU the marks are events of its stream: they tell when the device, not the host, got
-there, and nothing waits for them until the last step is over. What is marked is where the host
-stands anyway, so a recorded step computes the same numbers.
+step. On a GPU a mark is a CUDA event: it measures device time, and nothing synchronises before the
+last profiled step. Marks change no numbers.
 """
 
 import json
@@ -25,22 +24,22 @@ PARTS = {
     "data": "waiting for the next batch",
     "inputs": "masks, or targets and augmentations",
     "embed": "patch embedding",
-    "attention": "attention of all blocks, with its projections",
+    "attention": "attention of all blocks, including projections",
     "mlp": "MLP of all blocks",
-    "encoder": "the rest of the encoder: norms, residuals; whole blocks if compiled",
+    "encoder": "rest of the encoder: norms, residuals; whole blocks if compiled",
     "loss": "heads and losses",
-    "backward": "backward, with what is computed again and what is reduced meanwhile",
-    "optimizer": "the optimizer's step, with what the ranks exchange in it",
-    "other": "sums for the log",
+    "backward": "backward, including recomputation and overlapped gradient reduction",
+    "optimizer": "optimizer step, including its communication",
+    "other": "metrics",
 }
-SKIPPED = 5  # caches, compilers and allocators settle in the first steps
+WARMUP_STEPS = 5  # caches, compilers and allocators settle in the first steps
 _FORWARD = {"inputs", "embed", "attention", "mlp", "encoder", "loss"}
 _PART_OF: dict[type[nn.Module], str] = {Attention: "attention", Mlp: "mlp"}
 _COMMUNICATION = ("nccl", "gloo:")
 
 
 class StepProfiler:
-    """Records ``profile.steps`` steps of rank 0; does nothing on others, before or after.
+    """Profiler of ``profile.steps`` steps on rank 0; it does nothing on other ranks.
 
     with StepProfiler(config, world, module, print) as profiler:
         for batch in batches:
@@ -49,11 +48,12 @@ class StepProfiler:
             profiler.end_step()
 
     Args:
-        config: Of the run; its folder gets ``profile/trace.json`` and ``profile/table.json``.
-        world: This process's place.
-        module: What is trained, with a :class:`SpectrogramTransformer` in it.
-        say: Is given the table.
-        skipped: Steps before the recorded ones, at least 1.
+        config: Configuration of the run, in whose folder ``profile/trace.json`` and
+            ``profile/table.json`` are written.
+        world: This process's rank.
+        module: The trained module, which contains a :class:`SpectrogramTransformer`.
+        say: Prints the table.
+        warmup_steps: Steps before the profiled ones, at least 1.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class StepProfiler:
         world: World,
         module: nn.Module,
         say: Callable[[str], None],
-        skipped: int = SKIPPED,
+        warmup_steps: int = WARMUP_STEPS,
     ) -> None:
-        self._skipped = skipped
+        self._warmup_steps = warmup_steps
         self._wanted = config.profile.steps if world.is_main else 0
         self._folder = Path(config.run.folder or ".") / "profile"
         self._module, self._say = module, say
@@ -77,13 +77,17 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def __enter__(self) -> "StepProfiler":
-        """Wait for the first step that is recorded."""
+        """Start the profiler, which waits for the first profiled step."""
         if self._wanted:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda
             self._profile = profile(
                 activities=activities,
                 schedule=schedule(
-                    skip_first=self._skipped - 1, wait=0, warmup=1, active=self._wanted, repeat=1
+                    skip_first=self._warmup_steps - 1,
+                    wait=0,
+                    warmup=1,
+                    active=self._wanted,
+                    repeat=1,
                 ),
             )
             self._profile.start()
@@ -95,39 +99,37 @@ class StepProfiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Write what was recorded of a run that ended early."""
+        """Write the steps profiled so far, if the run ended early."""
         if self._profile is None:
             return
-        recorded = self._done - self._skipped
+        recorded = self._done - self._warmup_steps
         if recorded > 0 and kind is None:
             self._finish(recorded)
         else:
             self._stop()
-            self._say(
-                f"profile.steps: the run ended before step {self._skipped + 1} of this process"
-            )
+            self._say(f"profile.steps: no profile, the run ended within {self._warmup_steps} steps")
 
     def mark(self, part: str) -> None:
-        """From here to the next mark is ``part``, one of :data:`PARTS`."""
+        """Begin a part of the step, one of :data:`PARTS`."""
         if self._recording:
             self._stamp(part)
 
     def end_step(self) -> None:
-        """The step is over; what comes until the next mark is none of it."""
+        """End the step; time until the next mark belongs to no step."""
         if self._profile is None:
             return
         if self._recording:
             self._stamp("between")
         self._done += 1
         self._profile.step()
-        if self._done == self._skipped:
+        if self._done == self._warmup_steps:
             self._watch_module()
-        if self._done == self._skipped + self._wanted:
+        if self._done == self._warmup_steps + self._wanted:
             self._finish(self._wanted)
 
     @property
     def _recording(self) -> bool:
-        return self._profile is not None and self._done >= self._skipped
+        return self._profile is not None and self._done >= self._warmup_steps
 
     def _stamp(self, part: str) -> None:
         self._close_range()
@@ -196,7 +198,7 @@ class StepProfiler:
         self._say(format_profile(table) + f"\n  {trace}")
 
     def _parts_ms(self, recorded: int) -> dict[str, float]:
-        """Milliseconds a step of each part."""
+        """Return the time of each part, ms per step."""
         sums = dict.fromkeys(PARTS, 0.0)
         if self._cuda:
             torch.cuda.synchronize()
@@ -209,26 +211,26 @@ class StepProfiler:
 
 
 def communication_ms(trace: Path) -> float:
-    """Milliseconds in collectives, all steps together, of a trace in Chrome's format.
+    """Return the time in collectives, ms over all steps, from a Chrome trace.
 
-    Those of the device where there is one; else those of the host while a step is going on. What
-    goes on at the same time counts once.
+    On a GPU the time of communication kernels; else the time of collectives on the host within
+    steps. Overlapping ones count once.
     """
     events = json.loads(trace.read_text())["traceEvents"]
     complete = [e for e in events if e.get("ph") == "X"]
     found = [e for e in complete if e["name"].startswith(_COMMUNICATION)]
-    # The host's launch of a kernel bears the name of the collective too.
+    # The launch on the host has the name of the collective too: kernels only.
     kernels = [e for e in found if e.get("cat") == "kernel"]
     if kernels:
         return _covered(kernels) / 1e3
     steps = [e for e in complete if e["name"] in PARTS]
-    # Of both together, less than they cover one by one: that is what they share.
-    shared = _covered(found) + _covered(steps) - _covered(found + steps)
-    return shared / 1e3
+    # The intersection: |A| + |B| - |A or B|.
+    within = _covered(found) + _covered(steps) - _covered(found + steps)
+    return within / 1e3
 
 
 def _covered(events: list[dict[str, Any]]) -> float:
-    """Microseconds in which at least one of the events goes on."""
+    """Return the length of the union of the events, microseconds."""
     total, end = 0.0, float("-inf")
     for begin, last in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
         total += max(0.0, last - max(begin, end))
@@ -237,14 +239,14 @@ def _covered(events: list[dict[str, Any]]) -> float:
 
 
 def format_profile(table: dict[str, Any]) -> str:
-    """The table of a profile, a line for each part."""
+    """Format a profile as a table with a line per part."""
     whole, first = max(table["step_ms"], 1e-9), table["first_step"]
-    lines = [f"profile of steps {first} to {first + table['steps'] - 1}: ms a step"]
+    lines = [f"profile of steps {first} to {first + table['steps'] - 1}: ms per step"]
     for part, ms in table["parts_ms"].items():
         lines.append(f"  {part:14}{ms:10.2f} {ms / whole:6.1%}  {PARTS[part]}")
     lines.append(f"  {'step':14}{whole:10.2f}")
     lines.append(
-        f"  {'communication':14}{table['communication_ms']:10.2f}         collectives, which lie "
-        "within the other parts"
+        f"  {'communication':14}{table['communication_ms']:10.2f}         collectives, "
+        "included in the parts above"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, and says in what it hung."""
+"""Watchdog that ends a hung process and reports where it hung."""
 
 import faulthandler
 import os
@@ -7,21 +7,20 @@ import threading
 import time
 from pathlib import Path
 
-STUCK = 75
-"""Exit status of a run that hung or lost a process (sysexits.h: a temporary failure): start it
-again with --resume."""
+EX_TEMPFAIL = os.EX_TEMPFAIL  # 75
+"""Exit status of a run that hung or lost a process: run it again with --resume."""
 
 
 class Watchdog:
-    """Ends the process with status 75 when nothing has moved for too long.
+    """Ends the process with exit status 75 when the time limit between heartbeats is exceeded.
 
-    A thread of its own, since a main thread that waits for a collective, a disk or a decoder cannot
-    look at a clock. Where every thread was goes to a file.
+    It is a thread, since the main thread hangs in a collective, a disk or a decoder. The stack
+    traces of all threads are written to a file.
 
     Args:
-        timeout_s: Seconds from one sign of life to the next.
-        report: The file; its folder exists.
-        name: Of this process, for the message.
+        timeout_s: Time limit between heartbeats in s.
+        report: File for the stack traces; its folder exists.
+        name: Name of this process, for the message.
     """
 
     def __init__(self, timeout_s: float, report: Path, name: str):
@@ -29,18 +28,18 @@ class Watchdog:
         self._doing, self._since = "starting", time.monotonic()
         self._over = threading.Event()
 
-    def beat(self, doing: str) -> None:
-        """A sign of life, before something that may hang."""
+    def heartbeat(self, doing: str) -> None:
+        """Restart the time limit, before something that may hang."""
         self._doing, self._since = doing, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        """Begin to watch."""
-        self.beat(self._doing)
+        """Start the watchdog."""
+        self.heartbeat(self._doing)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
+        """Stop the watchdog."""
         self._over.set()
 
     def _watch(self) -> None:
@@ -52,13 +51,13 @@ class Watchdog:
         try:
             with self._report.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            where = f"where it was is in {self._report}"
+            where = f"stack traces are in {self._report}"
         except OSError as error:
             where = str(error)
         print(
-            f"ssast: error: {self._name}: {self._doing} has taken more than {self._timeout_s:g} s "
-            f"(train.timeout_s); {where}; start again with --resume",
+            f"ssast: error: {self._name}: {self._doing} took longer than train.timeout_s "
+            f"({self._timeout_s:g} s); {where}; run the same command again with --resume",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(STUCK)  # the thread that hangs cannot clean up
+        os._exit(EX_TEMPFAIL)  # the thread that hangs cannot clean up

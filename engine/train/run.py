@@ -59,7 +59,7 @@ def run_training(
         folder = run_folder(config)
         report = folder / f"hung-rank{world.rank}.txt"
         watchdog = Watchdog(config.train.timeout_s, report, f"rank {world.rank}")
-        context = RunContext(config, world, watchdog.beat)
+        context = RunContext(config, world, watchdog.heartbeat)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
         described: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
         check_agreement(

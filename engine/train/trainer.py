@@ -107,7 +107,7 @@ class Trainer:
                 profiler.end_step()
 
                 step = progress.step
-                if self.skip_log.in_row >= settings.max_skipped_steps:
+                if self.skip_log.consecutive >= settings.max_skipped_steps:
                     self._diverged()
                 log = step % settings.log_every == 0 or step == settings.steps
                 if log:
@@ -188,9 +188,9 @@ class Trainer:
     def _diverged(self) -> None:
         """End the run after too many skipped steps."""
         self._save(False)  # the weights before them: skipped steps change none
-        step, in_row = self.state.progress.step, self.skip_log.in_row
+        step, consecutive = self.state.progress.step, self.skip_log.consecutive
         raise TrainingError(
-            f"no step from {step - in_row + 1} to {step} "
+            f"no step from {step - consecutive + 1} to {step} "
             f"gave a finite gradient (their clips are in {self.skip_log.path}): lower "
             "optim.lr or set optim.max_grad_norm, then --resume"
         )

@@ -19,7 +19,7 @@ from ssast.engine.checkpoints.background import Saver
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, LostPeer, TrainingError
-from ssast.engine.monitoring.guard import SkipLog, SpikeGuard, culprits
+from ssast.engine.monitoring.guard import SkipLog, SpikeGuard, non_finite_clips
 from ssast.engine.parallel.agreement import code_version, odd_ranks
 from ssast.engine.parallel.ranks import World, expecting_peers
 from ssast.engine.pretrain import pretrain
@@ -44,13 +44,13 @@ def losses(config_file, data, tmp_path_factory):
     return lines(run, "train")
 
 
-def test_culprits_are_named_where_they_can_be():
+def test_non_finite_clips_are_named_where_they_can_be():
     ids = torch.tensor([4, 2, 9])
     good = {"loss": torch.ones(3), "logits": torch.ones(3, 5)}
     bad = {"loss": torch.ones(3), "logits": torch.ones(3, 5)}
     bad["logits"][1, 3] = math.inf
-    assert culprits([(ids, good), (ids + 10, bad)]) == ([12], True)
-    assert culprits([(ids, good), (ids + 10, good)]) == ([4, 2, 9, 14, 12, 19], False)
+    assert non_finite_clips([(ids, good), (ids + 10, bad)]) == ([12], True)
+    assert non_finite_clips([(ids, good), (ids + 10, good)]) == ([4, 2, 9, 14, 12, 19], False)
 
 
 def test_skips_in_a_row_are_counted(tmp_path):
@@ -58,9 +58,9 @@ def test_skips_in_a_row_are_counted(tmp_path):
     seen = [(torch.tensor([1]), {"loss": torch.tensor([math.nan])})]
     log.skipped(7, seen)
     log.skipped(8, seen)
-    assert log.in_row == 2
+    assert log.consecutive == 2
     log.taken()
-    assert log.in_row == 0
+    assert log.consecutive == 0
     text = (tmp_path / "skipped.jsonl").read_text(errors="surrogateescape")
     first, second = map(json.loads, text.splitlines())
     assert first == {"step": 7, "rank": 3, "certain": True, "clips": ["clip-\udcff1.wav"]}
@@ -180,9 +180,9 @@ from pathlib import Path
 from ssast.engine.monitoring.watchdog import Watchdog
 with Watchdog(0.5, Path(sys.argv[1]), "rank 2") as dog:
     for _ in range(6):  # longer in all than the limit
-        dog.beat("a step")
+        dog.heartbeat("a step")
         time.sleep(0.2)
-    dog.beat("waiting for training data")
+    dog.heartbeat("waiting for training data")
     def stuck():
         time.sleep(60)
     stuck()
@@ -195,7 +195,9 @@ def test_a_hang_ends_with_its_place(tmp_path):
         [sys.executable, "-c", HANG, report], capture_output=True, text=True, check=False
     )
     assert done.returncode == 75
-    assert "rank 2: waiting for training data has taken more than 0.5 s" in done.stderr
+    assert (
+        "rank 2: waiting for training data took longer than train.timeout_s (0.5 s)" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1
     assert "in stuck" in report.read_text()
 

@@ -17,7 +17,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.finetune import finetune
 from ssast.engine.monitoring.profiling import (
     PARTS,
-    SKIPPED,
+    WARMUP_STEPS,
     StepProfiler,
     communication_ms,
     format_profile,
@@ -58,7 +58,7 @@ ATTENTION = {"aten::scaled_dot_product_attention", "ssast::blocked_attention"}
 def test_a_profile_is_a_trace_and_a_table(runs):
     folder, outputs = runs
     table = json.loads((folder / "profiled" / "profile" / "table.json").read_text())
-    assert (table["first_step"], table["steps"]) == (SKIPPED + 1, 4)
+    assert (table["first_step"], table["steps"]) == (WARMUP_STEPS + 1, 4)
     assert list(table["parts_ms"]) == list(PARTS)
     assert all(ms > 0 for ms in table["parts_ms"].values())
     assert table["step_ms"] == pytest.approx(sum(table["parts_ms"].values()))
@@ -81,10 +81,10 @@ def test_a_run_too_short_for_a_profile_says_so(tmp_path, world):
     config = load_config("tiny_patch", ["profile.steps=1", f"run.folder={tmp_path / 'run'}"])
     said = []
     with StepProfiler(config, world, torch.nn.Linear(1, 1), said.append) as profiler:
-        for _ in range(SKIPPED - 1):
+        for _ in range(WARMUP_STEPS - 1):
             profiler.mark("data")
             profiler.end_step()
-    assert said == ["profile.steps: the run ended before step 6 of this process"]
+    assert said == ["profile.steps: no profile, the run ended within 5 steps"]
     assert not (tmp_path / "run").exists()
 
 
@@ -107,7 +107,7 @@ def test_other_ranks_record_nothing(tmp_path, world):
     said = []
     other = replace(world, rank=1, world_size=2)
     with StepProfiler(config, other, torch.nn.Linear(1, 1), said.append) as profiler:
-        for _ in range(SKIPPED + 2):
+        for _ in range(WARMUP_STEPS + 2):
             profiler.mark("data")
             profiler.end_step()
     assert not said and not list(tmp_path.iterdir())
