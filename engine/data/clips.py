@@ -1,4 +1,4 @@
-"""What a configuration says of its audio: which clips, and which filterbanks of them."""
+"""The clips and the filterbank settings that a configuration names."""
 
 import numpy as np
 
@@ -15,14 +15,14 @@ from ssast.pipelines.errors import DataError, TooFewRecordings
 
 
 def fbank_spec(audio: Audio) -> FbankSpec:
-    """The filterbank settings of a configuration."""
+    """Return the filterbank settings of a configuration."""
     return FbankSpec(
         sample_rate_hz=audio.sample_rate_hz, n_mels=audio.n_mels, num_frames=audio.num_frames
     )
 
 
 def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
-    """The training and the held-out clips; of a mix, both of each of its data sets.
+    """Find the training and the held-out clips; each data set of a mix holds out its own.
 
     Raises:
         ConfigError: No training data is named.

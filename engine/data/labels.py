@@ -1,4 +1,4 @@
-"""Labels of clips: the order of the classes, targets, and what a split must not be."""
+"""Labelled clips: the order of the classes, targets, class weights, and checks."""
 
 import difflib
 import itertools
@@ -19,14 +19,14 @@ from ssast.pipelines.errors import DataError
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Clips and the numbers of their classes.
+    """Clips with class numbers, in compressed sparse rows.
 
     Attributes:
-        paths: One a clip.
-        classes: Names, in their order.
-        indices: Class numbers of all clips, one clip after the other.
-        offsets: [n + 1] int64, where those of each clip begin.
-        source: Where they were read from, for messages.
+        paths: The clips, n of them.
+        classes: Names of the classes, in their order.
+        indices: Class numbers of all clips, one clip after the other, int64.
+        offsets: Where the class numbers of each clip begin in ``indices``, [n + 1] int64.
+        source: The manifest, for messages.
     """
 
     paths: ClipPaths
@@ -45,7 +45,7 @@ class LabelledClips:
         return bool((np.diff(self.offsets) == 1).all())
 
     def table(self) -> Tensor:
-        """The classes of each clip, [n, K] int64, filled up with C: see :func:`targets_of`."""
+        """Return the classes of each clip, [n, K] int64, padded with C: see :func:`targets_of`."""
         count = np.diff(self.offsets)
         table = np.full((len(count), int(count.max(initial=1))), len(self.classes))
         clips = np.repeat(np.arange(len(count)), count)
@@ -53,21 +53,21 @@ class LabelledClips:
         return torch.from_numpy(table)
 
     def targets(self) -> np.ndarray:
-        """1 for the classes of each clip, else 0: [n, C] int64."""
+        """Return multi-hot targets, [n, C] int64."""
         rows = torch.arange(len(self))
         return targets_of(self.table(), rows, len(self.classes)).long().numpy()
 
     def counts(self) -> np.ndarray:
-        """Clips of each class, [C] int64."""
+        """Return the number of clips of each class, [C] int64."""
         return np.bincount(self.indices, minlength=len(self.classes))
 
     def labels(self) -> list[list[int]]:
-        """Class numbers of each clip."""
+        """Return the class numbers of each clip."""
         numbers, ends = self.indices.tolist(), self.offsets.tolist()
         return [numbers[start:end] for start, end in itertools.pairwise(ends)]
 
     def take(self, rows: np.ndarray) -> "LabelledClips":
-        """Some of the clips."""
+        """Return some of the clips."""
         count = np.diff(self.offsets)[rows]
         parts = [self.indices[self.offsets[r] : self.offsets[r + 1]] for r in rows]
         return LabelledClips(
@@ -80,19 +80,19 @@ class LabelledClips:
 
 
 def targets_of(table: Tensor, rows: Tensor, num_classes: int) -> Tensor:
-    """1 for the classes of these clips, else 0: [B, C] float32, on the table's device.
+    """Return multi-hot targets, [B, C] float32, on the table's device.
 
     Args:
-        table: See :meth:`LabelledClips.table`.
-        rows: [B] int64, clips of the table.
-        num_classes: C.
+        table: Classes of each clip, see :meth:`LabelledClips.table`.
+        rows: Clips, rows of the table, [B] int64.
+        num_classes: Number of classes, C.
     """
     targets = torch.zeros(len(rows), num_classes + 1, device=table.device)
     return targets.scatter_(1, table[rows], 1.0)[:, :num_classes]
 
 
 def find_classes(train: str, labels_csv: str | None) -> tuple[str, ...]:
-    """The classes in their order: of the table, or the sorted labels of the training clips.
+    """Return the classes in their order: of the table, or the sorted labels of the training clips.
 
     Raises:
         DataError: The table or the manifest is wrong, or there are fewer than two classes.
@@ -110,11 +110,11 @@ def find_classes(train: str, labels_csv: str | None) -> tuple[str, ...]:
 
 
 def class_names(classes: Sequence[str], table: str | Path | None) -> tuple[str, ...]:
-    """What people call the classes: as their table says, if that tells them apart.
+    """Return the display names of the classes: those of the table, if they are unique.
 
     Args:
         classes: Labels, in their order.
-        table: A CSV of them, see :func:`find_classes`; without it labels are names.
+        table: CSV of the classes, see :func:`find_classes`; without it the labels are the names.
 
     Raises:
         DataError: The table is wrong.
@@ -124,16 +124,16 @@ def class_names(classes: Sequence[str], table: str | Path | None) -> tuple[str, 
 
 
 def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> LabelledClips:
-    """The clips of a manifest with the numbers of their classes.
+    """Read the clips of a manifest with the numbers of their classes.
 
     Args:
-        path: The manifest.
-        classes: Names, in their order.
-        one_label: Each clip must have exactly one.
+        path: Path of the manifest.
+        classes: Names of the classes, in their order.
+        one_label: Require exactly one label of each clip.
 
     Raises:
-        DataError: The manifest is wrong or has no labels, a label is unknown, or a clip has more
-            than one where one is wanted.
+        DataError: The manifest is wrong or has no labels, a label is unknown, or a clip has not
+            exactly one where one is required.
     """
     manifest = read_manifest(path)
     if manifest.labels is None:
@@ -162,11 +162,11 @@ def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> Labe
     )
 
 
-def check_classes_are_learned(train: LabelledClips) -> None:
-    """Every class must have a training clip.
+def check_every_class_has_clips(train: LabelledClips) -> None:
+    """Check that every class has a training clip.
 
     Raises:
-        DataError: One has none.
+        DataError: A class has none.
     """
     empty = np.flatnonzero(train.counts() == 0)
     if len(empty):
@@ -179,11 +179,12 @@ def check_classes_are_learned(train: LabelledClips) -> None:
 
 
 def class_weights(given: str, train: LabelledClips) -> np.ndarray | None:
-    """Factors of the classes in the loss, [C] float64; None where all are 1.
+    """Return the factors of the classes in the loss, [C] float64; None if all are 1.
 
     Args:
-        given: ``none``; ``balanced``, the mean number of clips of a class over that of each, so
-            that over all clips of one label the mean factor is 1; or a file, a number a line.
+        given: ``none``; ``balanced``, the mean number of clips a class over the number of each, so
+            that with one label a clip the mean factor over all clips is 1; or the path of a text
+            file with a number in each line.
         train: The training clips, some of each class.
 
     Raises:
@@ -209,15 +210,15 @@ def class_weights(given: str, train: LabelledClips) -> np.ndarray | None:
     return weights
 
 
-def check_files_are_there(splits: dict[str, LabelledClips], share: float) -> None:
-    """No more than a share of the clips of each split may be missing or empty.
+def check_files_exist(splits: dict[str, LabelledClips], share: float) -> None:
+    """Check that few of the clips of each split are missing or empty.
 
     Args:
         splits: Clips by the name of their split.
-        share: Of the clips of a split.
+        share: Largest share of the clips of a split that may be.
 
     Raises:
-        DataError: More are.
+        DataError: More are missing or empty.
     """
     for name, clips in splits.items():
         gone = [clip for clip in clips.paths if not size_of(clip)]

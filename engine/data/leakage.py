@@ -1,4 +1,4 @@
-"""Checks that no recording is trained on that is also evaluated on."""
+"""Checks that training data share no recordings with the data that a model is evaluated on."""
 
 import itertools
 from collections.abc import Callable, Mapping

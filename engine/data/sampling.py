@@ -1,4 +1,4 @@
-"""How often a labelled clip comes up, and which other clip mixup adds to it: pure functions."""
+"""Class-balanced sampling, and the clip that mixup adds to each: pure functions."""
 
 from collections.abc import Sequence
 from typing import Any, overload
@@ -12,27 +12,27 @@ _PARTNER_KEY = 0x9E3779B97F4A7C15  # keeps these draws apart from crops, which h
 
 
 def balanced_weights(clips: LabelledClips) -> Weights:
-    """Clips of rare classes more often: the sum over a clip's classes of 1 / (their clips).
+    """Return sampling weights: the sum over a clip's classes of 1 / (number of their clips).
 
-    As published, but for a factor.
+    As published, up to a constant factor.
     """
     each = 1.0 / np.maximum(clips.counts(), 1)
     return Weights(np.add.reduceat(each[clips.indices], clips.offsets[:-1]))
 
 
 def partner_of(clip: int, epoch: int, seed: int, num_clips: int) -> int:
-    """The row of the clip that mixup adds to a clip in an epoch: any one."""
+    """Return the row of the clip that mixup adds to a clip in an epoch, uniform over all."""
     return int(generator(seed ^ _PARTNER_KEY, clip, epoch).integers(num_clips))
 
 
 class Partners(Sequence[Any]):
-    """The partner of each clip of the endless training stream, place by place.
+    """The mixup partner of the clip at each position of the endless training stream.
 
     Args:
-        paths: The manifest.
-        total: Places of the stream that are used.
-        seed: Of the stream.
-        weights: Of the stream.
+        paths: The training clips.
+        total: Number of positions that are used.
+        seed: Seed of the stream.
+        weights: Sampling weights of the stream.
     """
 
     def __init__(self, paths: Sequence[Any], total: int, seed: int, weights: Weights | None):
@@ -42,23 +42,23 @@ class Partners(Sequence[Any]):
         return self._total
 
     @overload
-    def __getitem__(self, place: int) -> Any: ...
+    def __getitem__(self, position: int) -> Any: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Any]: ...
+    def __getitem__(self, position: slice) -> Sequence[Any]: ...
 
-    def __getitem__(self, place: int | slice) -> Any:
-        """The clip to be added at a place."""
-        if isinstance(place, slice):
-            return [self[p] for p in range(*place.indices(self._total))]
-        if not 0 <= place < self._total:
-            raise IndexError(place)
-        return self._paths[int(self.rows(np.array([place]))[0])]
+    def __getitem__(self, position: int | slice) -> Any:
+        """Return the clip to add at a position."""
+        if isinstance(position, slice):
+            return [self[p] for p in range(*position.indices(self._total))]
+        if not 0 <= position < self._total:
+            raise IndexError(position)
+        return self._paths[int(self.rows(np.array([position]))[0])]
 
-    def rows(self, places: np.ndarray) -> np.ndarray:
-        """Rows of the manifest of the clips to be added at these places, [B] int64."""
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows of the clips to add at these positions, [B] int64."""
         count = len(self._paths)
-        clips, epochs = clips_at(places, count, self._seed, self._weights)
+        clips, epochs = clips_at(positions, count, self._seed, self._weights)
         return np.array(
             [
                 partner_of(int(c), int(e), self._seed, count)

@@ -1,4 +1,4 @@
-"""The clips of a fine-tuning, checked before any work starts."""
+"""The labelled clips of a fine-tuning run, checked before training starts."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ import numpy as np
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import (
     LabelledClips,
-    check_classes_are_learned,
-    check_files_are_there,
+    check_every_class_has_clips,
+    check_files_exist,
     class_names,
     class_weights,
     find_classes,
@@ -22,55 +22,41 @@ from ssast.pipelines.errors import DataError, TooFewRecordings
 
 @dataclass(frozen=True)
 class Splits:
-    """What a fine-tuning reads."""
+    """Training, held-out and test clips of a fine-tuning run."""
 
     train: LabelledClips
     valid: LabelledClips
     test: LabelledClips | None
     class_weights: np.ndarray | None = None
-    """[C], factors of the classes in the loss."""
+    """Factors of the classes in the loss, [C]."""
 
     names: tuple[str, ...] = ()
-    """What people call the classes."""
+    """Display names of the classes."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in their order."""
+        """Names of the classes, in their order."""
         return self.train.classes
 
 
 def find_splits(config: Config, num_classes: int | None = None) -> Splits:
-    """Training, held-out and test clips.
+    """Read and check the training, held-out and test clips of a configuration.
 
     Args:
-        config: Names them.
-        num_classes: How many classes are expected; any number if None.
+        config: The configuration, with a section ``finetune``.
+        num_classes: Expected number of classes; any number if None.
 
     Raises:
-        ConfigError: No training data is named.
-        DataError: A manifest is wrong, a label is unknown, a class has no training clip, the number
-            of classes is another one, too many files are missing or empty, or splits share clips.
+        ConfigError: No training data is named, or settings contradict each other.
+        DataError: A manifest is wrong, a label is unknown, a class has no training clip, too many
+            files are missing or empty, nothing can be held out, or splits share recordings.
     """
     settings = finetune_settings(config)
     if config.data.train is None:
         raise ConfigError(
             "data.train is not set: give a manifest with labels, for example data.train=train.json"
         )
-    if settings.balanced_sampling and config.data.sample_weights is not None:
-        raise ConfigError(
-            "finetune.balanced_sampling and data.sample_weights exclude each other: set one"
-        )
-    if settings.balanced_sampling and settings.class_weights == "balanced":
-        raise ConfigError(
-            "finetune.balanced_sampling and finetune.class_weights=balanced make up for rare "
-            "classes twice: set one"
-        )
-    if settings.freq_mask > config.audio.n_mels or settings.time_mask > config.audio.num_frames:
-        raise ConfigError(
-            f"finetune.freq_mask {settings.freq_mask} and finetune.time_mask {settings.time_mask} "
-            f"must be at most audio.n_mels {config.audio.n_mels} and audio.num_frames "
-            f"{config.audio.num_frames}"
-        )
+    _check_settings(config)
     classes = find_classes(config.data.train, settings.labels)
     if num_classes is not None and num_classes != len(classes):
         raise ConfigError(
@@ -86,20 +72,39 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     test = None
     if settings.test is not None:
         test = read_labelled(settings.test, classes, one_label=one_label)
-    check_classes_are_learned(train)
+    check_every_class_has_clips(train)
     weights = class_weights(settings.class_weights, train)
     splits = {"data.train": train, "data.valid": valid}
     if test is not None:
         splits["finetune.test"] = test
-    check_files_are_there(splits, config.data.max_rejected)
+    check_files_exist(splits, config.data.max_rejected)
     if (valid.counts() > 0).sum() < 2:
         raise DataError(
             f"{valid.source}: the held-out clips are of one class, expected two or more: no metric "
-            "could choose between weights"
+            "could compare checkpoints"
         )
     if not settings.allow_leakage:
         check_no_leakage(splits)
     return Splits(train, valid, test, weights, class_names(classes, settings.labels))
+
+
+def _check_settings(config: Config) -> None:
+    settings = finetune_settings(config)
+    if settings.balanced_sampling and config.data.sample_weights is not None:
+        raise ConfigError(
+            "finetune.balanced_sampling and data.sample_weights exclude each other: set one"
+        )
+    if settings.balanced_sampling and settings.class_weights == "balanced":
+        raise ConfigError(
+            "finetune.balanced_sampling and finetune.class_weights=balanced make up for rare "
+            "classes twice: set one"
+        )
+    if settings.freq_mask > config.audio.n_mels or settings.time_mask > config.audio.num_frames:
+        raise ConfigError(
+            f"finetune.freq_mask {settings.freq_mask} and finetune.time_mask {settings.time_mask} "
+            f"must be at most audio.n_mels {config.audio.n_mels} and audio.num_frames "
+            f"{config.audio.num_frames}"
+        )
 
 
 def _split(clips: LabelledClips, valid_share: float) -> tuple[LabelledClips, LabelledClips]:

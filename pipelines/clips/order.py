@@ -1,12 +1,12 @@
-"""Which clip comes when: pure functions of (seed, position), with no state to save.
+"""The order of the clips: pure functions of (seed, position), with no state to save.
 
-The training stream is endless: one seeded permutation of the manifest after another, one per
-epoch. Position p of the stream is the clip ``permutation(seed, p // n)[p % n]``. A batch may
-straddle two epochs, so no clip is ever left out; and since the stream does not know batches or
-ranks, a run goes on at any position with another batch size or number of ranks.
+The training stream is endless: one seeded permutation of the clips after another, one per epoch.
+Position p of the stream is the clip ``permutation(seed, p // n)[p % n]``. A batch may straddle two
+epochs, so no clip is ever left out; and since the stream does not depend on batches or ranks, a run
+resumes at any position with another batch size or world size.
 
-With weights, an epoch of n clips holds each clip as often as its share of the weights says, rounded
-up or down by chance, in a seeded order.
+With weights, an epoch of n clips holds each clip in proportion to its weight, rounded up or down at
+random, in a seeded order.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ from ssast.pipelines.errors import DataError
 
 
 def generator(seed: int, number: int, epoch: int = 0) -> np.random.Generator:
-    """Random numbers that depend on these alone; all three are 0 or more."""
+    """Return a generator that depends on these numbers alone; all three are 0 or more."""
     key = np.array([seed, number], dtype=np.uint64)
     counter = np.array([0, 0, 0, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -26,15 +26,15 @@ def generator(seed: int, number: int, epoch: int = 0) -> np.random.Generator:
 
 @lru_cache(maxsize=4)  # a batch touches one or two epochs, read-ahead perhaps a third
 def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
-    """The order of one pass over the manifest.
+    """Return the order of the clips in one epoch.
 
     Args:
-        seed: Of the stream, 0 or more.
-        epoch: Pass over the manifest, from 0.
-        num_clips: n, rows of the manifest.
+        seed: Seed of the stream, 0 or more.
+        epoch: Number of the epoch, from 0.
+        num_clips: Number of clips, n.
 
     Returns:
-        [n] int64, a permutation of 0 .. n - 1; read-only.
+        A permutation of 0 .. n - 1, [n] int64, read-only.
     """
     order = generator(seed, epoch).permutation(num_clips)
     order.setflags(write=False)
@@ -42,13 +42,13 @@ def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
 
 
 class Weights:
-    """How often each clip comes up in an epoch, relative to the others.
+    """Sampling weights: how often each clip is drawn in an epoch, relative to the others.
 
     Args:
-        values: [n], finite, 0 or more, not all 0.
+        values: Weights, [n], finite, 0 or more, not all 0.
 
     Raises:
-        ValueError: For other values.
+        ValueError: The values are not so.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -62,10 +62,10 @@ class Weights:
 
     @lru_cache(maxsize=4)  # noqa: B019  # lives as long as the stream
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The clips of one epoch, [n] int64, read-only.
+        """Draw the clips of one epoch, [n] int64, read-only.
 
-        Systematic sampling: n equally spaced points, all moved by one random number, fall upon the
-        clips' shares. So a clip of share s comes floor(n s) or ceil(n s) times.
+        Systematic sampling: n equally spaced points, all shifted by one random number, fall into
+        the cumulative shares. So a clip of share s is drawn floor(n s) or ceil(n s) times.
         """
         count = len(self._sums)
         random = generator(seed, epoch)
@@ -77,10 +77,10 @@ class Weights:
 
 
 def read_weights(path: str | Path, num_clips: int) -> Weights:
-    """Weights from a text file, a number a line.
+    """Read sampling weights from a text file with a number in each line.
 
     Raises:
-        DataError: The file cannot be read, holds something else, or is for another number of clips.
+        DataError: The file cannot be read, is no such file, or has another number of weights.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split()
@@ -100,22 +100,22 @@ def read_weights(path: str | Path, num_clips: int) -> Weights:
 def clips_at(
     positions: np.ndarray, num_clips: int, seed: int, weights: Weights | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The clips at some positions of the training stream.
+    """Return the clips at some positions of the training stream.
 
     Args:
-        positions: [B] int64, 0 or more.
-        num_clips: n, rows of the manifest, at least 1.
-        seed: Of the stream, 0 or more.
-        weights: Of the clips; without them each comes once in an epoch.
+        positions: Positions, [B] int64, 0 or more.
+        num_clips: Number of clips, n, at least 1.
+        seed: Seed of the stream, 0 or more.
+        weights: Sampling weights; without them each clip is drawn once in an epoch.
 
     Returns:
-        clip_ids: [B] int64, rows of the manifest.
-        epochs: [B] int64, the pass over the manifest of each. With weights, a clip may come several
-            times in a pass, and the number of the draw, the position, stands here instead: what
-            is drawn by (clip, epoch) then differs between them.
+        clip_ids: Rows of the clips, [B] int64.
+        epochs: Epoch of each, [B] int64. With weights a clip may be drawn several times in an
+            epoch, so this is the position instead: random numbers of (clip, epoch) then differ
+            between its draws.
 
     Raises:
-        ValueError: For an empty manifest, a negative position or a negative seed.
+        ValueError: There are no clips, or a position or the seed is negative.
     """
     if num_clips < 1:
         raise ValueError(f"the stream needs at least one clip, got {num_clips}")
@@ -123,7 +123,7 @@ def clips_at(
         raise ValueError(f"the seed must be 0 or more, got {seed}")
     if positions.size and int(positions.min()) < 0:
         raise ValueError(f"positions must be 0 or more, got {int(positions.min())}")
-    epochs, places = np.divmod(positions, num_clips)
+    epochs, offsets = np.divmod(positions, num_clips)
     clip_ids = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch
@@ -131,32 +131,32 @@ def clips_at(
             order = permutation(seed, int(epoch), num_clips)
         else:
             order = weights.order(seed, int(epoch))
-        clip_ids[here] = order[places[here]]
+        clip_ids[here] = order[offsets[here]]
     return clip_ids, epochs if weights is None else positions
 
 
 def rank_positions(
     start: int, iteration: int, batch_size: int, rank: int, world_size: int
 ) -> np.ndarray:
-    """The positions of one rank's batch: the ranks take the stream's clips in turn.
+    """Return the positions of one rank's batch: the ranks take the clips of the stream in turn.
 
     Over all ranks and iterations every position from ``start`` on occurs exactly once, and after
     k iterations exactly the first k * batch_size * world_size of them.
 
     Args:
         start: First position of the run.
-        iteration: Batches that the rank has taken since ``start``.
-        batch_size: Clips per rank and batch.
-        rank: Of this process, from 0.
+        iteration: Number of batches that the rank has taken since ``start``.
+        batch_size: Clips in a batch of one rank.
+        rank: Rank of this process.
         world_size: Number of ranks.
 
     Returns:
-        [batch_size] int64.
+        Positions, [batch_size] int64.
     """
     first = start + iteration * batch_size * world_size + rank
     return first + world_size * np.arange(batch_size, dtype=np.int64)
 
 
-def crop_place(seed: int, clip_id: int, epoch: int) -> float:
-    """Where in a long recording the crop of this epoch lies, in [0, 1)."""
+def crop_position(seed: int, clip_id: int, epoch: int) -> float:
+    """Return the relative position of this epoch's crop in a long recording, in [0, 1)."""
     return float(generator(seed, clip_id, epoch).random())

@@ -1,7 +1,7 @@
 """Files behind URLs (s3://, gs://, https://, ...), through fsspec.
 
-universal_pathlib lets a folder there be used as a ``Path`` is. What training reads of it, clip by
-clip, are ranges of bytes.
+universal_pathlib lets a folder there be used like a ``Path``. Training reads ranges of bytes, clip
+by clip.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 def is_url(place: object) -> bool:
-    """Whether this is no path on a disk of this machine."""
+    """Return whether this is a URL, not a path on this machine."""
     return "://" in str(place)
 
 
 def located(place: str | Path) -> Path:
-    """A path, or what can be used like one: ``file://`` is a disk, other URLs are not.
+    """Return a path, or an object that can be used like one for a URL; ``file://`` is a path.
 
     Raises:
-        DataError: What is needed for this URL is not installed, or it is of no known kind.
+        DataError: The package for this kind of URL is not installed, or the kind is unknown.
     """
     if isinstance(place, Path) and re.match("[a-z0-9]+:/[^/]", str(place)):
         raise DataError(f"{place}: a URL does not survive as a Path: pass it as a string")
@@ -50,7 +50,7 @@ def located(place: str | Path) -> Path:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes of a file, fewer if it ends before.
+    """Read a range of bytes of a file, fewer if it ends before.
 
     Raises:
         OSError: It cannot be read.
@@ -61,7 +61,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 @functools.cache
 def version(url: str) -> str:
-    """Changes when the file does; asked for once in a process.
+    """Return a token that changes when the file does; asked for once in a process.
 
     Raises:
         OSError: It cannot be found.
@@ -72,7 +72,7 @@ def version(url: str) -> str:
 
 @contextlib.contextmanager
 def on_disk(place: object) -> Iterator[Path]:
-    """A file on this machine that holds what is there, for as long as it is needed.
+    """Provide a file behind a URL, or a local one, as a file on this machine, within a context.
 
     Raises:
         OSError: It cannot be read.
@@ -88,10 +88,10 @@ def on_disk(place: object) -> Iterator[Path]:
 
 
 def attempt(action: Callable[[], T], url: str) -> T:
-    """What ``action`` returns; any error as one of the system's.
+    """Return what ``action`` returns; raise any error as an OSError.
 
     Raises:
-        OSError: It has failed. EIO, which is worth another attempt, for errors of the network.
+        OSError: The action failed. EIO, which is worth another attempt, for network errors.
     """
     try:
         return action()

@@ -9,7 +9,7 @@ import numpy as np
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.encoded import read_clip, silence
 from ssast.pipelines.clips.mix import is_remote
-from ssast.pipelines.clips.order import Weights, clips_at, crop_place, rank_positions
+from ssast.pipelines.clips.order import Weights, clips_at, crop_position, rank_positions
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.cache import Cache
@@ -164,7 +164,7 @@ class ClipSource:
         if self.cache is not None and self.cache.ready(clip_id):
             return self._silence, CACHED
         verify = self._verify_all or clip_id in self._to_verify
-        crop = crop_place(self.seed, clip_id, epoch) if self.random_crop else 0.0
+        crop = crop_position(self.seed, clip_id, epoch) if self.random_crop else 0.0
         try:
             return read_clip(self.paths[clip_id], self.spec, verify=verify, crop=crop), READ
         except DataError as error:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ssast.pipelines.clips.order import (
     Weights,
     clips_at,
-    crop_place,
+    crop_position,
     permutation,
     rank_positions,
     read_weights,
@@ -124,11 +124,11 @@ def test_wrong_weights(values: list[float]) -> None:
 
 
 def test_crops_are_spread_evenly_and_repeatable() -> None:
-    places = [crop_place(3, clip, epoch) for clip in range(40) for epoch in range(40)]
+    places = [crop_position(3, clip, epoch) for clip in range(40) for epoch in range(40)]
     assert min(places) >= 0 and max(places) < 1 and len(set(places)) == 1600
     counts = np.histogram(places, bins=10, range=(0, 1))[0]
     assert (np.abs(counts - 160) < 5 * np.sqrt(160)).all()
-    assert crop_place(3, 5, 7) == places[5 * 40 + 7] != crop_place(4, 5, 7)
+    assert crop_position(3, 5, 7) == places[5 * 40 + 7] != crop_position(4, 5, 7)
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
