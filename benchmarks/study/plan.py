@@ -86,7 +86,7 @@ class Plan:
     """How much is trained on what.
 
     Attributes:
-        data: Folder with train.json, valid.json and tasks/.
+        data: Folder with train.json and tasks/, as of ``ssast data demo``.
         tasks: Names of the labelled tasks, the most important first.
         steps: Of the pretraining of the patch and of the frame model.
         epochs: Of each fine-tuning.
@@ -159,7 +159,6 @@ def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
     steps = max(1, round(model.share * plan.steps))
     settings = [
         f"data.train={Path(plan.data, 'train.json')}",
-        f"data.valid={Path(plan.data, 'valid.json')}",
         "data.random_crop=true",  # all of long clips is heard
         f"train.steps={steps}",
         f"train.batch_size={BATCH['pretrain']}",
@@ -308,13 +307,12 @@ def check_no_leak(plan: Plan) -> dict[str, int]:
     Raises:
         DataError: One is; or a manifest is missing or wrong.
     """
-    contents, pretraining, tests = Contents(), 0, set()
-    for name in ("train.json", "valid.json"):
-        pretraining += len(read_manifest(Path(plan.data, name)))
+    contents, tests = Contents(), set()
+    pretraining = len(read_manifest(Path(plan.data, "train.json")))
     for task in plan.tasks:
         test = read_manifest(plan.labelled(task, "eval")).paths
         tests |= set(test)
-        for other in ("train.json", "valid.json", f"tasks/{task}_train.json"):
+        for other in ("train.json", f"tasks/{task}_train.json"):
             trained = read_manifest(Path(plan.data, other)).paths
             for first, second in shared_recordings(test, trained) + contents.copies(test, trained):
                 raise DataError(

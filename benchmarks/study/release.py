@@ -51,7 +51,7 @@ def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
     """What a user should know of the weights, in Markdown."""
     weights, config = load_pretrained(path)
     number = sum(p.numel() for p in weights.parameters()) / 1e6
-    made = json.loads(Path(plan.data, "report.json").read_text(encoding="utf-8"))
+    made = json.loads(Path(plan.data, "demo.json").read_text(encoding="utf-8"))
     audio, model, objective = config.audio, config.model, config.objective
     patches = f"{model.patch[0]} mel bins x {model.patch[1]} frames"
     rows, columns = config.grid
@@ -87,7 +87,7 @@ def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
             ("objective", f"{objective.kind}, softmax axis `{objective.softmax_axis}`"),
             ("training", f"{steps:,} steps of {BATCH['pretrain']} clips, {config.train.precision}, "
                          f"{config.optim.name}, rate {config.optim.lr:g}, {config.optim.schedule}"),
-            ("recordings", f"{made['hours']:.1f} h of {made['num_train']:,} clips from Debian's "
+            ("recordings", f"{made['hours']:.1f} h of {made['num_clips']:,} clips from Debian's "
                            f"packages {', '.join(made['packages'])}"),
             ("in this folder", "weights in float16, settings, hashes; float32 when loaded"),
         ]),

@@ -218,7 +218,7 @@ def facts(plan: Plan, out: Path) -> list[str]:
         audio, model = config.audio, config.model
         depth = "" if model.depth is None else f", model.depth {model.depth}"
         rows.append(("model", f"{model.size}{depth}, {audio.num_frames} frames of 10 ms"))
-    report = Path(plan.data, "report.json")
+    report = Path(plan.data, "demo.json")
     if report.exists():
         made = json.loads(report.read_text(encoding="utf-8"))
         rows.append(("recordings", f"{made['hours']:.1f} h, {', '.join(made['packages'])}"))

@@ -24,12 +24,8 @@ def add_data_commands(commands: Any) -> None:
 
 
 def _add_demo(kinds: Any) -> None:
-    command = kinds.add_parser("demo", help="16 kHz clips, a held-out split and labelled tasks")
-    kind = command.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--source", type=Path, metavar="DIR", help="a folder of your own audio instead"
-    )
-    kind.add_argument(
+    command = kinds.add_parser("demo", help="the recordings of the demo, and labelled tasks")
+    command.add_argument(
         "--sounds",
         action="store_true",
         help="800 MB of packages instead of 200: also sound events and drums, for make reproduce",
@@ -148,12 +144,10 @@ def _add_stats(kinds: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from ssast.pipelines.demo.corpora import fetch_demo, fetch_sounds, prepare_folder
+    from ssast.pipelines.demo.corpora import fetch_demo, fetch_sounds
 
     out = options.out or Path("data/sounds" if options.sounds else "data/demo")
-    if options.source is not None:
-        prepare_folder(options.source, out)
-    elif options.sounds:
+    if options.sounds:
         fetch_sounds(out, options.cache.expanduser())
     else:
         fetch_demo(out, options.cache.expanduser())

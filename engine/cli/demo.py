@@ -11,7 +11,10 @@ from ssast.engine.evaluation.reconstructions import visualize
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.pretrain import pretrain
-from ssast.pipelines.demo.corpora import fetch_demo, prepare_folder
+from ssast.pipelines.audio.convert import Recipe
+from ssast.pipelines.demo.corpora import fetch_demo
+from ssast.pipelines.demo.publish import TASKS, publish_labels
+from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
 RELEASED = Path(__file__).parents[2] / "checkpoints" / "tiny_patch"
 
@@ -38,14 +41,11 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
         name = f"demo-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.resolve().name) or 'root'}"
     folder, run = Path("data") / name, Path("runs") / name
     if source is None:
-        fetch_demo(folder, cache)
+        train = fetch_demo(folder, cache).train
     else:
-        prepare_folder(source, folder)
-    places = [
-        f"data.train={folder / 'train.json'}",
-        f"data.valid={folder / 'valid.json'}",
-        f"run.folder={run}",
-    ]
+        prepare_shards(source, folder, Packing(Recipe(whole=True), drop_duplicates=True))
+        train = publish_labels(folder)
+    places = [f"data.train={train}", f"run.folder={run}"]
     config = load_config("demo", [*places, *overrides])
     stopped = pretrain(config, resume=True)
     if stopped:
@@ -62,8 +62,8 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
             f"(untrained {before:.1%}, chance {1 / hidden:.1%}: {hidden} masked patches)."
         )
     results = [*pictures, run / "metrics.jsonl"]
-    if (folder / "tasks").is_dir() and any((folder / "tasks").iterdir()):
-        scores, written = probe_run(run, folder / "tasks", _released(config))
+    if (folder / TASKS).is_dir():
+        scores, written = probe_run(run, folder / TASKS, _released(config))
         print("\nAccuracy on held-out labelled clips, from frozen features:")
         print(format_scores(scores))
         results.append(written)

@@ -7,11 +7,9 @@ block by block, like the decoding, and like that it lets other threads work.
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -60,35 +58,9 @@ class Recipe:
         return hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A clip that was written.
-
-    Attributes:
-        file: Path relative to the output folder.
-        name: The item it came from.
-        part: Which clip of a recording that was cut, from 0.
-        duration_s: Length.
-        digest: Hash of the samples, to find exact duplicates.
-        num_bytes: Size of the file.
-    """
-
-    file: str
-    name: str
-    part: int
-    duration_s: float
-    digest: str
-    num_bytes: int
-
-
 def name_hash(name: str) -> str:
     """Hash of a name as 32 hexadecimal digits, the same on every machine."""
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-
-
-def share_of(name: str) -> float:
-    """A number in [0, 1) drawn by a name, the same on every machine."""
-    return int(name_hash(name)[:13], 16) / 16**13
 
 
 def clip_stem(name: str, longest: int = 80) -> str:
@@ -234,62 +206,3 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
         yield Part(number, samples, first[1])
     if not some:
         raise unusable or UnusableError("holds no samples")
-
-
-def write_flac(path: Path, samples: np.ndarray, rate_hz: int) -> int:
-    """Writes a FLAC file in one move: it is there in full or not at all.
-
-    Args:
-        path: Where to; its folder exists.
-        samples: [S] int16.
-        rate_hz: Sample rate.
-
-    Returns:
-        Size in bytes.
-
-    Raises:
-        OSError: The disk is full, or the folder cannot be written to.
-    """
-    data = encode(samples, rate_hz)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    return data.nbytes
-
-
-def convert(item: Item, out: Path, recipe: Recipe) -> list[Clip]:
-    """Writes the clips of one recording to ``out/flac``.
-
-    Args:
-        item: The recording.
-        out: Output folder; the folder of the item's clips exists.
-        recipe: The settings.
-
-    Returns:
-        The clips, at least one.
-
-    Raises:
-        UnusableError: Nothing of the recording can be used, or it breaks off with an error; clips
-            that were written before that point are removed.
-        OSError: A clip cannot be written.
-    """
-    clips: list[Clip] = []
-    stem = "/".join(filter(None, ("flac", item.folder, clip_stem(item.name))))
-    try:
-        for part, samples, _ in cut(item, recipe):
-            file = f"{stem}-{part:05d}.flac" if part else f"{stem}.flac"
-            clips.append(
-                Clip(
-                    file=file,
-                    name=item.name,
-                    part=part,
-                    duration_s=round(len(samples) / recipe.sample_rate_hz, 4),
-                    digest=sample_digest(samples),
-                    num_bytes=write_flac(out / file, samples, recipe.sample_rate_hz),
-                )
-            )
-    except UnusableError:
-        for clip in clips:
-            (out / clip.file).unlink(missing_ok=True)
-        raise
-    return clips

@@ -69,12 +69,10 @@ class Item:
     Attributes:
         name: Unique name; clips are named after it.
         data: Path of the file, part of an archive, or the bytes of the file.
-        folder: Folder below ``flac/`` for its clips, where they become files.
     """
 
     name: str
     data: Path | Span | bytes
-    folder: str = ""
 
     def signature(self) -> str:
         """Return a string that changes with the recording: size and mtime, or a hash of its bytes.

@@ -1,7 +1,7 @@
 """The list of clips and their labels: read and write.
 
-Four forms are read: the JSON of the published SSAST code, a CSV with a header, a folder of audio
-files, and a folder of prepared shards.
+Five forms are read: the JSON of the published SSAST code, a CSV with a header, a folder of audio
+files, a folder of prepared shards, and a JSON that picks clips of such a folder.
 Whether the audio files exist is not checked here: the pipeline replaces a missing clip and says so.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.pipelines.clips.remote import is_url, located
-from ssast.pipelines.clips.shards import ClipPaths, ShardIndex, is_prepared, read_labels
+from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex, is_prepared, read_labels
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 
@@ -26,6 +26,7 @@ AUDIO_SUFFIXES = frozenset(
     )
 )
 PATH_KEYS = ("wav", "path")
+PREPARED_KEY, CLIP_KEY = "prepared", "clip"
 LABEL_KEYS = ("labels", "label")
 
 
@@ -59,6 +60,8 @@ def read_manifest(path: str | Path) -> Manifest:
             - a CSV file with a header that has ``wav`` or ``path``, and perhaps ``label`` or
               ``labels``;
             - a folder that was prepared: the clips in its shards;
+            - a JSON file ``{"prepared": "..", "data": [{"clip": "a-00000.flac", "labels": "dog"},
+              ...]}``: clips of a prepared folder (or of its URL) by their names in the shards;
             - any other folder: all audio files in it and below, sorted.
 
             A URL must be of a prepared folder.
@@ -73,49 +76,82 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DataError(f"{path}: not there, or no prepared shards: ssast data prepare makes some")
     if path.is_dir():
         if is_prepared(path):
-            index = ShardIndex(path)
-            return Manifest(index, read_labels(path, len(index)), str(path))
+            clips = ShardIndex(path)
+            return Manifest(clips, read_labels(path, len(clips)), str(path))
         return Manifest(tuple(audio_files(path)), None, str(path))
-    readers: dict[str, Callable[[Path], list[tuple[str, dict[str, Any]]]]]
-    readers = {".json": json_entries, ".csv": csv_entries}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in (".json", ".csv"):
         found = "this file" if path.exists() else "nothing"
         raise DataError(f"{path}: expected a folder, a .json or a .csv manifest, found {found}")
+    index: ShardIndex | None = None
     try:
-        entries = reader(path)
+        if path.suffix.lower() == ".csv":
+            entries = csv_entries(path)
+        else:
+            content = json_content(path)
+            entries = json_entries(path, content)
+            if PREPARED_KEY in content:
+                index = prepared_index(path, content[PREPARED_KEY])
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: byte {error.start}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not entries:
         raise DataError(f"{path}: lists no clips")
-    return checked(path, entries)
+    return checked(path, entries, index)
 
 
-def checked(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> Manifest:
+def prepared_index(path: Path, prepared: Any) -> ShardIndex:
+    """Open the prepared folder that a manifest names.
+
+    Args:
+        path: The manifest.
+        prepared: The folder, relative to that of the manifest, or its URL.
+
+    Raises:
+        DataError: It is not there, or not prepared.
+    """
+    if not isinstance(prepared, str) or not prepared or "\0" in prepared:
+        raise DataError(f"{path}: expected a prepared folder under 'prepared', found {prepared!r}")
+    # Links are followed before "..", as when the manifest was written.
+    folder = located(prepared)
+    if not is_url(folder):
+        folder = Path(os.path.realpath(path.parent / folder))
+    if not is_prepared(folder):
+        raise DataError(f"{path}: its clips are in {folder}, which is not there or not prepared")
+    return ShardIndex(folder)
+
+
+def checked(
+    path: Path, entries: Sequence[tuple[str, dict[str, Any]]], index: ShardIndex | None
+) -> Manifest:
     """Turns entries into a manifest.
 
     Args:
         path: The manifest.
         entries: (place for messages, columns) of each clip.
+        index: The prepared folder whose clips are listed by name; None where files are listed.
 
     Raises:
-        DataError: A path or label is missing or not text, or a clip is listed twice.
+        DataError: A path or label is missing or not text, or a clip is listed twice, or is not in
+            the prepared folder.
     """
     folder = os.path.abspath(path.parent)
-    paths: dict[str, str] = {}
+    keys = PATH_KEYS if index is None else (CLIP_KEY,)
+    clips: dict[str, str] = {}
     labels: list[tuple[str, ...]] = []
     label_key = next((k for k in LABEL_KEYS if k in entries[0][1]), None)
     for place, entry in entries:
         where = f"{path}: {place}"
-        wav = next((entry[key] for key in PATH_KEYS if key in entry), None)
-        if not isinstance(wav, str) or not wav.strip() or "\0" in wav:
-            raise DataError(f"{where}: expected the path of a clip under 'wav', found {wav!r}")
-        absolute = os.path.normpath(os.path.join(folder, wav))
-        if absolute in paths:
-            raise DataError(f"{where}: {wav} is listed already at {paths[absolute]}")
-        paths[absolute] = place
+        given = next((entry[key] for key in keys if key in entry), None)
+        if not isinstance(given, str) or not given.strip() or "\0" in given:
+            what = "path" if index is None else "name"
+            raise DataError(
+                f"{where}: expected the {what} of a clip under {keys[0]!r}, found {given!r}"
+            )
+        clip = os.path.normpath(os.path.join(folder, given)) if index is None else given
+        if clip in clips:
+            raise DataError(f"{where}: {given} is listed already at {clips[clip]}")
+        clips[clip] = place
         if next((k for k in LABEL_KEYS if k in entry), None) != label_key:
             raise DataError(f"{where}: expected all entries to have labels, or none")
         if label_key is not None:
@@ -128,11 +164,17 @@ def checked(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> Manife
             if not names:
                 raise DataError(f"{where}: expected comma-separated labels, found {text!r}")
             labels.append(names)
-    return Manifest(tuple(paths), tuple(labels) if label_key else None, str(path))
+    paths: ClipPaths = tuple(clips)
+    if index is not None:
+        try:
+            paths = index.named(tuple(clips))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    return Manifest(paths, tuple(labels) if label_key else None, str(path))
 
 
-def json_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Reads ``{"data": [{...}, ...]}``; places are ``entry 0``, ``entry 1``, ...
+def json_content(path: Path) -> dict[str, Any]:
+    """Read ``{"data": [...], ...}``.
 
     Raises:
         DataError: Not JSON, or not of this form.
@@ -141,13 +183,24 @@ def json_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
-    data = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(data, list):
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
-    for number, entry in enumerate(data):
+    return content
+
+
+def json_entries(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Number the entries of a JSON manifest: places are ``entry 0``, ``entry 1``, ...
+
+    Raises:
+        DataError: An entry is no object.
+    """
+    key = CLIP_KEY if PREPARED_KEY in content else PATH_KEYS[0]
+    for number, entry in enumerate(content["data"]):
         if not isinstance(entry, dict):
-            raise DataError(f'{path}: entry {number}: expected {{"wav": ...}}, found {entry!r:.60}')
-    return [(f"entry {number}", entry) for number, entry in enumerate(data)]
+            raise DataError(
+                f'{path}: entry {number}: expected {{"{key}": ...}}, found {entry!r:.60}'
+            )
+    return [(f"entry {number}", entry) for number, entry in enumerate(content["data"])]
 
 
 def csv_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -214,25 +267,42 @@ def audio_files(
 
 def write_manifest(
     path: str | Path,
-    paths: Iterable[str | Path],
+    paths: ClipPaths | Iterable[str | Path],
     labels: Iterable[Sequence[str]] | None = None,
 ) -> None:
-    """Writes the published JSON form, in one move.
+    """Writes a JSON manifest, in one move: the published form, or one of clips in shards.
 
     Args:
         path: The manifest; its folder is created.
-        paths: Audio files; relative paths are understood relative to the manifest's folder.
+        paths: Audio files; relative paths are understood relative to the manifest's folder. Or
+            clips of a prepared folder, which are listed by their names there.
         labels: Labels of each clip.
 
     Raises:
-        DataError: A label is empty or holds a comma.
+        DataError: A label is empty or holds a comma, or the names of prepared clips cannot be read.
         OSError: It cannot be written.
     """
-    entries = [{"wav": os.fspath(wav)} for wav in paths]
+    path, head = Path(path), ""
+    if isinstance(paths, ShardIndex):
+        head = f'"{PREPARED_KEY}": {json.dumps(_folder_from(path, paths.folder))}, '
+        entries = [{CLIP_KEY: name} for name in paths.names()]
+    else:
+        entries = []
+        for wav in paths:
+            assert not isinstance(wav, ShardClip), "clips of shards are listed by their index"
+            entries.append({PATH_KEYS[0]: os.fspath(wav)})
     if labels is not None:
         for entry, names in zip(entries, labels, strict=True):
             if not names or any(not name.strip() or "," in name for name in names):
-                raise DataError(f"{entry['wav']}: labels must not be empty or hold commas: {names}")
+                [clip] = entry.values()
+                raise DataError(f"{clip}: labels must not be empty or hold commas: {names}")
             entry["labels"] = ",".join(names)
     lines = ",\n".join(json.dumps(entry) for entry in entries)
-    write_atomically(Path(path), f'{{"data": [\n{lines}\n]}}\n')
+    write_atomically(path, f'{{{head}"data": [\n{lines}\n]}}\n')
+
+
+def _folder_from(manifest: Path, folder: Path) -> str:
+    """The prepared folder as a manifest names it: both may be moved together."""
+    if is_url(folder):
+        return str(folder)
+    return os.path.relpath(os.path.realpath(folder), os.path.realpath(manifest.parent))

@@ -18,7 +18,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -272,6 +272,62 @@ class ShardIndex(Sequence[ShardClip]):
             return json.loads((self.folder / REPORT).read_text(encoding="utf-8"))[key]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again") from error
+
+    def sidecar_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the place of each clip in this sequence and its line of :class:`Sidecar`.
+
+        They come shard by shard, whatever the order of the sequence.
+
+        Raises:
+            DataError: A sidecar cannot be read, or lacks a clip.
+        """
+        table = self.table()
+        order = np.argsort(table[:, 0], kind="stable")
+        shards, starts = np.unique(table[order, 0], return_index=True)
+        for shard, places in zip(shards, np.split(order, starts[1:]), strict=True):
+            path = self.folder / SIDECAR.format(int(shard))
+            try:
+                lines = {line["offset"]: line for line in Sidecar.read(path).clips}
+                for place in places:
+                    yield int(place), lines[int(table[place, 1])]
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+            except KeyError as error:
+                why = f"has no clip at byte {error}, which {INDEX} lists: prepare the data again"
+                raise DataError(f"{path}: {why}") from error
+
+    def names(self) -> list[str]:
+        """Return the name of each clip, that of its file in the shard.
+
+        Raises:
+            DataError: A sidecar cannot be read.
+        """
+        found = [""] * len(self)
+        for place, line in self.sidecar_lines():
+            found[place] = line["file"]
+        return found
+
+    def named(self, names: Sequence[str]) -> "ShardIndex":
+        """Return the clips of these names, in the order of the names.
+
+        Args:
+            names: Names as :meth:`names` returns them, each once.
+
+        Raises:
+            DataError: There is no clip of a name, or a sidecar cannot be read.
+        """
+        order = {name: number for number, name in enumerate(names)}
+        rows = np.full(len(names), -1)
+        for place, line in self.sidecar_lines():
+            if line["file"] in order:
+                rows[order[line["file"]]] = place
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            raise DataError(
+                f"{self.folder}: {len(missing)} of {len(names)} clips are not there (the first is "
+                f"{names[missing[0]]}): was it prepared anew from other recordings?"
+            )
+        return self.subset(rows)
 
     def fingerprint(self) -> str:
         """Hash of where the clips lie in the shards: other clips, another hash."""

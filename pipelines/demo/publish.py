@@ -1,174 +1,168 @@
-"""The files of a prepared data set: split, label, write, and know a finished one again."""
+"""The manifests of a demo: what to pretrain on, and labelled tasks that pretraining never hears."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ssast.pipelines.audio.convert import Clip, share_of
+import numpy as np
+
+from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
-from ssast.pipelines.demo.flac_clips import Rejected
-from ssast.pipelines.demo.tasks import Task, divide
+from ssast.pipelines.clips.shards import REJECTED, REPORT, ShardIndex, is_prepared
+from ssast.pipelines.demo.tasks import EVAL_SHARE, Clip, Task, divide
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.prepare.pack import is_finished
 
-VALID_SHARE = 0.03
+TRAIN, TASKS, FACTS = "train.json", "tasks", "demo.json"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A data set on disk.
+class DemoData:
+    """A demo's data set on disk.
 
     Attributes:
-        train: Manifest for pretraining.
-        valid: Manifest of held-out clips.
-        tasks: (training, evaluation) manifests by task.
-        num_clips: Clips in ``train`` and ``valid``.
-        hours: Their length.
+        train: Manifest of the clips for pretraining.
+        tasks: Manifests of the training and of the evaluation clips, by task.
+        num_clips: Number of clips in ``train``.
+        hours: Length of those in hours.
     """
 
     train: Path
-    valid: Path
     tasks: dict[str, tuple[Path, Path]]
     num_clips: int
     hours: float
 
 
-def without_duplicates(clips: Iterable[Clip]) -> list[Clip]:
-    """The clips, each sequence of samples once: the first stays."""
-    first: dict[str, Clip] = {}
-    for clip in clips:
-        first.setdefault(clip.digest, clip)
-    return list(first.values())
-
-
-def split(clips: Sequence[Clip], valid_share: float) -> tuple[list[Clip], list[Clip]]:
-    """Holds out a share for validation, by a hash of the name: no luck, no order, no overlap.
-
-    The parts of one recording stay together, unless there is only one recording.
-
-    Args:
-        clips: Without duplicates.
-        valid_share: Share of the recordings to hold out, in (0, 1); at least one is.
-
-    Returns:
-        (training clips, validation clips), both in the given order and not empty.
-
-    Raises:
-        DataError: There are fewer than two clips.
-    """
-    if len(clips) < 2:
-        raise DataError(f"only {len(clips)} usable clip, at least 2 are needed: one is held out")
-    one_recording = len({clip.name for clip in clips}) == 1
-    draws = [share_of(clip.file if one_recording else clip.name) for clip in clips]
-    limit = max(valid_share, min(draws))
-    if limit >= max(draws):  # few clips, all of them below the share
-        limit = min(draws)
-    train = [clip for clip, draw in zip(clips, draws, strict=True) if draw > limit]
-    valid = [clip for clip, draw in zip(clips, draws, strict=True) if draw <= limit]
-    return train, valid
+def clips_of(index: ShardIndex) -> list[Clip]:
+    """Return the clips of a prepared folder, in the order of its rows."""
+    clips = [
+        Clip(line["name"], line["part"], line["duration_s"], row)
+        for row, line in index.sidecar_lines()
+    ]
+    return sorted(clips, key=lambda clip: clip.row)
 
 
 def publish(
     out: Path,
-    clips: Iterable[Clip],
-    rejected: Iterable[Rejected],
     tasks: Iterable[Task],
-    settings: dict,
-    facts: dict,
+    settings: dict[str, Any],
+    facts: dict[str, Any],
     log: Callable[[str], None],
-    valid_share: float = VALID_SHARE,
-    unheard: Iterable[Clip] = (),
-) -> Prepared:
-    """Writes the manifests, and last the report that says that all is done.
+    unheard: Callable[[Sequence[Clip]], Iterable[Clip]] = lambda clips: (),
+) -> DemoData:
+    """Write the manifests, and last the file that says that all is done.
 
     Args:
-        out: Output folder.
-        clips: All clips.
-        rejected: Recordings that cannot be used.
+        out: The prepared folder; duplicates were dropped.
         tasks: The labelled tasks.
-        settings: What identifies this data set, see :func:`finished`.
-        facts: More for the report.
-        log: Gets one line for each task and for the whole.
-        valid_share: Share to hold out.
-        unheard: More clips that are for no pretraining, like those that tasks evaluate on.
+        settings: What identifies the data set, see :func:`finished`.
+        facts: More to write down beside the settings.
+        log: Called with one line for each task and for the whole.
+        unheard: Picks more clips to keep out of pretraining.
 
     Raises:
-        DataError: Fewer than two clips are left.
+        DataError: Fewer than two clips are left for pretraining.
     """
-    lines = [json.dumps({"name": r.name, "reason": r.reason}) + "\n" for r in rejected]
-    write_atomically(out / "rejected.jsonl", "".join(lines))
-    (out / "report.json").unlink(missing_ok=True)  # from here on unfinished
-    all_clips = list(clips)
-    unique = without_duplicates(all_clips)
-    shutil.rmtree(out / "tasks", ignore_errors=True)  # of another data set in this folder
-    held = {clip.file for clip in unheard}
-    task_files: dict[str, list[str]] = {}
+    index = ShardIndex(out)
+    clips = clips_of(index)
+    shutil.rmtree(out / TASKS, ignore_errors=True)  # of another data set in this folder
+    held = {clip.name for clip in unheard(clips)}  # whole recordings
+    files: dict[str, list[str]] = {}
     for task in tasks:
-        train_part, eval_part = divide(task, unique)
-        if not eval_part:
+        train, evaluation = divide(task, clips)
+        if not evaluation:
             log(f"task {task.name}: left out, too few labelled clips")
             continue
-        held |= {clip.file for clip, _ in eval_part}
-        if task.first_part:
-            names = {clip.name for clip, _ in eval_part}
-            held |= {clip.file for clip in unique if clip.name in names}
-        task_files[task.name] = []
-        for kind, part in (("train", train_part), ("eval", eval_part)):
-            file = f"tasks/{task.name}_{kind}.json"
-            labels = [label.split(",") for _, label in part]
-            write_manifest(out / file, (f"../{clip.file}" for clip, _ in part), labels)
-            task_files[task.name].append(file)
+        held |= {clip.name for clip, _ in evaluation}
+        files[task.name] = []
+        for kind, part in (("train", train), ("eval", evaluation)):
+            file = f"{TASKS}/{task.name}_{kind}.json"
+            rows = np.array([clip.row for clip, _ in part])
+            write_manifest(out / file, index.subset(rows), [[label] for _, label in part])
+            files[task.name].append(file)
         log(
-            f"task {task.name}: {task.what}; {len({label for _, label in eval_part})} classes, "
-            f"{len(train_part)} + {len(eval_part)} clips"
+            f"task {task.name}: {task.what}; {len({label for _, label in evaluation})} classes, "
+            f"{len(train)} + {len(evaluation)} clips"
         )
-    rest = [clip for clip in unique if clip.file not in held]
-    try:
-        train, valid = split(rest, valid_share)
-    except DataError as error:
-        raise DataError(f"{settings['made_of']}: {error}; see {out / 'rejected.jsonl'}") from None
-    write_manifest(out / "train.json", (clip.file for clip in train))
-    write_manifest(out / "valid.json", (clip.file for clip in valid))
-    hours = sum(clip.duration_s for clip in rest) / 3600
-    report = {
+    rest = [clip for clip in clips if clip.name not in held]
+    if len(rest) < 2:
+        raise DataError(
+            f"{out}: {len(rest)} clips are left for pretraining, expected 2 or more; see "
+            f"{out / REJECTED}"
+        )
+    write_manifest(out / TRAIN, index.subset(np.array([clip.row for clip in rest])))
+    found = {
         "settings": settings,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "num_train": len(train),
-        "num_valid": len(valid),
-        "num_held_for_tasks": len(held),
-        "num_duplicates": len(all_clips) - len(unique),
-        "num_rejected": len(lines),
-        "hours": round(hours, 4),
-        "tasks": task_files,
+        "num_clips": len(rest),
+        "num_held_for_tasks": len(clips) - len(rest),
+        "hours": round(sum(clip.duration_s for clip in rest) / 3600, 4),
+        "tasks": files,
         **facts,
     }
-    write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
-    log(f"{out}: {len(train)} clips to train on, {len(valid)} held out, {hours:.2f} h")
+    write_atomically(out / FACTS, json.dumps(found, indent=2) + "\n")
+    log(f"{out}: {found['num_clips']} clips for pretraining, {found['hours']:.2f} h")
     done = finished(out, settings)
     assert done is not None
     return done
 
 
-def finished(out: Path, settings: dict) -> Prepared | None:
-    """The data set in ``out``, if it was made with these settings and every clip is there."""
+def finished(out: Path, settings: dict[str, Any]) -> DemoData | None:
+    """Return the data set in a folder, if it has these settings and every shard is there."""
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if report["settings"] != settings:
+        facts = json.loads((out / FACTS).read_text(encoding="utf-8"))
+        if facts["settings"] != settings or not is_prepared(out):
             return None
-        tasks = {name: (out / files[0], out / files[1]) for name, files in report["tasks"].items()}
-        manifests = [
-            out / "train.json",
-            out / "valid.json",
-            *(f for t in tasks.values() for f in t),
-        ]
-        clips = {path for manifest in manifests for path in read_manifest(manifest).paths}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # not finished, or tampered with
+        num_shards = json.loads((out / REPORT).read_text(encoding="utf-8"))["shards"]
+        tasks = {name: (out / train, out / held) for name, (train, held) in facts["tasks"].items()}
+        for manifest in (out / TRAIN, *(path for pair in tasks.values() for path in pair)):
+            read_manifest(manifest)
+        data = DemoData(out / TRAIN, tasks, facts["num_clips"], facts["hours"])
+    except (OSError, ValueError, KeyError, TypeError):  # not finished, or tampered with
         return None
-    if not all(map(os.path.isfile, map(str, clips))):
-        return None
-    count = report["num_train"] + report["num_valid"]
-    return Prepared(out / "train.json", out / "valid.json", tasks, count, report["hours"])
+    return data if all(is_finished(out, number) for number in range(num_shards)) else None
+
+
+def publish_labels(folder: Path, log: Callable[[str], None] = print) -> Path:
+    """Make a task ``labels`` of the labels in a prepared folder.
+
+    Its evaluation clips, a fifth of each class, are kept out of pretraining.
+
+    Args:
+        folder: The prepared folder.
+        log: Called with one line about the task.
+
+    Returns:
+        What to pretrain on: a manifest, or the folder itself if no task can be made of it.
+    """
+    shutil.rmtree(folder / TASKS, ignore_errors=True)  # of an earlier source
+    manifest = read_manifest(folder)
+    if manifest.labels is None:
+        return folder
+    assert isinstance(manifest.paths, ShardIndex)
+    if any(len(names) != 1 for names in manifest.labels):
+        log("task labels: left out, clips have several labels, expected one each")
+        return folder
+    labels = np.array([name for (name,) in manifest.labels])
+    try:
+        held = hold_out_clips(manifest.paths, EVAL_SHARE, manifest.labels)
+    except DataError as error:
+        log(f"task labels: left out, {error}")
+        return folder
+    classes = np.intersect1d(labels[held], labels[~held])
+    if len(classes) < 2:
+        log(f"task labels: left out, {len(classes)} classes can be split, expected 2 or more")
+        return folder
+    parts = {"train": ~held & np.isin(labels, classes), "eval": held}
+    for kind, chosen in parts.items():
+        rows = np.flatnonzero(chosen)
+        names = [[name] for name in labels[rows].tolist()]
+        write_manifest(folder / TASKS / f"labels_{kind}.json", manifest.paths.subset(rows), names)
+    log(f"task labels: {len(classes)} classes, {parts['train'].sum()} + {held.sum()} clips")
+    write_manifest(folder / TRAIN, manifest.paths.subset(np.flatnonzero(~held)))
+    return folder / TRAIN

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ssast.pipelines.audio.convert import Clip, share_of
+from ssast.pipelines.audio.convert import clip_stem, name_hash
 
 EVAL_SHARE = 0.2
 # The Bopomofo letters from U+3105 on, 21 initials and 16 finals, as Pinyin would write them
@@ -46,6 +46,38 @@ SPEECH = (
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A clip of one of the recordings.
+
+    Attributes:
+        name: Name of the recording.
+        part: Number of the clip within its recording, from 0.
+        duration_s: Length in s.
+        row: Place of the clip in the prepared folder.
+    """
+
+    name: str
+    part: int
+    duration_s: float
+    row: int
+
+    @property
+    def key(self) -> str:
+        """What decides which clips a task takes.
+
+        Released weights were trained without the evaluation clips that it drew: never change it.
+        """
+        package = self.name.partition("/")[0]
+        part = f"-{self.part:05d}" if self.part else ""
+        return f"flac/{package}/{clip_stem(self.name)}{part}.flac"
+
+
+def share_of(name: str) -> float:
+    """Return a number in [0, 1) drawn by a name, the same on every machine."""
+    return int(name_hash(name)[:13], 16) / 16**13
+
+
+@dataclass(frozen=True)
 class Label:
     """What a task says of a recording.
 
@@ -69,8 +101,7 @@ class Task:
         min_clips: Classes with fewer clips are left out.
         max_clips: Clips of a class beyond this number are left out.
         min_s: Shorter clips are left out.
-        first_part: Of a recording that was cut, only the first clip is taken; the others of an
-            evaluated one are in no training data either.
+        first_part: Of a recording that was cut, only the first clip is taken.
         held: The groups to evaluate on; by default they are drawn by their names.
         even: Draw groups in each class until they have their share of its clips, for small classes.
             No group may have clips of two classes.
@@ -198,7 +229,7 @@ def divide(
     for name, members in sorted(found.items()):
         if len(members) < task.min_clips:
             continue
-        members = sorted(members, key=lambda m: share_of(m[0].file))[: task.max_clips]
+        members = sorted(members, key=lambda m: share_of(m[0].key))[: task.max_clips]
         groups = task.groups_to_hold([label for _, label in members])
         held = [(clip, name) for clip, label in members if label.group in groups]
         rest = [(clip, name) for clip, label in members if label.group not in groups]
@@ -207,7 +238,7 @@ def divide(
             evaluation += held
     if len({label for _, label in train}) < 2:
         return [], []
-    return sorted(train, key=by_file), sorted(evaluation, key=by_file)
+    return sorted(train, key=by_key), sorted(evaluation, key=by_key)
 
 
 def is_held(label: Label) -> bool:
@@ -215,6 +246,6 @@ def is_held(label: Label) -> bool:
     return share_of(label.group) < EVAL_SHARE
 
 
-def by_file(pair: tuple[Clip, str]) -> str:
-    """Sorting key."""
-    return pair[0].file
+def by_key(pair: tuple[Clip, str]) -> str:
+    """Return the sorting key of a labelled clip."""
+    return pair[0].key

@@ -24,7 +24,7 @@ from ssast.pipelines.files import write_atomically
 
 def write_index(
     out: Path,
-    source: Path,
+    source: str | Path,
     num_shards: int,
     settings: dict[str, Any],
     has_labels: bool,

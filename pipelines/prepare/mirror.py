@@ -33,7 +33,7 @@ class Mirror:
     """
 
     def __init__(self, remote: Path, local: Path) -> None:
-        self._remote, self._local = remote, local
+        self.remote, self._local = remote, local
         there = (remote / SHARD).parent
         (local / SHARD).parent.mkdir(parents=True)
         for path in there.iterdir() if there.exists() else ():
@@ -46,12 +46,12 @@ class Mirror:
 
     def reopen(self) -> None:
         """From here on it is unfinished."""
-        (self._remote / REPORT).unlink(missing_ok=True)
+        (self.remote / REPORT).unlink(missing_ok=True)
 
     def move(self, number: int) -> None:
         """Moves a finished shard, and after it its sidecar."""
         shard, sidecar = SHARD.format(number), SIDECAR.format(number)
-        (self._remote / sidecar).unlink(missing_ok=True)
+        (self.remote / sidecar).unlink(missing_ok=True)
         self._upload(shard)
         self._upload(sidecar)
         size = (self._local / shard).stat().st_size
@@ -65,14 +65,14 @@ class Mirror:
             if (self._local / name).exists():
                 self._upload(name)
             else:
-                (self._remote / name).unlink(missing_ok=True)
-        folder = (self._remote / SHARD).parent
+                (self.remote / name).unlink(missing_ok=True)
+        folder = (self.remote / SHARD).parent
         for path in folder.iterdir():
             if not (self._local / folder.name / path.name).exists():
                 path.unlink()
 
     def _upload(self, name: str) -> None:
-        target = self._remote / name
+        target = self.remote / name
         target.parent.mkdir(parents=True, exist_ok=True)
         system, path = target.fs, target.path  # type: ignore[attr-defined]
         attempt(lambda: system.put_file(str(self._local / name), path), str(target))

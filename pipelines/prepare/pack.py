@@ -28,7 +28,7 @@ from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import exclusive, usable_cores
 from ssast.pipelines.prepare.index import write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
-from ssast.pipelines.prepare.recordings import Recording, find_recordings
+from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
 
 FORMAT = 1  # raise it when other bytes come out of the same recordings
 STEM = 64  # characters of a recording's name in a clip's: a member's name has at most 100
@@ -111,31 +111,67 @@ def prepare_shards(
         raise DataError(f"--jobs is {jobs}, expected at least 1")
     with local_folder(out) as folder:
         recordings = find_recordings(source, folder)
-        groups = grouped(recordings, round(packing.shard_mib * 2**20))
         with exclusive(folder):
             mirror = Mirror(out, folder) if is_url(out) else None
-            digests = [digest(group, packing) for group in groups]
-            missing = [n for n in range(len(groups)) if not is_finished(folder, n, digests[n])]
-            if missing:
-                if mirror is None:
-                    check_space(out, [item for n in missing for item in groups[n]], packing)
-                else:
-                    mirror.reopen()
-                (folder / REPORT).unlink(missing_ok=True)  # from here on unfinished
-                work = [(n, groups[n], digests[n]) for n in missing]
-                done = None if mirror is None else mirror.move
-                make_shards(work, folder, packing, jobs or usable_cores(), progress, done)
-            report = write_index(
-                folder,
-                source,
-                len(groups),
-                packing.settings(),
-                any(recording.labels for recording in recordings),
-                packing.drop_duplicates,
+            return pack_recordings(
+                recordings, folder, packing, source, jobs, progress, log, mirror=mirror
             )
-            remove_others(folder, len(groups))  # now that no index speaks of them any more
-            if mirror is not None:
-                mirror.finish()
+
+
+def pack_recordings(
+    recordings: Sequence[Recording],
+    folder: Path,
+    packing: Packing,
+    source: str | Path,
+    jobs: int | None = None,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+    *,
+    mirror: Mirror | None = None,
+) -> dict[str, Any]:
+    """Pack recordings into shards, in the given order.
+
+    Args:
+        recordings: The recordings; later ones of equal names are numbered.
+        folder: Output folder, which no other run writes to: see :func:`exclusive`.
+        packing: The settings.
+        source: Where the recordings came from, for messages.
+        jobs: Number of threads; that of the usable cores by default.
+        progress: Show a progress bar on stderr, if that is a terminal.
+        log: Gets a few lines of summary.
+        mirror: Moves what is finished to a folder behind a URL.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: No recording is usable, or the disk is too small.
+        OSError: A file cannot be written.
+    """
+    out = folder if mirror is None else mirror.remote
+    groups = grouped(with_unique_names(recordings), round(packing.shard_mib * 2**20))
+    digests = [digest(group, packing) for group in groups]
+    missing = [n for n in range(len(groups)) if not is_finished(folder, n, digests[n])]
+    if missing:
+        if mirror is None:
+            check_space(out, [item for n in missing for item in groups[n]], packing)
+        else:
+            mirror.reopen()
+        (folder / REPORT).unlink(missing_ok=True)  # from here on unfinished
+        work = [(n, groups[n], digests[n]) for n in missing]
+        done = None if mirror is None else mirror.move
+        make_shards(work, folder, packing, jobs or usable_cores(), progress, done)
+    report = write_index(
+        folder,
+        source,
+        len(groups),
+        packing.settings(),
+        any(recording.labels for recording in recordings),
+        packing.drop_duplicates,
+    )
+    remove_others(folder, len(groups))  # now that no index speaks of them any more
+    if mirror is not None:
+        mirror.finish()
     log(
         f"{out}: {report['clips']} clips, {report['hours']:.2f} h in {len(groups)} shards, "
         f"{len(groups) - len(missing)} of them done before"
@@ -174,14 +210,20 @@ def digest(recordings: Sequence[Recording], packing: Packing) -> str:
     return made_of.hexdigest()
 
 
-def is_finished(out: Path, number: int, wanted: str) -> bool:
-    """Whether a shard is there, in full and as it should be."""
+def is_finished(out: Path, number: int, wanted: str | None = None) -> bool:
+    """Return whether a shard is there, in full and made of what is wanted.
+
+    Args:
+        out: The prepared folder.
+        number: Number of the shard.
+        wanted: Digest of what it must be made of; None for anything.
+    """
     try:
         sidecar = Sidecar.read(out / SIDECAR.format(number))
         size = (out / SHARD.format(number)).stat().st_size
     except (OSError, DataError):
         return False
-    as_wanted = sidecar.digest == wanted and not sidecar.again
+    as_wanted = wanted is None or (sidecar.digest == wanted and not sidecar.again)
     return as_wanted and sidecar.size == size and sidecar.is_whole()
 
 

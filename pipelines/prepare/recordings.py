@@ -2,14 +2,15 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, Span, suffix
 from ssast.pipelines.clips.manifest import AUDIO_SUFFIXES, audio_files, read_manifest
 from ssast.pipelines.clips.remote import is_url
-from ssast.pipelines.clips.shards import is_prepared
+from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.errors import DataError
 
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
@@ -66,6 +67,8 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
         paths = audio_files(source, leave_out=out, suffixes=kinds, on_error=unreadable)
     elif kind in (".json", ".csv"):
         manifest = read_manifest(source)
+        if isinstance(manifest.paths, ShardIndex):
+            raise DataError(f"{source}: lists clips that are prepared: train on it as it is")
         paths, labels = [str(path) for path in manifest.paths], manifest.labels
         base = os.path.dirname(os.path.abspath(source))
     elif source.is_file() and source.name.lower().endswith((".tar", *PACKED)):
@@ -87,10 +90,10 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
                 raise DataError(f"{folder}: is prepared already: leave it out of {source}")
             recordings += tar_recordings(name, Path(path))
         elif suffix(name) in SOUNDS or labels is not None:
-            recordings.append(_file(name, Path(path), labels[place] if labels else ()))
+            recordings.append(file_recording(name, Path(path), labels[place] if labels else ()))
     if not recordings:
         raise DataError(f"{source}: no recordings in there")
-    return _unique(sorted(recordings, key=lambda recording: recording.item.name))
+    return sorted(recordings, key=lambda recording: recording.item.name)
 
 
 def remote_recordings(source: Path) -> list[Recording]:
@@ -165,7 +168,14 @@ def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
         yield _problem(name, path, f"cannot be read: {error.strerror}")
 
 
-def _file(name: str, path: Path, labels: tuple[str, ...]) -> Recording:
+def file_recording(name: str, path: Path, labels: tuple[str, ...] = ()) -> Recording:
+    """Return the recording in a file, with the problem if the file cannot be read.
+
+    Args:
+        name: Name of the recording.
+        path: The file.
+        labels: Labels of the recording.
+    """
     item = Item(name, path)
     try:
         signature = item.signature()
@@ -180,15 +190,15 @@ def _problem(name: str, path: Path, problem: str, labels: tuple[str, ...] = ()) 
     return Recording(Item(name, path), problem, 0, problem, labels)
 
 
-def _unique(recordings: list[Recording]) -> list[Recording]:
-    """Numbers the later ones of equal names: an archive may hold several members of one name."""
-    counts: dict[str, int] = {}
-    for place, recording in enumerate(recordings):
+def with_unique_names(recordings: Iterable[Recording]) -> list[Recording]:
+    """Number the later ones of equal names: an archive may hold several members of one name."""
+    counts: Counter[str] = Counter()
+    found = []
+    for recording in recordings:
         name = recording.item.name
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] += 1
         if counts[name] > 1:
             item = Item(f"{name}#{counts[name]}", recording.item.data)
-            recordings[place] = Recording(
-                item, recording.signature, recording.num_bytes, recording.problem, recording.labels
-            )
-    return recordings
+            recording = replace(recording, item=item)
+        found.append(recording)
+    return found

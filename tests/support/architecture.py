@@ -22,8 +22,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
         ("figures",),
         ("clips",),
         ("audio", "datasets"),
-        ("stream", "demo"),
+        ("stream",),
         ("prepare",),
+        ("demo",),
     ),
     "engine": (
         ("settings", "errors"),

@@ -216,7 +216,6 @@ def test_everything_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_manifest(tmp_path / "data" / "train.json", make_sounds(tmp_path / "p", 2, 8, seed=1))
-    write_manifest(tmp_path / "data" / "valid.json", make_sounds(tmp_path / "v", 2, 2, seed=2))
     few = {name: VARIANTS[name] for name in ("published", "shared pass")}
     changes = {
         "VARIANTS": {**few, "default": DEFAULT},

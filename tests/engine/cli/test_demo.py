@@ -10,7 +10,7 @@ from ssast.engine.cli.demo import demo
 from ssast.engine.cli.main import main
 from ssast.engine.monitoring.monitor import read_metrics
 from ssast.pipelines.clips.manifest import write_manifest
-from ssast.pipelines.demo.corpora import Prepared
+from ssast.pipelines.demo.publish import DemoData
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def test_any_folder_of_audio(folder, tmp_path, capsys):
     arguments = ["demo", "--source", str(folder), *overrides(train__steps=3)]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "bad.flac" in shown
+    assert "1 recordings cannot be used (1 cannot be decoded)" in shown
+    assert "bad.flac" in (tmp_path / "data/demo-my_sounds/rejected.jsonl").read_text()
     assert "Pretext (InfoNCE) accuracy on held-out clips: " in shown
     run = tmp_path / "runs" / "demo-my_sounds"
     for name in ("curves.png", "reconstructions.png", "metrics.jsonl"):
@@ -44,12 +45,11 @@ def test_labelled_recordings_are_probed(tmp_path, monkeypatch, capsys):
     out.mkdir(parents=True)
     clips = write_clips(out, 12, samples=9000)
     write_manifest(out / "train.json", clips[:8])
-    write_manifest(out / "valid.json", clips[8:])
     labels = [(("a", "b")[k % 2],) for k in range(12)]
     write_manifest(out / "tasks" / "kind_train.json", clips[:8], labels[:8])
     write_manifest(out / "tasks" / "kind_eval.json", clips[8:], labels[8:])
-    prepared = Prepared(out / "train.json", out / "valid.json", {}, 12, 0.0)
-    monkeypatch.setattr("ssast.engine.cli.demo.fetch_demo", lambda *_: prepared)
+    data = DemoData(out / "train.json", {}, 8, 0.0)
+    monkeypatch.setattr("ssast.engine.cli.demo.fetch_demo", lambda *_: data)
     run = tmp_path / "runs" / "demo"
 
     def probed() -> list[tuple[str, str, int]]:
@@ -64,6 +64,18 @@ def test_labelled_recordings_are_probed(tmp_path, monkeypatch, capsys):
     assert "untrained" in shown and "pretrained" in shown and "released" not in shown
     export_weights(run, tmp_path / "released", torch.float16)
     assert probed() == [*found, ("kind", "released", 4)]
+
+
+def test_a_labelled_manifest_is_probed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    clips = write_clips(tmp_path / "in", 20, samples=9000)
+    write_manifest(tmp_path / "m.json", clips, [(("a", "b")[k % 2],) for k in range(20)])
+    assert main(["demo", "--source", str(tmp_path / "m.json"), *overrides(train__steps=2)]) == 0
+    shown = capsys.readouterr().out
+    assert "task labels: 2 classes, 16 + 4 clips" in shown
+    [line] = [line for line in shown.splitlines() if "pretrained" in line]
+    assert line.split()[:4] == ["labels", "2", "16", "4"]
 
 
 def test_a_folder_without_audio_is_named(tmp_path, monkeypatch, capsys):

@@ -2,9 +2,8 @@
 
 import pytest
 
-from ssast.pipelines.audio.convert import Clip
 from ssast.pipelines.demo.sounds import EVALUATED_KITS, SOUND_TASKS, STUDY_TASKS, without_number
-from ssast.pipelines.demo.tasks import Label, Task, divide
+from ssast.pipelines.demo.tasks import Clip, Label, Task, divide
 
 EVENTS, DRUMS = SOUND_TASKS
 UFO = "ufoai-sound/usr/share/games/ufoai/base/0snd.pk3/sound"
@@ -111,7 +110,7 @@ def test_takes_of_a_sound_are_one_group(name: str, group: str) -> None:
 
 
 def clips(*names: str, part: int = 0) -> list[Clip]:
-    return [Clip(f"flac/{name}{part}", name, part, 1.0, f"{name}{part}", 10) for name in names]
+    return [Clip(name, part, 1.0, row) for row, name in enumerate(names)]
 
 
 def test_every_class_has_its_share_of_test_clips() -> None:
