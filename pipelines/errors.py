@@ -17,12 +17,12 @@ class UnusableError(Exception):
 
     Args:
         reason: The message.
-        passing: Whether the storage failed, not the recording: another attempt may succeed.
+        transient: Whether the storage failed, not the recording: another attempt may succeed.
     """
 
-    def __init__(self, reason: str, *, passing: bool = False) -> None:
+    def __init__(self, reason: str, *, transient: bool = False) -> None:
         super().__init__(reason)
-        self.passing = passing
+        self.transient = transient
 
 
 class TooFewRecordings(DataError):

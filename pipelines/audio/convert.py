@@ -1,7 +1,7 @@
-"""One recording to clips: resample to 16 kHz, cut, level, encode.
+"""Convert a recording to clips: resample to 16 kHz, cut, normalise the level, encode.
 
-Resampling is soxr's HQ (the aliases of a 44.1 kHz tone above 8 kHz are below -100 dB). It goes
-block by block, like the decoding, and like that it lets other threads work.
+soxr resamples at its quality HQ: aliases of tones above 8 kHz are below -100 dB. It works block by
+block and releases the GIL, like the decoder.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ FULL_SCALE = 32767.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How recordings become clips.
+    """Settings of the conversion from recordings to clips.
 
     Attributes:
-        sample_rate_hz: Rate of the clips.
-        clip_s: Longest clip; a longer recording is cut into clips of this length.
-        min_s: Shortest clip; what is shorter is rejected (the rest of a cut recording is dropped).
-        trim_db: Cut off both ends of a clip what is this far below its peak, but for a margin of
-            25 ms before and 100 ms after; None keeps the ends.
-        level_rms: Scale each clip to this RMS (1 is full scale), its peak at most 0.95; None keeps
-            the level, and only scales down a clip that exceeds full scale.
-        hop_s: From the beginning of a clip to that of the next one of the same recording; None:
-            ``clip_s``, so that they neither overlap nor leave gaps.
-        whole: Reject a recording that was cut off, also where the decoder does not mind.
+        sample_rate_hz: Sample rate of the clips.
+        clip_s: Longest clip in s; a longer recording is cut into clips of this length.
+        min_s: Shortest clip in s; a shorter recording is rejected, a shorter remainder is dropped.
+        trim_db: Trim both ends of a clip where they are this far below its peak, except 25 ms
+            before and 100 ms after the rest; None does not trim.
+        level_rms: RMS that each clip is scaled to (1 is full scale), its peak at most 0.95; None
+            keeps the level, except that a clip beyond full scale is scaled down.
+        hop_s: Time between the starts of two clips of a recording; None is ``clip_s``, so that they
+            neither overlap nor leave gaps.
+        whole: Whether to reject truncated recordings that the decoder would accept.
     """
 
     sample_rate_hz: int = 16000
@@ -50,32 +50,32 @@ class Recipe:
     whole: bool = False
 
     def digest(self) -> str:
-        """Identifies the settings in the index: other settings, other clips."""
+        """Return a hash of the settings."""
         settings = asdict(self)
-        for name in ("hop_s", "whole"):  # unset, they leave the clips of older data sets valid
+        for name in ("hop_s", "whole"):  # added later: unset, they must not change the hash
             if not settings[name]:
                 del settings[name]
         return hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest()
 
 
 def name_hash(name: str) -> str:
-    """Hash of a name as 32 hexadecimal digits, the same on every machine."""
+    """Hash a name to 32 hexadecimal digits, the same on every machine."""
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def clip_stem(name: str, longest: int = 80) -> str:
-    """A file name in plain ASCII for an item: readable, and unique through a hash of the name.
+    """Return an ASCII file name for a recording, readable and made unique by a hash.
 
     Args:
-        name: Of the item.
-        longest: Characters of the name that are kept, the last ones; the hash adds 11.
+        name: Name of the recording.
+        longest: Number of characters of the name to keep, from its end; the hash adds 11.
     """
     plain = re.sub(r"[^A-Za-z0-9.@+-]+", "_", name)[-longest:].strip("_.-")
     return f"{plain}_{name_hash(name)[:10]}"
 
 
 def resampled(blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int) -> Iterator[np.ndarray]:
-    """Blocks of [S] float32 samples at ``rate_hz``, of blocks at the recording's own rate."""
+    """Resample blocks of samples [S] float32 at any rate to ``rate_hz``."""
     resampler: soxr.ResampleStream | None = None
     for block, source_hz in blocks:
         if source_hz == rate_hz:
@@ -91,24 +91,24 @@ def resampled(blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int) -> Iterato
 def windows(
     blocks: Iterator[np.ndarray], num_samples: int, hop: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Regroups blocks into windows.
+    """Cut a signal that comes in blocks into windows.
 
     Args:
-        blocks: [S] each.
-        num_samples: Length of a window.
-        hop: From the beginning of a window to that of the next; as long as a window by default.
+        blocks: Blocks [S] of any length.
+        num_samples: Samples of a window.
+        hop: Samples between the starts of two windows; as many as a window has by default.
 
     Yields:
-        [num_samples] each; and at the end a shorter one, if samples are left that were in none.
+        Windows [num_samples], and a shorter one at the end if there are samples in no other.
     """
     hop = hop or num_samples
     pending: list[np.ndarray] = []
-    held = 0  # samples from the next window's beginning on; negative: still to be left out
-    seen = 0  # of those, how many were in an earlier window
+    held = 0  # samples since the start of the next window; negative: samples before it, to skip
+    seen = 0  # samples among them that were in an earlier window
     for block in blocks:
-        left_out = min(len(block), max(0, -held))
+        skipped = min(len(block), max(0, -held))
         held += len(block)
-        pending.append(block[left_out:])
+        pending.append(block[skipped:])
         if held < num_samples:
             continue
         joined = np.concatenate(pending)
@@ -123,15 +123,8 @@ def windows(
         yield np.concatenate(pending)
 
 
-def polished(samples: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Trims, levels and rounds a clip.
-
-    Args:
-        samples: [S] float32.
-        recipe: The settings.
-
-    Returns:
-        [S'] int16.
+def normalised(samples: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Trim a clip [S] float32, scale it and round it to [S'] int16.
 
     Raises:
         UnusableError: It is too short, or holds nothing but silence.
@@ -155,14 +148,14 @@ def polished(samples: np.ndarray, recipe: Recipe) -> np.ndarray:
 
 
 def encode(samples: np.ndarray, rate_hz: int, codec: Codec = "flac") -> memoryview:
-    """A FLAC or WAV file of [S] int16 samples, in memory."""
+    """Encode samples [S] int16 as a FLAC or WAV file in memory."""
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate_hz, format=codec.upper(), subtype="PCM_16")
     return buffer.getbuffer()
 
 
 def sample_digest(samples: np.ndarray) -> str:
-    """Hash of [S] int16 samples, to find exact duplicates."""
+    """Hash samples [S] int16, to find exact duplicates."""
     return hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest()
 
 
@@ -170,9 +163,9 @@ class Part(NamedTuple):
     """A clip of a recording, not yet encoded.
 
     Attributes:
-        number: Which one, from 0.
-        samples: [S] int16 at the recipe's rate.
-        source_hz: Rate of the recording.
+        number: Number of the clip in its recording, from 0.
+        samples: Samples [S] int16 at the sample rate of the recipe.
+        source_hz: Sample rate of the recording.
     """
 
     number: int
@@ -181,28 +174,28 @@ class Part(NamedTuple):
 
 
 def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
-    """Decodes a recording once, from its beginning to its end, and cuts it into clips.
+    """Decode a recording from its start to its end and cut it into clips.
 
     Raises:
-        UnusableError: Nothing of the recording can be used, or it breaks off with an error; then
-            what was yielded before must not be used either.
+        UnusableError: No clip can be used, or decoding fails on the way; then the clips yielded so
+            far must not be used either.
     """
     blocks = read_blocks(item, whole=recipe.whole)
     first = next(blocks, None)
     if first is None:
         raise UnusableError("holds no samples")
     unusable: UnusableError | None = None
-    some = False
+    is_empty = True
     num_samples = round(recipe.clip_s * recipe.sample_rate_hz)
     hop = None if recipe.hop_s is None else round(recipe.hop_s * recipe.sample_rate_hz)
     sound = resampled(itertools.chain([first], blocks), recipe.sample_rate_hz)
     for number, window in enumerate(windows(sound, num_samples, hop)):
         try:
-            samples = polished(window, recipe)
-        except UnusableError as error:  # a pause, or the short rest: the other parts are fine
+            samples = normalised(window, recipe)
+        except UnusableError as error:  # silence or a short remainder: the other clips are fine
             unusable = unusable or error
             continue
-        some = True
+        is_empty = False
         yield Part(number, samples, first[1])
-    if not some:
+    if is_empty:
         raise unusable or UnusableError("holds no samples")

@@ -36,7 +36,7 @@ MOST_CHANNELS = 1024  # libsndfile's limit
 SPAN_BUFFER = 2**20  # bytes of a read from an archive
 UNRECOGNISED, SYSTEM_ERROR = 1, 2  # libsndfile's error numbers
 STREAMED = 1 << 48  # a header with so many samples was written before their number was known
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 AU_FLOAT = 6  # 32 bits, big-endian
 FFMPEG_SUFFIXES = frozenset(
     f".{kind}"
@@ -211,10 +211,10 @@ def sndfile_blocks(item: Item, whole: bool) -> Iterator[tuple[np.ndarray, int]]:
                     raise UnusableError(f"truncated: {num_read} of {sound.frames} samples")
         except soundfile.LibsndfileError as error:
             why = f"cannot be decoded: {error.error_string.rstrip('.')}"
-            raise UnusableError(why, passing=error.code == SYSTEM_ERROR) from error
+            raise UnusableError(why, transient=error.code == SYSTEM_ERROR) from error
         except OSError as error:
             why = f"cannot be read: {error.strerror}"
-            raise UnusableError(why, passing=error.errno in PASSING) from error
+            raise UnusableError(why, transient=error.errno in TRANSIENT) from error
         except DataError as error:
             raise UnusableError(str(error)) from error
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # a damaged header
@@ -290,7 +290,7 @@ def ffmpeg_blocks(data: Path | Span) -> Iterator[tuple[np.ndarray, int]]:
         io.FileIO(path).close()
     except OSError as error:
         why = f"cannot be read: {error.strerror}"
-        raise UnusableError(why, passing=error.errno in PASSING) from error
+        raise UnusableError(why, transient=error.errno in TRANSIENT) from error
     if isinstance(data, Span):
         url = f"subfile,,start,{data.offset},end,{data.offset + data.size},,:"
         url += os.path.abspath(path)

@@ -18,7 +18,7 @@ import soundfile
 import soxr
 
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.audio.decode import PASSING, STREAMED
+from ssast.pipelines.audio.decode import STREAMED, TRANSIENT
 from ssast.pipelines.audio.headers import HEAD, wav_header
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError
@@ -141,7 +141,7 @@ def read_clip(
         try:
             return _read(path, spec, verify, crop)
         except OSError as error:
-            if pause_s is None or error.errno not in PASSING:
+            if pause_s is None or error.errno not in TRANSIENT:
                 raise DataError(error.strerror or str(error)) from error
         time.sleep(pause_s)
     raise AssertionError("the last attempt returns or raises")

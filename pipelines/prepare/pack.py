@@ -7,12 +7,11 @@ sidecar, by renaming. A shard is finished if its sidecar has the digest of what 
 
 import contextlib
 import hashlib
-import os
 import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +24,7 @@ from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, ffmpeg_installed
 from ssast.pipelines.clips.remote import is_url, located, on_disk
 from ssast.pipelines.clips.shards import BLOCK, REJECTED, REPORT, SHARD, SIDECAR, Sidecar
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.files import exclusive, usable_cores
+from ssast.pipelines.files import exclusive, replacing, usable_cores, write_atomically
 from ssast.pipelines.prepare.index import write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
@@ -297,18 +296,17 @@ def make_shard(
     tick: Callable[[int, int, float], None],
     stop: threading.Event,
 ) -> None:
-    """Makes one shard and its sidecar; gives up without a trace if ``stop`` is set on the way.
+    """Makes one shard and its sidecar; if ``stop`` is set on the way, leaves nothing behind.
 
     Raises:
         OSError: A file cannot be written.
     """
-    shard, sidecar_path = out / SHARD.format(number), out / SIDECAR.format(number)
-    temporary = shard.with_name(f".{shard.name}.tmp")
+    shard, sidecar = out / SHARD.format(number), out / SIDECAR.format(number)
     clips: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     again = False
-    try:
-        with open(temporary, "wb") as file:
+    with contextlib.suppress(CancelledError):
+        with replacing(shard, durable=True) as temporary, open(temporary, "wb") as file:
             for recording in recordings:
                 begin, num_before = file.tell(), len(clips)
                 try:
@@ -317,33 +315,23 @@ def make_shard(
                     for line in packed(recording, file, packing):
                         clips.append(line)
                         if stop.is_set():
-                            return
+                            raise CancelledError
                 except UnusableError as error:
                     file.seek(begin)
                     file.truncate()
                     del clips[num_before:]
                     rejected.append({"name": recording.item.name, "rejected": str(error)})
-                    again |= error.passing
+                    again |= error.transient
                 new = clips[num_before:]
                 tick(recording.num_bytes, len(new), sum(clip["duration_s"] for clip in new))
                 if stop.is_set():
-                    return
+                    raise CancelledError
             file.write(bytes(2 * BLOCK))
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
-        # A sidecar that is there speaks of the shard beside it, whenever the power fails.
-        sidecar_path.unlink(missing_ok=True)
-        os.replace(temporary, shard)
-    finally:
-        temporary.unlink(missing_ok=True)
-    text = Sidecar(made_of, size, clips, rejected, again).text()
-    temporary = sidecar_path.with_name(f".{sidecar_path.name}.tmp")
-    with open(temporary, "w", encoding="ascii") as file_of_lines:
-        file_of_lines.write(text)
-        file_of_lines.flush()
-        os.fsync(file_of_lines.fileno())
-    os.replace(temporary, sidecar_path)
+            # Removed first: a sidecar describes the shard beside it, even after a loss of power.
+            sidecar.unlink(missing_ok=True)
+        text = Sidecar(made_of, size, clips, rejected, again).text()
+        write_atomically(sidecar, text, durable=True)
 
 
 def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[dict[str, Any]]:
@@ -388,7 +376,7 @@ def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarra
                 item = Item(item.name, stack.enter_context(on_disk(item.data)))
             except OSError as error:
                 why = f"cannot be fetched: {error.strerror or error}"
-                raise UnusableError(why, passing=True) from error
+                raise UnusableError(why, transient=True) from error
         yield from cut(item, recipe)
 
 

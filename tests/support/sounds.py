@@ -1,4 +1,4 @@
-"""Audio files for tests: good ones in many formats, and a bestiary of bad ones."""
+"""Audio files for tests: good ones in many formats, and bad ones."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write_clips(folder: Path, count: int, *, samples: int = 8000) -> list[Path]:
     ]
 
 
-def bestiary(folder: Path) -> dict[Path, str]:
+def bad_files(folder: Path) -> dict[Path, str]:
     """Bad files and a pattern of the reason for which each must be rejected."""
     good = tone(20000)
     flac = write(folder / "good.flac", good).read_bytes()

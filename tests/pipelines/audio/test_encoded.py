@@ -12,7 +12,7 @@ import soundfile
 import soxr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sounds import bestiary, tone, write
+from sounds import bad_files, tone, write
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio import encoded as clip
@@ -134,7 +134,7 @@ def test_flac_written_as_a_stream_is_rejected(tmp_path: Path) -> None:
 
 
 def test_every_bad_file_is_rejected_for_its_reason(tmp_path: Path) -> None:
-    for path, reason in bestiary(tmp_path).items():
+    for path, reason in bad_files(tmp_path).items():
         for verify in (False, True):
             if not verify and path.name in ("half.flac", "torn.flac", "header_only.flac"):
                 continue  # well to look at: DALI will stumble, and the stream recover
@@ -184,7 +184,7 @@ def test_transient_errors_are_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
-    paths = [*bestiary(tmp_path), write(tmp_path / "a.mp3", tone(9000))]
+    paths = [*bad_files(tmp_path), write(tmp_path / "a.mp3", tone(9000))]
     before = len(os.listdir("/proc/self/fd"))
     for path in paths:
         try:

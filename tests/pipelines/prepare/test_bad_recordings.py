@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from prepared import prepared, rejected
-from sounds import bestiary, tone, write
+from sounds import bad_files, tone, write
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
@@ -27,7 +27,7 @@ SPEC = FbankSpec(num_frames=200)
 def awkward(folder: Path) -> dict[str, str]:
     """Bad files of every kind by name, with a pattern of the reason; and good ones beside them."""
     folder.mkdir()
-    reasons = {path.name: "" for path in bestiary(folder)}
+    reasons = {path.name: "" for path in bad_files(folder)}
     reasons.pop("missing.wav")  # in a folder nothing is missing
     reasons.pop("folder.wav")
     del reasons["slow.wav"], reasons["loud.wav"]
@@ -71,7 +71,7 @@ def good_ones(folder: Path) -> dict[str, float]:
     }
 
 
-def test_bestiary_is_reported_by_name_and_the_rest_is_trained_on(tmp_path: Path) -> None:
+def test_bad_files_are_reported_by_name_and_the_rest_is_trained_on(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     reasons = awkward(folder)
     lengths = good_ones(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sounds import bestiary, tone, write
+from sounds import bad_files, tone, write
 
 from ssast.engine.cli.main import main
 from ssast.pipelines.audio.convert import Recipe
@@ -173,8 +173,8 @@ def test_damaged_lists_are_one_error(out: Path) -> None:
         ShardIndex(out)
 
 
-def test_bestiary(tmp_path: Path) -> None:
-    reasons = bestiary(tmp_path)
+def test_bad_files(tmp_path: Path) -> None:
+    reasons = bad_files(tmp_path)
     write_manifest(tmp_path / "m.json", [*reasons, *sorted(tmp_path.glob("good.*"))])
     result = checked(tmp_path / "m.json")
     found = {problem.where: problem.problem for problem in result.problems}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sounds import bestiary, tone, write, write_clips
+from sounds import bad_files, tone, write, write_clips
 from streams import open_stream, rows, same, take, torn
 
 from ssast.kernels.fbank import FbankSpec
@@ -13,11 +13,9 @@ from ssast.pipelines.stream.stream import MAX_RECOVERIES
 
 
 @pytest.mark.parametrize("fbank", ["torch", "dali"])
-def test_the_bestiary_does_not_stop_the_stream(
-    paths: list[Path], tmp_path: Path, fbank: str
-) -> None:
-    beasts = bestiary(tmp_path)
-    zoo = [*paths, *beasts, *paths]
+def test_bad_files_do_not_stop_the_stream(paths: list[Path], tmp_path: Path, fbank: str) -> None:
+    bad = bad_files(tmp_path)
+    zoo = [*paths, *bad, *paths]
     spec = FbankSpec(num_frames=200)
     reported: dict[int, tuple[str, str]] = {}
 
@@ -31,7 +29,7 @@ def test_the_bestiary_does_not_stop_the_stream(
         got = rows(list(stream))
         assert stream.rejected == reported
     present = got["epochs"] < 2
-    bad = set(range(14, 14 + len(beasts)))
+    bad = set(range(14, 14 + len(bad)))
     assert set(reported) == bad
     assert set(got["clip_ids"][present & ~got["valid"]].tolist()) == bad
     for clip_id, (path, reason) in reported.items():
@@ -44,7 +42,7 @@ def test_the_bestiary_does_not_stop_the_stream(
     # the good ones are what they are without the others
     clean = rows(take(paths, 4, spec=spec, epochs=1, fbank=fbank))
     for clip_id, features in zip(got["clip_ids"][good], got["fbank"][good], strict=True):
-        row = int(clip_id) if clip_id < 14 else int(clip_id) - 14 - len(beasts)
+        row = int(clip_id) if clip_id < 14 else int(clip_id) - 14 - len(bad)
         assert torch.equal(features, clean["fbank"][row])
 
 

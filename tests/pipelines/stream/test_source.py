@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sounds import bestiary, write_clips
+from sounds import bad_files, write_clips
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.encoded import silence
@@ -76,12 +76,12 @@ def test_a_finite_stream_is_filled_up(paths: list[Path], world_size: int) -> Non
 
 
 def test_bad_files_become_silence(paths: list[Path], tmp_path: Path) -> None:
-    beasts = bestiary(tmp_path)
-    everything = [*paths, *beasts]
+    bad = bad_files(tmp_path)
+    everything = [*paths, *bad]
     clips = ClipSource(everything, SPEC, batch_size=len(everything), epochs=1)
     clips.verify_all()
     encoded, labels = clips(at(0))
-    assert [int(label[2]) for label in labels] == [1] * len(paths) + [0] * len(beasts)
+    assert [int(label[2]) for label in labels] == [1] * len(paths) + [0] * len(bad)
     assert sorted(clips.reasons) == list(range(len(paths), len(everything)))
     assert {data.tobytes() for data in encoded[len(paths) :]} == {silence(SPEC).tobytes()}
     clips.close()
