@@ -17,6 +17,12 @@ def test_imports_only_go_down():
     assert not up
 
 
+@pytest.mark.parametrize("folder", [folder for folder, floors in FLOORS.items() if len(floors) > 1])
+def test_the_documentation_has_the_same_floors(folder):
+    order = " < ".join(", ".join(names) for names in FLOORS[folder])
+    assert f"| `{folder}` | {order} |" in (ROOT / "docs/architecture.md").read_text()
+
+
 def test_imports_form_no_circle():
     assert not architecture.module_circles()
     assert not architecture.room_circles()

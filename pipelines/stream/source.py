@@ -1,4 +1,4 @@
-"""Feeds DALI with the clips' bytes: reads ahead in threads, never raises for a bad file."""
+"""Feed encoded clips to DALI: read ahead in threads, replace bad files by silence."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
