@@ -10,28 +10,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from ssast.engine.checkpoints.classifier import Trained, check_fits, load_classifier, with_model_of
+from ssast.engine.checkpoints.classifier import check_fits, with_model_of
 from ssast.engine.config import Config, finetune_settings, load_config
-from ssast.engine.data.clips import fbank_spec
-from ssast.engine.data.labels import read_labelled
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.evaluation.metrics import classification_metrics, likeliest, probabilities
-from ssast.engine.evaluation.predict import Prediction, find_files, score_clips
-from ssast.engine.evaluation.timeline import Timeline, Windows, timeline
-from ssast.engine.formats.open import Unsaid, is_classifier, load_initial, open_classifier
-from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
-from ssast.engine.train.run import run_training
-from ssast.engine.train.task import run_folder
-from ssast.pipelines.errors import DataError
+from ssast.engine.evaluation.predict import Prediction, predict
+from ssast.engine.evaluation.timeline import Timeline, timelines
+from ssast.engine.formats.open import (
+    LoadedModel,
+    MissingMetadata,
+    as_classifier,
+    open_classifier,
+    open_encoder,
+    open_model,
+)
 
 
 def finetune(
     config: Config,
-    checkpoint: str | Path | None = None,
+    checkpoint: LoadedModel | str | Path | None = None,
     *,
     resume: bool = False,
     num_classes: int | None = None,
@@ -40,9 +37,8 @@ def finetune(
 
     Args:
         config: Everything about it; with a section ``finetune`` and a ``run.folder``.
-        checkpoint: Goes before ``finetune.checkpoint``: a published file, a pretraining run's
-            folder, or one of its checkpoints. Without either, of a run that goes on its own; and
-            else the model is trained from scratch.
+        checkpoint: Pretrained model, or the path of one; overrides ``finetune.checkpoint``. With
+            neither, a resumed run takes its own, and a new one is trained from scratch.
         resume: Go on from the latest checkpoint in the run's folder, if there is one.
         num_classes: How many classes are expected; any number if None.
 
@@ -55,13 +51,20 @@ def finetune(
         CheckpointError: The pretrained weights do not fit, or a checkpoint cannot be written.
         TrainingError: Training diverged.
     """
+    # Imported here: a FinetuneEngine that only predicts needs no training code.
+    from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
+    from ssast.engine.train.run import run_training
+    from ssast.engine.train.task import run_folder
+
     run_folder(config)  # must be set, before anything is read
     config = _with_checkpoint(config, checkpoint, resume)
     settings = finetune_settings(config)
     pretrained = None
     if settings.checkpoint is not None:
-        pretrained, pretrained_config = load_initial(settings.checkpoint)
-        check_fits(config, pretrained_config, settings.checkpoint)
+        loaded = checkpoint if isinstance(checkpoint, LoadedModel) else None
+        loaded = loaded or open_encoder(settings.checkpoint)
+        check_fits(config, loaded.config, settings.checkpoint)
+        pretrained = loaded.encoder
     splits = find_splits(config, num_classes)
     each, steps = steps_of_epochs(config, len(splits.train))
     train = replace(
@@ -86,9 +89,13 @@ def finetune(
     )
 
 
-def _with_checkpoint(config: Config, checkpoint: str | Path | None, resume: bool) -> Config:
-    """The configuration with where its weights are from."""
+def _with_checkpoint(
+    config: Config, checkpoint: LoadedModel | str | Path | None, resume: bool
+) -> Config:
+    """Return the configuration with the path of its pretrained weights."""
     settings = finetune_settings(config)
+    if isinstance(checkpoint, LoadedModel):
+        checkpoint = checkpoint.path
     name = settings.checkpoint if checkpoint is None else str(checkpoint)
     if name is None and resume:
         name = begun_from(Path(config.run.folder or ""))
@@ -103,29 +110,28 @@ def begun_from(run: Path) -> str | None:
 
 
 class FinetuneEngine:
-    """A classifier: to be trained, or trained.
+    """A classifier that is to be fine-tuned, or has been.
 
     Args:
-        config: With a section ``finetune``.
-        checkpoint: Pretrained weights to begin from; those of the configuration if None, and if it
-            names none either, the model is trained from scratch.
-        trained: A classifier that is trained already.
-        num_classes: How many classes are expected in training; any number if None.
+        config: Configuration with a section ``finetune``.
+        checkpoint: Pretrained model to begin from, or the path of one; that of the configuration if
+            None, and if it names none either, the model is trained from scratch.
+        trained: Classifier that is fine-tuned already.
+        num_classes: Expected number of classes in training; any if None.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        checkpoint: str | Path | None = None,
-        trained: Trained | None = None,
+        checkpoint: LoadedModel | str | Path | None = None,
+        trained: LoadedModel | None = None,
         num_classes: int | None = None,
     ):
         finetune_settings(config)
         self.config, self.checkpoint = config, checkpoint
         self.trained, self.num_classes = trained, num_classes
         self._given = trained is not None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @classmethod
     def from_checkpoint(
@@ -135,43 +141,38 @@ class FinetuneEngine:
         config: str | Path = "classifier",
         overrides: Iterable[str] = (),
         *,
-        unsaid: Unsaid | None = None,
-        labels: str | Path | None = None,
+        metadata: MissingMetadata | None = None,
     ) -> "FinetuneEngine":
-        """A classifier to be trained from pretrained weights, or a trained one.
+        """Open a pretrained model to fine-tune, or a fine-tuned classifier.
 
         Args:
-            path: A published file, the folder of a run, one of its checkpoints, or a folder of
-                transformers.
-            num_classes: How many classes are expected; any number if None.
-            config: Of the training: a YAML file, or the name of a recipe. The model is that of the
-                checkpoint all the same.
-            overrides: Settings that go before the file's, ``section.key=value``.
-            unsaid: What the published file of a trained classifier does not say.
-            labels: A CSV of the classes of a trained classifier that does not name them.
+            path: Whatever :func:`~ssast.engine.formats.open.open_model` opens.
+            num_classes: Expected number of classes; any if None.
+            config: Configuration of the training: a YAML file, or the name of a recipe. Its model
+                is replaced by that of the checkpoint.
+            overrides: Settings that override the file's, ``section.key=value``.
+            metadata: What the published file of a fine-tuned classifier does not say.
 
         Raises:
-            CheckpointError: There is no checkpoint, or a trained classifier has another number of
-                classes.
+            CheckpointError: There is no model, or a classifier has another number of classes.
             ConfigError: The configuration is wrong.
         """
-        path = Path(path)
-        if is_classifier(path):
-            trained = open_classifier(path, unsaid, labels)
-            if num_classes not in (None, len(trained.classes)):
+        loaded = open_model(path, metadata)
+        if loaded.is_classifier:
+            trained = as_classifier(loaded)
+            if num_classes not in (None, trained.num_classes):
                 raise CheckpointError(
-                    f"{path}: has {len(trained.classes)} classes, expected {num_classes}"
+                    f"{path}: has {trained.num_classes} classes, expected {num_classes}"
                 )
             return cls(trained.config, trained=trained)
-        pretrained = load_initial(path)[1]
-        model = pretrained.model
+        model = loaded.config.model
         depth = "null" if model.depth is None else model.depth
         fitting = [
             f"model={{size: {model.size}, patch: {list(model.patch)}, depth: {depth}}}",
-            f"audio.n_mels={pretrained.audio.n_mels}",
+            f"audio.n_mels={loaded.audio.n_mels}",
         ]
-        settings = load_config(config, [*fitting, *overrides])
-        return cls(with_model_of(settings, pretrained), checkpoint=path, num_classes=num_classes)
+        settings = with_model_of(load_config(config, [*fitting, *overrides]), loaded.config)
+        return cls(settings, checkpoint=loaded, num_classes=num_classes)
 
     def fit(
         self,
@@ -181,16 +182,17 @@ class FinetuneEngine:
         folder: str | Path | None = None,
         resume: bool = False,
     ) -> "FinetuneEngine":
-        """Train; afterwards this engine is the classifier that did best on the held-out clips.
+        """Fine-tune; afterwards this is the classifier that did best on the held-out clips.
 
         Args:
-            train: A manifest with labels.
-            valid: The held-out clips; a share of the training clips if None.
-            folder: Of the run; that of the configuration if None.
-            resume: Go on with a run that is there.
+            train: Manifest with labels.
+            valid: Manifest of the held-out clips; a share of the training clips if None.
+            folder: Run folder; that of the configuration if None.
+            resume: Resume the run in the folder, if there is one.
 
         Raises:
-            ConfigError: This is a trained classifier; or see :func:`finetune`, also for the others.
+            ConfigError: The classifier is fine-tuned already; or see :func:`finetune`, also for the
+                other errors.
             DataError: Wrong manifests.
             CheckpointError: The weights do not fit.
             TrainingError: Training diverged.
@@ -209,54 +211,34 @@ class FinetuneEngine:
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
         assert run.folder is not None
-        self.trained = load_classifier(run.folder)
+        self.trained = open_classifier(run.folder)
         return self
 
     def evaluate(self, manifest: str | Path, out: Path | None = None) -> dict[str, float]:
-        """Metrics on the clips of a manifest.
+        """Compute the metrics on the clips of a manifest.
 
         Args:
-            manifest: With labels.
-            out: A folder for predictions and pictures; none are written if None.
+            manifest: See :func:`~ssast.engine.evaluation.evaluate.evaluate`, also for the errors.
+            out: See there.
 
         Raises:
-            ConfigError: The classifier is not trained.
-            DataError: The manifest is wrong, or has labels that were not learned.
+            ConfigError: The classifier is not fine-tuned yet.
         """
-        trained = self._trained()
-        loss = finetune_settings(trained.config).loss
-        clips = read_labelled(str(manifest), trained.classes, one_label=loss == "ce")
-        logits, reasons = score_clips(trained, clips.paths, self.device)
-        read = np.array([row not in reasons for row in range(len(clips))])
-        if not read.any():
-            raise DataError(f"{manifest}: none of its {len(clips)} clips can be read")
-        values = classification_metrics(logits[read], clips.targets()[read])
-        if out is not None:
-            from ssast.engine.evaluation.report import write_split
+        from ssast.engine.evaluation.evaluate import evaluate  # scikit-learn takes a second
 
-            write_split(out, clips, logits, read, values, loss)
-        return values
+        return evaluate(self._trained(), manifest, out)
 
     def predict(self, sources: Sequence[str | Path], top: int = 5) -> list[Prediction]:
-        """The likeliest classes of files, of all files in folders, or of the clips of manifests.
+        """Predict the classes of files, of all files in folders, or of the clips of manifests.
 
-        They are given the names that people know them by. Of a file that is longer than the model's
-        input, the beginning counts.
+        Args:
+            sources: See :func:`~ssast.engine.evaluation.predict.predict`, also for the errors.
+            top: See there.
 
         Raises:
-            ConfigError: The classifier is not trained.
-            DataError: A folder or a manifest is wrong.
+            ConfigError: The classifier is not fine-tuned yet.
         """
-        trained = self._trained()
-        paths = find_files(sources)
-        logits, reasons = score_clips(trained, paths, self.device)
-        scores = probabilities(logits, finetune_settings(trained.config).loss)
-        return [
-            Prediction(str(path), (), reasons[row])
-            if row in reasons
-            else Prediction(str(path), tuple(likeliest(scores[row], trained.names, top)))
-            for row, path in enumerate(paths)
-        ]
+        return predict(self._trained(), sources, top)
 
     def timelines(
         self,
@@ -264,23 +246,19 @@ class FinetuneEngine:
         window_s: float | None = None,
         hop_s: float | None = None,
     ) -> Iterator[Timeline]:
-        """What is heard when in recordings of any length, one after the other.
+        """Classify recordings of any length window by window.
 
         Args:
-            sources: As for :meth:`predict`.
-            window_s: Length of a window in seconds, that of the model's input if None.
-            hop_s: From one window to the next, half a window if None.
+            sources: See :func:`~ssast.engine.evaluation.timeline.timelines`, also for the errors.
+            window_s: See there.
+            hop_s: See there.
 
         Raises:
-            ConfigError: The classifier is not trained, or the windows are too long or have gaps.
-            DataError: A folder or a manifest is wrong.
+            ConfigError: The classifier is not fine-tuned yet.
         """
-        trained = self._trained()
-        cutting = Windows.of(fbank_spec(trained.config.audio), window_s, hop_s)
-        paths = find_files(sources)
-        return (timeline(trained, path, cutting, self.device) for path in paths)
+        return timelines(self._trained(), sources, window_s, hop_s)
 
-    def _trained(self) -> Trained:
+    def _trained(self) -> LoadedModel:
         if self.trained is None:
             raise ConfigError("this classifier is not trained yet: call fit first")
         return self.trained

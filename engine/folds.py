@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ssast.engine.checkpoints.classifier import CHOSEN
 from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.checkpoints.weights import CHOSEN
 from ssast.engine.config import Config, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -58,7 +58,7 @@ def find_folds(folder: str | Path) -> list[Fold]:
     return [Fold(n, paths[f"train_{n}"], paths[f"eval_{n}"]) for n in sorted(numbers)]
 
 
-def are_asked_for(config: Config, overrides: Iterable[str] = ()) -> bool:
+def uses_folds(config: Config, overrides: Iterable[str] = ()) -> bool:
     """Whether a configuration means cross-validation, not a single run.
 
     Args:

@@ -14,9 +14,9 @@ from ssast.benchmarks.study.outcomes import Cells, gather
 from ssast.benchmarks.study.page import OUT, stored_plan
 from ssast.benchmarks.study.plan import BATCH, FAMILIES, Plan
 from ssast.benchmarks.study.tables import chance_of, spread, table, what
-from ssast.engine.checkpoints.pretrained import export_weights, find_checkpoint, load_pretrained
-from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.errors import CheckpointError
+from ssast.engine.formats.open import load_pretrained, open_encoder
 from ssast.pipelines.files import write_atomically
 
 CHECKPOINTS = Path("checkpoints")
@@ -37,12 +37,13 @@ def release(out: Path, folder: Path) -> list[Path]:
     plan = stored_plan(out)
     cells, written = gather(plan, out), []
     for family in FAMILIES:
-        run = out / "pretrain" / family
-        _, meta = Checkpoints.load(find_checkpoint(run), check=False)
-        if meta["step"] < plan.steps:
-            raise CheckpointError(f"{out}: {family} has {meta['step']} of {plan.steps} steps")
-        path = export_weights(run, folder / f"tiny_{family}", dtype=torch.float16)
-        write_atomically(path / CARD, card(plan, cells, family, meta["step"], path))
+        loaded = open_encoder(out / "pretrain" / family)
+        step = loaded.step or 0
+        if step < plan.steps:
+            raise CheckpointError(f"{out}: {family} has {step} of {plan.steps} steps")
+        path = folder / f"tiny_{family}"
+        export_weights(loaded.model, loaded.config, step, path, torch.float16)
+        write_atomically(path / CARD, card(plan, cells, family, step, path))
         written.append(path)
     return written
 

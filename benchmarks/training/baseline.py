@@ -14,8 +14,8 @@ import random
 import torch
 from torch import Tensor, nn
 
+from ssast.engine.api import published_name
 from ssast.engine.config import Config
-from ssast.engine.interop import published_name
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.objective import MSPM
 from ssast.engine.settings import SIZES

@@ -1,37 +1,22 @@
 """Classifiers in and out of run folders, and new ones from pretrained weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ssast.engine.checkpoints.pretrained import find_checkpoint
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
+from ssast.engine.checkpoints.weights import CHOSEN, WEIGHT
+from ssast.engine.config import Config, finetune_settings, to_plain
 from ssast.engine.errors import CheckpointError
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
 from ssast.engine.settings import SIZES, Model
 
 Kind = TypeVar("Kind", bound=Classifier)
-
-CHOSEN = "classifier"  # in a run's folder: the weights that did best on the held-out clips
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A fine-tuned classifier."""
-
-    classifier: Classifier
-    classes: tuple[str, ...]
-    """Labels, in the order of the logits."""
-
-    config: Config
-    names: tuple[str, ...]
-    """What people call them."""
 
 
 def model_of(encoder: SpectrogramTransformer) -> Model:
@@ -100,34 +85,9 @@ def save_chosen(
     facts: dict[str, Any],
 ) -> Path:
     """Write the weights of a run that shall be used; returns their folder."""
-    weights = {name: value for name, value in tensors.items() if name.startswith("weight/")}
+    weights = {name: value for name, value in tensors.items() if name.startswith(WEIGHT)}
     meta = {"config": to_plain(config), "classes": list(classes), **facts}
     return Checkpoints(run / CHOSEN, keep=1).save(weights, meta, step=step)
-
-
-def load_classifier(path: str | Path) -> Trained:
-    """The classifier of a fine-tuning run, or of one of its checkpoints, on the CPU.
-
-    Raises:
-        CheckpointError: There is none, or it is of a pretraining.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise CheckpointError(f"{path}: expected the folder of a fine-tuning run, found {found}")
-    found_at = Checkpoints(path / CHOSEN).latest() or find_checkpoint(path)
-    tensors, meta = Checkpoints.load(found_at)
-    if "classes" not in meta:
-        raise CheckpointError(
-            f"{path}: expected a fine-tuned model, found a pretrained one: ssast finetune CONFIG "
-            f"--checkpoint {path} makes a classifier of it"
-        )
-    config = from_plain(meta["config"])
-    classifier: Classifier = build_classifier(config, len(meta["classes"]))
-    weights = {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
-    classifier.load_state_dict(weights)
-    classes = tuple(meta["classes"])
-    return Trained(classifier.eval(), classes, config, tuple(meta.get("names", classes)))
 
 
 def with_model_of(config: Config, pretrained: Config) -> Config:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssast.engine.checkpoints.pretrained import load_pretrained
 from ssast.engine.config import Config, load_config
 from ssast.engine.evaluation.probe import format_scores, probe_run
 from ssast.engine.evaluation.reconstructions import visualize
+from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.pretrain import pretrain

@@ -70,7 +70,7 @@ def _open(options: argparse.Namespace) -> Any:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from ssast.engine.checkpoints.pretrained import export_weights
+    from ssast.engine.checkpoints.weights import export_weights
     from ssast.engine.errors import ConfigError
     from ssast.engine.formats.huggingface import export_huggingface
     from ssast.engine.formats.portable import save_onnx, save_program
@@ -78,25 +78,26 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
 
-    opened, out = _open(options), options.out
+    loaded, out = _open(options), options.out
     if options.to == "weights":
-        if not isinstance(opened.model, MSPM) or options.model.is_file():
+        if not isinstance(loaded.model, MSPM) or loaded.step is None:
             raise ConfigError(f"{options.model}: expected a pretraining run for --to weights")
-        print(export_weights(options.model, out, torch.float16))
+        print(export_weights(loaded.model, loaded.config, loaded.step, out, torch.float16))
         return 0
+    bare = loaded.classifier if loaded.is_classifier else loaded.encoder
     if options.to == "published":
-        if isinstance(opened.model, SpectrogramTransformer):
+        if isinstance(loaded.model, SpectrogramTransformer):
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
-        save_published(opened.model, out, opened.audio)
+        save_published(loaded.model, out, loaded.audio)
     elif options.to == "hf":
-        export_huggingface(opened.useful, out, opened.audio, opened.labels)
+        export_huggingface(bare, out, loaded.audio, loaded.classes or None)
     else:
         save = save_onnx if options.to == "onnx" else save_program
-        save(opened.useful, out, opened.audio, opened.labels)
-    if opened.audio.ignore_padding:
+        save(bare, out, loaded.audio, loaded.classes or None)
+    if loaded.audio.ignore_padding:
         print(
             "warning: audio.ignore_padding is not exported: outputs are the same only for clips of "
-            f"{opened.audio.num_frames} frames, without padding",
+            f"{loaded.audio.num_frames} frames, without padding",
             file=sys.stderr,
         )
     print(out)
@@ -109,9 +110,9 @@ def _embed(options: argparse.Namespace) -> int:
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {options.batch_size}")
-    opened = _open(options)
+    loaded = _open(options)
     embedded = embed_recordings(
-        opened, options.source, options.out, level=options.level, batch_size=options.batch_size
+        loaded, options.source, options.out, level=options.level, batch_size=options.batch_size
     )
     empty = "null" if embedded.listing == embedded.path else "NaN"
     for path, reason in embedded.rejected.items():

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssast.engine.cli.options import (
     add_config,
@@ -13,6 +13,9 @@ from ssast.engine.cli.options import (
     add_resume,
     missing_metadata,
 )
+
+if TYPE_CHECKING:  # imported only when needed: --help answers at once
+    from ssast.engine.formats.open import LoadedModel
 
 RECIPES = """recipes: classifier, demo_finetune,
 audioset_20k_{patch,frame}, audioset_2m_{patch,frame},
@@ -107,28 +110,22 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
 def _finetune(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
     from ssast.engine.finetune import finetune
-    from ssast.engine.folds import are_asked_for, cross_validate
+    from ssast.engine.folds import cross_validate, uses_folds
 
     config = load_config(options.config, options.overrides)
-    train = cross_validate if are_asked_for(config, options.overrides) else finetune
+    train = cross_validate if uses_folds(config, options.overrides) else finetune
     stopped = train(config, options.checkpoint, resume=options.resume)
     return 128 + stopped if stopped else 0
-
-
-def _open(options: argparse.Namespace, *, named: bool = False) -> Any:
-    from ssast.engine.finetune import FinetuneEngine
-    from ssast.engine.formats.open import open_classifier
-
-    found = open_classifier(
-        options.checkpoint, missing_metadata(options), options.labels, named=named
-    )
-    return FinetuneEngine(found.config, trained=found)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     if options.probe:
         return _probe(options)
-    for name, value in _open(options, named=True).evaluate(options.manifest, options.out).items():
+    from ssast.engine.evaluation.evaluate import evaluate
+    from ssast.engine.formats.open import open_classifier
+
+    loaded = open_classifier(options.checkpoint, missing_metadata(options), named=True)
+    for name, value in evaluate(loaded, options.manifest, options.out).items():
         print(f"{name:10}{value:8.4f}")
     if options.out is not None:
         print(options.out)
@@ -139,8 +136,8 @@ def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
     from ssast.engine.formats.open import open_model
 
-    opened = open_model(options.checkpoint, missing_metadata(options))
-    scores = probe_model(opened, Path(options.manifest), options.train)
+    loaded = open_model(options.checkpoint, missing_metadata(options))
+    scores = probe_model(loaded, Path(options.manifest), options.train)
     print(format_scores(scores))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -149,10 +146,13 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    engine = _open(options)
+    from ssast.engine.evaluation.predict import predict
+    from ssast.engine.formats.open import open_classifier
+
+    loaded = open_classifier(options.checkpoint, missing_metadata(options))
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
-        return _predict_windows(engine, options)
-    for found in engine.predict(options.sources, options.top):
+        return _predict_windows(loaded, options)
+    for found in predict(loaded, options.sources, options.top):
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
         else:
@@ -160,11 +160,11 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
-def _predict_windows(engine: Any, options: argparse.Namespace) -> int:
-    from ssast.engine.evaluation.timeline import write_timelines
+def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
+    from ssast.engine.evaluation.timeline import timelines, write_timelines
 
     found = []
-    for timeline in engine.timelines(options.sources, options.window_s, options.hop_s):
+    for timeline in timelines(loaded, options.sources, options.window_s, options.hop_s):
         for line in timeline.lines(options.top):
             if options.json:
                 print(json.dumps(line))

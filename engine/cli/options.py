@@ -67,8 +67,14 @@ def add_missing_metadata(command: argparse.ArgumentParser, *, classifier: bool =
 
 def missing_metadata(options: argparse.Namespace) -> Any:
     """Return what these options give."""
-    from ssast.engine.formats.open import Unsaid
+    from ssast.engine.formats.open import MissingMetadata
 
-    stride = None if options.stride is None else tuple(options.stride)
-    loss = getattr(options, "loss", None)
-    return Unsaid(options.frames, stride, options.pooling, options.mean, options.std, loss)
+    return MissingMetadata(
+        num_frames=options.frames,
+        stride=None if options.stride is None else tuple(options.stride),
+        pooling=options.pooling,
+        mean=options.mean,
+        std=options.std,
+        loss=getattr(options, "loss", None),
+        labels=getattr(options, "labels", None),
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
-from ssast.engine.formats.open import Opened
+from ssast.engine.evaluation.predict import default_device
+from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.classifier import Classifier, embed_clips
 from ssast.engine.model.encoder import layer_states, time_states
 from ssast.kernels.matmul import fast_matmul
@@ -112,7 +113,7 @@ class ParquetRows:
 @fast_matmul()
 @torch.no_grad()
 def embed_recordings(
-    opened: Opened,
+    loaded: LoadedModel,
     source: str | Path,
     out: str | Path,
     *,
@@ -122,7 +123,7 @@ def embed_recordings(
     """Write the embeddings of recordings.
 
     Args:
-        opened: The model.
+        loaded: The model.
         source: A manifest, a folder, or one audio file. Row i is its i-th clip.
         out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
             over what holds sound. ``frame``: [clips, T', D], the mean over the rows of each column
@@ -141,8 +142,8 @@ def embed_recordings(
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
     paths = _paths(source)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = opened.encoder.to(device).eval()
+    device = default_device()
+    encoder = loaded.encoder.to(device).eval()
     columns = encoder.embed.grid[1]
     shape: tuple[int, ...] = (len(paths), encoder.embed_dim)
     if level == "frame":
@@ -155,7 +156,7 @@ def embed_recordings(
             replacing(out) as temporary,
             AudioStream(
                 paths,
-                fbank_spec(opened.audio),
+                fbank_spec(loaded.audio),
                 batch_size=min(batch_size, len(paths)),
                 epochs=1,
                 device=device,
@@ -171,7 +172,7 @@ def embed_recordings(
             for number, batch in enumerate(batches):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
-                vectors, held = _embed(opened, batch.fbank, batch.num_frames, level)
+                vectors, held = _embed(loaded, batch.fbank, batch.num_frames, level)
                 held = held.where(batch.valid, 0)
                 counts[first : first + count] = held[:count].cpu().numpy()
                 rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
@@ -191,10 +192,10 @@ def embed_recordings(
 
 
 def _embed(
-    opened: Opened, fbank: Tensor, num_frames: Tensor, level: Level
+    loaded: LoadedModel, fbank: Tensor, num_frames: Tensor, level: Level
 ) -> tuple[Tensor, Tensor]:
     """Vectors, and the columns of patches that hold sound, [B]."""
-    encoder = opened.encoder
+    encoder = loaded.encoder
     embed = encoder.embed
     starts = torch.arange(embed.grid[1], device=fbank.device) * embed.stride[1]
     sound = starts < num_frames.clamp(min=1)[:, None]  # [B, T']
@@ -204,7 +205,7 @@ def _embed(
     if level == "frame":
         states = time_states(encoder, layer_states(encoder, fbank, num_frames)[-1])
         return states.masked_fill(~sound[..., None], torch.nan), sound.sum(1)
-    pooling = opened.model.pooling if isinstance(opened.model, Classifier) else "avgtok"
+    pooling = loaded.model.pooling if isinstance(loaded.model, Classifier) else "avgtok"
     return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)
 
 

@@ -2,11 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import expit, softmax
+from scipy.special import softmax
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -103,16 +102,3 @@ def class_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarr
                 )
                 found["auc"][number] = roc_auc_score(truth, scores[:, number])
     return found
-
-
-def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
-    """What the loss makes of logits [..., C]: softmax for ``ce``, the logistic for ``bce``."""
-    if loss == "ce":
-        return softmax(logits, axis=-1)
-    return expit(logits)
-
-
-def likeliest(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
-    """The classes of the highest of some scores [C], with these."""
-    order = np.argsort(-scores, kind="stable")[:count]
-    return [(classes[i], float(scores[i])) for i in order]

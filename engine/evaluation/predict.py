@@ -1,4 +1,4 @@
-"""What a classifier makes of clips, in batches."""
+"""Predict the classes of clips with a fine-tuned classifier."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssast.engine.checkpoints.classifier import Trained
+from ssast.engine.config import finetune_settings
 from ssast.engine.data.clips import fbank_spec
+from ssast.engine.evaluation.probabilities import likeliest, probabilities
+from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import located
@@ -21,11 +23,11 @@ BATCH = 32  # clips at a time outside of training
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier makes of a clip.
+    """The likeliest classes of a clip.
 
     Attributes:
-        path: Of the clip.
-        classes: (name, probability), the likeliest first; none if it could not be read.
+        path: Path of the clip.
+        classes: (name, probability), the likeliest first; none if the clip could not be read.
         reason: Why it could not be read.
     """
 
@@ -34,8 +36,44 @@ class Prediction:
     reason: str | None = None
 
 
+def predict(
+    model: LoadedModel | str | Path, sources: Sequence[str | Path], top: int = 5
+) -> list[Prediction]:
+    """Predict the classes of files, of all files in folders, or of the clips of manifests.
+
+    Classes are given their display names. Of a file longer than the model's input only the
+    beginning is used; see :func:`~ssast.engine.evaluation.timeline.timelines` for the rest.
+
+    Args:
+        model: A fine-tuned classifier, or the path of one.
+        sources: Audio files, folders, manifests.
+        top: Number of classes for each clip.
+
+    Raises:
+        CheckpointError: There is no classifier at the path.
+        ConfigError: A published file, which lacks metadata: open it with
+            :func:`~ssast.engine.formats.open.open_classifier`.
+        DataError: A folder or a manifest is wrong.
+    """
+    loaded = as_classifier(model)
+    paths = find_files(sources)
+    logits, reasons = score_clips(loaded, paths, default_device())
+    scores = probabilities(logits, finetune_settings(loaded.config).loss)
+    return [
+        Prediction(str(path), (), reasons[row])
+        if row in reasons
+        else Prediction(str(path), tuple(likeliest(scores[row], loaded.names, top)))
+        for row, path in enumerate(paths)
+    ]
+
+
+def default_device() -> torch.device:
+    """Return the GPU of this process, the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def find_files(sources: Sequence[str | Path]) -> list[Any]:
-    """Files as they are; folders and manifests as the clips that they stand for.
+    """List the clips of sources: files as they are, folders and manifests by their clips.
 
     A folder may be a URL, if it was prepared.
 
@@ -57,12 +95,16 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
 @fast_matmul()
 @torch.inference_mode()
 def score_clips(
-    trained: Trained, paths: Sequence[Any], device: torch.device
+    loaded: LoadedModel, paths: Sequence[Any], device: torch.device
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Logits [n, C] of clips, 0 for those that cannot be read, and the reason why, by clip."""
-    classifier = trained.classifier.to(device).eval()
-    audio = trained.config.audio
-    logits = np.zeros((len(paths), len(trained.classes)))
+    """Compute the logits [n, C] of clips.
+
+    Returns:
+        Logits, 0 for clips that cannot be read, and the reasons for those, by row.
+    """
+    classifier = loaded.classifier.to(device).eval()
+    audio = loaded.audio
+    logits = np.zeros((len(paths), loaded.num_classes))
     reasons: dict[int, str] = {}
     size = min(BATCH, len(paths))
     start = 0

@@ -21,11 +21,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ssast.engine.checkpoints.classifier import model_of
-from ssast.engine.checkpoints.pretrained import load_pretrained
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.metrics import verification_metrics
-from ssast.engine.formats.open import Opened
+from ssast.engine.evaluation.predict import default_device
+from ssast.engine.formats.open import LoadedModel, load_pretrained
 from ssast.engine.model.classifier import embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
@@ -218,23 +218,23 @@ def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
     return verification_metrics((x @ x.T)[one, other], same)["eer"]
 
 
-def probe_model(opened: Opened, manifest: Path, train: Path | None = None) -> list[Score]:
+def probe_model(loaded: LoadedModel, manifest: Path, train: Path | None = None) -> list[Score]:
     """Score the encoder of any model on labelled clips, beside one like it that is untrained.
 
     Args:
-        opened: The model; a head is left out.
+        loaded: The model; a head is left out.
         manifest: The clips, with one label each.
         train: Others to train on; parts of the same if None, see :func:`probe`.
 
     Raises:
         DataError: See :func:`probe`.
     """
-    trained = opened.encoder
+    trained = loaded.encoder
     torch.manual_seed(0)
-    fresh = SpectrogramTransformer(model_of(trained), opened.audio, trained.embed.stride).eval()
+    fresh = SpectrogramTransformer(model_of(trained), loaded.audio, trained.embed.stride).eval()
     tasks = {manifest.stem: (manifest, None) if train is None else (train, manifest)}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return probe({"untrained": fresh, "checkpoint": trained}, tasks, opened.audio, device)
+    device = default_device()
+    return probe({"untrained": fresh, "checkpoint": trained}, tasks, loaded.audio, device)
 
 
 def probe_run(
@@ -258,7 +258,7 @@ def probe_run(
     model, config = load_pretrained(run)
     encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
     encoders |= others or {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     scores = probe(encoders, pairs, config.audio, device)
     return scores, write_scores(scores, run / "probe.json")
 

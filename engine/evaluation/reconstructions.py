@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssast.engine.checkpoints.pretrained import load_pretrained
 from ssast.engine.data.clips import fbank_spec, find_clips
+from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.kernels.masking import Masks

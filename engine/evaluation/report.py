@@ -11,7 +11,8 @@ from sklearn.metrics import confusion_matrix
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import LabelledClips
 from ssast.engine.data.splits import Splits
-from ssast.engine.evaluation.metrics import class_metrics, likeliest, probabilities
+from ssast.engine.evaluation.metrics import class_metrics
+from ssast.engine.evaluation.probabilities import likeliest, probabilities
 from ssast.pipelines.figures import save_figure, subplots
 
 PREDICTIONS = "predictions.csv"

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssast.engine.checkpoints.classifier import Trained
 from ssast.engine.config import finetune_settings
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.metrics import likeliest, probabilities
+from ssast.engine.evaluation.predict import default_device, find_files
+from ssast.engine.evaluation.probabilities import likeliest, probabilities
+from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows
@@ -109,19 +110,44 @@ class Windows:
             before = window
 
 
+def timelines(
+    model: LoadedModel | str | Path,
+    sources: Sequence[str | Path],
+    window_s: float | None = None,
+    hop_s: float | None = None,
+) -> Iterator[Timeline]:
+    """Classify recordings of any length window by window, one recording after the other.
+
+    Args:
+        model: A fine-tuned classifier, or the path of one.
+        sources: Audio files, folders, manifests.
+        window_s: Length of a window in seconds; that of the model's input if None.
+        hop_s: Seconds from one window to the next; half a window if None.
+
+    Raises:
+        CheckpointError: There is no classifier at the path.
+        ConfigError: The windows are too long or have gaps between them.
+        DataError: A folder or a manifest is wrong.
+    """
+    loaded = as_classifier(model)
+    cutting = Windows.of(fbank_spec(loaded.audio), window_s, hop_s)
+    paths = find_files(sources)
+    return (timeline(loaded, path, cutting, default_device()) for path in paths)
+
+
 @fast_matmul()
 @torch.inference_mode()
-def timeline(trained: Trained, path: Any, cutting: Windows, device: torch.device) -> Timeline:
+def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.device) -> Timeline:
     """Classify the windows of a recording, which is read block by block.
 
     Args:
-        trained: The classifier.
+        loaded: The classifier.
         path: A file, or a clip in a shard.
         cutting: Its windows.
         device: Where the classifier shall work.
     """
-    audio, classifier = trained.config.audio, trained.classifier.to(device).eval()
-    spec, num_classes = fbank_spec(audio), len(trained.classes)
+    audio, classifier = loaded.audio, loaded.classifier.to(device).eval()
+    spec, num_classes = fbank_spec(audio), loaded.num_classes
     starts: list[int] = []
     ends: list[int] = []
     logits = [np.zeros((0, num_classes))]
@@ -152,10 +178,10 @@ def timeline(trained: Trained, path: Any, cutting: Windows, device: torch.device
     rate = spec.sample_rate_hz
     return Timeline(
         str(path),
-        trained.names,
+        loaded.names,
         np.array(starts) / rate,
         np.array(ends) / rate,
-        probabilities(np.concatenate(logits), finetune_settings(trained.config).loss),
+        probabilities(np.concatenate(logits), finetune_settings(loaded.config).loss),
         np.array(list(columns.values())).reshape(-1, audio.n_mels),
         reason,
     )

@@ -3,7 +3,7 @@
 Its constructor, tasks, attributes and names of parameters, on our operations: batched masks and
 losses, and the project's attention. Import it in place of the published one:
 
-    from ssast.engine.interop import ASTModel
+    from ssast.engine.api import ASTModel
 """
 
 from pathlib import Path

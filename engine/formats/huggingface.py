@@ -27,7 +27,7 @@ from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import SIZES, Audio, Model
 
 REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
-_CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 _STOCK, _OWN = "audio-spectrogram-transformer", "ssast"
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
 
@@ -95,11 +95,11 @@ def export_huggingface(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in ((_CONFIG, config), (_PREPROCESSOR, preprocessor)):
+        for name, content in ((CONFIG, config), (_PREPROCESSOR, preprocessor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
         # safetensors makes a file that nobody else may read.
-        (folder / _WEIGHTS).chmod((folder / _CONFIG).stat().st_mode)
+        (folder / _WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
         if config["model_type"] == _OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     except (OSError, safetensors.SafetensorError) as error:
@@ -121,10 +121,10 @@ def import_huggingface(
         CheckpointError: A file is missing or damaged, or the model is none that we can hold.
     """
     folder = Path(folder)
-    config, preprocessor = (_read_json(folder / name) for name in (_CONFIG, _PREPROCESSOR))
+    config, preprocessor = (_read_json(folder / name) for name in (CONFIG, _PREPROCESSOR))
     kind = config.get("model_type")
     if kind not in (_STOCK, _OWN):
-        raise CheckpointError(f"{folder / _CONFIG}: model_type is {kind!r}, expected {_STOCK!r}")
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {_STOCK!r}")
     try:
         state = safetensors.torch.load_file(folder / _WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
@@ -265,14 +265,14 @@ def _build(
         if (width, heads) not in sizes:
             known = ", ".join(f"{w} with {h}" for w, h in sizes)
             raise CheckpointError(
-                f"{folder / _CONFIG}: hidden_size {width} with {heads} heads, expected {known}"
+                f"{folder / CONFIG}: hidden_size {width} with {heads} heads, expected {known}"
             )
         if config["model_type"] == _STOCK:
             expected = {"hidden_act": "gelu", "qkv_bias": True, "intermediate_size": 4 * width}
             for key, value in expected.items():
                 if config[key] != value:
                     raise CheckpointError(
-                        f"{folder / _CONFIG}: {key} is {config[key]!r}, expected {value!r}"
+                        f"{folder / CONFIG}: {key} is {config[key]!r}, expected {value!r}"
                     )
             patch = (config["patch_size"], config["patch_size"])
             stride = (config["frequency_stride"], config["time_stride"])

@@ -1,20 +1,26 @@
-"""Whatever a path holds: a model of ours, of the published code, or of transformers."""
+"""Open the model that a path holds: one of ours, of the published code, or of transformers.
+
+What a path holds is decided here, once, and its weights are read once:
+
+    a folder with config.json       transformers, its own AST or what ``ssast export --to hf`` wrote
+    another folder                  a run of ours, one of its checkpoints, or exported weights
+    a .safetensors or pickled file  the published code's, pretrained or fine-tuned
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ssast.engine.checkpoints.classifier import CHOSEN, Trained, load_classifier, model_of
-from ssast.engine.checkpoints.pretrained import find_checkpoint, load_pretrained
-from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import Config
+from ssast.engine.checkpoints.classifier import build_classifier, model_of
+from ssast.engine.checkpoints.weights import read_weights
+from ssast.engine.config import Config, from_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.formats.huggingface import import_huggingface
+from ssast.engine.formats.huggingface import CONFIG, import_huggingface
 from ssast.engine.formats.published import (
+    build_pretrained,
+    build_published_classifier,
     detect_layout,
-    load_published,
-    load_published_classifier,
     read_published,
 )
 from ssast.engine.model.classifier import Classifier
@@ -24,185 +30,266 @@ from ssast.engine.settings import Audio, Finetune
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
 
+Origin = Literal["run", "published", "transformers"]
+
 
 @dataclass(frozen=True)
-class Unsaid:
-    """What a published file does not say of its model; other files say it themselves."""
+class MissingMetadata:
+    """What a published file does not say of its model.
+
+    A run of ours says all of it itself, a folder of transformers all but ``loss``; its ``labels``
+    go before those in the folder.
+    """
 
     num_frames: int | None = None
-    """Of the input of a fine-tuned model."""
+    """Frames of the input of a fine-tuned model."""
 
     stride: tuple[int, int] | None = None
-    """Of a fine-tuned model, in mel bins and frames."""
+    """Mel bins and frames between two patches of a fine-tuned model."""
 
     pooling: Literal["avgtok", "cls"] = "avgtok"
+    """Mean of the patch tokens, or of cls and dist, in a fine-tuned model."""
+
     mean: float | None = None
+    """Mean of the filterbanks; that of AudioSet and LibriSpeech if None."""
+
     std: float | None = None
+    """Standard deviation of the filterbanks, likewise."""
+
     loss: Literal["ce", "bce"] | None = None
-    """Of a fine-tuned model, of a folder of transformers as well: one class a clip, or several; ce
-    if not given."""
+    """Loss of a fine-tuned model: one class a clip, or several; ce if None."""
+
+    labels: str | Path | None = None
+    """A CSV of the classes of a fine-tuned model (index, mid, display_name)."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that were given."""
+        default = vars(MissingMetadata())
+        return {key: value for key, value in vars(self).items() if value != default[key]}
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model on the CPU, the settings of its input, and the names of its classes if known."""
+class LoadedModel:
+    """A model on the CPU, with its settings and classes."""
 
     model: MSPM | Classifier | SpectrogramTransformer
-    audio: Audio
-    labels: tuple[str, ...] | None = None
+    """Pretrained, fine-tuned, or an encoder without any head."""
+
+    config: Config
+    """Of its run; of a model from elsewhere, the settings that describe it."""
+
+    path: Path
+    origin: Origin
+
+    classes: tuple[str, ...] = ()
+    """Labels of a classifier, in the order of its logits; () where they are not known."""
+
+    names: tuple[str, ...] = ()
+    """Display names of the classes; the labels where there are no others."""
+
+    step: int | None = None
+    """Optimizer steps it was trained for in a run of ours."""
+
+    @property
+    def audio(self) -> Audio:
+        """Settings of the model's input."""
+        return self.config.audio
 
     @property
     def encoder(self) -> SpectrogramTransformer:
-        """Without any head."""
+        """The encoder without any head."""
         return self.model if isinstance(self.model, SpectrogramTransformer) else self.model.encoder
 
     @property
-    def useful(self) -> Classifier | SpectrogramTransformer:
-        """Without the heads of pretraining."""
-        return self.model if isinstance(self.model, Classifier) else self.encoder
+    def is_classifier(self) -> bool:
+        """Whether the model is fine-tuned."""
+        return isinstance(self.model, Classifier)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model, which must be fine-tuned.
+
+        Raises:
+            CheckpointError: It is pretrained.
+        """
+        if not isinstance(self.model, Classifier):
+            raise CheckpointError(
+                f"{self.path}: expected a fine-tuned model, found a pretrained one: ssast finetune "
+                f"CONFIG --checkpoint {self.path} makes a classifier of it"
+            )
+        return self.model
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of a classifier."""
+        return len(self.classifier.head[1].weight)  # type: ignore[arg-type]  # a Linear's
 
 
-def open_model(path: str | Path, unsaid: Unsaid | None = None) -> Opened:
-    """The model at a path.
+def open_model(path: str | Path, metadata: MissingMetadata | None = None) -> LoadedModel:
+    """Open the model at a path, whatever kind it is of.
 
     Args:
-        path: The folder of a run of ours or one of its checkpoints, a published file, or a folder
-            of transformers.
-        unsaid: For a published file.
+        path: Folder of a run of ours, one of its checkpoints or exported weights; a published file;
+            a folder of transformers.
+        metadata: What a published file does not say.
 
     Raises:
-        CheckpointError: There is none, or it is damaged or unknown.
+        CheckpointError: There is no model, or it is damaged or unknown.
         ConfigError: A published fine-tuned model without its ``num_frames`` and ``stride``, or
-            these with a model that knows them.
+            metadata of a model that knows its own.
+        DataError: The table of classes is wrong, or has another number of classes.
     """
-    path, unsaid = Path(path), unsaid or Unsaid()
-    if path.is_file():
-        return _open_published(path, unsaid)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a run, a checkpoint or a model, found nothing")
-    if unsaid != Unsaid():
-        default = vars(Unsaid())
-        given = [f"{key}={value}" for key, value in vars(unsaid).items() if value != default[key]]
-        raise ConfigError(f"{path} knows its own settings: leave out {', '.join(given)}")
-    if (path / "config.json").is_file():
-        model, audio, labels = import_huggingface(path)
-        return Opened(model, audio, labels or None)
-    if is_classifier(path):
-        trained = load_classifier(path)
-        return Opened(trained.classifier, trained.config.audio, trained.classes)
-    pretrained, config = load_pretrained(path)
-    return Opened(pretrained, config.audio)
+    return _open(Path(path), metadata or MissingMetadata())
 
 
 def open_classifier(
-    path: str | Path,
-    unsaid: Unsaid | None = None,
-    labels: str | Path | None = None,
-    *,
-    named: bool = False,
-) -> Trained:
-    """The fine-tuned classifier at a path.
+    path: str | Path, metadata: MissingMetadata | None = None, *, named: bool = False
+) -> LoadedModel:
+    """Open a fine-tuned classifier; classes without a name are numbered from 0.
 
     Args:
-        path: As for :func:`open_model`.
-        unsaid: For a published file.
-        labels: A CSV of the classes (index, mid, display_name), where the model does not name
-            them. Without it they are numbers from 0.
-        named: The classes must have names.
+        path: See :func:`open_model`.
+        metadata: See :func:`open_model`.
+        named: Whether the classes must have names.
 
     Raises:
-        CheckpointError: There is none, it is of a pretraining, or damaged.
-        ConfigError: See :func:`open_model`; or labels for a model that knows its own, or no names.
-        DataError: The table is wrong, or of another number of classes.
+        CheckpointError: See :func:`open_model`; or the model is pretrained.
+        ConfigError: See :func:`open_model`; or the classes have no names and must have.
+        DataError: See :func:`open_model`.
     """
-    path, unsaid = Path(path), unsaid or Unsaid()
-    elsewhere = path.is_file() or (path / "config.json").is_file()
-    if not elsewhere:
-        if unsaid != Unsaid() or labels is not None:
-            raise ConfigError(f"{path} knows its own settings and labels: leave them out")
-        return load_classifier(path)
-    opened = open_model(path, unsaid if path.is_file() else replace(unsaid, loss=None))
-    if not isinstance(opened.model, Classifier):
-        raise CheckpointError(
-            f"{path}: expected a fine-tuned model, found a pretrained one: ssast finetune CONFIG "
-            f"--checkpoint {path} makes a classifier of it"
-        )
-    num_classes = len(opened.model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
-    classes = opened.labels or tuple(map(str, range(num_classes)))
-    if labels is not None:
-        classes = tuple(class_table(Path(labels)))
-    elif named and opened.labels is None:
+    loaded = open_model(path, metadata)
+    if named and loaded.is_classifier and not loaded.classes:
         raise ConfigError(f"{path} does not name its classes: give --labels, a CSV of them")
-    if len(classes) != num_classes:
-        raise DataError(f"{labels}: {len(classes)} classes, expected the {num_classes} of {path}")
-    settings = Finetune(
-        stride=opened.encoder.embed.stride, pooling=opened.model.pooling, loss=unsaid.loss or "ce"
-    )
-    config = Config(model=model_of(opened.encoder), audio=opened.audio, finetune=settings)
-    return Trained(opened.model, classes, config, class_names(classes, labels))
+    return as_classifier(loaded)
 
 
-def _open_published(path: Path, unsaid: Unsaid) -> Opened:
-    given = {"mean": unsaid.mean, "std": unsaid.std}
-    audio: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    layout = detect_layout(read_published(path), path)
-    if layout.num_classes is None:
-        if unsaid.num_frames is not None or unsaid.stride is not None:
+def as_classifier(model: LoadedModel | str | Path) -> LoadedModel:
+    """Return a loaded model, or that at a path, as a classifier whose classes all have names.
+
+    Args:
+        model: A fine-tuned model, or the path of one; see :func:`open_model`, also for the errors.
+
+    Raises:
+        CheckpointError: The model is pretrained.
+    """
+    loaded = model if isinstance(model, LoadedModel) else open_model(model)
+    numbers = tuple(map(str, range(loaded.num_classes)))
+    return loaded if loaded.classes else replace(loaded, classes=numbers, names=numbers)
+
+
+def open_encoder(path: str | Path) -> LoadedModel:
+    """Open a pretrained model that a fine-tuning begins from.
+
+    The head of a classifier in a folder of transformers is ignored; other fine-tuned models are
+    refused.
+
+    Args:
+        path: See :func:`open_model`.
+
+    Raises:
+        CheckpointError: See :func:`open_model`; or the model is fine-tuned.
+    """
+    return _open(Path(path), MissingMetadata(), pretrained=True)
+
+
+def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
+    """Load a pretrained model with its pretraining heads, on the CPU, and its configuration.
+
+    The encoder alone is ``model.encoder``; :class:`~ssast.engine.model.classifier.Classifier` puts
+    a classifier on top of it.
+
+    Args:
+        path: See :func:`open_model`.
+
+    Raises:
+        CheckpointError: See :func:`open_model`; or the model is fine-tuned, or an encoder alone.
+    """
+    loaded = open_encoder(path)
+    if not isinstance(loaded.model, MSPM):
+        raise CheckpointError(f"{path}: expected a model with its pretraining heads, found none")
+    return loaded.model, loaded.config
+
+
+def _open(path: Path, metadata: MissingMetadata, *, pretrained: bool = False) -> LoadedModel:
+    if path.is_file():
+        return _open_published(path, metadata, pretrained)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a run, a checkpoint or a model, found nothing")
+    if (path / CONFIG).is_file():
+        return _open_transformers(path, metadata)
+    loaded = _open_run(path, metadata)
+    if pretrained and loaded.is_classifier:
+        raise CheckpointError(f"{path}: expected a pretrained model, found a fine-tuned one")
+    return loaded
+
+
+def _open_run(path: Path, metadata: MissingMetadata) -> LoadedModel:
+    _check_known(path, metadata)
+    weights, meta = read_weights(path)
+    config, classes = from_plain(meta["config"]), tuple(meta.get("classes", ()))
+    model = build_classifier(config, len(classes)) if classes else MSPM(config)
+    model.load_state_dict(weights)
+    names = tuple(meta.get("names", classes))
+    return LoadedModel(model.eval(), config, path, "run", classes, names, meta["step"])
+
+
+def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
+    _check_known(path, replace(metadata, loss=None, labels=None))
+    model, audio, classes = import_huggingface(path)
+    config = _describe(model, audio, metadata)
+    loaded = LoadedModel(model, config, path, "transformers", classes, classes)
+    return _with_labels(loaded, metadata.labels)
+
+
+def _open_published(path: Path, metadata: MissingMetadata, pretrained: bool) -> LoadedModel:
+    state = read_published(path)
+    layout = detect_layout(state, path)
+    given = {"mean": metadata.mean, "std": metadata.std}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if layout.num_classes is None or pretrained:
+        if metadata.num_frames is not None or metadata.stride is not None:
             raise ConfigError(f"{path} is pretrained and knows its frames and its stride")
-        model, config = load_published(path, **audio)
-        return Opened(model, config.audio)
-    if unsaid.num_frames is None or unsaid.stride is None:
+        if metadata.labels is not None:
+            raise ConfigError(f"{path} is pretrained and has no classes: leave out the labels")
+        model, config = build_pretrained(state, layout, path, **settings)
+        return LoadedModel(model, config, path, "published")
+    if metadata.num_frames is None or metadata.stride is None:
         raise ConfigError(
             f"{path} is fine-tuned and says neither how many frames its input has nor its stride: "
             "give --frames and --stride, such as --frames 1024 --stride 10 10"
         )
-    classifier = load_published_classifier(
-        path,
-        num_frames=unsaid.num_frames,
-        stride=unsaid.stride,
-        pooling=unsaid.pooling,
-        **audio,
+    audio = Audio(num_frames=metadata.num_frames, **settings)
+    classifier = build_published_classifier(
+        state, layout, path, audio=audio, stride=metadata.stride, pooling=metadata.pooling
     )
-    return Opened(classifier, replace(Audio(num_frames=unsaid.num_frames), **audio))
+    config = _describe(classifier, audio, metadata)
+    return _with_labels(LoadedModel(classifier, config, path, "published"), metadata.labels)
 
 
-def load_initial(path: str | Path) -> tuple[SpectrogramTransformer, Config]:
-    """A pretrained encoder, and the model and the audio that it is for.
-
-    Args:
-        path: A run, one of its checkpoints, a published file, or a folder of transformers, with or
-            without a head, which is then left out.
-
-    Raises:
-        CheckpointError: There is none, or it is of a fine-tuned model.
-    """
-    path = Path(path)
-    if path.is_file():
-        model, config = load_published(path)
-        return model.encoder, config
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    if (path / "config.json").is_file():
-        found, audio, _ = import_huggingface(path)
-        encoder = found.encoder if isinstance(found, Classifier) else found
-        settings = Finetune(stride=encoder.embed.stride)
-        return encoder, Config(model=model_of(encoder), audio=audio, finetune=settings)
-    if is_classifier(path):
-        raise CheckpointError(f"{path}: expected a pretrained model, found a fine-tuned one")
-    model, config = load_pretrained(path)
-    return model.encoder, config
+def _with_labels(loaded: LoadedModel, labels: str | Path | None) -> LoadedModel:
+    """Take the classes of a model from a table, if there is one."""
+    if labels is None:
+        return loaded
+    classes = tuple(class_table(Path(labels)))
+    if len(classes) != loaded.num_classes:
+        raise DataError(
+            f"{labels}: {len(classes)} classes, expected the {loaded.num_classes} of {loaded.path}"
+        )
+    return replace(loaded, classes=classes, names=class_names(classes, labels))
 
 
-def is_classifier(path: str | Path) -> bool:
-    """Whether this is a fine-tuned model: a run, one of its checkpoints, or a published file."""
-    path = Path(path)
-    if path.is_file():
-        return detect_layout(read_published(path), path).num_classes is not None
-    if not path.is_dir():
-        return False
-    if (path / "config.json").is_file():
-        return isinstance(import_huggingface(path)[0], Classifier)
-    if (path / CHOSEN).is_dir():
-        return True
-    _, meta = Checkpoints.load(find_checkpoint(path), check=False)
-    return "classes" in meta
+def _check_known(path: Path, metadata: MissingMetadata) -> None:
+    """Refuse metadata of a model that knows its own."""
+    if given := metadata.given():
+        shown = ", ".join(f"{key}={value}" for key, value in given.items())
+        raise ConfigError(f"{path} knows its own settings and labels: leave out {shown}")
+
+
+def _describe(
+    model: Classifier | SpectrogramTransformer, audio: Audio, metadata: MissingMetadata
+) -> Config:
+    """Return a configuration that describes a model from elsewhere."""
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    pooling = model.pooling if isinstance(model, Classifier) else "avgtok"
+    settings = Finetune(stride=encoder.embed.stride, pooling=pooling, loss=metadata.loss or "ce")
+    return Config(model=model_of(encoder), audio=audio, finetune=settings)

@@ -203,13 +203,26 @@ def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
             missing or unexpected names.
     """
     state = read_published(path)
-    layout = detect_layout(state, path)
+    return build_pretrained(state, detect_layout(state, path), path, **audio)
+
+
+def build_pretrained(
+    state: dict[str, Tensor], layout: Layout, source: str | Path, **audio: Any
+) -> tuple[MSPM, Config]:
+    """Build a pretrained model from a published state dict; see :func:`load_published`.
+
+    Args:
+        state: State dict as :func:`read_published` returns it.
+        layout: Its layout.
+        source: Where it is from, for messages.
+        audio: See :func:`load_published`.
+    """
     if layout.input is None:
         kind = "it lacks p_input_fdim and p_input_tdim"
         if layout.num_classes is not None:
             kind = f"it is fine-tuned, for {layout.num_classes} classes"
-        raise CheckpointError(f"{path}: expected a pretrained model, but {kind}")
-    _check_two_tokens(layout, path)
+        raise CheckpointError(f"{source}: expected a pretrained model, but {kind}")
+    _check_two_tokens(layout, source)
     n_mels, num_frames = layout.input
     config = from_plain(
         {
@@ -222,7 +235,7 @@ def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
         }
     )
     model = MSPM(config)
-    _fill(model, state, path)
+    _fill(model, state, source)
     return model.eval(), config
 
 
@@ -250,22 +263,50 @@ def load_published_classifier(
             missing or unexpected names; frames and stride that make another number of patches.
     """
     state = read_published(path)
-    layout = detect_layout(state, path)
+    return build_published_classifier(
+        state,
+        detect_layout(state, path),
+        path,
+        audio=Audio(n_mels=n_mels, num_frames=num_frames, **audio),
+        stride=stride,
+        pooling=pooling,
+    )
+
+
+def build_published_classifier(
+    state: dict[str, Tensor],
+    layout: Layout,
+    source: str | Path,
+    *,
+    audio: Audio,
+    stride: tuple[int, int],
+    pooling: Literal["avgtok", "cls"],
+) -> Classifier:
+    """Build a classifier from a published state dict; see :func:`load_published_classifier`.
+
+    Args:
+        state: State dict as :func:`read_published` returns it.
+        layout: Its layout.
+        source: Where it is from, for messages.
+        audio: Settings of its input.
+        stride: Mel bins and frames between two patches.
+        pooling: ``avgtok`` or ``cls``.
+    """
     if layout.num_classes is None:
-        raise CheckpointError(f"{path}: expected a fine-tuned model, found no mlp_head")
-    _check_two_tokens(layout, path)
+        raise CheckpointError(f"{source}: expected a fine-tuned model, found no mlp_head")
+    _check_two_tokens(layout, source)
+    n_mels, num_frames = audio.n_mels, audio.num_frames
     rows, columns = patch_grid(n_mels, num_frames, layout.patch, stride)
     if rows * columns != layout.num_patches:
         raise CheckpointError(
-            f"{path}: {n_mels} mel bins x {num_frames} frames with stride {list(stride)} make "
+            f"{source}: {n_mels} mel bins x {num_frames} frames with stride {list(stride)} make "
             f"{rows} x {columns} = {rows * columns} patches, but v.pos_embed has "
             f"{layout.num_patches}"
         )
-    settings = Audio(n_mels=n_mels, num_frames=num_frames, **audio)
     model = Model(size=layout.size, depth=layout.depth, patch=layout.patch)
-    encoder = SpectrogramTransformer(model, settings, stride)
+    encoder = SpectrogramTransformer(model, audio, stride)
     classifier = Classifier(encoder, layout.num_classes, pooling)
-    _fill(classifier, state, path)
+    _fill(classifier, state, source)
     return classifier.eval()
 
 
@@ -342,7 +383,7 @@ def _check_two_tokens(layout: Layout, path: str | Path) -> None:
     if layout.num_extra != NUM_EXTRA_TOKENS:
         raise CheckpointError(
             f"{path}: one extra token (base_nokd), expected two: v.dist_token is missing; "
-            "ssast.engine.interop.ASTModel takes it"
+            "ssast.engine.api.ASTModel takes it"
         )
 
 

@@ -39,8 +39,8 @@ class UpstreamExpert(nn.Module):
 
     def __init__(self, ckpt: str | Path, *args: Any, **settings: Any):
         super().__init__()
-        opened = open_model(ckpt)
-        self.encoder, self.spec = opened.encoder, fbank_spec(opened.audio)
+        loaded = open_model(ckpt)
+        self.encoder, self.spec = loaded.encoder, fbank_spec(loaded.audio)
 
     def get_downsample_rates(self, key: str | None = None) -> int:
         """Samples between two hidden states."""

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssast.engine.checkpoints.classifier import CHOSEN, build_classifier, fill_encoder, save_chosen
+from ssast.engine.checkpoints.classifier import build_classifier, fill_encoder, save_chosen
 from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.checkpoints.weights import CHOSEN
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data import augment
 from ssast.engine.data.labels import LabelledClips, targets_of

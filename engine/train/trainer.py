@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ssast.engine.checkpoints.background import Saver
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import TrainingError
 from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
@@ -15,6 +14,7 @@ from ssast.engine.monitoring.monitor import Monitor
 from ssast.engine.monitoring.profiling import StepProfiler
 from ssast.engine.parallel.ranks import World, reduce_max, run_on_main
 from ssast.engine.train.optim import learning_rate
+from ssast.engine.train.saving import Saver
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.step import MicroBatch, Totals, train_step
 from ssast.pipelines.stream.batch import Batch

@@ -20,13 +20,14 @@ from finetune_runs import (
 )
 from runs import call, environment, lines, stop_at
 
-from ssast.engine.checkpoints.classifier import CHOSEN, load_classifier
 from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.checkpoints.weights import CHOSEN
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import FinetuneEngine, finetune
+from ssast.engine.formats.open import open_classifier
 from ssast.pipelines.errors import DataError
 
 
@@ -128,7 +129,7 @@ def test_people_read_names_not_labels(splits, tmp_path):
     config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__epochs=1,
                   finetune__labels=str(table))  # fmt: skip
     assert finetune(config) == 0
-    trained = load_classifier(tmp_path / "run")
+    trained = open_classifier(tmp_path / "run")
     assert trained.classes == ("pitch0", "pitch1", "pitch2")
     clip = splits["test"].parent / "test" / "0_0.wav"
     (found,) = FinetuneEngine(config, trained=trained).predict([clip])
@@ -225,6 +226,6 @@ def test_the_command_line_names_mistakes(capsys, checkpoint, tmp_path):
     assert main(["finetune", "classifier", "--checkpoint", str(tmp_path / "no.pth")]) == 2
     assert "no.pth" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "none"), "a.wav"]) == 2
-    assert "expected the folder of a fine-tuning run, found nothing" in capsys.readouterr().err
+    assert "expected a run, a checkpoint or a model, found nothing" in capsys.readouterr().err
     assert main(["pretrain", "esc50_patch", "data.train=x"]) == 2
     assert "use ssast finetune" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from ssast.engine.cli.main import main
 from ssast.engine.config import finetune_settings, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.report import read_predictions
-from ssast.engine.folds import are_asked_for, cross_validate, find_folds, fold_config
+from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds
 from ssast.pipelines.errors import DataError
 
 FOLDS = 3
@@ -127,10 +127,10 @@ def test_folds_or_a_single_run(recipe, folds, tmp_path):
         (single, [], False),
         (single, [f"finetune.folds={folds}"], True),
     ):
-        assert are_asked_for(load_config(path, given), given) == many
+        assert uses_folds(load_config(path, given), given) == many
     both = [f"finetune.folds={folds}", "data.train=a.json"]
     with pytest.raises(ConfigError, match=r"finetune\.folds and data\.train exclude each other"):
-        are_asked_for(load_config(single, both), both)
+        uses_folds(load_config(single, both), both)
 
 
 def test_the_published_recipes_have_five_folds():

@@ -16,8 +16,8 @@ from golden_model import (
     relative,
 )
 
+from ssast.engine.api import published_name
 from ssast.engine.config import from_plain
-from ssast.engine.interop import published_name
 from ssast.engine.model.classifier import Classifier, embed_clips
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, take
 from ssast.engine.model.objective import MSPM, mean_losses

@@ -8,9 +8,7 @@ import safetensors.torch
 import torch
 from golden_model import PATCHES, config, golden, whole_state
 
-from ssast.engine.config import from_plain
-from ssast.engine.errors import CheckpointError
-from ssast.engine.interop import (
+from ssast.engine.api import (
     ASTModel,
     detect_layout,
     load_published,
@@ -19,6 +17,8 @@ from ssast.engine.interop import (
     read_published,
     save_published,
 )
+from ssast.engine.config import from_plain
+from ssast.engine.errors import CheckpointError
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM

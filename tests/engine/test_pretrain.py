@@ -9,10 +9,10 @@ import pytest
 import torch
 from runs import call, environment, lines, make_data, overrides, stop_at
 
-from ssast.engine.checkpoints.pretrained import load_pretrained
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import dump_config, load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.encoder import Block
 from ssast.engine.pretrain import pretrain
 from ssast.kernels.attention import attention_backend

@@ -35,10 +35,11 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
         ("formats",),
         ("evaluation",),
         ("train",),
-        ("pretrain", "finetune", "interop"),
+        ("pretrain", "finetune"),
         ("folds",),
         ("planning",),
         ("cli",),
+        ("api",),
     ),
     "benchmarks": (
         ("training", "loading", "study"),

@@ -7,8 +7,8 @@ import numpy as np
 import soundfile
 import torch
 
+from ssast.engine.api import save_published
 from ssast.engine.config import Config, from_plain, load_config
-from ssast.engine.interop import save_published
 from ssast.engine.model.objective import MSPM
 from ssast.pipelines.clips.manifest import write_manifest
 

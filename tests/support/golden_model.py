@@ -7,8 +7,8 @@ import torch
 from paths import GOLDEN
 from torch import Tensor
 
+from ssast.engine.api import from_published, published_name
 from ssast.engine.config import Config, from_plain
-from ssast.engine.interop import from_published, published_name
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
 from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.engine.settings import Audio

@@ -26,10 +26,10 @@ from ssast.benchmarks.study.plan import (
 )
 from ssast.benchmarks.study.release import main as release
 from ssast.benchmarks.study.reproduce import Study, main
-from ssast.engine.checkpoints.pretrained import load_pretrained
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import to_plain
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.objective import MSPM
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.errors import DataError

@@ -24,9 +24,9 @@ from ssast.benchmarks.training.baseline import (
     published_optimizer,
     train_step,
 )
+from ssast.engine.api import published_name
 from ssast.engine.checkpoints.classifier import build_classifier
 from ssast.engine.config import from_plain
-from ssast.engine.interop import published_name
 from ssast.engine.model.classifier import LossClassifier
 
 both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -5,9 +5,10 @@ import torch
 from runs import overrides
 from sounds import tone, write, write_clips
 
-from ssast.engine.checkpoints.pretrained import export_weights
+from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.cli.demo import demo
 from ssast.engine.cli.main import main
+from ssast.engine.formats.open import load_pretrained
 from ssast.engine.monitoring.monitor import read_metrics
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.demo.publish import DemoData
@@ -62,7 +63,7 @@ def test_labelled_recordings_are_probed(tmp_path, monkeypatch, capsys):
     assert probed() == found
     shown = capsys.readouterr().out
     assert "untrained" in shown and "pretrained" in shown and "released" not in shown
-    export_weights(run, tmp_path / "released", torch.float16)
+    export_weights(*load_pretrained(run), 2, tmp_path / "released", torch.float16)
     assert probed() == [*found, ("kind", "released", 4)]
 
 

@@ -3,11 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from ssast.engine.evaluation.metrics import (
-    classification_metrics,
-    probabilities,
-    verification_metrics,
-)
+from ssast.engine.evaluation.metrics import classification_metrics, verification_metrics
+from ssast.engine.evaluation.probabilities import probabilities
 
 
 def test_scores_of_a_small_case_by_hand():

@@ -7,6 +7,7 @@ import torch
 from shards import prepare
 from sounds import write
 
+from ssast.engine.api import save_published
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain
 from ssast.engine.evaluation.probe import (
@@ -17,7 +18,6 @@ from ssast.engine.evaluation.probe import (
     untrained_encoder,
     write_scores,
 )
-from ssast.engine.interop import save_published
 from ssast.engine.model.classifier import Classifier
 from ssast.pipelines.clips.holdout import recordings_of
 from ssast.pipelines.clips.manifest import write_manifest

@@ -12,6 +12,7 @@ import pytest
 import torch
 from sounds import write_clips
 
+from ssast.engine.api import load_published, load_published_classifier, save_published
 from ssast.engine.checkpoints.classifier import save_chosen
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.cli.main import main
@@ -20,8 +21,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.embedding import embed_recordings
 from ssast.engine.formats.huggingface import import_huggingface
-from ssast.engine.formats.open import Unsaid, open_model
-from ssast.engine.interop import load_published, load_published_classifier, save_published
+from ssast.engine.formats.open import MissingMetadata, open_model
 from ssast.engine.model.classifier import Classifier, embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
@@ -132,7 +132,7 @@ def test_a_fine_tuned_run_with_its_labels(to, tmp_path, capsys):
     classifier = Classifier(make_classifier().encoder, 5, "cls").eval()
     weights = {f"weight/{name}": value for name, value in classifier.state_dict().items()}
     save_chosen(tmp_path / "run", weights, step=1, config=config, classes=classes, facts={})
-    assert open_model(tmp_path / "run").labels == tuple(classes)
+    assert open_model(tmp_path / "run").classes == tuple(classes)
     out = tmp_path / "out"
     call(capsys, "export", tmp_path / "run", "--to", to, out)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_a_fine_tuned_run_with_its_labels(to, tmp_path, capsys):
                 out, num_frames=64, stride=(10, 10), pooling="cls", mean=-5.0, std=4.0
             )(x)
         elif to == "hf":
-            assert open_model(out).labels == tuple(classes)
+            assert open_model(out).classes == tuple(classes)
             found = open_model(out).model(x)
         elif to == "pt2":
             extra = {"labels": ""}
@@ -213,9 +213,9 @@ def test_an_encoder_alone_has_no_published_form(run, tmp_path, capsys):
 def test_a_pretrained_file_needs_no_frames(run, tmp_path):
     model = open_model(run)
     save_published(model.model, tmp_path / "a.pth", model.audio)
-    assert open_model(tmp_path / "a.pth", Unsaid(mean=-5.0, std=4.0)).audio == CONFIG.audio
+    assert open_model(tmp_path / "a.pth", MissingMetadata(mean=-5.0, std=4.0)).audio == CONFIG.audio
     with pytest.raises(ConfigError, match="pretrained and knows its frames"):
-        open_model(tmp_path / "a.pth", Unsaid(num_frames=64))
+        open_model(tmp_path / "a.pth", MissingMetadata(num_frames=64))
     with pytest.raises(CheckpointError, match="no run with checkpoints"):
         (tmp_path / "empty").mkdir()
         open_model(tmp_path / "empty")
@@ -304,7 +304,7 @@ def test_one_file_and_a_classifier_of_cls(recordings, tmp_path):
     _, paths = recordings
     classifier = Classifier(make_classifier().encoder, 5, "cls").eval()
     save_published(classifier, tmp_path / "cls.pth")
-    opened = open_model(tmp_path / "cls.pth", Unsaid(64, (10, 10), "cls", -5.0, 4.0))
+    opened = open_model(tmp_path / "cls.pth", MissingMetadata(64, (10, 10), "cls", -5.0, 4.0))
     embedded = embed_recordings(opened, paths[0], tmp_path / "x.npy")
     assert embedded.shape == (1, 192) and not embedded.rejected
     x, frames = fbank_of(paths[0])

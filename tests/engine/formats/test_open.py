@@ -1,6 +1,7 @@
 """Classifiers from elsewhere: published files and folders of transformers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +9,14 @@ import torch
 from finetune_runs import make_sounds, manifest, overrides
 from golden_model import PATCHES, golden
 
+from ssast.engine.api import ASTModel, save_published
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain, load_config
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.huggingface import export_huggingface
-from ssast.engine.formats.open import Unsaid, load_initial, open_classifier
+from ssast.engine.formats.open import MissingMetadata, open_classifier, open_encoder
 from ssast.engine.formats.published import read_published
-from ssast.engine.interop import ASTModel, save_published
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.pipelines.errors import DataError
@@ -27,7 +28,7 @@ CONFIG = from_plain(
         "finetune": {"stride": [10, 10]},
     }
 )
-UNSAID = Unsaid(48, (10, 10), "avgtok", -6.0, 4.0)
+METADATA = MissingMetadata(48, (10, 10), "avgtok", -6.0, 4.0)
 OPTIONS = ["--frames", "48", "--stride", "10", "10", "--mean", "-6", "--std", "4"]
 
 
@@ -68,7 +69,7 @@ def test_a_published_file_predicts_and_is_evaluated(published, labels, tmp_path,
 
 
 def test_a_published_file_goes_round_bit_for_bit(published, classifier, tmp_path):
-    trained = open_classifier(published, UNSAID)
+    trained = open_classifier(published, METADATA)
     assert trained.classes == ("0", "1", "2")
     assert (trained.config.model, trained.config.audio) == (CONFIG.model, CONFIG.audio)
     x = torch.randn(2, 48, 128)
@@ -92,8 +93,8 @@ def test_the_published_logits_come_out_of_the_published_file(kind, tmp_path):
     )  # fmt: skip
     model.mlp_head.load_state_dict(case["mlp_head"])
     torch.save(torch.nn.DataParallel(model).state_dict(), tmp_path / "tuned.pth")
-    unsaid = Unsaid(case["input_tdim"], stride, "avgtok", 0.0, 0.5, "bce")
-    engine = FinetuneEngine.from_checkpoint(tmp_path / "tuned.pth", unsaid=unsaid)
+    metadata = MissingMetadata(case["input_tdim"], stride, "avgtok", 0.0, 0.5, "bce")
+    engine = FinetuneEngine.from_checkpoint(tmp_path / "tuned.pth", metadata=metadata)
     assert engine.config.finetune.loss == "bce"
     logits = engine.trained.classifier.double()(case["input"].double())
     assert (logits - case["ft_avgtok"]).abs().max() < 1e-8 * case["ft_avgtok"].abs().max()
@@ -101,7 +102,7 @@ def test_the_published_logits_come_out_of_the_published_file(kind, tmp_path):
 
 def test_a_folder_of_transformers_names_its_classes(classifier, tmp_path):
     export_huggingface(classifier, tmp_path / "hf", CONFIG.audio, ["a", "b", "c"])
-    trained = open_classifier(tmp_path / "hf", Unsaid(loss="bce"), named=True)
+    trained = open_classifier(tmp_path / "hf", MissingMetadata(loss="bce"), named=True)
     assert trained.classes == ("a", "b", "c") and trained.config.finetune.loss == "bce"
     engine = FinetuneEngine.from_checkpoint(tmp_path / "hf", 3)
     (path,) = make_sounds(tmp_path / "sounds", 1, 1)
@@ -111,10 +112,10 @@ def test_a_folder_of_transformers_names_its_classes(classifier, tmp_path):
 def test_fine_tuning_begins_from_a_folder_of_transformers(classifier, tmp_path):
     """Its head is left out, its positions are fitted to the new grid."""
     export_huggingface(classifier, tmp_path / "hf", CONFIG.audio, ["a", "b", "c"])
-    encoder, config = load_initial(tmp_path / "hf")
-    assert config.model == CONFIG.model
+    loaded = open_encoder(tmp_path / "hf")
+    assert loaded.config.model == CONFIG.model
     for name, value in classifier.encoder.blocks.state_dict().items():
-        assert encoder.blocks.state_dict()[name].equal(value)
+        assert loaded.encoder.blocks.state_dict()[name].equal(value)
     train = manifest(tmp_path / "train.json", make_sounds(tmp_path / "sounds", 2, 4))
     path = tmp_path / "plain.yaml"
     path.write_text("finetune: {}\n")
@@ -133,12 +134,12 @@ def test_what_is_not_said_is_asked_for(published, labels, tmp_path, capsys):
     assert "does not name its classes: give --labels" in capsys.readouterr().err
     labels.write_text("index,mid,display_name\n0,a,a\n1,b,b\n")
     with pytest.raises(DataError, match=r"labels\.csv: 2 classes, expected the 3 of .*tuned\.pth"):
-        open_classifier(published, UNSAID, labels)
+        open_classifier(published, replace(METADATA, labels=labels))
     with pytest.raises(CheckpointError, match="make 12 x 2 = 24 patches"):
-        open_classifier(published, Unsaid(32, (10, 10)))
+        open_classifier(published, MissingMetadata(32, (10, 10)))
     torch.save(golden("patch")["state_dict"], tmp_path / "pretrained.pth")
     with pytest.raises(CheckpointError, match="expected a fine-tuned model, found a pretrained"):
         open_classifier(tmp_path / "pretrained.pth")
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match="knows its own settings and labels"):
-        open_classifier(tmp_path / "run", labels=labels)
+        open_classifier(tmp_path / "run", MissingMetadata(labels=labels))

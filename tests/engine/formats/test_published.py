@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden_model import NOISE, PATCHES, golden, whole_state
 
+from ssast.engine.api import ASTModel, load_published, read_published
 from ssast.engine.errors import CheckpointError
-from ssast.engine.interop import ASTModel, load_published, read_published
 from ssast.kernels.patch_embed import cut_patches
 
 KINDS = ["patch", "frame"]

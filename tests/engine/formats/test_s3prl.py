@@ -4,9 +4,9 @@ import pytest
 import torch
 from sounds import tone
 
+from ssast.engine.api import save_published
 from ssast.engine.config import from_plain
 from ssast.engine.formats.s3prl import UpstreamExpert
-from ssast.engine.interop import save_published
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, layer_states, time_states
 from ssast.engine.model.objective import MSPM
 from ssast.kernels.fbank import FbankSpec, fbank

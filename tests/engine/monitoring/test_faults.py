@@ -15,7 +15,6 @@ from rank_jobs import small_files
 from runs import environment, lines, overrides
 
 from ssast.benchmarks import faults
-from ssast.engine.checkpoints.background import Saver
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, LostPeer, TrainingError
@@ -24,6 +23,7 @@ from ssast.engine.parallel.agreement import code_version, odd_ranks
 from ssast.engine.parallel.ranks import World, expecting_peers
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.pretraining import Pretraining
+from ssast.engine.train.saving import Saver
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ from finetune_runs import load, make_sounds, manifest, overrides, plain_file
 from runs import lines
 from sounds import write_clips
 
-from ssast.engine.checkpoints.classifier import load_classifier
 from ssast.engine.config import load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.finetune import FinetuneEngine, finetune
-from ssast.engine.formats.open import load_initial
+from ssast.engine.formats.open import open_classifier, open_encoder
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.finetuning import Finetuning
 from ssast.engine.train.step import train_step
@@ -79,9 +78,9 @@ def test_every_setting_trains(changed, recipe, splits, checkpoint, tmp_path):
     config = load(recipe, splits, tmp_path / "run", finetune__epochs=2, **changed)
     assert finetune(config, checkpoint) == 0
     assert len(lines(tmp_path / "run", "valid")) == 3
-    trained = load_classifier(tmp_path / "run")
+    trained = open_classifier(tmp_path / "run")
     if changed.get("finetune__freeze") == "encoder":
-        for name, value in load_initial(checkpoint)[0].blocks.state_dict().items():
+        for name, value in open_encoder(checkpoint).encoder.blocks.state_dict().items():
             assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
 
 
@@ -90,7 +89,7 @@ def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
     config = load(plain_file(tmp_path), splits, tmp_path, finetune__layer_decay=0.5,
                   finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12)  # fmt: skip
     context = RunContext(config, world)
-    task = Finetuning(context, find_splits(config), load_initial(checkpoint)[0], 3)
+    task = Finetuning(context, find_splits(config), open_encoder(checkpoint).encoder, 3)
     before = {name: value.clone() for name, value in task.module.named_parameters()}
     engine = TrainEngine(task.module, task.optimizer(), world=world, batch_size=8)
     with task.train_batches(0) as batches:
@@ -113,7 +112,7 @@ def test_mixup_adds_the_clip_whose_label_it_adds(world, splits, checkpoint, tmp_
     config = load(plain_file(tmp_path), {**splits, "train": bad}, tmp_path, finetune__mixup=1.0,
                   data__max_rejected=0.9)  # fmt: skip
     context = RunContext(config, world)
-    task = Finetuning(context, find_splits(config), load_initial(checkpoint)[0], 1)
+    task = Finetuning(context, find_splits(config), open_encoder(checkpoint).encoder, 1)
     with context.stream(task.splits.train.paths, None, epochs=1) as batches:
         every = next(batches)
     with task.train_batches(8) as batches:
