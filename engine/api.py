@@ -6,6 +6,7 @@
     engine = api.FinetuneEngine.from_checkpoint("runs/base_patch", num_classes=50)
     engine.fit("train.json", "valid.json", folder="runs/mine")
     api.predict("runs/mine", ["dog.wav"])
+    api.embed("runs/mine", waveform)
 
 Importing this module is cheap: each name is imported from its home when it is first used.
 """
@@ -33,6 +34,7 @@ _HOMES = {
     "Timeline": "ssast.engine.evaluation.timeline",
     "timelines": "ssast.engine.evaluation.timeline",
     "evaluate": "ssast.engine.evaluation.evaluate",
+    "embed": "ssast.engine.evaluation.features",
     "embed_recordings": "ssast.engine.evaluation.embedding",
     # Modules, for loops of your own
     "MSPM": "ssast.engine.model.objective",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, TrainingError
     from ssast.engine.evaluation.embedding import embed_recordings
     from ssast.engine.evaluation.evaluate import evaluate
+    from ssast.engine.evaluation.features import embed
     from ssast.engine.evaluation.predict import Prediction, predict
     from ssast.engine.evaluation.timeline import Timeline, timelines
     from ssast.engine.finetune import FinetuneEngine, finetune

@@ -21,6 +21,7 @@ from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import PREDICTIONS, describe, draw_confusion, read_predictions
 from ssast.engine.finetune import begun_from, finetune
+from ssast.engine.formats.open import open_encoder
 from ssast.engine.parallel.ranks import init_world, run_on_main
 from ssast.pipelines.errors import DataError
 
@@ -115,11 +116,13 @@ def cross_validate(
                 f"{folder} holds a run: add --resume to go on, or choose another run.folder"
             )
         find_splits(configs[fold.number])  # what is wrong with the last fold is said at once
+    checkpoint = settings.checkpoint if checkpoint is None else checkpoint
+    pretrained = None if checkpoint is None else open_encoder(checkpoint)  # read once for all folds
     world = init_world()
     for fold in folds:
         if world.is_main:
             print(f"fold {fold.number} of {len(folds)}: {fold.evaluate}", flush=True)
-        stopped = finetune(configs[fold.number], checkpoint, resume=resume)
+        stopped = finetune(configs[fold.number], pretrained, resume=resume)
         if stopped:
             return stopped
     split = settings.fold_role

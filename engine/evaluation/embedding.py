@@ -3,18 +3,16 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.features import Level, embed_batch
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel
-from ssast.engine.model.classifier import Classifier, embed_clips
-from ssast.engine.model.encoder import layer_states, time_states
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import located
@@ -22,8 +20,6 @@ from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import replacing
 from ssast.pipelines.stream.stream import AudioStream
-
-Level = Literal["clip", "frame"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ def embed_recordings(
             for number, batch in enumerate(batches):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
-                vectors, held = _embed(loaded, batch.fbank, batch.num_frames, level)
+                vectors, held = embed_batch(loaded, batch.fbank, batch.num_frames, level)
                 held = held.where(batch.valid, 0)
                 counts[first : first + count] = held[:count].cpu().numpy()
                 rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
@@ -189,24 +185,6 @@ def embed_recordings(
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
     return Embedded(out, shape, listing, rejected)
-
-
-def _embed(
-    loaded: LoadedModel, fbank: Tensor, num_frames: Tensor, level: Level
-) -> tuple[Tensor, Tensor]:
-    """Vectors, and the columns of patches that hold sound, [B]."""
-    encoder = loaded.encoder
-    embed = encoder.embed
-    starts = torch.arange(embed.grid[1], device=fbank.device) * embed.stride[1]
-    sound = starts < num_frames.clamp(min=1)[:, None]  # [B, T']
-    whole = embed.valid_columns(num_frames)
-    if whole is not None:
-        sound = torch.arange(embed.grid[1], device=fbank.device) < whole[:, None]
-    if level == "frame":
-        states = time_states(encoder, layer_states(encoder, fbank, num_frames)[-1])
-        return states.masked_fill(~sound[..., None], torch.nan), sound.sum(1)
-    pooling = loaded.model.pooling if isinstance(loaded.model, Classifier) else "avgtok"
-    return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)
 
 
 def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:

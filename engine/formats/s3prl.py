@@ -1,6 +1,6 @@
 """The encoder as an upstream of s3prl and SUPERB: waveforms to the hidden states of all layers.
 
-    from ssast.engine.formats.s3prl import UpstreamExpert
+    from ssast.engine.api import UpstreamExpert
 
     def ssast_local(ckpt, *args, **kwargs):  # in a hubconf.py
         return UpstreamExpert(ckpt, **kwargs)
@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.data.clips import fbank_spec
+from ssast.engine.data.waveforms import fbank_windows
 from ssast.engine.formats.open import open_model
-from ssast.engine.model.encoder import (
-    layer_states,
-    time_states,
-)
-from ssast.kernels.fbank import fbank, num_frames
+from ssast.engine.model.encoder import layer_states, time_states
 
 
 class UpstreamExpert(nn.Module):
@@ -59,16 +56,16 @@ class UpstreamExpert(nn.Module):
         """
         rate, columns = self.get_downsample_rates(), self.encoder.embed.grid[1]
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
-        centred = [wav.float() - wav.float().mean() for wav in wavs]
-        waves = nn.utils.rnn.pad_sequence(centred, batch_first=True)
+        waves = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)
         steps = max(1, waves.shape[1] // rate)
-        windows = []
-        for start in range(0, steps * rate, columns * rate):
-            part = waves[:, start : start + self.spec.num_samples]
-            samples = (lengths - start).clamp(0, part.shape[1])
-            clips = fbank(part.contiguous(), samples, self.spec)
-            frames = num_frames(samples, self.spec)
-            states = layer_states(self.encoder, clips, frames)
-            windows.append([time_states(self.encoder, state) for state in states])
+        windows = [
+            [
+                time_states(self.encoder, state)
+                for state in layer_states(self.encoder, clips, frames)
+            ]
+            for clips, frames in fbank_windows(
+                waves, lengths, self.spec, columns * rate, end=steps * rate
+            )
+        ]
         hidden = [torch.cat(layer, 1)[:, :steps] for layer in zip(*windows, strict=True)]
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}

@@ -1,223 +1,259 @@
-"""The published interface against the numbers of the published code."""
+"""Published checkpoints in and out."""
 
-from pathlib import Path
+import pickle
+import re
 
 import pytest
+import safetensors.torch
 import torch
-from golden_model import NOISE, PATCHES, golden, whole_state
+from golden_model import PATCHES, config, golden, whole_state
 
-from ssast.engine.api import ASTModel, load_published, read_published
+from ssast.engine.api import (
+    ASTModel,
+    detect_layout,
+    load_published,
+    load_published_classifier,
+    published_state,
+    read_published,
+    save_published,
+)
+from ssast.engine.config import from_plain
 from ssast.engine.errors import CheckpointError
-from ssast.kernels.patch_embed import cut_patches
+from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.model.objective import MSPM
+from ssast.engine.settings import Audio, Model
 
-KINDS = ["patch", "frame"]
-kinds = pytest.mark.parametrize("kind", KINDS)
-CASES = [(kind, n) for kind in KINDS for n in range(len(golden(kind)["finetune"]))]
-
-
-def pretraining_model(kind: str) -> ASTModel:
-    fshape, tshape = PATCHES[kind]
-    model = ASTModel(
-        fshape=fshape, tshape=tshape, fstride=fshape, tstride=tshape,
-        input_fdim=128, input_tdim=golden(kind)["input_tdim"], model_size="tiny",
-    )  # fmt: skip
-    model.v.blocks = model.v.blocks[: golden(kind)["depth"]]  # as the published code allows
-    torch.nn.DataParallel(model).load_state_dict(whole_state(kind), strict=True)
-    return model.double()
+kinds = pytest.mark.parametrize("kind", ["patch", "frame"])
 
 
-def finetuning_model(kind: str, case: dict, path: Path) -> ASTModel:
-    torch.save(golden(kind)["state_dict"], path)
-    fshape, tshape = PATCHES[kind]
-    return ASTModel(
-        label_dim=case["label_dim"], fshape=fshape, tshape=tshape,
-        fstride=case["fstride"], tstride=case["tstride"],
-        input_fdim=128, input_tdim=case["input_tdim"], model_size="tiny224",
-        pretrain_stage=False, load_pretrained_mdl_path=path,
-    )  # fmt: skip
-
-
-@kinds
-def test_pretraining_tasks_equal_the_published_ones(kind):
-    model, case = pretraining_model(kind), golden(kind)
-    x, ids, expected = case["input"].double(), case["mask_ids"], case["expected"]
-    ids = ids.flip(1)  # the order of the ids does not matter
-    accuracy, nce = model(x, "pretrain_mpc", mask_patch=100, mask_ids=ids)
-    mse = model(x, "pretrain_mpg", mask_patch=100, mask_ids=ids)
-    assert nce.item() == pytest.approx(expected["nce"].item(), rel=1e-10)
-    assert accuracy.item() == pytest.approx(expected["acc"].item(), rel=1e-10)
-    assert mse.item() == pytest.approx(expected["mse"].item(), rel=1e-10)
-    (nce + 10 * mse).backward()
-    norms = expected["grad_norms"]["joint"]
-    for name, parameter in model.named_parameters():
-        if name in norms and name not in NOISE:
-            assert parameter.grad.norm().item() == pytest.approx(norms[name], rel=1e-10), name
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == set(norms)
-
-
-@pytest.mark.parametrize(("kind", "number"), CASES)
-def test_fine_tuning_tasks_equal_the_published_ones(kind, number, tmp_path):
-    case = golden(kind)["finetune"][number]
-    model = finetuning_model(kind, case, tmp_path / "pretrained.pth")
-    model.mlp_head.load_state_dict(case["mlp_head"])
-    model.double()
-    assert [model.f_dim, model.t_dim] == case["grid_f_t"]
-    x = case["input"].double().requires_grad_()
-    # The published code interpolated in float32, over eight equal rows in the frame model.
-    exact = 1e-8 if (model.f_dim, model.t_dim) == (1, 150) else 1e-10
-    for task in ("ft_avgtok", "ft_cls"):
-        logits, want = model(x, task=task), case[task]
-        assert (logits - want).abs().max() < exact * want.abs().max()
-    assert torch.autograd.grad(logits.sum(), x)[0].abs().sum() > 0  # as through the published one
-
-
-def without_distillation(path: Path, **changed) -> ASTModel:
-    """base_nokd with two blocks, to pretrain; also written to a file."""
+def small_classifier(stride=(10, 10), pooling="avgtok"):
     torch.manual_seed(0)
-    model = ASTModel(**PATCH | {"model_size": "base_nokd", "input_tdim": 64} | changed)
-    model.v.blocks = model.v.blocks[:2]
-    torch.save(torch.nn.DataParallel(model).state_dict(), path)
-    return model
-
-
-def test_one_extra_token_is_base_without_distillation(tmp_path):
-    """Names, shapes, positions, pooling: timm's plain DeiT, computed here step by step."""
-    model = without_distillation(tmp_path / "a.pth").eval()
-    state = model.state_dict()
-    assert not [name for name in state if "dist" in name]
-    assert state["v.pos_embed"].shape == (1, 1 + 32, 768) and model.cls_token_num == 1
-    tuned = ASTModel(
-        5, 16, 16, 10, 10, 128, 48, "base_nokd", False, tmp_path / "a.pth"
-    ).eval()  # fmt: skip
-    assert tuned.v.pos_embed.shape == (1, 1 + 12 * 4, 768)
-    assert tuned.v.pos_embed[:, :1].equal(model.v.pos_embed[:, :1])
-    x = torch.randn(2, 48, 128)
-    patches = torch.nn.functional.conv2d(
-        x.transpose(1, 2)[:, None], tuned.v.patch_embed.proj.weight, tuned.v.patch_embed.proj.bias,
-        (10, 10),
-    )  # fmt: skip
-    tokens = patches.flatten(2).transpose(1, 2)
-    tokens = torch.cat((tuned.v.cls_token.expand(2, -1, -1), tokens), 1) + tuned.v.pos_embed
-    hidden = tuned.v.norm(tuned.v.blocks[1](tuned.v.blocks[0](tokens)))
-    with torch.no_grad():
-        for task, pooled in (("ft_cls", hidden[:, 0]), ("ft_avgtok", hidden[:, 1:].mean(1))):
-            torch.testing.assert_close(tuned(x, task), tuned.mlp_head(pooled))
-
-
-def test_one_extra_token_pretrains(tmp_path):
-    model = without_distillation(tmp_path / "a.pth")
-    x, ids = torch.randn(2, 64, 128), torch.tensor([[1, 5, 9], [2, 3, 30]])
-    accuracy, nce = model(x, "pretrain_mpc", mask_ids=ids)
-    (nce + model(x, "pretrain_mpg", mask_ids=ids)).backward()
-    assert model.v.cls_token.grad.abs().sum() > 0 and 0 <= accuracy <= 1
-    for name, value in read_published(tmp_path / "a.pth").items():
-        assert model.state_dict()[name].equal(value), name
-    with pytest.raises(CheckpointError, match="model_size is base_nokd, expected base"):
-        ASTModel(5, 16, 16, 10, 10, 128, 48, "base", False, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"one extra token \(base_nokd\), expected two"):
-        load_published(tmp_path / "a.pth")
+    audio, model = Audio(num_frames=96), Model(size="tiny", depth=2)
+    return Classifier(SpectrogramTransformer(model, audio, stride), 7, pooling).eval()
 
 
 @kinds
-def test_names_are_the_published_ones(kind, tmp_path):
-    assert set(pretraining_model(kind).state_dict()) == {
-        name.removeprefix("module.") for name in whole_state(kind)
+def test_published_pretrained_file_goes_round(kind, tmp_path):
+    """Every number of the file comes back, and the losses are the published ones."""
+    state = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in whole_state(kind).items()
     }
-    model = finetuning_model(kind, golden(kind)["finetune"][0], tmp_path / "pretrained.pth")
-    names = set(model.state_dict())
-    assert {n for n in names if not n.startswith("v.")} == {
-        f"mlp_head.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
-    }
-    assert model.v.patch_embed(torch.randn(2, 1, 128, model.input_tdim)).shape == (
-        2, model.num_patches, 192,
-    )  # fmt: skip
-    for name in ("pos_embed", "cls_token", "dist_token", "norm", "blocks", "pos_drop"):
-        assert hasattr(model.v, name)
+    torch.save(state, tmp_path / "theirs.pth")
+    model, settings = load_published(tmp_path / "theirs.pth", mean=0.0, std=0.5)
+    assert settings.model == config(kind).model
+    assert settings.audio == config(kind).audio
+    save_published(model, tmp_path / "ours.pth", settings.audio)
+    again = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert set(again) == set(state)
+    for name, value in state.items():
+        assert again[name].equal(value) and again[name].dtype == value.dtype, name
 
 
-def test_masks_are_drawn_from_the_generator_of_torch():
-    model = pretraining_model("patch").float()
-    x = torch.randn(3, 256, 128)
-    losses = []
-    for seed, cluster in ((0, True), (0, True), (1, True), (0, False)):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            losses.append(model(x, "pretrain_mpg", cluster, 80).item())
-    assert losses[0] == losses[1]
-    assert len(set(losses)) == 3
-
-
-@kinds
-def test_visualize_mask_paints_the_masked_patches(kind):
-    model, case = pretraining_model(kind), golden(kind)
-    x, ids = case["input"].double(), case["mask_ids"].long()
-    predicted, masked = model(x, "visualize_mask", mask_patch=100, mask_ids=ids)
-    assert predicted.shape == masked.shape == (2, 1, 128, 256)
-    patches, seen, hidden = (
-        cut_patches(image, PATCHES[kind], PATCHES[kind])
-        for image in (x, predicted.squeeze(1).transpose(1, 2), masked.squeeze(1).transpose(1, 2))
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_our_pretrained_model_goes_round(patch, tmp_path):
+    settings = from_plain(
+        {
+            "model": {"size": "tiny", "depth": 2, "patch": list(patch)},
+            "audio": {"num_frames": 100, "mean": -5.0, "std": 4.0},
+            "objective": {"num_masked": 20, "mask": "random"},
+        }
     )
-    flags = torch.zeros(2, model.num_patches, dtype=torch.bool).scatter_(1, ids, True)
-    assert hidden[flags].eq(99).all() and hidden[~flags].equal(patches[~flags])
-    assert seen[~flags].equal(patches[~flags])
-    marks = seen[flags]
-    assert (marks == marks[:, :1]).all() and set(marks.unique().tolist()) <= {0.0, 99.0}
-    accuracy, _ = model(x, "pretrain_mpc", mask_patch=100, mask_ids=ids)
-    assert marks[:, 0].eq(99).double().mean().item() == pytest.approx(accuracy.item())
+    model = MSPM(settings).eval()
+    save_published(model, tmp_path / "a" / "ours.pth", settings.audio)
+    again, found = load_published(tmp_path / "a" / "ours.pth", mean=-5.0, std=4.0)
+    assert (found.model, found.audio) == (settings.model, settings.audio)
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].equal(value), name
 
 
-PATCH = {"fshape": 16, "tshape": 16, "fstride": 16, "tstride": 16, "model_size": "tiny"}
+@pytest.mark.parametrize("pooling", ["avgtok", "cls"])
+def test_our_classifier_goes_round_and_into_the_published_model(pooling, tmp_path):
+    classifier, x = small_classifier(pooling=pooling), torch.randn(2, 96, 128)
+    save_published(classifier, tmp_path / "tuned.pth")
+    again = load_published_classifier(
+        tmp_path / "tuned.pth", num_frames=96, stride=(10, 10), pooling=pooling
+    )
+    with torch.no_grad():
+        assert again(x).equal(classifier(x))
+
+    pretrained = MSPM(from_plain({"model": {"size": "tiny", "depth": 2}}))
+    save_published(pretrained, tmp_path / "pretrained.pth")
+    theirs = ASTModel(
+        7, 16, 16, 10, 10, 128, 96, "tiny", False, tmp_path / "pretrained.pth"
+    ).eval()  # fmt: skip
+    state = torch.load(tmp_path / "tuned.pth", weights_only=True)
+    torch.nn.DataParallel(theirs).load_state_dict(state, strict=True)
+    normalised = classifier.encoder.embed.normalise(x)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(normalised, f"ft_{pooling}"), classifier(x), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_golden_fine_tuned_model_from_a_file(tmp_path):
+    """The published logits, of a file as the published code stores a fine-tuned model."""
+    for kind in ("patch", "frame"):
+        fshape, tshape = PATCHES[kind]
+        torch.save(golden(kind)["state_dict"], tmp_path / "pretrained.pth")
+        for case in golden(kind)["finetune"]:
+            stride = (case["fstride"], case["tstride"])
+            model = ASTModel(
+                case["label_dim"], fshape, tshape, *stride, 128, case["input_tdim"], "tiny",
+                False, tmp_path / "pretrained.pth",
+            )  # fmt: skip
+            model.mlp_head.load_state_dict(case["mlp_head"])
+            torch.save(torch.nn.DataParallel(model).state_dict(), tmp_path / "tuned.pth")
+            classifier = load_published_classifier(
+                tmp_path / "tuned.pth", num_frames=case["input_tdim"], stride=stride,
+                pooling="cls", mean=0.0, std=0.5,
+            )  # fmt: skip
+            logits = classifier.double()(case["input"].double())
+            want = case["ft_cls"]
+            # Positions were interpolated in float32, see test_golden.
+            exact = 1e-8 if classifier.encoder.embed.grid == (1, 150) else 1e-10
+            assert (logits - want).abs().max() < exact * want.abs().max()
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("size", "width", "depth"), [("small", 384, 12), ("base", 768, 12), ("large", 1024, 24)]
+)
+def test_size_and_patch_are_read_from_the_shapes(size, width, depth):
+    with torch.device("meta"):
+        model = MSPM(from_plain({"model": {"size": size, "patch": [128, 2]}}))
+        state = {
+            "v.patch_embed.proj.weight": model.encoder.embed.weight,
+            "v.pos_embed": model.encoder.embed.pos_embed,
+            "v.dist_token": model.encoder.embed.dist_token,
+            **{f"v.{n}": p for n, p in model.encoder.named_parameters() if "blocks" in n},
+        }
+    layout = detect_layout(state)
+    assert (layout.size, layout.depth, layout.patch) == (size, depth, (128, 2))
+    assert layout.input is None and layout.num_classes is None and layout.num_patches == 512
+
+
+class Payload:
+    """Unpickled, it would leave a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+def test_anything_but_tensors_is_refused_and_never_run(tmp_path):
+    path, mark = tmp_path / "evil.pth", tmp_path / "mark"
+    torch.save({"module.v.norm.weight": torch.ones(2), "x": Payload(mark)}, path)
+    with pytest.raises(CheckpointError, match=r"evil\.pth: refused: no pickle of tensors alone"):
+        read_published(path)
+    path.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(CheckpointError, match="refused"):
+        read_published(path)
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(CheckpointError, match=r"refused.*save model\.state_dict\(\)"):
+        read_published(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
     [
-        ({"model_size": "basic"}, "model_size must be one of tiny, small, base.*, base_nokd"),
-        ({"fstride": 10}, "may not overlap in pretraining: fstride, tstride must be .16, 16."),
-        ({"load_pretrained_mdl_path": "a.pth"}, "must be None with pretrain_stage=True"),
-        ({"pretrain_stage": False}, "must name a file with pretrain_stage=False"),
-        ({"input_tdim": 15}, "no 16 x 16 patch fits into 128 x 15"),
+        ({"v.norm.weight": torch.ones(2), "epoch": 3}, "tensors and nothing else, found 'epoch'"),
+        ({"state_dict": {"a": torch.ones(2)}}, "nothing else, found 'state_dict': (dict|Ord)"),
+        ([torch.ones(2)], "expected a state dict, names to tensors, found list"),
+        ({7: torch.ones(2)}, "nothing else, found 7: Tensor"),
+    ],
+)
+def test_another_structure_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_published(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value) and "a.pth" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files_are_one_line(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(CheckpointError, match=r"cannot be read|not a whole"):
+        read_published(path)
+    state = golden("patch")["state_dict"]
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file({n: t.contiguous() for n, t in state.items()}, path)
+    whole = path.read_bytes()
+    assert len(read_published(path)) == len(state)
+    generator = torch.Generator().manual_seed(0)
+    noise = bytes(torch.randint(256, (5000,), generator=generator, dtype=torch.uint8).tolist())
+    texts = (b"not a checkpoint\n" * 9, b"\x80\x02}q\x00.", b"PK\x03\x04" + noise)
+    for content in (b"", whole[:100], whole[: len(whole) // 2], noise, *texts):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            detect_layout(read_published(path), path)
+        assert "\n" not in str(caught.value) and path.name in str(caught.value)
+
+
+def without(state, *names):
+    return {n: t for n, t in state.items() if n not in {f"module.{name}" for name in names}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: without(s, "v.norm.weight", "mask_embed"), "missing .*v.norm.weight.*nothing"),
+        (lambda s: s | {"module.v.extra": torch.ones(1)}, "unexpected .'v.extra'."),
+        (lambda s: without(s, "v.pos_embed"), "no SSAST model: missing .'v.pos_embed'."),
         (
-            {"pretrain_stage": False, "load_pretrained_mdl_path": "a.pth"},
-            "a.pth: cannot be read: No such file",
+            lambda s: (
+                without(s, "v.dist_token") | {"module.v.pos_embed": s["module.v.pos_embed"][:, 1:]}
+            ),
+            "one extra token .base_nokd., expected two",
+        ),
+        (lambda s: without(s, "p_input_fdim"), "expected a pretrained model, but it lacks p_input"),
+        (
+            lambda s: s | {"module.p_input_tdim": torch.tensor(512)},
+            "128 x 512 inputs make 8 x 32 patches, but v.pos_embed has 128",
+        ),
+        (
+            lambda s: s | {"module.v.norm.weight": torch.ones(9)},
+            r"shapes that do not fit: encoder.norm.weight \[9\], expected \[192\]",
+        ),
+        (
+            lambda s: s | {"module.v.patch_embed.proj.weight": torch.ones(100, 1, 16, 16)},
+            "its width is 100, expected one of 192 .tiny.",
+        ),
+        (
+            lambda s: s | {"module.v.patch_embed.proj.weight": torch.ones(192, 256)},
+            r"expected v.patch_embed.proj.weight \[D, 1, f, t\].*found \[192, 256\]",
+        ),
+        (
+            lambda s: without(s, "v.blocks.0.mlp.fc1.bias", "v.blocks.1.mlp.fc1.bias"),
+            "missing .'v.blocks.0.mlp.fc1.bias', 'v.blocks.1.mlp.fc1.bias'.",
         ),
     ],
 )
-def test_wrong_arguments_of_the_constructor(changed, message):
-    with pytest.raises(ValueError, match=message):
-        ASTModel(**PATCH | changed)
+def test_every_wrong_name_and_shape_is_reported(change, message, tmp_path):
+    torch.save(change(whole_state("patch")), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_published(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value) and "a.pth" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"model_size": "base"}, "model_size is tiny, expected base"),
-        (
-            {"fshape": 128, "tshape": 2, "fstride": 128, "tstride": 2},
-            "fshape x tshape is 16 x 16, expected 128 x 2",
-        ),
-    ],
-)
-def test_a_file_of_another_model_is_refused(changed, message, tmp_path):
-    path = tmp_path / "patch.pth"
-    torch.save(golden("patch")["state_dict"], path)
-    with pytest.raises(ValueError, match=message):
-        ASTModel(**PATCH | changed, pretrain_stage=False, load_pretrained_mdl_path=path)
+def test_pretrained_and_fine_tuned_are_not_mixed_up(tmp_path):
+    path = tmp_path / "a.pth"
+    save_published(small_classifier(), path)
+    with pytest.raises(CheckpointError, match=r"expected a pretrained model.*for 7 classes"):
+        load_published(path)
+    message = re.escape("with stride [16, 16] make 8 x 6 = 48 patches, but v.pos_embed has 108")
+    with pytest.raises(CheckpointError, match=message):
+        load_published_classifier(path, num_frames=96, stride=(16, 16))
+    torch.save(whole_state("patch"), path)
+    with pytest.raises(CheckpointError, match="expected a fine-tuned model, found no mlp_head"):
+        load_published_classifier(path, num_frames=256, stride=(16, 16))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"task": "finetune"}, "task must be one of ft_avgtok, ft_cls"),
-        ({"task": "ft_cls"}, "task 'ft_cls' needs a model with pretrain_stage=False"),
-        ({"x": torch.zeros(1, 64, 128)}, r"x must be \[B, 256, 128\], got \[1, 64, 128\]"),
-        ({"mask_ids": torch.zeros(2, 5)}, r"mask_ids must be \[1, M\], got \[2, 5\]"),
-        ({"mask_ids": torch.zeros(1, 5)}, "distinct numbers from 0 to 127"),
-        ({"mask_patch": 127}, "hide 1 to 126 patches, got num_masked=127"),
-    ],
-)
-def test_wrong_arguments_of_a_task(arguments, message):
-    model = pretraining_model("patch").float()
-    with pytest.raises(ValueError, match=message):
-        model(**{"x": torch.zeros(1, 256, 128), "task": "pretrain_mpc"} | arguments)
+def test_a_fine_tuned_state_names_no_mask():
+    names = set(published_state(small_classifier()))
+    assert "module.mask_embed" not in names and "module.v.head_dist.weight" in names

@@ -1,0 +1,85 @@
+"""The public module: complete, true to its homes, and cheap to import."""
+
+import ast
+import importlib.metadata
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+from ssast.engine import api
+
+HOMES = api._HOMES
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "examples").iterdir()]
+IMPORT = re.compile(r"^ *from (ssast\.engine\S*) import (\w+(?:, \w+)*)", re.M)
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_each_name_is_what_its_home_has(name):
+    found = getattr(api, name)
+    assert inspect.getdoc(found)
+    assert found.__module__ == HOMES[name] and found.__name__ == name
+    assert vars(api)[name] is found  # the next time it is there at once
+
+
+def test_type_checkers_know_the_same_names():
+    tree = ast.parse((ROOT / "engine" / "api.py").read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    imported = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == HOMES
+
+
+def test_all_and_the_version():
+    assert set(api.__all__) == {*HOMES, "__version__"} == set(dir(api))
+    assert api.__version__ == importlib.metadata.version("ssast-engine")
+    with pytest.raises(AttributeError, match=r"'ssast.engine.api' has no attribute 'nothing'"):
+        api.nothing  # noqa: B018
+
+
+def test_everything_that_a_user_may_have_to_catch_is_there():
+    errors = [
+        name
+        for path in (ROOT / "engine" / "errors.py", ROOT / "pipelines" / "errors.py")
+        for name in re.findall(r"^class (\w+)", path.read_text(), re.M)
+    ]
+    assert errors and set(errors) <= set(api.__all__)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_users_are_told_to_import_nothing_else(path):
+    for module, names in IMPORT.findall(path.read_text(encoding="utf-8")):
+        assert module in ("ssast.engine", "ssast.engine.api"), f"{path} imports {module}"
+        if module == "ssast.engine.api":
+            assert set(names.split(", ")) <= set(api.__all__)
+
+
+def test_some_page_shows_the_public_module():
+    assert any("ssast.engine.api" in path.read_text(encoding="utf-8") for path in PAGES)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("import ssast.engine.api", 0),
+        ("from ssast.engine.cli.main import main; main(['--help'])", 0),
+        ("from ssast.engine.cli.main import main; main(['predict', '--help'])", 0),
+        ("from ssast.engine.cli.main import main; main(['predict'])", 2),
+        ("from ssast.engine.cli.main import main; main(['pretrian'])", 2),
+        ("from ssast.engine.cli.main import main; main(['env', '--nothing'])", 2),
+    ],
+)
+def test_no_torch_where_nothing_is_computed(code, status):
+    show = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", show + code], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == status
+    assert done.stdout.splitlines()[-1] == "False"
