@@ -59,7 +59,7 @@ _HOMES = {
     "save_program": "ssast.engine.formats.portable",
     "UpstreamExpert": "ssast.engine.formats.s3prl",
     # Operations
-    "FbankSpec": "ssast.kernels.fbank",
+    "FbankSpec": "ssast.kernels.mel",
     "fbank": "ssast.kernels.fbank",
     "Masks": "ssast.kernels.masking",
     "draw_masks": "ssast.kernels.masking",
@@ -115,9 +115,10 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.model.objective import MSPM
     from ssast.engine.pretrain import pretrain
     from ssast.kernels.attention import attention
-    from ssast.kernels.fbank import FbankSpec, fbank
+    from ssast.kernels.fbank import fbank
     from ssast.kernels.masking import Masks, draw_masks
     from ssast.kernels.matmul import fast_matmul
+    from ssast.kernels.mel import FbankSpec
     from ssast.kernels.mspm_loss import info_nce, mse
     from ssast.kernels.patch_embed import patch_embed
     from ssast.pipelines.errors import DataError
