@@ -23,6 +23,18 @@ def test_the_documentation_has_the_same_floors(folder):
     assert f"| `{folder}` | {order} |" in (ROOT / "docs/architecture.md").read_text()
 
 
+def test_prediction_needs_no_training_code():
+    rooms, barred = ("checkpoints", "formats", "evaluation"), ("parallel", "train")
+    wrong = [
+        f"{arrow.file}:{arrow.line} imports {arrow.module}"
+        for arrow in architecture.arrows()
+        if arrow.source[0] == arrow.target[0] == "engine"
+        and arrow.source[1] in rooms
+        and arrow.target[1] in barred
+    ]
+    assert not wrong
+
+
 def test_imports_form_no_circle():
     assert not architecture.module_circles()
     assert not architecture.room_circles()

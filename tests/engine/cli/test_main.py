@@ -26,7 +26,7 @@ def test_help_shows_examples(capsys):
         (["pretrain", "demo", "train.stepz=3"], "unknown key train.stepz"),
         (["pretrain", "base_patch"], "data.train is not set"),
         (["probe", "/nowhere", "--tasks", "/nowhere"], "/nowhere: no <task>_train.json"),
-        (["visualize", "/nowhere"], "/nowhere: no run with checkpoints"),
+        (["visualize", "/nowhere"], "/nowhere: expected a run, a checkpoint or a model"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
