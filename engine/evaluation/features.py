@@ -56,8 +56,7 @@ def embed(
     waves = _waveforms(audio, sample_rate_hz, spec)
     batch = waves.reshape(-1, waves.shape[-1]).to(device)
     lengths = torch.full((len(batch),), batch.shape[1], device=device)
-    embed = encoder.embed
-    hop = embed.grid[1] * embed.stride[1] * spec.hop
+    hop = encoder.embed.grid[1] * encoder.embed.stride[1] * spec.hop
     vectors, counts = [], []
     # A rest that is too short for a frame makes no window.
     for fbank, frames in fbank_windows(batch, lengths, spec, hop, batch.shape[1] - spec.window + 1):
@@ -65,7 +64,7 @@ def embed(
         count = int(held[0])  # the same in all, which are equally long
         vectors.append(window[:, :count] if level == "frame" else window * count)
         counts.append(count)
-    found = torch.cat(vectors, 1) if level == "frame" else sum(vectors) / sum(counts)
+    found = torch.cat(vectors, 1) if level == "frame" else torch.stack(vectors).sum(0) / sum(counts)
     return found.reshape(*waves.shape[:-1], *found.shape[1:]).float().to(waves.device)
 
 
