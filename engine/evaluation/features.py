@@ -16,8 +16,8 @@ from ssast.engine.model.encoder import layer_states, time_states
 from ssast.kernels.fbank import FbankSpec
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled
-from ssast.pipelines.audio.decode import Item, UnusableError, read_blocks
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.errors import DataError, UnusableError
 
 Level = Literal["clip", "frame"]
 
