@@ -1,4 +1,4 @@
-"""Fine-tuning, and what a fine-tuned classifier is for: evaluation and prediction.
+"""Fine-tune a classifier, then evaluate it and predict with it.
 
 engine = FinetuneEngine.from_checkpoint("SSAST-Base-Patch-400.pth", num_classes=50)
 engine.fit("train.json", "valid.json")
@@ -33,14 +33,14 @@ def finetune(
     resume: bool = False,
     num_classes: int | None = None,
 ) -> int:
-    """Train a classifier, or go on with it.
+    """Fine-tune a classifier, or resume a run.
 
     Args:
-        config: Everything about it; with a section ``finetune`` and a ``run.folder``.
+        config: Configuration with a section ``finetune`` and a ``run.folder``.
         checkpoint: Pretrained model, or the path of one; overrides ``finetune.checkpoint``. With
             neither, a resumed run takes its own, and a new one is trained from scratch.
-        resume: Go on from the latest checkpoint in the run's folder, if there is one.
-        num_classes: How many classes are expected; any number if None.
+        resume: Resume from the latest checkpoint in the run's folder, if there is one.
+        num_classes: Expected number of classes; any if None.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -103,7 +103,7 @@ def _with_checkpoint(
 
 
 def begun_from(run: Path) -> str | None:
-    """The checkpoint that a run began from; None if from scratch, or if there is no run."""
+    """Return the checkpoint that a run began from; None if from scratch, or without a run."""
     stored = run / "config.yaml"
     settings = load_config(stored).finetune if stored.is_file() else None
     return None if settings is None else settings.checkpoint

@@ -1,4 +1,4 @@
-"""Cross-validation: a fine-tuning run for each fold of a data set, and one report on all of them.
+"""Cross-validate: a fine-tuning run for each fold of a data set, and one report on all of them.
 
 runs/esc50_patch/
   fold_1/ ... fold_5/   runs as any other
@@ -30,7 +30,7 @@ LABELS = "labels.csv"  # of the classes, beside the manifests of the folds
 
 @dataclass(frozen=True)
 class Fold:
-    """What is left out in one run, and what is trained on."""
+    """Manifests of one fold: to train on, and to evaluate on."""
 
     number: int
     train: Path
@@ -38,7 +38,7 @@ class Fold:
 
 
 def find_folds(folder: str | Path) -> list[Fold]:
-    """The folds whose manifests are in a folder, by their numbers.
+    """Find the folds whose manifests are in a folder, by their numbers.
 
     Raises:
         DataError: There are fewer than two, or one has only one of its manifests.
@@ -60,12 +60,12 @@ def find_folds(folder: str | Path) -> list[Fold]:
 
 
 def uses_folds(config: Config, overrides: Iterable[str] = ()) -> bool:
-    """Whether a configuration means cross-validation, not a single run.
+    """Return whether a configuration asks for cross-validation, not for a single run.
 
     Args:
-        config: With both, the folds of a recipe give way to ``data.train``.
-        overrides: What was set on the command line, ``section.key=value``: folds that are named
-            there do not.
+        config: Configuration; if it has both, ``data.train`` overrides the folds of a recipe.
+        overrides: Settings of the command line, ``section.key=value``, whose folds are not
+            overridden.
 
     Raises:
         ConfigError: Both were named there.
@@ -86,9 +86,10 @@ def cross_validate(
     """Fine-tune once for each fold, then write one report on all of them.
 
     Args:
-        config: As for :func:`~ssast.engine.finetune.finetune`, with ``finetune.folds``.
-        checkpoint: See there.
-        resume: Go on where these runs were stopped; folds that are finished stay as they are.
+        config: Configuration as for :func:`~ssast.engine.finetune.finetune`, with
+            ``finetune.folds``.
+        checkpoint: Path of a pretrained model; see there.
+        resume: Resume the runs of the folds; finished ones stay as they are.
 
     Returns:
         0, or the number of the signal that stopped a run after it had saved a checkpoint.
@@ -132,7 +133,7 @@ def cross_validate(
 
 
 def fold_config(config: Config, fold: Fold) -> Config:
-    """The configuration of one fold's run."""
+    """Return the configuration of one fold's run."""
     settings = finetune_settings(config)
     table = fold.train.parent / LABELS
     labels = settings.labels or (str(table) if table.is_file() else None)
@@ -148,20 +149,20 @@ def fold_config(config: Config, fold: Fold) -> Config:
 
 
 def run_of(run: Path, number: int) -> Path:
-    """The folder of a fold's run."""
+    """Return the folder of a fold's run."""
     return run / f"fold_{number}"
 
 
 def write_folds(
     run: Path, numbers: Sequence[int], split: str, source: str | None
 ) -> dict[str, Any]:
-    """Write report.md, metrics.json and confusion.png of runs that are finished.
+    """Write report.md, metrics.json and confusion.png of finished folds.
 
     Args:
-        run: Their common folder.
-        numbers: Of the folds.
-        split: ``test`` or ``valid``, where each run has the results on its fold.
-        source: Where the manifests of the folds are, for the report.
+        run: Folder of the runs.
+        numbers: Numbers of the folds.
+        split: ``test`` or ``valid``, the split that is a fold in each run.
+        source: Folder of the manifests, for the report.
 
     Returns:
         What metrics.json holds: ``folds`` (metrics by fold), ``mean`` and ``std`` (of a sample:
@@ -196,7 +197,7 @@ def write_folds(
 
 
 def _classes(run: Path) -> list[str]:
-    """The classes of a finished run."""
+    """Return the classes of a finished run."""
     chosen = Checkpoints(run / CHOSEN).latest()
     if chosen is None:
         raise CheckpointError(f"{run}: no finished fine-tuning run")

@@ -1,4 +1,4 @@
-"""Classifiers in and out of run folders, and new ones from pretrained weights."""
+"""Build classifiers, fill them with pretrained weights, and save them in run folders."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ Kind = TypeVar("Kind", bound=Classifier)
 
 
 def model_of(encoder: SpectrogramTransformer) -> Model:
-    """The settings that an encoder is made from."""
+    """Return the model settings that an encoder was built from."""
     size, depth = encoder.embed_dim, len(encoder.blocks)
     name = next(name for name, known in SIZES.items() if known.embed_dim == size)
     return Model(
@@ -35,7 +35,16 @@ def build_classifier(
     num_classes: int,
     kind: type[Kind] = Classifier,  # type: ignore[assignment]
 ) -> Kind:
-    """The classifier of a configuration, with fresh weights; nothing masks patches in it."""
+    """Build the classifier of a configuration with fresh weights.
+
+    Nothing is masked in it, so its mask embedding is frozen; with ``finetune.freeze`` the whole
+    encoder is.
+
+    Args:
+        config: Configuration with a section ``finetune``.
+        num_classes: Number of classes.
+        kind: Class of the classifier.
+    """
     settings = finetune_settings(config)
     encoder = SpectrogramTransformer(config.model, config.audio, settings.stride)
     classifier = kind(encoder, num_classes, settings.pooling)
@@ -46,7 +55,7 @@ def build_classifier(
 
 
 def check_fits(config: Config, pretrained: Config, source: str | Path) -> None:
-    """The model of a configuration must be the one that was pretrained.
+    """Check that a configuration has the model that was pretrained.
 
     Raises:
         CheckpointError: Size, patch, depth or mel bins differ.
@@ -65,7 +74,10 @@ def check_fits(config: Config, pretrained: Config, source: str | Path) -> None:
 
 @torch.no_grad()
 def fill_encoder(encoder: SpectrogramTransformer, pretrained: SpectrogramTransformer) -> None:
-    """Give an encoder pretrained weights; positions are cut or interpolated to its patch grid."""
+    """Copy pretrained weights into an encoder.
+
+    The position embedding is cut or interpolated to the encoder's patch grid.
+    """
     weights = {name: value.clone() for name, value in pretrained.state_dict().items()}
     old, new = pretrained.embed.grid, encoder.embed.grid
     # Interpolated in float32, as the published numbers were.
@@ -84,13 +96,25 @@ def save_chosen(
     classes: Sequence[str],
     facts: dict[str, Any],
 ) -> Path:
-    """Write the weights of a run that shall be used; returns their folder."""
+    """Save the chosen weights of a fine-tuning run.
+
+    Args:
+        run: Run folder.
+        tensors: A checkpoint's tensors, of which the weights are saved.
+        step: Optimizer steps of the run.
+        config: Configuration of the run.
+        classes: Labels, in the order of the logits.
+        facts: Further metadata, as JSON holds it.
+
+    Returns:
+        The folder of the weights.
+    """
     weights = {name: value for name, value in tensors.items() if name.startswith(WEIGHT)}
     meta = {"config": to_plain(config), "classes": list(classes), **facts}
     return Checkpoints(run / CHOSEN, keep=1).save(weights, meta, step=step)
 
 
 def with_model_of(config: Config, pretrained: Config) -> Config:
-    """A configuration with the model, and the mel bins, of a pretrained one."""
+    """Return a configuration with the model and the mel bins of a pretrained one."""
     audio = replace(config.audio, n_mels=pretrained.audio.n_mels)
     return replace(config, model=pretrained.model, audio=audio)

@@ -35,17 +35,17 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Used by rank 0 alone.
+    """The checkpoints of one run, on rank 0.
 
     Args:
-        folder: created at the first save.
-        keep: how many of the newest to keep; the best one is kept in addition.
+        folder: Folder of the checkpoints, created at the first save.
+        keep: Number of the newest checkpoints to keep; the best one is kept in addition.
 
     Attributes:
-        damaged: name and reason of each checkpoint that `latest` passed over.
+        damaged: Damaged checkpoints that :meth:`latest` skipped, with the reasons, by name.
 
     Raises:
-        ValueError: `keep` is less than 1.
+        ValueError: ``keep`` is less than 1.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3) -> None:
@@ -56,21 +56,21 @@ class Checkpoints:
         self.damaged: dict[str, str] = {}
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, step: int) -> Path:
-        """Writes a checkpoint, makes it the latest and removes those no longer kept.
+        """Write a checkpoint, make it the latest, and remove those no longer kept.
 
-        A checkpoint of the same step is replaced. When this raises, what was there before the
-        call is still there and whole.
+        A checkpoint of the same step is replaced. If this raises, the checkpoints from before the
+        call are still there and whole.
 
         Args:
-            tensors: by name, on the CPU.
-            meta: what JSON can hold; tuples come back as lists.
-            step: number of the checkpoint, at most nine digits.
+            tensors: Tensors on the CPU, by name.
+            meta: Metadata that JSON can hold; tuples come back as lists.
+            step: Number of the checkpoint, at most nine digits.
 
         Returns:
             The folder of the checkpoint.
 
         Raises:
-            CheckpointError: the disk is full or the folder cannot be written.
+            CheckpointError: The disk is full or the folder cannot be written.
         """
         target = self.folder / f"step{step:09d}"
         try:
@@ -87,24 +87,24 @@ class Checkpoints:
         return target
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose manifest verifies, every byte of it; None if there is none.
+        """Return the newest checkpoint of which every byte verifies; None if there is none.
 
-        Damaged ones are logged as warnings and listed in `damaged`.
+        Damaged ones are skipped, logged as warnings and listed in ``damaged``.
         """
         for path in self._all():
             problem = find_damage(path)
             if problem is None:
                 return path
             if path.name not in self.damaged:
-                _log.warning("passing over damaged checkpoint %s: %s", path, problem)
+                _log.warning("skipping damaged checkpoint %s: %s", path, problem)
             self.damaged[path.name] = problem
         return None
 
     def mark_best(self, step: int, value: float) -> None:
-        """Names a saved checkpoint the best so far; it is kept until another one is named.
+        """Mark a saved checkpoint as the best so far; it is kept until another one is marked.
 
         Raises:
-            CheckpointError: there is no checkpoint of this step, or the disk is full.
+            CheckpointError: There is no checkpoint of this step, or the disk is full.
         """
         name = f"step{step:09d}"
         if not (self.folder / name / MANIFEST).is_file():
@@ -116,24 +116,24 @@ class Checkpoints:
             raise CheckpointError(f"cannot write {self.folder / 'best.json'}: {error}") from error
 
     def best(self) -> Path | None:
-        """The checkpoint named last by `mark_best`; None if there is none."""
+        """Return the checkpoint marked last as the best; None if there is none."""
         name = self._best_name()
         return next((path for path in self._all() if path.stem == name), None)
 
     @staticmethod
     def load(path: Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Reads a checkpoint.
+        """Load a checkpoint.
 
         Args:
-            path: its folder.
-            check: verify every byte first; `latest` has done so for what it returns.
+            path: Folder of the checkpoint.
+            check: Verify every byte first; :meth:`latest` has done so for what it returns.
 
         Returns:
             The tensors, mapped into memory and read from the disk when they are used, and the
-            meta data.
+            metadata.
 
         Raises:
-            CheckpointError: there is no whole checkpoint at this path.
+            CheckpointError: There is no whole checkpoint at this path.
         """
         path = Path(path)
         problem = find_damage(path, content=check)
@@ -146,7 +146,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot load checkpoint {path}: {error}") from error
 
     def _all(self) -> list[Path]:
-        """Checkpoints with a manifest, newest first; a replaced one after its replacement."""
+        """List checkpoints with a manifest, newest first; a replaced one after its replacement."""
         found = [p for p in self.folder.glob("step*") if re.fullmatch(r"step\d+(\.old)?", p.name)]
         found = [p for p in found if (p / MANIFEST).is_file()]
         return sorted(found, key=lambda p: (int(p.stem[4:]), p.suffix == ""), reverse=True)
@@ -159,7 +159,7 @@ class Checkpoints:
         return name if isinstance(name, str) else None
 
     def _sweep(self) -> None:
-        """Removes what a killed save left behind."""
+        """Remove what a killed save left behind."""
         for pattern in (".tmp-*", ".trash-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -170,7 +170,6 @@ class Checkpoints:
                 os.rename(path, self.folder / path.stem)
 
     def _prune(self) -> None:
-        """Keeps the newest and the best."""
         self._sweep()
         best = self._best_name()
         for path in self._all()[self.keep :]:
@@ -178,18 +177,18 @@ class Checkpoints:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Out of sight in one operation first: half a checkpoint is never seen."""
+        # Renamed first, which is atomic: half a checkpoint is never seen.
         trash = self.folder / f".trash-{path.name}"
         os.rename(path, trash)
         shutil.rmtree(trash)
 
 
 def find_damage(path: Path, *, content: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder; None if it is whole.
+    """Describe what is wrong with a checkpoint; None if it is whole.
 
     Args:
-        path: the folder.
-        content: compare the hashes of the files too, not only their sizes.
+        path: Folder of the checkpoint.
+        content: Compare the hashes of the files too, not only their sizes.
     """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -209,7 +208,7 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write state, meta data and, last of all, the manifest; each is flushed to the disk.
+    """Write state, metadata and, last of all, the manifest; each is flushed to the disk.
 
     Raises:
         OSError, safetensors.SafetensorError: One cannot be written.

@@ -1,4 +1,4 @@
-"""Embeddings of recordings, one vector for each clip or for each column of patches."""
+"""Write embeddings of recordings, one vector for each clip or for each column of patches."""
 
 import csv
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ from ssast.pipelines.stream.stream import AudioStream
 
 @dataclass(frozen=True)
 class Embedded:
-    """What :func:`embed_recordings` has written."""
+    """The files that :func:`embed_recordings` has written."""
 
     path: Path
     shape: tuple[int, ...]
     listing: Path
-    """Of the rows; the same file where that holds the paths itself."""
+    """The CSV that lists the rows; the same file where that holds the paths itself."""
 
     rejected: dict[str, str]
-    """Clips that could not be read, with the reasons; their rows are NaN, or null."""
+    """Reasons why clips could not be read, by path; their rows are NaN, or null."""
 
 
 class Rows(Protocol):
-    """Takes embeddings, batch by batch in the order of the clips, to a temporary file."""
+    """A writer of embeddings, batch by batch in the order of the clips."""
 
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
-        """Take [B, *] float32 of the clips from ``first`` on, and their columns [B] with sound."""
+        """Write [B, *] float32 of the clips from ``first`` on, and their valid columns [B]."""
         ...
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class Rows(Protocol):
 
 
 class NumpyRows:
-    """A float32 array, NaN where nothing is known."""
+    """A writer of a float32 array, NaN where there is no sound."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self._rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
@@ -64,10 +64,10 @@ class NumpyRows:
 
 
 class ParquetRows:
-    """A table of path, columns and embedding: null where a clip could not be read.
+    """A writer of a table of path, columns and embedding, null where a clip could not be read.
 
-    An embedding is a list of D numbers; with a ``frame`` each, a list of such lists, of the columns
-    that hold sound.
+    An embedding is a list of D numbers; at the level ``frame`` a list of such lists, one for each
+    valid column.
 
     Raises:
         ConfigError: pyarrow is not installed.
@@ -119,7 +119,7 @@ def embed_recordings(
     """Write the embeddings of recordings.
 
     Args:
-        loaded: The model.
+        loaded: Any model.
         source: A manifest, a folder, or one audio file. Row i is its i-th clip.
         out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
             over what holds sound. ``frame``: [clips, T', D], the mean over the rows of each column

@@ -36,7 +36,7 @@ def embed(
     What is longer than the input of the model is embedded window by window.
 
     Args:
-        model: A model, or the path of one. A path is opened again in each call.
+        model: A model, or the path of one, which is opened in each call.
         audio: Waveform [S] or waveforms [B, S], floating point in [-1, 1]; or an audio file.
         sample_rate_hz: Sample rate of the waveforms, which are resampled to that of the model. A
             file has its own.
@@ -71,7 +71,7 @@ def embed(
 def _waveforms(
     audio: Tensor | np.ndarray | str | Path, sample_rate_hz: int, spec: FbankSpec
 ) -> Tensor:
-    """Read, check and resample what :func:`embed` is given; [S] or [B, S] float32."""
+    """Return the audio as float32 [S] or [B, S] at the model's sample rate."""
     if isinstance(audio, str | Path):
         try:
             blocks = resampled(read_blocks(Item(str(audio), Path(audio))), spec.sample_rate_hz)

@@ -1,4 +1,4 @@
-"""Scores of a classifier, by scikit-learn."""
+"""Metrics of a classifier, computed by scikit-learn."""
 
 import math
 import warnings
@@ -20,10 +20,10 @@ TARGET_PRIOR = 0.01  # of the detection cost: how often it is the claimed class,
 
 
 def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Scores of a set of clips.
+    """Compute the metrics of a set of clips.
 
     Args:
-        logits: [n, C].
+        logits: [n, C] logits.
         targets: [n, C], 1 for the classes of a clip, else 0.
 
     Returns:
@@ -68,11 +68,11 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str,
 
 
 def verification_metrics(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
-    """How well a threshold tells true claims from false ones, as of speakers.
+    """Compute the metrics of a verification, as of speakers.
 
     Args:
-        scores: [n], of each trial, the higher the likelier that the claim is true.
-        same: [n], 1 where it is, else 0; some of both.
+        scores: [n] score of each trial, the higher the likelier that the claim is true.
+        same: [n], 1 where the claim is true, else 0; some of both.
 
     Returns:
         ``eer``, where as many true claims are refused as false ones are accepted (as shares, on
@@ -90,7 +90,10 @@ def verification_metrics(scores: np.ndarray, same: np.ndarray) -> dict[str, floa
 
 
 def class_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Average precision and area under the ROC curve of each class, [C]; NaN where undefined."""
+    """Compute average precision and area under the ROC curve of each class, [C].
+
+    NaN for classes that all clips have, or none.
+    """
     found = {name: np.full(scores.shape[1], np.nan) for name in ("average_precision", "auc")}
     for number in range(scores.shape[1]):
         truth = targets[:, number]

@@ -1,4 +1,4 @@
-"""What the encoder has learned: simple classifiers on its frozen features.
+"""Probe an encoder: simple classifiers on its frozen features.
 
 A logistic regression and a k-nearest-neighbour vote, trained on the labelled clips of a task and
 scored on its evaluation clips, for the pretrained encoder and for the same encoder with untrained
@@ -43,18 +43,18 @@ MOST_PAIRED = 2000  # clips whose pairs are looked at
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy on the evaluation clips of a task."""
+    """Scores of an encoder on the evaluation clips of a task."""
 
     task: str
     weights: str
     linear: float
     knn: float
     chance: float
-    """Of always naming the most frequent class of the training clips."""
+    """Accuracy of always predicting the most frequent class of the training clips."""
 
     eer: float
-    """Equal error rate of telling by the cosine of their features whether two evaluation clips have
-    the same label; NaN if there are no pairs of both kinds."""
+    """Equal error rate of deciding by the cosine of features whether two evaluation clips have the
+    same label; NaN if there are no pairs of both kinds."""
 
     num_train: int
     num_eval: int
@@ -62,7 +62,7 @@ class Score:
 
 
 def find_tasks(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Tasks in a folder: pairs of <task>_train.json and <task>_eval.json, by name.
+    """Find the tasks in a folder: pairs of <task>_train.json and <task>_eval.json, by name.
 
     Raises:
         DataError: There is none.
@@ -76,7 +76,7 @@ def find_tasks(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def untrained_encoder(config: Config) -> SpectrogramTransformer:
-    """The encoder with the weights that a run of this configuration begins from."""
+    """Build an encoder with the weights that a run of this configuration begins from."""
     torch.manual_seed(config.train.seed)
     return MSPM(config).encoder.eval()
 
@@ -86,7 +86,7 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
 def features(
     encoder: SpectrogramTransformer, paths: ClipPaths, audio: Audio, device: torch.device
 ) -> dict[ClipPath, np.ndarray]:
-    """Mean of the patch tokens that hold sound, [D], of each clip that can be read, by path."""
+    """Compute the mean of the valid patch tokens, [D], of each readable clip, by path."""
     encoder, found = encoder.to(device), {}
     with AudioStream(
         paths, fbank_spec(audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
@@ -157,7 +157,7 @@ def probe(
 
 
 def _models(num_voters: int) -> tuple[BaseEstimator, BaseEstimator]:
-    """The linear classifier and the vote of the nearest neighbours."""
+    """Return the linear and the nearest-neighbour classifier."""
     # Regularised rather strongly: a few thousand clips against a few hundred features.
     linear = LogisticRegression(C=0.1, tol=1e-3, max_iter=2000)
     vote = KNeighborsClassifier(min(10, max(1, num_voters)), metric="cosine", weights="distance")
@@ -219,12 +219,12 @@ def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
 
 
 def probe_model(loaded: LoadedModel, manifest: Path, train: Path | None = None) -> list[Score]:
-    """Score the encoder of any model on labelled clips, beside one like it that is untrained.
+    """Score the encoder of any model on labelled clips, and an untrained one like it.
 
     Args:
-        loaded: The model; a head is left out.
-        manifest: The clips, with one label each.
-        train: Others to train on; parts of the same if None, see :func:`probe`.
+        loaded: Any model; a head is ignored.
+        manifest: Manifest of clips with one label each.
+        train: Manifest of clips to train on; cross-validation if None, see :func:`probe`.
 
     Raises:
         DataError: See :func:`probe`.
@@ -240,12 +240,12 @@ def probe_model(loaded: LoadedModel, manifest: Path, train: Path | None = None) 
 def probe_run(
     run: Path, tasks: Path, others: Mapping[str, SpectrogramTransformer] | None = None
 ) -> tuple[list[Score], Path]:
-    """Score the encoder of a run beside the untrained one.
+    """Score the encoder of a pretraining run, and the untrained one.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         tasks: Folder of the tasks.
-        others: More encoders of the same input, by a name for their weights.
+        others: More encoders with the same input, by a name for their weights.
 
     Returns:
         The scores, and where they were written: probe.json in the run's folder.
@@ -264,13 +264,13 @@ def probe_run(
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:
-    """Write the scores as a JSON list; returns the path."""
+    """Write the scores as a JSON list, and return its path."""
     path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n")
     return path
 
 
 def format_scores(scores: Sequence[Score]) -> str:
-    """A table, one line for each task and encoder."""
+    """Format the scores as a table, one line for each task and encoder."""
     lines = [
         f"{'task':14}{'classes':>8}{'train':>7}{'eval':>6}  "
         f"{'encoder':12}{'linear':>8}{'kNN':>8}{'chance':>8}{'EER':>8}"

@@ -18,7 +18,7 @@ from ssast.pipelines.stream.stream import AudioStream
 
 
 def visualize(run: Path, num_clips: int = 4) -> list[Path]:
-    """Draw the curves of a run and reconstructions of clips from all over its held-out split.
+    """Draw the curves of a run, and reconstructions of clips from its held-out split.
 
     Raises:
         CheckpointError: The run has no whole checkpoint.
@@ -42,13 +42,13 @@ def visualize(run: Path, num_clips: int = 4) -> list[Path]:
 
 @torch.inference_mode()
 def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence[str]) -> Path:
-    """Original, masked and completed spectrograms of a few clips, one clip a row.
+    """Draw original, masked and reconstructed spectrograms, one clip a row.
 
     Args:
-        model: In evaluation mode, with a trained generative head.
-        batch: The clips.
-        path: Of the PNG.
-        titles: One a clip.
+        model: Model in evaluation mode, with a trained generative head.
+        batch: A few clips.
+        path: Path of the PNG file.
+        titles: Title of each clip.
     """
     masks = model.held_out_masks(batch.clip_ids, batch.num_frames)[-1]
     original = model.encoder.embed.normalise(batch.fbank)
@@ -84,9 +84,11 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
 
 
 def complete(model: MSPM, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-    """Normalised spectrograms [B, T', F'] with the masked patches NaN, and with them predicted.
+    """Reconstruct the masked patches of spectrograms.
 
-    T' and F' are as many frames and mel bins as whole patches cover.
+    Returns:
+        Normalised spectrograms [B, T', F'] with the masked patches NaN, and with them predicted;
+        T' and F' are as many frames and mel bins as whole patches cover.
     """
     embed = model.encoder.embed
     patches = cut_patches(embed.normalise(fbank), embed.patch, embed.stride)

@@ -1,4 +1,4 @@
-"""What is written of a classifier's results: predictions, pictures, a report."""
+"""Write the results of a classifier: predictions, figures, a report."""
 
 import csv
 import json
@@ -31,12 +31,12 @@ def write_split(
     """Write metrics.json, predictions.csv, classes.png and, of single labels, confusion.png.
 
     Args:
-        folder: Created if need be.
-        clips: n clips.
-        logits: [n, C].
+        folder: Output folder, created if need be.
+        clips: The n clips of the split.
+        logits: [n, C] logits.
         read: [n] bool, which clips could be read; the others are left out.
-        values: The metrics.
-        loss: ``ce`` or ``bce``, what makes probabilities of the logits.
+        values: Metrics of the split.
+        loss: ``ce`` or ``bce``, which turns logits into probabilities.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(dict(values), indent=1) + "\n")
@@ -60,14 +60,14 @@ def write_predictions(
     classes: Sequence[str],
     truths: Sequence[Sequence[str]],
 ) -> None:
-    """A CSV: the clip, its labels, and its likeliest classes with their probabilities.
+    """Write a CSV of clips, their labels, and their likeliest classes with probabilities.
 
     Args:
-        path: Of the CSV.
-        clips: n names.
+        path: Path of the CSV file.
+        clips: Names of the n clips.
         scores: [n, C] probabilities.
-        classes: C names.
-        truths: The labels of each clip.
+        classes: Names of the C classes.
+        truths: Labels of each clip.
     """
     count = min(NUM_SHOWN, len(classes))
     header = ["wav", "labels"]
@@ -84,7 +84,7 @@ def write_predictions(
 
 
 def read_predictions(path: Path) -> list[tuple[str, str]]:
-    """Labels and likeliest class of each clip of such a CSV."""
+    """Read the labels and the likeliest class of each clip from a CSV of predictions."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return [(row["labels"], row["class1"]) for row in csv.DictReader(file)]
 
@@ -96,7 +96,15 @@ def write_report(
     chosen: str,
     results: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """A page on a fine-tuning run: what was trained on what, and how well it does."""
+    """Write the report of a fine-tuning run.
+
+    Args:
+        path: Path of the Markdown file, in the run's folder.
+        config: Configuration of the run.
+        splits: Clips of the run.
+        chosen: Which weights were chosen.
+        results: Metrics by split.
+    """
     settings = finetune_settings(config)
     names = sorted({name for values in results.values() for name in values})
     lines = [
@@ -121,7 +129,7 @@ def write_report(
 
 
 def describe(config: Config) -> str:
-    """Model and loss of a fine-tuning in a few words."""
+    """Describe the model and the loss of a fine-tuning in a few words."""
     settings, model = finetune_settings(config), config.model
     return (
         f"{model.size} with {model.patch[0]} x {model.patch[1]} patches, from "
@@ -132,13 +140,13 @@ def describe(config: Config) -> str:
 def draw_confusion(
     path: Path, named: np.ndarray, truth: np.ndarray, classes: Sequence[str]
 ) -> None:
-    """A picture of how often clips of each label were given each name.
+    """Draw a confusion matrix, normalised over the clips of each label.
 
     Args:
-        path: Of the PNG.
-        named: [n], number of the likeliest class.
-        truth: [n], number of the label.
-        classes: C names.
+        path: Path of the PNG file.
+        named: [n] index of the predicted class.
+        truth: [n] index of the label.
+        classes: Names of the C classes.
     """
     numbers = np.arange(len(classes))
     counts = confusion_matrix(truth, named, labels=numbers).astype(float)
@@ -150,7 +158,7 @@ def draw_confusion(
     if len(classes) <= NAMED:
         axis.set_xticks(numbers, classes, rotation=90, fontsize=7)
         axis.set_yticks(numbers, classes, fontsize=7)
-    axis.set_xlabel("named")
+    axis.set_xlabel("predicted")
     axis.set_ylabel("label")
     axis.set_title("share of the clips of each label", fontsize=10)
     save_figure(figure, path)

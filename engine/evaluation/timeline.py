@@ -1,4 +1,4 @@
-"""What is heard when: a classifier on windows of long recordings."""
+"""Classify long recordings window by window."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -28,16 +28,16 @@ SLICE = 5  # frames that one column of the spectrogram is the mean of
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a classifier makes of the windows of a recording, n of them.
+    """Probabilities of the classes in each of the n windows of a recording.
 
     Attributes:
-        path: Of the recording.
-        classes: C names, as people call them.
-        starts_s: [n] seconds.
-        ends_s: [n] seconds.
-        probabilities: [n, C].
-        spectrogram: [K, F], the mean log-mel of each 50 ms.
-        reason: Why it could not be read; it then has no windows.
+        path: Path of the recording.
+        classes: Display names of the C classes.
+        starts_s: [n] start of each window in seconds.
+        ends_s: [n] end of each window in seconds.
+        probabilities: [n, C] probabilities.
+        spectrogram: [K, F] mean log-mel of each 50 ms.
+        reason: Why the recording could not be read; it then has no windows.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Timeline:
     reason: str | None = None
 
     def lines(self, top: int) -> Iterator[dict[str, Any]]:
-        """Each window with its likeliest classes, as JSON holds it; or the reason for none."""
+        """Yield each window with its likeliest classes as JSON, or the reason for none."""
         if self.reason is not None:
             yield {"path": self.path, "reason": self.reason}
         for start, end, row in zip(self.starts_s, self.ends_s, self.probabilities, strict=True):
@@ -63,14 +63,14 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a recording, in samples: their length, and from one to the next."""
+    """Length of the windows of a recording and hop between them, in samples."""
 
     length: int
     hop: int
 
     @classmethod
     def of(cls, spec: FbankSpec, window_s: float | None, hop_s: float | None) -> "Windows":
-        """Windows in seconds: as long as the model's input by default, half of them overlapping.
+        """Convert seconds to samples; by default as long as the model's input, overlapping by half.
 
         Raises:
             ConfigError: A window is longer than the model's input or shorter than one frame, or
@@ -90,7 +90,7 @@ class Windows:
         return cls(round(window_s * rate), round(hop_s * rate))
 
     def cut(self, path: Any, rate_hz: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Windows of a recording of any format and length, with where they begin, in samples.
+        """Cut a recording of any format and length into windows; yield each with its first sample.
 
         The last one ends where the recording ends, and begins earlier for that; only a recording
         shorter than a window makes a shorter one.
@@ -141,10 +141,10 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
     """Classify the windows of a recording, which is read block by block.
 
     Args:
-        loaded: The classifier.
+        loaded: A fine-tuned classifier.
         path: A file, or a clip in a shard.
-        cutting: Its windows.
-        device: Where the classifier shall work.
+        cutting: Length and hop of the windows.
+        device: Device of the classifier.
     """
     audio, classifier = loaded.audio, loaded.classifier.to(device).eval()
     spec, num_classes = fbank_spec(audio), loaded.num_classes
@@ -188,7 +188,7 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
 
 
 def _columns(frames: np.ndarray, first: int) -> dict[int, np.ndarray]:
-    """Means [F] of each SLICE frames of a recording, by number, from those of a window [T, F]."""
+    """Average each SLICE frames of a window [T, F]; the means [F], by their number in all."""
     numbers, begins = np.unique((first + np.arange(len(frames))) // SLICE, return_index=True)
     sums = np.add.reduceat(frames, begins)
     sizes = np.diff(begins, append=len(frames))
@@ -198,7 +198,7 @@ def _columns(frames: np.ndarray, first: int) -> dict[int, np.ndarray]:
 def _batches(
     pieces: Iterator[tuple[int, np.ndarray]], shortest: int
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Windows in lists; one that is too short for a single frame is left out."""
+    """Collect windows in batches; one too short for a single frame is left out."""
     batch: list[tuple[int, np.ndarray]] = []
     for start, window in pieces:
         if len(window) >= shortest:
@@ -211,7 +211,7 @@ def _batches(
 
 
 def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> list[Path]:
-    """Write windows.jsonl and a picture of each recording; returns their paths."""
+    """Write windows.jsonl and a figure of each recording, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "windows.jsonl"
     with listing.open("w", encoding="utf-8", errors="surrogateescape") as file:
@@ -233,12 +233,12 @@ def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> li
 
 
 def draw_timeline(path: Path, found: Timeline, most: int = 10) -> None:
-    """A picture of a recording: its spectrogram, and under it what is heard when.
+    """Draw the spectrogram of a recording, and under it the probabilities over time.
 
     Args:
-        path: Of the PNG.
-        found: With windows.
-        most: Classes that are shown, those that are likeliest somewhere.
+        path: Path of the PNG file.
+        found: Timeline with windows.
+        most: Number of classes that are shown, by their highest probability.
     """
     peaks = found.probabilities.max(0)
     shown = np.argsort(-peaks, kind="stable")[:most]

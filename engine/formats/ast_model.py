@@ -29,23 +29,23 @@ _TASKS = ("ft_avgtok", "ft_cls", "pretrain_mpc", "pretrain_mpg", "visualize_mask
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 1, F, T] to the tokens of their patches [B, N, D]."""
+    """Patch embedding: images [B, 1, F, T] to tokens [B, N, D]."""
 
     def __init__(self, projection: nn.Conv2d, num_patches: int):
         super().__init__()
         self.proj, self.num_patches = projection, num_patches
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, 1, F, T] to [B, N, D]; gradients flow to the image."""
+        """Embed [B, 1, F, T] to [B, N, D]; gradients flow to the image."""
         return self.proj(image).flatten(2).transpose(1, 2)
 
 
 class Trunk(nn.Module):
-    """The transformer with timm's names; the heads are ImageNet's, which nothing uses.
+    """The transformer with timm's names and ImageNet's heads, which nothing uses.
 
     Args:
-        encoder: Whose parameters it has.
-        num_extra: Tokens before those of the patches: cls and dist, or cls alone.
+        encoder: Encoder whose parameters are shared.
+        num_extra: Number of tokens before those of the patches: cls and dist, or cls alone.
     """
 
     def __init__(self, encoder: SpectrogramTransformer, num_extra: int = NUM_EXTRA_TOKENS):
@@ -74,7 +74,7 @@ class Trunk(nn.Module):
         return self.cls_token
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, E + N, D] of tokens that have their positions."""
+        """Encode tokens that have their positions to hidden states [B, E + N, D]."""
         tokens = self.pos_drop(tokens)
         for block in self.blocks:
             tokens = block(tokens)
@@ -85,16 +85,16 @@ class ASTModel(nn.Module):
     """The published model, to pretrain or to fine-tune.
 
     Args:
-        label_dim: Classes of a fine-tuned model.
+        label_dim: Number of classes of a fine-tuned model.
         fshape: Mel bins of a patch.
         tshape: Frames of a patch.
         fstride: Mel bins between two patches; ``fshape`` in pretraining.
         tstride: Frames between two patches; ``tshape`` in pretraining.
         input_fdim: Mel bins of the input.
         input_tdim: Frames of the input.
-        model_size: tiny, small, base or base_nokd (also large, huge, giant).
+        model_size: One of tiny, small, base, base_nokd, large, huge, giant.
         pretrain_stage: Build a model to pretrain; False: one to fine-tune, from a file.
-        load_pretrained_mdl_path: The file of a pretrained model, to fine-tune.
+        load_pretrained_mdl_path: File of a pretrained model, to fine-tune.
 
     Raises:
         CheckpointError: The file is no pretrained model, or its size or patch is another. See
@@ -165,7 +165,7 @@ class ASTModel(nn.Module):
         stride: tuple[int, int],
         shape: tuple[int, int],
     ) -> None:
-        """The trunk of a pretrained model, with its positions cut or interpolated."""
+        """Load the trunk of a pretrained model, its positions cut or interpolated."""
         state = read_published(path)
         layout = detect_layout(state, path)
         if layout.input is None:
@@ -206,18 +206,18 @@ class ASTModel(nn.Module):
         mask_patch: int = 400,
         mask_ids: Tensor | None = None,
     ) -> Any:
-        """Do a task on a batch.
+        """Run a task on a batch.
 
         Args:
             x: [B, T, F] normalised filterbanks.
             task: ``ft_avgtok`` or ``ft_cls``: logits [B, classes] from the mean of the patch
                 tokens, or of cls and dist. ``pretrain_mpc``: accuracy and InfoNCE loss.
                 ``pretrain_mpg``: mean squared error. ``visualize_mask``: two images [B, 1, F, T]
-                with the masked patches painted, 99 where one was told apart and 0 where not; and
+                with the masked patches painted, 99 where one was identified and 0 where not; and
                 99 everywhere.
             cluster: Mask clusters of patches, not single ones.
-            mask_patch: Patches to mask.
-            mask_ids: [B, M], the patches to mask; drawn from PyTorch's generator if None.
+            mask_patch: Number of patches to mask.
+            mask_ids: [B, M] ids of the patches to mask; drawn from PyTorch's generator if None.
 
         Raises:
             ValueError: An unknown task, one that this stage of the model has not, or a mask or an
@@ -252,11 +252,11 @@ class ASTModel(nn.Module):
         return self._paint(x, masks, targets, predictions)
 
     def finetuningavgtok(self, image: Tensor) -> Tensor:
-        """Logits [B, classes] of images [B, 1, F, T] from the mean of the patch tokens."""
+        """Classify images [B, 1, F, T] by the mean of the patch tokens; logits [B, classes]."""
         return self.mlp_head(self._encode(image)[:, self.cls_token_num :].mean(1))
 
     def finetuningcls(self, image: Tensor) -> Tensor:
-        """Logits [B, classes] of images [B, 1, F, T] from the mean of cls and dist."""
+        """Classify images [B, 1, F, T] by the mean of cls and dist; logits [B, classes]."""
         return self.mlp_head(self._encode(image)[:, : self.cls_token_num].mean(1))
 
     def _encode(self, image: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ class ASTModel(nn.Module):
         return v.encode(torch.cat((extra, v.patch_embed(image)), 1) + v.pos_embed)
 
     def _encode_masked(self, x: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-        """The masked patches [B, M, P], in ascending order, and their hidden states [B, M, D]."""
+        """Return the masked patches [B, M, P], in ascending order, and their hidden states."""
         v, projection = self.v, self.v.patch_embed.proj
         assert projection.bias is not None
         tokens, targets = patch_embed(

@@ -60,8 +60,8 @@ def export_huggingface(
 
     Args:
         model: A classifier, or an encoder alone.
-        folder: Made if it is not there.
-        audio: Of the model's input.
+        folder: Output folder, created if need be.
+        audio: Settings of the model's input.
         labels: Names of the classes, in the order of the logits.
 
     Returns:
@@ -110,7 +110,7 @@ def export_huggingface(
 def import_huggingface(
     folder: str | Path,
 ) -> tuple[Classifier | SpectrogramTransformer, Audio, tuple[str, ...]]:
-    """The model in a folder that transformers' AST, or :func:`export_huggingface`, has saved.
+    """Load the model in a folder that transformers' AST or :func:`export_huggingface` has saved.
 
     Returns:
         A classifier, or an encoder where the folder holds no head, on the CPU; the settings of its
@@ -215,7 +215,7 @@ def _config(
 
 
 def _to_stock(name: str) -> tuple[str, ...]:
-    """The name in an AST file of a parameter of our encoder; of qkv, the three names."""
+    """Translate the name of a parameter of our encoder to AST's; of qkv, to three."""
     qkv = _QKV.fullmatch(name)
     if qkv is not None:
         number, rest = qkv.groups()
@@ -229,7 +229,7 @@ def _to_stock(name: str) -> tuple[str, ...]:
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """Of modeling_ssast.py, whose names are ours."""
+    """Return the state dict of modeling_ssast.py, whose names are ours."""
     return {
         name: value.detach().to("cpu", torch.float32).contiguous()
         for name, value in model.state_dict().items()
@@ -258,7 +258,7 @@ def _stock_names(name: str, in_classifier: bool) -> tuple[str, ...]:
 def _build(
     config: dict[str, Any], preprocessor: dict[str, Any], folder: Path
 ) -> tuple[SpectrogramTransformer, Audio]:
-    """The encoder with fresh weights, and the settings of its input."""
+    """Build the encoder with fresh weights, and the settings of its input."""
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         sizes = {(s.embed_dim, s.num_heads): name for name, s in SIZES.items()}

@@ -43,7 +43,7 @@ class SsastConfig(PretrainedConfig):
 
 
 class SsastEmbed(nn.Module):
-    """Normalised filterbanks [B, T, F] to tokens [B, 2 + N, D]."""
+    """Patch embedding: normalised filterbanks [B, T, F] to tokens [B, 2 + N, D]."""
 
     def __init__(self, config: SsastConfig):
         super().__init__()
@@ -60,7 +60,7 @@ class SsastEmbed(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + rows * columns, D))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, F] to [B, 2 + N, D], cls and dist first."""
+        """Embed [B, T, F] to [B, 2 + N, D], cls and dist first."""
         image = x.to(self.weight.dtype).transpose(1, 2).unsqueeze(1)
         patches = nn.functional.conv2d(image, self.weight, self.bias, self.stride)
         extra = (token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token))
@@ -77,7 +77,7 @@ class SsastAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, D]."""
+        """Map [B, L, D] to [B, L, D]."""
         heads = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = nn.functional.scaled_dot_product_attention(*heads.unbind())
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -92,7 +92,7 @@ class SsastMlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Map [..., D] to [..., D]."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -107,13 +107,13 @@ class SsastBlock(nn.Module):
         self.mlp = SsastMlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, D]."""
+        """Map [B, L, D] to [B, L, D]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class SsastPreTrainedModel(PreTrainedModel):
-    """Loading and saving."""
+    """Base class: loading, saving, initialisation."""
 
     config_class = SsastConfig
     base_model_prefix = "encoder"
@@ -142,7 +142,7 @@ class SsastModel(SsastPreTrainedModel):
     def forward(
         self, input_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Hidden states after the last norm, and pooled; on request those between the blocks."""
+        """Return hidden states, pooled ones, and on request those between the blocks."""
         x = self.embed(input_values)
         states = [x]
         for block in self.blocks:
@@ -177,7 +177,7 @@ class SsastForAudioClassification(SsastPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits [B, classes]; cross entropy for labels [B], binary for [B, classes]."""
+        """Return logits [B, classes], and for labels [B] or [B, classes] the cross entropy."""
         out = self.encoder(input_values, output_hidden_states=output_hidden_states)
         logits, loss = self.head(out.pooler_output), None
         if labels is not None and labels.ndim == 1:

@@ -1,4 +1,4 @@
-"""A model without our operations, for torch.export and ONNX: one file that runs anywhere."""
+"""Export a model without our operations, by torch.export or to ONNX."""
 
 import json
 import logging
@@ -20,10 +20,10 @@ ONNX_OPSET = 18
 
 
 class Portable(nn.Module):
-    """Log-mel filterbanks [B, T, F] to what the model says, in PyTorch's own operations.
+    """A model in PyTorch's own operations, which shares the weights of the original.
 
-    Shares the weights of the model that it is made of. The output is that of a classifier, logits
-    [B, classes], or that of an encoder, hidden states [B, 2 + N, D].
+    It maps log-mel filterbanks [B, T, F] to the logits [B, classes] of a classifier, or to the
+    hidden states [B, 2 + N, D] of an encoder.
     """
 
     def __init__(self, model: Classifier | SpectrogramTransformer):
@@ -36,7 +36,7 @@ class Portable(nn.Module):
         self.head = model.head if isinstance(model, Classifier) else None
 
     def forward(self, fbank: Tensor) -> Tensor:
-        """Filterbanks [B, T, F] before normalisation; see the class for the output."""
+        """Map filterbanks [B, T, F] before normalisation to logits or hidden states."""
         v, B = self.trunk, fbank.shape[0]  # len() would make it a constant
         image = ((fbank - self.mean) / (2 * self.std)).transpose(1, 2).unsqueeze(1)
         extra = (v.cls_token.expand(B, -1, -1), v.dist_token.expand(B, -1, -1))
@@ -49,7 +49,7 @@ class Portable(nn.Module):
 def export_program(
     model: Classifier | SpectrogramTransformer, audio: Audio
 ) -> torch.export.ExportedProgram:
-    """The model as ``torch.export`` has it, for any number of clips."""
+    """Export the model by ``torch.export``, for any number of clips."""
     portable = Portable(model).eval()
     # Two clips: of one, it would take the number for a constant.
     example = torch.zeros(2, audio.num_frames, audio.n_mels)
@@ -66,9 +66,9 @@ def save_program(
     """Write a file for ``torch.export.load(path).module()``, usually called .pt2.
 
     Args:
-        model: On the CPU, in float32.
-        path: Of the file.
-        audio: Of its input.
+        model: Model on the CPU, in float32.
+        path: Path of the file.
+        audio: Settings of its input.
         labels: Names of the classes, a JSON list in the extra file ``labels``.
 
     Raises:
@@ -93,9 +93,9 @@ def save_onnx(
     """Write an ONNX file: input ``fbank`` [batch, T, F], output ``output``.
 
     Args:
-        model: On the CPU, in float32.
-        path: Of the file; weights above 2 GB go into a second one beside it.
-        audio: Of its input.
+        model: Model on the CPU, in float32.
+        path: Path of the file; weights above 2 GB go into a second one beside it.
+        audio: Settings of its input.
         labels: Names of the classes, a JSON list in the metadata ``labels``.
 
     Raises:

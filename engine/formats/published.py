@@ -1,4 +1,4 @@
-"""Published checkpoints in and out: names, shapes, files.
+"""Read and write published checkpoints: names, shapes, files.
 
 The published code stores the state dict of a DataParallel model: ``module.v.*`` for the trunk with
 timm's names, ``module.cpredlayer.*`` and ``module.gpredlayer.*`` for the two heads of pretraining,
@@ -46,7 +46,7 @@ _SHARE_MASKED = 400 / 512  # published
 
 @dataclass(frozen=True)
 class Layout:
-    """What the shapes of a published state dict say of its model."""
+    """The settings of a model that the shapes of its published state dict tell."""
 
     size: Literal["tiny", "small", "base", "large", "huge", "giant"]
     depth: int
@@ -55,17 +55,17 @@ class Layout:
 
     num_patches: int
     input: tuple[int, int] | None
-    """Mel bins and frames that it was pretrained for; a fine-tuned model does not say."""
+    """Mel bins and frames of a pretrained model's input; None for a fine-tuned model."""
 
     num_classes: int | None
-    """Of a fine-tuned model."""
+    """Number of classes of a fine-tuned model."""
 
     num_extra: int = NUM_EXTRA_TOKENS
     """Tokens before those of the patches: cls and dist, or cls alone (base_nokd)."""
 
 
 def published_name(name: str) -> str:
-    """The published name, without ``module.``, of one of our parameters."""
+    """Translate the name of one of our parameters to the published one, without ``module.``."""
     for ours, theirs in _PREFIXES.items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]
@@ -75,12 +75,12 @@ def published_name(name: str) -> str:
 def from_published(
     state: dict[str, Tensor], names: list[str], source: str | Path = "state dict"
 ) -> dict[str, Tensor]:
-    """Weights under our names out of a published state dict.
+    """Translate the weights of a published state dict to our names.
 
     Args:
-        state: Of a published model, with or without ``module.`` before the names.
-        names: Parameters of ours that are wanted.
-        source: Where it is from, for the message.
+        state: Published state dict, with or without ``module.`` before the names.
+        names: Names of our parameters.
+        source: Where it is from, for messages.
 
     Raises:
         CheckpointError: One is missing, or the state dict holds something that we do not know.
@@ -98,12 +98,12 @@ def from_published(
 
 
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as the published code's DataParallel model stores it."""
+    """Translate our state dict to that of the published code's DataParallel model."""
     return {f"module.{published_name(name)}": value for name, value in state.items()}
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, ``.safetensors`` or a pickle that holds tensors and nothing else.
+    """Read the state dict in a file, ``.safetensors`` or a pickle of tensors alone.
 
     Returns:
         Tensors on the CPU by published name, without ``module.``.
@@ -145,7 +145,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
 
 
 def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -> Layout:
-    """What a state dict, as :func:`read_published` gives it, is the state of.
+    """Detect the model of a state dict, as :func:`read_published` returns it.
 
     Raises:
         CheckpointError: It is no SSAST, or its shapes contradict each other.
@@ -191,10 +191,10 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
 
 
 def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
-    """A published pretrained model, on the CPU, and the settings that it stands for.
+    """Load a published pretrained model, on the CPU, and the configuration that describes it.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         audio: Settings of :class:`~ssast.engine.settings.Audio` that the file does not hold:
             ``mean`` and ``std`` of its data, where they are not AudioSet's and LibriSpeech's.
 
@@ -248,10 +248,10 @@ def load_published_classifier(
     n_mels: int = 128,
     **audio: Any,
 ) -> Classifier:
-    """A published fine-tuned model, on the CPU; its file says nothing of these settings.
+    """Load a published fine-tuned model, on the CPU, whose file lacks these settings.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         num_frames: Frames of its input.
         stride: Mel bins and frames between two patches.
         pooling: ``avgtok`` or ``cls``.
@@ -311,13 +311,14 @@ def build_published_classifier(
 
 
 def published_state(model: MSPM | Classifier, audio: Audio | None = None) -> dict[str, Tensor]:
-    """The state dict that the published code stores of such a model, on the CPU, in float32.
+    """Return the state dict that the published code stores of a model, on the CPU, in float32.
 
     It loads there with ``strict=True``: ImageNet's heads, which nothing uses, are zeros.
 
     Args:
-        model: Pretrained or fine-tuned.
-        audio: Of a pretrained one, for the size of its input; that of its whole patches if None.
+        model: A pretrained or fine-tuned model.
+        audio: Settings of a pretrained model's input, for its size; that of its whole patches if
+            None.
 
     Raises:
         ConfigError: The patches of a pretrained model overlap.
@@ -347,7 +348,7 @@ def save_published(model: MSPM | Classifier, path: str | Path, audio: Audio | No
 
     Args:
         model: See :func:`published_state`.
-        path: Of the file; its folder is made.
+        path: Path of the file, whose folder is created if need be.
         audio: See :func:`published_state`.
 
     Raises:
@@ -364,7 +365,7 @@ def save_published(model: MSPM | Classifier, path: str | Path, audio: Audio | No
 
 
 def check_shapes(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Compare tensors, by the module's own names, with what the module holds.
+    """Check the shapes of tensors, by name, against the parameters of a module.
 
     Raises:
         CheckpointError: Shapes that differ, all of them.

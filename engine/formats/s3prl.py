@@ -21,14 +21,14 @@ from ssast.engine.model.encoder import layer_states, time_states
 
 
 class UpstreamExpert(nn.Module):
-    """What s3prl calls an upstream.
+    """An upstream of s3prl.
 
     Waveforms longer than the input of the model are cut into windows, whose columns of patches
     follow each other without a gap.
 
     Args:
-        ckpt: What :func:`~ssast.engine.formats.open.open_model` opens.
-        settings: s3prl's own; not used.
+        ckpt: Path of a model, see :func:`~ssast.engine.formats.open.open_model`.
+        settings: Settings of s3prl; not used.
 
     Raises:
         CheckpointError: There is no model.
@@ -40,14 +40,14 @@ class UpstreamExpert(nn.Module):
         self.encoder, self.spec = loaded.encoder, fbank_spec(loaded.audio)
 
     def get_downsample_rates(self, key: str | None = None) -> int:
-        """Samples between two hidden states."""
+        """Return the samples between two hidden states."""
         return self.encoder.embed.stride[1] * self.spec.hop
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Any]:
-        """Hidden states of waveforms.
+        """Compute the hidden states of waveforms.
 
         Args:
-            wavs: Of each clip [S] float32 in [-1, 1] at the sample rate of the model.
+            wavs: Waveforms [S] float32 in [-1, 1], at the sample rate of the model.
 
         Returns:
             "hidden_states": of the tokens and of each block a tensor [B, T', D], where T' is the
