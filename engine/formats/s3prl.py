@@ -58,14 +58,10 @@ class UpstreamExpert(nn.Module):
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)
         steps = max(1, waves.shape[1] // rate)
-        windows = [
-            [
-                time_states(self.encoder, state)
-                for state in layer_states(self.encoder, clips, frames)
-            ]
-            for clips, frames in fbank_windows(
-                waves, lengths, self.spec, columns * rate, end=steps * rate
-            )
-        ]
+        cut = fbank_windows(waves, lengths, self.spec, columns * rate, end=steps * rate)
+        windows = []
+        for clips, frames in cut:
+            states = layer_states(self.encoder, clips, frames)
+            windows.append([time_states(self.encoder, state) for state in states])
         hidden = [torch.cat(layer, 1)[:, :steps] for layer in zip(*windows, strict=True)]
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}

@@ -214,7 +214,7 @@ def test_a_file_of_another_model_is_refused(changed, message, tmp_path):
         ({"x": torch.zeros(1, 64, 128)}, r"x must be \[B, 256, 128\], got \[1, 64, 128\]"),
         ({"mask_ids": torch.zeros(2, 5)}, r"mask_ids must be \[1, M\], got \[2, 5\]"),
         ({"mask_ids": torch.zeros(1, 5)}, "distinct numbers from 0 to 127"),
-        ({"mask_patch": 127}, "hide 1 to 126 patches, got num_masked=127"),
+        ({"mask_patch": 127}, "cover 1 to 126 patches, got"),
     ],
 )
 def test_wrong_arguments_of_a_task(arguments, message):
