@@ -4,15 +4,19 @@ import json
 import signal
 import statistics
 
+import numpy as np
 import pytest
 from finetune_runs import make_sounds, manifest, overrides, pretrained_file
 from runs import call, lines, stop_at
 
 from ssast.engine.cli.main import main
 from ssast.engine.config import finetune_settings, load_config
+from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.report import read_predictions
 from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds
+from ssast.pipelines.clips.holdout import hold_out_clips
+from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.errors import DataError
 
 FOLDS = 3
@@ -115,6 +119,19 @@ def test_a_fold_is_looked_at_once_or_chosen_on(recipe, folds):
     chosen = fold_config(load_config(recipe), fold)
     assert chosen.data.valid == str(folds / "eval_1.json")
     assert finetune_settings(chosen).test is None
+
+
+def test_the_validation_clips_of_a_fold_are_held_out_by_recording(recipe, folds):
+    """Of its training clips, each class; the fold itself is left for the test."""
+    config = load_config(recipe, ["finetune.fold_role=test", "data.valid_share=0.25"])
+    for fold in find_folds(folds):
+        splits = find_splits(fold_config(config, fold))
+        manifest = read_manifest(fold.train)
+        held = hold_out_clips(manifest.paths, 0.25, manifest.labels)
+        assert splits.valid.paths == [manifest.paths[row] for row in np.flatnonzero(held)]
+        assert splits.train.paths == [manifest.paths[row] for row in np.flatnonzero(~held)]
+        assert splits.valid.counts().tolist() == [2, 2, 2]
+        assert splits.test.paths == read_manifest(fold.evaluate).paths
 
 
 def test_folds_or_a_single_run(recipe, folds, tmp_path):
