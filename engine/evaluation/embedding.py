@@ -15,7 +15,7 @@ from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.remote import located
+from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import replacing
@@ -199,7 +199,7 @@ def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
 
 
 def _paths(source: str | Path) -> ClipPaths:
-    place = located(source)
+    place = as_path(source)
     if place.is_file() and place.suffix.lower() not in (".json", ".csv"):
         return (str(place),)
     return read_manifest(place).paths

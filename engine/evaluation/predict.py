@@ -14,7 +14,7 @@ from ssast.engine.evaluation.probabilities import likeliest, probabilities
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.remote import located
+from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -82,7 +82,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
     """
     paths: list[Any] = []
     for source in sources:
-        place = located(source)
+        place = as_path(source)
         if place.is_dir() or place.suffix.lower() in (".json", ".csv"):
             paths += list(read_manifest(place).paths)
         else:

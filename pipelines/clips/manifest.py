@@ -1,8 +1,8 @@
-"""The list of clips and their labels: read and write.
+"""Read and write the list of clips and their labels.
 
 Five forms are read: the JSON of the published SSAST code, a CSV with a header, a folder of audio
 files, a folder of prepared shards, and a JSON that picks clips of such a folder.
-Whether the audio files exist is not checked here: the pipeline replaces a missing clip and says so.
+Whether the audio files exist is not checked here: the pipeline replaces and reports missing clips.
 """
 
 import csv
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssast.pipelines.clips.remote import is_url, located
+from ssast.pipelines.clips.remote import as_path, is_url
 from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex, is_prepared, read_labels
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
@@ -32,12 +32,12 @@ LABEL_KEYS = ("labels", "label")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Clips and labels.
+    """Clips and their labels.
 
     Attributes:
         paths: Absolute paths of the audio files, or the index of prepared shards.
-        labels: The labels of each clip, or None if the manifest has none.
-        source: Where it was read from, for messages.
+        labels: Labels of each clip; None if the manifest has none.
+        source: Path of the manifest or folder, for messages.
     """
 
     paths: ClipPaths
@@ -45,12 +45,12 @@ class Manifest:
     source: str
 
     def __len__(self) -> int:
-        """Number of clips."""
+        """Return the number of clips."""
         return len(self.paths)
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Reads a manifest.
+    """Read a manifest.
 
     Args:
         path: One of
@@ -71,7 +71,7 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
-    path = located(path)
+    path = as_path(path)
     if is_url(path) and not is_prepared(path):
         raise DataError(f"{path}: not there, or no prepared shards: ssast data prepare makes some")
     if path.is_dir():
@@ -97,14 +97,14 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not entries:
         raise DataError(f"{path}: lists no clips")
-    return checked(path, entries, index)
+    return parse_entries(path, entries, index)
 
 
 def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     """Open the prepared folder that a manifest names.
 
     Args:
-        path: The manifest.
+        path: Path of the manifest.
         prepared: The folder, relative to that of the manifest, or its URL.
 
     Raises:
@@ -113,7 +113,7 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     if not isinstance(prepared, str) or not prepared or "\0" in prepared:
         raise DataError(f"{path}: expected a prepared folder under 'prepared', found {prepared!r}")
     # Links are followed before "..", as when the manifest was written.
-    folder = located(prepared)
+    folder = as_path(prepared)
     if not is_url(folder):
         folder = Path(os.path.realpath(path.parent / folder))
     if not is_prepared(folder):
@@ -121,15 +121,15 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     return ShardIndex(folder)
 
 
-def checked(
+def parse_entries(
     path: Path, entries: Sequence[tuple[str, dict[str, Any]]], index: ShardIndex | None
 ) -> Manifest:
-    """Turns entries into a manifest.
+    """Check the entries of a manifest.
 
     Args:
-        path: The manifest.
-        entries: (place for messages, columns) of each clip.
-        index: The prepared folder whose clips are listed by name; None where files are listed.
+        path: Path of the manifest.
+        entries: Location for messages and columns of each clip.
+        index: The prepared folder whose clips are listed by name; None if files are listed.
 
     Raises:
         DataError: A path or label is missing or not text, or a clip is listed twice, or is not in
@@ -140,8 +140,8 @@ def checked(
     clips: dict[str, str] = {}
     labels: list[tuple[str, ...]] = []
     label_key = next((k for k in LABEL_KEYS if k in entries[0][1]), None)
-    for place, entry in entries:
-        where = f"{path}: {place}"
+    for location, entry in entries:
+        where = f"{path}: {location}"
         given = next((entry[key] for key in keys if key in entry), None)
         if not isinstance(given, str) or not given.strip() or "\0" in given:
             what = "path" if index is None else "name"
@@ -151,7 +151,7 @@ def checked(
         clip = os.path.normpath(os.path.join(folder, given)) if index is None else given
         if clip in clips:
             raise DataError(f"{where}: {given} is listed already at {clips[clip]}")
-        clips[clip] = place
+        clips[clip] = location
         if next((k for k in LABEL_KEYS if k in entry), None) != label_key:
             raise DataError(f"{where}: expected all entries to have labels, or none")
         if label_key is not None:
@@ -189,10 +189,10 @@ def json_content(path: Path) -> dict[str, Any]:
 
 
 def json_entries(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Number the entries of a JSON manifest: places are ``entry 0``, ``entry 1``, ...
+    """Return location (``entry 0``, ``entry 1``, ...) and columns of each clip of a JSON manifest.
 
     Raises:
-        DataError: An entry is no object.
+        DataError: An entry is not an object.
     """
     key = CLIP_KEY if PREPARED_KEY in content else PATH_KEYS[0]
     for number, entry in enumerate(content["data"]):
@@ -204,7 +204,7 @@ def json_entries(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[st
 
 
 def csv_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Reads a CSV with a header; places are ``line 2``, ``line 3``, ...
+    """Read location (``line 2``, ``line 3``, ...) and columns of each clip of a CSV manifest.
 
     Raises:
         DataError: The header names no path column, or a line has more or fewer columns.
@@ -217,10 +217,10 @@ def csv_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
         reader.fieldnames = header
         entries = []
         for row in reader:
-            place = f"line {reader.line_num}"
+            location = f"line {reader.line_num}"
             if None in row or None in row.values():
-                raise DataError(f"{path}: {place}: expected {len(header)} columns")
-            entries.append((place, dict(row)))
+                raise DataError(f"{path}: {location}: expected {len(header)} columns")
+            entries.append((location, dict(row)))
     return entries
 
 
@@ -231,18 +231,18 @@ def audio_files(
     suffixes: frozenset[str] = AUDIO_SUFFIXES,
     on_error: Callable[[OSError], None] | None = None,
 ) -> list[str]:
-    """Absolute paths of the audio files in a folder and below, sorted.
+    """List the audio files in a folder and below: absolute paths, sorted.
 
-    Hidden files and folders are passed over. Linked folders are followed, each real folder once.
+    Hidden files and folders are skipped. Links are followed, each real folder once.
 
     Args:
-        folder: Where to look.
-        leave_out: A folder that is passed over.
-        suffixes: Endings of the files to look for, in small letters.
-        on_error: Called for a folder that cannot be read; by default it is passed over.
+        folder: Folder to search.
+        leave_out: A folder to skip.
+        suffixes: Suffixes of the files to look for, in lower case.
+        on_error: Called for a folder that cannot be read; such folders are skipped.
 
     Raises:
-        DataError: There are none.
+        DataError: There are no such files.
     """
     files: list[str] = []
     visited: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
@@ -270,10 +270,10 @@ def write_manifest(
     paths: ClipPaths | Iterable[str | Path],
     labels: Iterable[Sequence[str]] | None = None,
 ) -> None:
-    """Writes a JSON manifest, in one move: the published form, or one of clips in shards.
+    """Write a JSON manifest, atomically: the published form, or one of clips in shards.
 
     Args:
-        path: The manifest; its folder is created.
+        path: Path of the manifest; its folder is created.
         paths: Audio files; relative paths are understood relative to the manifest's folder. Or
             clips of a prepared folder, which are listed by their names there.
         labels: Labels of each clip.
@@ -302,7 +302,7 @@ def write_manifest(
 
 
 def _folder_from(manifest: Path, folder: Path) -> str:
-    """The prepared folder as a manifest names it: both may be moved together."""
+    """Return the prepared folder as a manifest names it: both may be moved together."""
     if is_url(folder):
         return str(folder)
     return os.path.relpath(os.path.realpath(folder), os.path.realpath(manifest.parent))

@@ -1,4 +1,4 @@
-"""Several data sets as one, each with its share of the clips that are drawn."""
+"""Several data sets as one, each with its share of the clips drawn in training."""
 
 import bisect
 import hashlib
@@ -18,8 +18,8 @@ class MixedClips(Sequence[ClipPath]):
     """The clips of several data sets, one set after the other; files and shards may be mixed.
 
     Args:
-        parts: The clips of each set, at least one.
-        shares: Of each set, above 0, relative to the others.
+        parts: Clips of each set, at least one.
+        shares: Share of each set, above 0, relative to the others.
     """
 
     def __init__(self, parts: Sequence[ClipPaths], shares: Sequence[float]) -> None:
@@ -27,20 +27,20 @@ class MixedClips(Sequence[ClipPath]):
         self._ends = list(itertools.accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
-        """Number of clips of all sets."""
+        """Return the number of clips of all sets."""
         return self._ends[-1]
 
     @overload
-    def __getitem__(self, place: int) -> ClipPath: ...
+    def __getitem__(self, row: int) -> ClipPath: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Sequence[ClipPath]: ...
+    def __getitem__(self, row: slice) -> Sequence[ClipPath]: ...
 
-    def __getitem__(self, place: int | slice) -> "ClipPath | Sequence[ClipPath]":
-        """A clip, or a list of some."""
-        if isinstance(place, slice):
-            return [self[row] for row in range(*place.indices(len(self)))]
-        row = range(len(self))[place]  # of a negative one, and of one beyond the end
+    def __getitem__(self, row: int | slice) -> "ClipPath | Sequence[ClipPath]":
+        """Return a clip, or a list of some."""
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        row = range(len(self))[row]  # counts a negative row from the end; IndexError beyond it
         number = bisect.bisect_right(self._ends, row)
         return self.parts[number][row - self._ends[number] + len(self.parts[number])]
 
@@ -48,7 +48,7 @@ class MixedClips(Sequence[ClipPath]):
         return itertools.chain.from_iterable(self.parts)
 
     def weights(self) -> Weights:
-        """How often each clip comes up: its set as its share says, equal ones within the set."""
+        """Return sampling weights: each set in proportion to its share, uniform within the set."""
         total = sum(self.shares)
         sets = zip(self.shares, self.parts, strict=True)
         return Weights(
@@ -57,16 +57,16 @@ class MixedClips(Sequence[ClipPath]):
 
 
 def is_remote(paths: ClipPaths) -> bool:
-    """Whether some of the clips lie behind a URL."""
+    """Return whether some of the clips are behind a URL."""
     parts = paths.parts if isinstance(paths, MixedClips) else (paths,)
     return any(isinstance(part, ShardIndex) and is_url(part.folder) for part in parts)
 
 
 def fingerprint(paths: ClipPaths) -> str:
-    """Hash that changes when clips are added, left out or put in another order.
+    """Return a hash that changes when clips are added, left out or put in another order.
 
-    Of files the names alone count, of shards the places in them: a data set may move to another
-    folder. Of a mix the shares count as well.
+    It covers the names of files without their folders, the positions of clips in shards, and the
+    shares of a mix: a data set may be moved to another folder.
     """
     if isinstance(paths, ShardIndex):
         return paths.fingerprint()

@@ -10,12 +10,10 @@ import numpy as np
 
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import (
-    SIDECAR,
     ClipPath,
     ClipPaths,
     ShardClip,
     ShardIndex,
-    Sidecar,
 )
 from ssast.pipelines.errors import DataError
 
@@ -47,7 +45,7 @@ class Contents:
 
     def __init__(self) -> None:
         self._bytes: dict[ClipPath, str | None] = {}
-        self._samples: dict[str, dict[int, str]] = {}  # by shard, then by offset
+        self._samples: dict[int, tuple[ShardIndex, list[str]]] = {}  # by id of the index
 
     def copies(self, one: ClipPaths, other: ClipPaths) -> Pairs:
         """Return pairs of clips, of one set and of another, that hold the same.
@@ -81,22 +79,15 @@ class Contents:
         ]
 
     def _sample_digests(self, index: ShardIndex) -> list[str]:
-        digests = []
-        for number, offset, _ in index.table().tolist():
-            path = index.folder / SIDECAR.format(number)
-            if str(path) not in self._samples:
-                try:
-                    clips = Sidecar.read(path).clips
-                except OSError as error:
-                    raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-                self._samples[str(path)] = {clip["offset"]: clip["digest"] for clip in clips}
-            try:
-                digests.append(self._samples[str(path)][offset])
-            except KeyError as error:
-                raise DataError(
-                    f"{path}: belongs to another index: prepare the data again"
-                ) from error
-        return digests
+        if id(index) not in self._samples:
+            digests = [""] * len(index)
+            for row, line in index.sidecar_lines():
+                digests[row] = line["digest"]
+            self._samples[id(index)] = (
+                index,
+                digests,
+            )  # with the index, so that its id stays its own
+        return self._samples[id(index)][1]
 
     def _byte_digests(self, clips: Sequence[ClipPath]) -> list[str | None]:
         new = [clip for clip in clips if clip not in self._bytes]

@@ -26,7 +26,7 @@ def is_url(place: object) -> bool:
     return "://" in str(place)
 
 
-def located(place: str | Path) -> Path:
+def as_path(place: str | Path) -> Path:
     """Return a path, or an object that can be used like one for a URL; ``file://`` is a path.
 
     Raises:
@@ -56,7 +56,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
         OSError: It cannot be read.
     """
     system, path = fsspec.core.url_to_fs(url)
-    return attempt(lambda: system.cat_file(path, start=start, end=end), url)
+    return as_os_error(lambda: system.cat_file(path, start=start, end=end), url)
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def version(url: str) -> str:
         OSError: It cannot be found.
     """
     system, path = fsspec.core.url_to_fs(url)
-    return str(attempt(lambda: system.ukey(path), url))
+    return str(as_os_error(lambda: system.ukey(path), url))
 
 
 @contextlib.contextmanager
@@ -83,11 +83,11 @@ def on_disk(place: object) -> Iterator[Path]:
     system, path = fsspec.core.url_to_fs(str(place))
     with tempfile.TemporaryDirectory(prefix="ssast-") as folder:
         local = Path(folder) / f"recording{os.path.splitext(path)[1]}"
-        attempt(lambda: system.get_file(path, os.fspath(local)), str(place))
+        as_os_error(lambda: system.get_file(path, os.fspath(local)), str(place))
         yield local
 
 
-def attempt(action: Callable[[], T], url: str) -> T:
+def as_os_error(action: Callable[[], T], url: str) -> T:
     """Return what ``action`` returns; raise any error as an OSError.
 
     Raises:

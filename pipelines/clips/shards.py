@@ -3,14 +3,14 @@
 A prepared folder holds::
 
     shards/00000.tar ...     the clips, as files of their own in plain tar archives
-    shards/00000.jsonl ...   what each shard was made of, see :class:`Sidecar`
+    shards/00000.jsonl ...   contents and origin of each shard, see :class:`Sidecar`
     index.npy                [n, 3] int64: shard, offset in bytes, size in bytes of each clip
     recordings.npy           [n] int64: the number of the recording that each clip was cut from
     labels.json              {"names": [...], "clips": [[0, 2], ...]}, if the source has labels
-    rejected.jsonl           {"name": ..., "reason": ...} of what could not be used
+    rejected.jsonl           {"name": ..., "reason": ...} of each recording that cannot be used
     report.json              counts and settings; written last
 
-The index is mapped into memory, so millions of clips cost neither time nor memory.
+The index is memory-mapped, so opening millions of clips takes neither time nor memory.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ssast.pipelines.clips.remote import is_url, located, read_range
+from ssast.pipelines.clips.remote import as_path, is_url, read_range
 from ssast.pipelines.errors import DataError
 
 BLOCK = 512  # bytes of a tar header; members begin at multiples of it
@@ -35,14 +35,14 @@ REJECTED = "rejected.jsonl"
 
 
 def member_name(header: bytes, size: int) -> str | None:
-    """The name in the header of a tar member, as prepared shards have it.
+    """Return the name in the header of a tar member.
 
     Args:
         header: The 512 bytes before the member.
-        size: Bytes that the member must have.
+        size: Expected size of the member in bytes.
 
     Returns:
-        The name; None if these bytes are no header, or one of a member of another size.
+        The name; None if these bytes are no header, or that of a member of another size.
     """
     if len(header) < BLOCK or header[257:263] != b"ustar\0" or header[124:136] != b"%011o\0" % size:
         return None
@@ -54,9 +54,9 @@ class ShardClip:
     """A clip in a shard.
 
     Attributes:
-        path: The shard.
-        offset: Where the clip's file begins in it, in bytes.
-        size: Bytes of that file.
+        path: Path or URL of the shard.
+        offset: Offset of the clip's file in the shard, in bytes.
+        size: Size of that file in bytes.
     """
 
     path: str
@@ -68,22 +68,22 @@ class ShardClip:
 
     @property
     def name(self) -> str:
-        """The clip's name: of the tar header, else of the sidecar, else its place."""
+        """Name of the clip: from the tar header, else from the sidecar, else its offset."""
         try:
             name = member_name(self.header(), self.size)
             if name is not None:
                 return name
         except (OSError, OverflowError):
-            pass  # the sidecar knows it too
+            pass  # the sidecar has the name as well
         try:
-            clips = Sidecar.read(located(self.path).with_suffix(".jsonl")).clips
+            clips = Sidecar.read(as_path(self.path).with_suffix(".jsonl")).clips
         except (OSError, DataError):
             clips = []
-        place = (clip["file"] for clip in clips if clip["offset"] == self.offset)
-        return next(place, f"clip at byte {self.offset}")
+        names = (clip["file"] for clip in clips if clip["offset"] == self.offset)
+        return next(names, f"clip at byte {self.offset}")
 
     def header(self) -> bytes:
-        """The tar header before the clip.
+        """Read the tar header before the clip.
 
         Raises:
             OSError: The shard cannot be opened or read.
@@ -95,7 +95,7 @@ class ShardClip:
             return os.pread(file.fileno(), BLOCK, start)
 
     def read(self) -> bytes:
-        """The file of the clip.
+        """Read the file of the clip.
 
         Raises:
             OSError: The shard cannot be opened or read.
@@ -122,11 +122,14 @@ class ShardClip:
 
 
 def header_problem(clip: ShardClip, name: str) -> str | None:
-    """What is wrong with the tar header of a clip, as any other program would read it.
+    """Check the tar header of a clip with Python's ``tarfile``.
 
     Args:
-        clip: Where it is.
-        name: What it must be called.
+        clip: The clip.
+        name: Its expected name.
+
+    Returns:
+        What is wrong with the header; None if nothing is.
 
     Raises:
         OSError: The shard cannot be read.
@@ -142,15 +145,15 @@ def header_problem(clip: ShardClip, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a shard was made of.
+    """Contents and origin of a shard.
 
     Attributes:
-        digest: Of the settings and the recordings.
-        size: Bytes of the shard.
+        digest: Digest of the settings and the recordings.
+        size: Size of the shard in bytes.
         clips: ``file``, ``name`` of the recording, ``part``, ``duration_s``, ``digest`` of the
-            samples, ``offset``, ``size``, ``source_hz`` and perhaps ``labels`` of each.
-        rejected: ``name`` and ``rejected``, the reason, of each recording that gave none.
-        again: Storage failed for one of those: it is worth another attempt.
+            samples, ``offset``, ``size``, ``source_hz`` and perhaps ``labels`` of each clip.
+        rejected: ``name`` and ``rejected``, the reason, of each recording without clips.
+        again: Whether storage failed for one of those, which is worth another attempt.
     """
 
     digest: str
@@ -161,7 +164,7 @@ class Sidecar:
 
     @staticmethod
     def read(path: Path) -> "Sidecar":
-        """Reads the sidecar of a shard.
+        """Read the sidecar of a shard.
 
         Raises:
             OSError: It cannot be read.
@@ -178,12 +181,12 @@ class Sidecar:
             raise DataError(f"{path}: damaged: prepare the data again") from error
 
     def is_whole(self) -> bool:
-        """Whether no clip is missing: the last one ends where the archive does."""
+        """Return whether no clip is missing: the last one ends where the archive does."""
         last = self.clips[-1]["offset"] + self.clips[-1]["size"] if self.clips else 0
         return last + -last % BLOCK + 2 * BLOCK == self.size
 
     def text(self) -> str:
-        """The lines of the file."""
+        """Return the content of the file."""
         first = {"digest": self.digest, "size": self.size, "again": self.again}
         lines = [first, *self.clips, *self.rejected]
         return "".join(json.dumps(line) + "\n" for line in lines)
@@ -194,55 +197,55 @@ class ShardIndex(Sequence[ShardClip]):
 
     Args:
         folder: The prepared folder.
-        rows: [n] int64, rows of the index; None for all of them.
+        rows: Rows of the index, [n] int64; None for all of them.
 
     Raises:
-        DataError: The index cannot be read, or is none.
+        DataError: The index cannot be read, or has another form.
     """
 
     def __init__(self, folder: Path, rows: np.ndarray | None = None) -> None:
         self.folder, self.rows = folder, rows
-        self._index = _mapped(folder / INDEX, 2)
+        self._index = _load_array(folder / INDEX, 2)
         if self._index.shape[1] != 3:
             raise DataError(f"{folder / INDEX}: expected 3 columns, found {self._index.shape[1]}")
         self._shard = str((folder if is_url(folder) else folder.absolute()) / SHARD)
 
     def __len__(self) -> int:
-        """Number of clips."""
+        """Return the number of clips."""
         return len(self._index if self.rows is None else self.rows)
 
     @overload
-    def __getitem__(self, place: int) -> ShardClip: ...
+    def __getitem__(self, row: int) -> ShardClip: ...
 
     @overload
-    def __getitem__(self, place: slice) -> "ShardIndex": ...
+    def __getitem__(self, row: slice) -> "ShardIndex": ...
 
-    def __getitem__(self, place: int | slice) -> "ShardClip | ShardIndex":
-        """A clip, or some of them."""
-        if isinstance(place, slice):
-            return self.subset(np.arange(len(self))[place])
-        row = self._index[place if self.rows is None else self.rows[place]]
-        return ShardClip(self._shard.format(int(row[0])), int(row[1]), int(row[2]))
+    def __getitem__(self, row: int | slice) -> "ShardClip | ShardIndex":
+        """Return a clip, or some of them."""
+        if isinstance(row, slice):
+            return self.subset(np.arange(len(self))[row])
+        shard, offset, size = self._index[row if self.rows is None else self.rows[row]].tolist()
+        return ShardClip(self._shard.format(shard), offset, size)
 
     def table(self) -> np.ndarray:
-        """Shard, offset and size of each clip, [n, 3] int64."""
+        """Return shard, offset and size of each clip, [n, 3] int64."""
         return self._index[:] if self.rows is None else self._index[self.rows]
 
     def subset(self, rows: np.ndarray) -> "ShardIndex":
-        """Some of the clips.
+        """Return some of the clips.
 
         Args:
-            rows: [n] int64, places in this sequence.
+            rows: Rows of this sequence, [n] int64.
         """
         return ShardIndex(self.folder, rows if self.rows is None else self.rows[rows])
 
     def recordings(self) -> np.ndarray:
-        """The recording that each clip was cut from, as a number, [n] int64.
+        """Return the number of the recording that each clip was cut from, [n] int64.
 
         Raises:
             DataError: The list cannot be read, or is of another index.
         """
-        numbers = _mapped(self.folder / RECORDINGS, 1)
+        numbers = _load_array(self.folder / RECORDINGS, 1)
         if len(numbers) != len(self._index):
             raise DataError(
                 f"{self.folder / RECORDINGS}: expected {len(self._index)} rows as in {INDEX}, "
@@ -274,9 +277,9 @@ class ShardIndex(Sequence[ShardClip]):
             raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again") from error
 
     def sidecar_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the place of each clip in this sequence and its line of :class:`Sidecar`.
+        """Yield the row of each clip in this sequence and its line of :class:`Sidecar`.
 
-        They come shard by shard, whatever the order of the sequence.
+        The order is by shard, whatever the order of the sequence.
 
         Raises:
             DataError: A sidecar cannot be read, or lacks a clip.
@@ -284,12 +287,12 @@ class ShardIndex(Sequence[ShardClip]):
         table = self.table()
         order = np.argsort(table[:, 0], kind="stable")
         shards, starts = np.unique(table[order, 0], return_index=True)
-        for shard, places in zip(shards, np.split(order, starts[1:]), strict=True):
+        for shard, rows in zip(shards, np.split(order, starts[1:]), strict=True):
             path = self.folder / SIDECAR.format(int(shard))
             try:
                 lines = {line["offset"]: line for line in Sidecar.read(path).clips}
-                for place in places:
-                    yield int(place), lines[int(table[place, 1])]
+                for row in rows:
+                    yield int(row), lines[int(table[row, 1])]
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
             except KeyError as error:
@@ -297,14 +300,14 @@ class ShardIndex(Sequence[ShardClip]):
                 raise DataError(f"{path}: {why}") from error
 
     def names(self) -> list[str]:
-        """Return the name of each clip, that of its file in the shard.
+        """Return the name of each clip's file in its shard.
 
         Raises:
             DataError: A sidecar cannot be read.
         """
         found = [""] * len(self)
-        for place, line in self.sidecar_lines():
-            found[place] = line["file"]
+        for row, line in self.sidecar_lines():
+            found[row] = line["file"]
         return found
 
     def named(self, names: Sequence[str]) -> "ShardIndex":
@@ -318,9 +321,9 @@ class ShardIndex(Sequence[ShardClip]):
         """
         order = {name: number for number, name in enumerate(names)}
         rows = np.full(len(names), -1)
-        for place, line in self.sidecar_lines():
+        for row, line in self.sidecar_lines():
             if line["file"] in order:
-                rows[order[line["file"]]] = place
+                rows[order[line["file"]]] = row
         missing = np.flatnonzero(rows < 0)
         if len(missing):
             raise DataError(
@@ -330,7 +333,7 @@ class ShardIndex(Sequence[ShardClip]):
         return self.subset(rows)
 
     def fingerprint(self) -> str:
-        """Hash of where the clips lie in the shards: other clips, another hash."""
+        """Return a hash of the positions of the clips in the shards."""
         return hashlib.sha256(self.table().tobytes()).hexdigest()
 
 
@@ -339,20 +342,20 @@ ClipPaths = Sequence[ClipPath]
 
 
 def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
-    """Some of the clips, without looking at any of the others.
+    """Return some of the clips.
 
     Args:
-        paths: All of them.
-        rows: [n] int64.
+        paths: All clips.
+        rows: Rows of the clips to return, [n] int64.
     """
     return paths.subset(rows) if isinstance(paths, ShardIndex) else [paths[row] for row in rows]
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether this is a folder of shards.
+    """Return whether a folder holds prepared shards.
 
     Raises:
-        DataError: It is one that is not finished.
+        DataError: It does, but is not finished.
     """
     if not (folder / SHARD).parent.is_dir():
         return False
@@ -364,7 +367,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | None:
-    """The labels of the clips of a prepared folder.
+    """Read the labels of the clips of a prepared folder; None if it has none.
 
     Raises:
         DataError: The file is damaged, or belongs to another index.
@@ -383,7 +386,7 @@ def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | N
     return labels
 
 
-def _mapped(path: Path, dimensions: int) -> np.ndarray:
+def _load_array(path: Path, dimensions: int) -> np.ndarray:
     try:
         if is_url(path):
             array = np.load(io.BytesIO(path.read_bytes()))

@@ -18,7 +18,7 @@ from ssast.pipelines.audio.convert import sample_digest
 from ssast.pipelines.audio.decode import Item, sndfile_blocks, to_mono
 from ssast.pipelines.audio.encoded import LOUDEST, read_clip
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.remote import located
+from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import (
     BLOCK,
     INDEX,
@@ -94,7 +94,7 @@ def check_data(
     """
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs is {jobs}, expected at least 1")
-    path = located(path)
+    path = as_path(path)
     manifest = read_manifest(path)
     known = known_labels(path, classes)
     paths = manifest.paths

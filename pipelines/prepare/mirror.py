@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssast.pipelines.clips.remote import attempt, is_url
+from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import INDEX, LABELS, RECORDINGS, REJECTED, REPORT, SHARD, SIDECAR
 
 LISTS = (REJECTED, INDEX, RECORDINGS, LABELS, REPORT)  # the report says that the others are there
@@ -75,4 +75,4 @@ class Mirror:
         target = self.remote / name
         target.parent.mkdir(parents=True, exist_ok=True)
         system, path = target.fs, target.path  # type: ignore[attr-defined]
-        attempt(lambda: system.put_file(str(self._local / name), path), str(target))
+        as_os_error(lambda: system.put_file(str(self._local / name), path), str(target))

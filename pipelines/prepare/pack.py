@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ssast.pipelines.audio.convert import Codec, Recipe, clip_stem, cut, encode, sample_digest
 from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, ffmpeg_installed, length_s, suffix
-from ssast.pipelines.clips.remote import is_url, located, on_disk
+from ssast.pipelines.clips.remote import as_path, is_url, on_disk
 from ssast.pipelines.clips.shards import BLOCK, REJECTED, REPORT, SHARD, SIDECAR, Sidecar
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import exclusive, replacing, usable_cores, write_atomically
@@ -104,7 +104,7 @@ def prepare_shards(
         DataError: Wrong settings or source, no usable recording, too small a disk, or ``out``
             cannot be written to.
     """
-    source, out = located(source), located(out)
+    source, out = as_path(source), as_path(out)
     packing.check()
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs is {jobs}, expected at least 1")

@@ -22,7 +22,7 @@ from ssast.engine.settings import Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
-from ssast.pipelines.clips.remote import is_url, located, read_range
+from ssast.pipelines.clips.remote import as_path, is_url, read_range
 from ssast.pipelines.clips.shards import ShardClip, ShardIndex
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.check import check_data
@@ -89,14 +89,14 @@ def prepared(source: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     recipe = Recipe(clip_s=0.5, min_s=0.1, whole=True)
     packing = Packing(recipe, **{"shard_mib": 0.05, **settings})
     return prepare_shards(
-        located(source), located(out), packing, jobs=2, progress=False, log=lambda line: None
+        as_path(source), as_path(out), packing, jobs=2, progress=False, log=lambda line: None
     )
 
 
 def contents(out: str | Path) -> dict[str, bytes]:
     """Files by name; of this machine or of the storage."""
     if is_url(out):
-        base = located(out).path  # type: ignore[attr-defined]
+        base = as_path(out).path  # type: ignore[attr-defined]
         found = MemoryFileSystem().find(base)
         return {os.path.relpath(p, base): MemoryFileSystem().cat_file(p) for p in found}
     paths = [p for p in Path(out).rglob("*") if p.is_file() and p.name != ".lock"]
@@ -194,7 +194,7 @@ def test_a_sidecar_that_was_cut_off_is_made_again(source: Path, tmp_path: Path) 
     """As storage may leave it that is no object store."""
     prepared(source, "memory://bucket/out")
     whole = contents("memory://bucket/out")
-    sidecar = located("memory://bucket/out/shards/00000.jsonl")
+    sidecar = as_path("memory://bucket/out/shards/00000.jsonl")
     lines = sidecar.read_bytes().splitlines(keepends=True)
     assert len(lines) > 2
     sidecar.write_bytes(b"".join(lines[:-1]))
@@ -234,17 +234,17 @@ def test_a_shard_that_changed_is_named(source: Path) -> None:
     clips = read_manifest("memory://bucket/out").paths
     clip = clips[len(clips) - 1]
     assert isinstance(clip, ShardClip) and is_url(clip.path)
-    name, data = str(clip), MemoryFileSystem().cat_file(located(clip.path).path)  # type: ignore[attr-defined]
+    name, data = str(clip), MemoryFileSystem().cat_file(as_path(clip.path).path)  # type: ignore[attr-defined]
     assert clip.read() == data[clip.offset : clip.offset + clip.size]
     assert read_range(clip.path, 0, 8) == data[:8]
-    located(clip.path).write_bytes(data[: clip.offset + 100])
+    as_path(clip.path).write_bytes(data[: clip.offset + 100])
     with pytest.raises(DataError, match="the shard is truncated"):
         clip.read()
-    located(clip.path).write_bytes(bytes(len(data)))
+    as_path(clip.path).write_bytes(bytes(len(data)))
     with pytest.raises(DataError, match="the shard was overwritten"):
         clip.read()
     assert str(clip) == name
-    located(clip.path).unlink()
+    as_path(clip.path).unlink()
     with pytest.raises(FileNotFoundError):
         clip.read()
 
@@ -259,11 +259,11 @@ def test_check_and_stats_of_a_url(source: Path, capsys: pytest.CaptureFixture[st
     assert " 0 problems" in capsys.readouterr().out
     assert main(["data", "stats", out, "--num-frames", "40"]) == 0
     assert "audio.mean=" in capsys.readouterr().out
-    shard = located(f"{out}/shards/00001.tar")
+    shard = as_path(f"{out}/shards/00001.tar")
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
     shard.write_bytes(bytes(data))
-    (problem,) = {p.where.split(": ")[0] for p in check_data(located(out), progress=False).problems}
+    (problem,) = {p.where.split(": ")[0] for p in check_data(as_path(out), progress=False).problems}
     assert problem == f"{out}/shards/00001.tar"
 
 
