@@ -83,10 +83,7 @@ class Contents:
             digests = [""] * len(index)
             for row, line in index.sidecar_lines():
                 digests[row] = line["digest"]
-            self._samples[id(index)] = (
-                index,
-                digests,
-            )  # with the index, so that its id stays its own
+            self._samples[id(index)] = index, digests  # an index that is kept keeps its id
         return self._samples[id(index)][1]
 
     def _byte_digests(self, clips: Sequence[ClipPath]) -> list[str | None]:
