@@ -88,3 +88,8 @@ def test_errors_are_in_one_place(path):
         if isinstance(node, ast.ImportFrom):
             for name in {alias.name for alias in node.names}.intersection(ERRORS):
                 assert node.module == ERRORS[name], f"{path} imports {name} from {node.module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
+def test_test_files_are_small(path):
+    assert len(path.read_text(encoding="ascii").splitlines()) <= 400
