@@ -4,7 +4,7 @@
 the same names as in TensorBoard. Every ``train.log_every`` steps, averaged over the steps since the
 line before:
 
-    train/loss, train/lr, train/grad_norm, train/skipped_steps
+    train/loss, train/lr, train/skipped_steps
     train/grad_norm                                                of the last step, unclipped
     train/infonce_loss, train/mse_loss, train/pretext_accuracy      pretraining
     train/accuracy                                                  fine-tuning on single labels
