@@ -1,6 +1,6 @@
-"""The page on what ``ssast bench reproduce`` has found, written from the files of its runs.
+"""Results page of ``ssast bench reproduce``, written from the files of its runs.
 
-It can be written at any moment: what is not finished is left out, and named.
+It can be written at any time: unfinished runs are left out and listed.
 """
 
 import argparse
@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ssast.benchmarks.study.outcomes import (
+from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
-    comparison,
     gains,
     gather,
     on_tasks,
     published_gain,
+    significant_sign,
 )
 from ssast.benchmarks.study.pictures import draw_gains, draw_learning, draw_pretraining
 from ssast.benchmarks.study.plan import ABLATIONS, FAMILIES, MODELS, VALID_SHARE, FineTuning, Plan
@@ -37,35 +37,35 @@ SOUND_TASKS = frozenset({"events", "drums"})  # the others are speech
 
 
 def summary(plan: Plan, cells: Cells) -> list[str]:
-    """The paper's claims and what became of them here."""
+    """List the claims of the paper, and whether they are reproduced."""
     lines = []
     for family in FAMILIES:
         found = gains(cells, family)
         if not found:
-            lines.append(f"- *Pretraining lifts every task*, {family} model: not finished yet.")
+            lines.append(f"- *Pretraining improves every task*, {family} model: not finished yet.")
             continue
-        higher, lower, neither = _told_apart(cells, family, f"{family}-scratch", list(found))
+        higher, lower, neither = _compare(cells, family, f"{family}-scratch", list(found))
         verdict = "**not reproduced**" if lower or neither else "**reproduced**"
         if higher and verdict.startswith("**not"):
             verdict = f"**reproduced on {len(higher)} of {len(found)} tasks**"
         if len(found) < len(plan.tasks):
             verdict += f" ({len(found)} of {len(plan.tasks)} tasks are finished)"
         lines.append(
-            f"- *Pretraining lifts every task*, {family} model: {verdict}. Relative gain over "
-            f"training from scratch: {average_gain(cells, family)} % on average (paper, other "
+            f"- *Pretraining improves every task*, {family} model: {verdict}. Relative gain over "
+            f"training from scratch: {average_gain(cells, family)} % on average (paper, with other "
             f"tasks and base models: {published_gain(family):+.1f} %)."
-            + _named("Better on", higher)
-            + _named("Worse on", lower)
-            + _named("Not told apart on", neither)
+            + _named("Significantly better on", higher)
+            + _named("Significantly worse on", lower)
+            + _named("Not significantly different on", neither)
         )
     return [*lines, *_trade(cells), *_ablation_claims(plan, cells), ""]
 
 
-def _told_apart(
+def _compare(
     cells: Cells, one: str, other: str, tasks: Sequence[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Tasks on which a model is better than another, worse, and neither."""
-    signs = {t: comparison([cells[one, t]], [cells[other, t]]) for t in tasks}
+    """Split tasks by whether a model is significantly better than another, worse, or neither."""
+    signs = {t: significant_sign([cells[one, t]], [cells[other, t]]) for t in tasks}
     higher, lower, neither = ([t for t in tasks if signs[t] == sign] for sign in (1, -1, 0))
     return higher, lower, neither
 
@@ -78,7 +78,7 @@ def _trade(cells: Cells) -> list[str]:
     both = [task for name, task in cells if name == "patch" and ("frame", task) in cells]
     if not both:
         return []
-    patch, frame, neither = _told_apart(cells, "patch", "frame", both)
+    patch, frame, neither = _compare(cells, "patch", "frame", both)
     sounds = SOUND_TASKS & set(both)
     as_claimed = set(patch) == sounds and set(frame) == set(both) - sounds
     verdict = "**reproduced**" if as_claimed else "**not reproduced**"
@@ -86,9 +86,9 @@ def _trade(cells: Cells) -> list[str]:
         verdict = f"for speech {verdict}, for sounds there is no task"
     return [
         f"- *Patches are better for sounds, frames for speech*: {verdict}."
-        + _named("Patch model better on", patch)
-        + _named("Frame model better on", frame)
-        + _named("Not told apart on", neither)
+        + _named("Patch model significantly better on", patch)
+        + _named("Frame model significantly better on", frame)
+        + _named("Not significantly different on", neither)
     ]
 
 
@@ -100,13 +100,17 @@ def _ablation_claims(plan: Plan, cells: Cells) -> list[str]:
         ours = on_tasks(cells, model.name, tasks)
         if not ours or not reference:
             continue
-        sign = comparison(ours, reference)
-        found = {1: "better than", -1: "worse than", 0: "not told apart from"}[sign]
-        claim = f"- *{model.what}*: {found} the published setting here"
+        sign = significant_sign(ours, reference)
+        found = {
+            1: "significantly better than",
+            -1: "significantly worse than",
+            0: "not significantly different from",
+        }[sign]
+        claim = f"- *{model.what}*: {found} the published setting"
         if model.name in PUBLISHED_ABLATIONS:
             claimed, full = PUBLISHED_ABLATIONS[model.name], PUBLISHED_ABLATIONS["short"]
             agrees = "**reproduced**" if sign == -1 else "**not reproduced**"
-            claim += f"; worse in the paper ({claimed} against {full}): {agrees}"
+            claim += f"; worse in the paper ({claimed} and {full}): {agrees}"
         lines.append(claim + ".")
     return lines
 
@@ -114,7 +118,7 @@ def _ablation_claims(plan: Plan, cells: Cells) -> list[str]:
 def curves_of(
     runs: Iterable[FineTuning], out: Path, epochs: int
 ) -> list[list[tuple[float, float]]]:
-    """(epoch, accuracy on held-out clips) of fine-tunings."""
+    """Return (epoch, validation accuracy) curves of fine-tuning runs."""
     curves = []
     for run in runs:
         lines = read_metrics(run.folder(out) / "metrics.jsonl")
@@ -125,8 +129,8 @@ def curves_of(
 
 
 def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, list[Path]]:
-    """Draw everything there is something to draw of; PNGs by section of the page."""
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier page, with other runs
+    """Draw all figures that there is data for; return PNGs by section of the page."""
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier page may have had other figures
     folder.mkdir(parents=True)
     found: dict[str, list[Path]] = {
         "gains": [], "learning": [], "pretraining": [], "reconstructions": [], "ablations": []
@@ -174,11 +178,11 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
 
 
 def stored_plan(out: Path) -> Plan:
-    """The plan of a folder of runs.
+    """Read the plan of a folder of runs.
 
     Raises:
-        ConfigError: There is none.
-        DataError: It is damaged.
+        ConfigError: There is no plan.
+        DataError: The plan is damaged.
     """
     plan = Plan.read(out)
     if plan is None:
@@ -187,14 +191,14 @@ def stored_plan(out: Path) -> Plan:
 
 
 def write_page(out: Path, docs: Path) -> Path:
-    """Write results.md and its pictures.
+    """Write results.md and its figures.
 
     Args:
         out: Folder of the runs.
-        docs: Gets results.md and, in results/, PNGs.
+        docs: Folder for results.md and, in results/, the PNGs.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         ConfigError: There are no runs.
@@ -215,59 +219,62 @@ def write_page(out: Path, docs: Path) -> Path:
     ]
     sections = [
         ("# Results", [
-            "What becomes of the method's claims with tiny models, a few hours of recordings and a "
-            "few hours of training. `make reproduce` repeats all of it, `ssast bench results` "
-            "writes this page from the files of the runs; no number is typed by hand.", "",
+            "The claims of the paper, tested with tiny models, a few hours of recordings and a few "
+            "hours of training. `make reproduce` repeats the study; `ssast bench results` "
+            "generates this page from the files of the runs.", "",
             *([f"Not finished yet: {'; '.join(waiting)}.", ""] if waiting else []),
         ]),
-        ("## The claims", [
-            "A model is called better where the difference is more than two standard errors, of "
-            "the seeds of fine-tuning and of the test clips.", "", *summary(plan, cells),
+        ("## Claims", [
+            "A difference is significant if it exceeds two standard errors (an approximate 95 % "
+            "confidence interval), over fine-tuning seeds and test clips.", "",
+            *summary(plan, cells),
         ]),
-        ("## What was run", facts(plan, out)),
+        ("## Setup", facts(plan, out)),
         ("## Pretrained and from scratch", [
-            "Accuracy on test clips in percent, mean and standard deviation over the seeds of "
-            "fine-tuning. Both have as many steps, and the learning rate that is best for them on "
-            f"held-out clips ({VALID_SHARE:.0%} of the training clips).", "",
+            "Test accuracy in percent, mean and standard deviation over fine-tuning seeds. Both "
+            "are trained for the same number of epochs, each with the learning rate that is best "
+            f"on validation clips ({VALID_SHARE:.0%} of the training clips).", "",
             *headline(plan, cells), *images["gains"],
         ]),
         ("## Learning curves", images["learning"]),
         ("## Pretraining", [
-            "On held-out clips. Chance is that of telling a patch from the others that are hidden "
-            "in a clip.", "", *pretraining(out), *images["pretraining"],
+            "On validation clips, at the last step. Chance is the pretext accuracy of a random "
+            "choice among the masked patches of a clip.", "",
+            *pretraining(out), *images["pretraining"],
         ]),
         ("## Reconstructions", images["reconstructions"]),
         ("## Ablations", [
-            "All with as few steps, and the learning rates chosen for the patch model: comparable "
-            "with each other. The last line has all of the steps.", "",
+            "Test accuracy in percent. The ablations have equally many pretraining steps and the "
+            "learning rates chosen for the patch model; the last row is pretrained for all steps.",
+            "",
             *ablations(plan, cells), *images["ablations"],
         ]),
         ("## Learning rates", [
-            "Accuracy on held-out clips in percent, seed 0; the chosen one is bold.", "",
+            "Validation accuracy in percent, seed 0; the chosen learning rate in bold.", "",
             *learning_rates(plan, cells),
         ]),
-        ("## What this does not show", [
-            "- Each model is pretrained once: the spread is that of fine-tuning.",
-            "- Held-out clips are drawn clip by clip, test clips by syllable, utterance, "
-            "sound or drum kit: the first are easier.",
-            "- The recordings are of a few voices and many channels: `voice` and `language` can in "
-            "part be told from the channel.",
-            "- Models, recordings and training are thousands of times smaller than the published "
-            "ones: a claim that is not seen here is not refuted.", "",
+        ("## Limitations", [
+            "- Each model is pretrained once: standard deviations are over fine-tuning seeds only.",
+            "- Validation clips are held out clip by clip, test clips by syllable, utterance, "
+            "sound or drum kit: validation is easier.",
+            "- The recordings have few voices and many recording channels: `voice` and `language` "
+            "can in part be predicted from the channel.",
+            "- Models, data and training are thousands of times smaller than the published ones: a "
+            "claim that is not reproduced here is not refuted.", "",
         ]),
     ]  # fmt: skip
     return write_sections(docs / "results.md", sections)
 
 
 def write_sections(page: Path, sections: Iterable[tuple[str, Sequence[str]]]) -> Path:
-    """Write Markdown from headings and the lines below them; what has no lines is left out."""
+    """Write a Markdown page from headings and their lines; empty sections are left out."""
     text = "\n".join(line for title, lines in sections if lines for line in (title, "", *lines))
     write_atomically(page, text.rstrip() + "\n")
     return page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page from what is finished."""
+    """Write the page from the finished runs."""
     parser = argparse.ArgumentParser("ssast bench results", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs ({OUT})")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (docs)")

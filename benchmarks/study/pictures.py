@@ -1,4 +1,4 @@
-"""Pictures of the results page."""
+"""Figures of the results page."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ Curve = Sequence[tuple[float, float]]
 def draw_gains(
     path: Path, tasks: Mapping[str, Mapping[str, Sequence[float]]], chances: Mapping[str, float]
 ) -> Path:
-    """Bars of accuracy by task and model, with the standard deviation over seeds.
+    """Draw bars of test accuracy by task and model, with the standard deviation over seeds.
 
     Args:
-        path: Of the PNG.
+        path: Path of the PNG.
         tasks: Accuracies of each seed, by task and model.
-        chances: Of each task, a dashed line.
+        chances: Fraction of the largest class of each task, drawn as a dashed line.
     """
     names = list(dict.fromkeys(name for models in tasks.values() for name in models))
     figure, axis = subplots(figsize=(2.5 + 2 * len(tasks), 4))
@@ -49,10 +49,10 @@ def draw_gains(
 
 
 def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Path:
-    """Accuracy on held-out clips over the epochs of fine-tuning: each seed thin, their mean thick.
+    """Draw validation accuracy over fine-tuning epochs: seeds as thin lines, their mean thick.
 
     Args:
-        path: Of the PNG.
+        path: Path of the PNG.
         tasks: (epoch, accuracy) of each seed, by task and model.
     """
     figure, axes = subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), squeeze=False)
@@ -66,17 +66,17 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
             ]
             if mean:
                 axis.plot(*_percent(mean), color=_colour(name), lw=2, label=name)
-        _label(axis, task, "epoch", "accuracy on held-out clips, %")
+        _label(axis, task, "epoch", "validation accuracy, %")
     axes.flat[0].legend(fontsize=8)
     return save_figure(figure, path)
 
 
 def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Losses and accuracy on held-out clips over the steps of pretraining, a line a model.
+    """Draw validation losses and pretext accuracy over pretraining steps, a line per model.
 
     Args:
-        path: Of the PNG.
-        logs: The lines of metrics.jsonl, by model.
+        path: Path of the PNG.
+        logs: Lines of metrics.jsonl, by model.
     """
     panels = (
         ("valid/infonce_loss", "InfoNCE loss (nats)", 1),
@@ -87,7 +87,7 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         for name, lines in logs.items():
             points = [(step, scale * value) for step, value in scalars(lines, key)]
-            # The colour of a model is the same in all panels, also where it has no line.
+            # A model without this metric still takes its colour: the same in all panels.
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, lw=1.5)
         _label(axis, title, "step", "")
     handles, names = axes[0].get_legend_handles_labels()
@@ -100,7 +100,7 @@ def _percent(curve: Curve) -> tuple[list[float], list[float]]:
 
 
 def _colour(name: str) -> str:
-    """Of the form of the patches; from scratch is paler."""
+    """Return the colour of a model: by family, paler from scratch."""
     dark, pale = ("#b5482b", "#e9b9a6") if name.startswith("frame") else ("#2b5fb5", "#a9c2ea")
     return pale if "scratch" in name else dark
 

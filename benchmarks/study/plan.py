@@ -1,10 +1,10 @@
-"""What ``ssast bench reproduce`` trains: models, settings and folders, all functions of a plan.
+"""Plan of ``ssast bench reproduce``: models, settings and folders.
 
     pretrain/MODEL/                          a run of ssast pretrain
     finetune/MODEL/TASK/lr0.001-seed0/       a run of ssast finetune, and test/ of the chosen ones
-    plan.json                                the plan, which a later call keeps to
+    plan.json                                the plan, which later calls keep
 
-The models come in groups, the headline first: the page can be made when any of them is finished.
+Models are in groups, the main comparison first: the page can be written before all are finished.
 """
 
 import json
@@ -20,13 +20,13 @@ from ssast.pipelines.clips.overlap import Contents, shared_recordings
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 
-PUBLISHED_PATCHES = 512  # of the published input, of which 100, 250 or 400 are masked
-SHORT = 0.2  # of the steps, for the models that ablations compare with each other
-RATES = (3e-4, 1e-3, 3e-3)  # learning rates of fine-tuning that are tried with seed 0
-VALID_SHARE = 0.15  # of a task's training clips: for the learning rate and the best epoch
-NUM_ABLATION_TASKS = 2  # the first ones: differences are small there, and need seeds, not tasks
-PRETRAINING_TIME = 0.45  # share of the hours
-USEFUL_TIME = 0.8  # share of it in training steps; the rest is validation, tests, beginnings
+PUBLISHED_PATCHES = 512  # patches of the published input, 100, 250 or 400 of them masked
+SHORT = 0.2  # fraction of the pretraining steps that ablations get
+RATES = (3e-4, 1e-3, 3e-3)  # learning rates of fine-tuning, tried with seed 0
+VALID_SHARE = 0.15  # fraction of a task's training clips: selects learning rate and epoch
+NUM_ABLATION_TASKS = 2  # the first ones: small differences need more seeds, not more tasks
+PRETRAINING_TIME = 0.45  # fraction of the hours
+STEP_TIME = 0.8  # fraction of the time in training steps; the rest is validation and start-up
 BATCH = {"pretrain": 24, "finetune": 16}
 FAMILIES = ("patch", "frame")
 
@@ -36,13 +36,13 @@ class Model:
     """A model that is fine-tuned.
 
     Attributes:
-        name: Of its folders.
-        what: For people.
+        name: Name of its folders.
+        what: Description.
         family: ``patch`` or ``frame``.
-        share: Of the plan's pretraining steps; 0 is from scratch.
-        num_masked: Patches hidden, of 512.
-        changes: Settings of the pretraining that are not the published ones.
-        tuned: Whether learning rates are tried; else those chosen for the patch model are taken.
+        share: Fraction of the plan's pretraining steps; 0: from scratch.
+        num_masked: Masked patches, of 512.
+        changes: Overrides of the published pretraining settings.
+        tuned: Whether its learning rate is searched; else that of the patch model is used.
     """
 
     name: str
@@ -69,11 +69,11 @@ GROUPS: tuple[tuple[Model, ...], ...] = (
     ),
     (
         _ablation("short", "joint, 400 of 512 masked, as published"),
-        _ablation("generative", "generative alone", "objective.kind=generative"),
-        _ablation("discriminative", "discriminative alone", "objective.kind=discriminative"),
+        _ablation("generative", "generative only", "objective.kind=generative"),
+        _ablation("discriminative", "discriminative only", "objective.kind=discriminative"),
         _ablation("masked-100", "100 of 512 masked", num_masked=100),
         _ablation("masked-250", "250 of 512 masked", num_masked=250),
-        _ablation("uniform", "masks that favour no position", "objective.mask=uniform"),
+        _ablation("uniform", "uniformly distributed masks", "objective.mask=uniform"),
         _ablation("paper", "softmax over targets (equation 1)", "objective.softmax_axis=paper"),
     ),
 )
@@ -83,17 +83,17 @@ ABLATIONS = GROUPS[2]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained on what.
+    """Data, tasks and durations of the study.
 
     Attributes:
         data: Folder with train.json and tasks/, as of ``ssast data demo``.
         tasks: Names of the labelled tasks, the most important first.
-        steps: Of the pretraining of the patch and of the frame model.
-        epochs: Of each fine-tuning.
-        seeds: How many of each.
-        rates: Learning rates that are tried.
-        overrides: Settings that go before all others, ``section.key=value``.
-        hours: What steps and epochs were chosen for, if they were.
+        steps: Pretraining steps of the patch and of the frame model.
+        epochs: Epochs of each fine-tuning run.
+        seeds: Number of fine-tuning seeds.
+        rates: Learning rates to try.
+        overrides: Overrides of all runs, ``section.key=value``.
+        hours: Time that steps and epochs were chosen to fill; None if they were given.
     """
 
     data: str
@@ -106,23 +106,23 @@ class Plan:
     hours: float | None = None
 
     def labelled(self, task: str, part: str) -> Path:
-        """The manifest of a task; ``part`` is ``train`` or ``eval``."""
+        """Return the manifest of a task; ``part`` is ``train`` or ``eval``."""
         return Path(self.data, "tasks", f"{task}_{part}.json")
 
     def tasks_of(self, model: Model) -> tuple[str, ...]:
-        """The tasks that a model is fine-tuned on."""
+        """Return the tasks that a model is fine-tuned on."""
         return self.tasks if model.tuned else self.tasks[:NUM_ABLATION_TASKS]
 
     def write(self, out: Path) -> None:
-        """Into the study's folder."""
+        """Write the plan to the folder of the study."""
         write_atomically(out / "plan.json", json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, out: Path) -> "Plan | None":
-        """The plan of a folder, if it has one.
+        """Read the plan of a folder; None if there is none.
 
         Raises:
-            DataError: It is damaged.
+            DataError: The plan is damaged.
         """
         path = out / "plan.json"
         if not path.exists():
@@ -145,13 +145,13 @@ class FineTuning:
     seed: int
 
     def folder(self, out: Path) -> Path:
-        """Of the run."""
+        """Return the folder of the run."""
         name = f"lr{self.rate:g}-seed{self.seed}"
         return out / "finetune" / self.model.name / self.task / name
 
 
 def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
-    """Settings of a model's pretraining: configs/demo.yaml with the published masks.
+    """Return the pretraining settings of a model: configs/demo.yaml with the published masks.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -159,7 +159,7 @@ def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
     steps = max(1, round(model.share * plan.steps))
     settings = [
         f"data.train={Path(plan.data, 'train.json')}",
-        "data.random_crop=true",  # all of long clips is heard
+        "data.random_crop=true",  # else only the beginning of long clips is used
         f"train.steps={steps}",
         f"train.batch_size={BATCH['pretrain']}",
         f"train.log_every={max(1, steps // 200)}",
@@ -174,12 +174,12 @@ def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
         f"run.folder={out / 'pretrain' / model.name}",
     ]
     rows, columns = load_config("demo", [*settings, "objective.num_masked=2"]).grid
-    hidden = max(2, round(rows * columns * model.num_masked / PUBLISHED_PATCHES))
-    return load_config("demo", [*settings, f"objective.num_masked={hidden}"])
+    num_masked = max(2, round(rows * columns * model.num_masked / PUBLISHED_PATCHES))
+    return load_config("demo", [*settings, f"objective.num_masked={num_masked}"])
 
 
 def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
-    """Settings of a fine-tuning: configs/demo_finetune.yaml. The test clips are not in it.
+    """Return the settings of a fine-tuning run: configs/demo_finetune.yaml without test clips.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -206,7 +206,7 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
 
 
 def _family(plan: Plan, model: Model) -> list[str]:
-    """The form of the patches: a frame model's are as high as the spectrogram, 2 frames wide."""
+    """Return patch size and masks: frame-model patches span all mel bins and 2 frames."""
     if model.family == "patch":
         return ["objective.mask=official"]
     n_mels = load_config("demo", [*plan.overrides, "objective.num_masked=2"]).audio.n_mels
@@ -214,16 +214,16 @@ def _family(plan: Plan, model: Model) -> list[str]:
 
 
 def runs_of(plan: Plan, model: Model, seed: int) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Tasks, and the learning rates that are tried on them with this seed.
+    """Yield tasks, and the learning rates to try on them with this seed.
 
-    No rates are the one that is chosen by then.
+    Empty rates: the learning rate that was chosen before.
     """
     for task in plan.tasks_of(model):
         yield task, plan.rates if model.tuned and seed == 0 else ()
 
 
 def num_runs(plan: Plan, task: str) -> int:
-    """How many fine-tunings a task takes."""
+    """Return the number of fine-tuning runs of a task."""
     return sum(
         max(1, len(rates))
         for model in MODELS.values()
@@ -234,10 +234,10 @@ def num_runs(plan: Plan, task: str) -> int:
 
 
 def best_rate(accuracies: Mapping[float, float]) -> float:
-    """The learning rate with the best accuracy on held-out clips; of several, the lowest.
+    """Return the learning rate with the best validation accuracy, the lowest in a tie.
 
     Raises:
-        ConfigError: There is none: training diverged with every one.
+        ConfigError: Training diverged with every one.
     """
     if not accuracies:
         raise ConfigError("--rates: training diverged with every one of them, try lower ones")
@@ -245,7 +245,7 @@ def best_rate(accuracies: Mapping[float, float]) -> float:
 
 
 def chosen_rate(plan: Plan, model: Model, task: str, out: Path) -> float | None:
-    """The learning rate chosen for a model on a task; None before all of them have been tried."""
+    """Return the learning rate chosen for a model on a task; None before all were tried."""
     tuned = model if model.tuned else MODELS["patch"]
     runs = [FineTuning(tuned, task, rate, 0) for rate in plan.rates]
     accuracies = {}
@@ -260,37 +260,37 @@ def chosen_rate(plan: Plan, model: Model, task: str, out: Path) -> float | None:
 
 
 def accuracy(run: Path, split: str) -> float | None:
-    """Of a finished fine-tuning on the held-out (``valid``) or the ``test`` clips."""
+    """Return the accuracy of a fine-tuning run on ``valid`` or ``test``; None if not finished."""
     path = run / split / "metrics.json"
     return json.loads(path.read_text())["accuracy"] if path.exists() else None
 
 
 def diverged(run: Path) -> bool:
-    """Whether a fine-tuning was given up."""
+    """Return whether a fine-tuning run diverged."""
     return (run / "diverged.txt").exists()
 
 
 def steps_and_epochs(
     hours: float, rates: Mapping[str, float], clips: Mapping[str, int], runs: Mapping[str, int]
 ) -> tuple[int, int]:
-    """Pretraining steps and fine-tuning epochs that fill the hours.
+    """Compute the pretraining steps and fine-tuning epochs that fill the hours.
 
     Args:
-        hours: For everything.
-        rates: Clips/s of ``pretrain`` and ``finetune``.
-        clips: Training clips of each task.
-        runs: Fine-tunings of each task.
+        hours: Time for the whole study.
+        rates: Throughput of ``pretrain`` and ``finetune``, clips/s.
+        clips: Number of training clips by task.
+        runs: Number of fine-tuning runs by task.
 
     Raises:
-        ConfigError: There is no time for one epoch.
+        ConfigError: The time is too short for one epoch.
     """
-    useful_s = hours * 3600 * USEFUL_TIME
+    steps_s = hours * 3600 * STEP_TIME
     shares = sum(model.share for model in MODELS.values())
-    pretrained = PRETRAINING_TIME * useful_s * rates["pretrain"] / BATCH["pretrain"]
+    pretrained = PRETRAINING_TIME * steps_s * rates["pretrain"] / BATCH["pretrain"]
     epoch = sum(clips[task] * runs[task] for task in clips) / rates["finetune"]
-    steps, epochs = int(pretrained / shares), int((1 - PRETRAINING_TIME) * useful_s / epoch)
+    steps, epochs = int(pretrained / shares), int((1 - PRETRAINING_TIME) * steps_s / epoch)
     if steps < 1 / SHORT or epochs < 1:
-        least = epoch / 3600 / USEFUL_TIME / (1 - PRETRAINING_TIME)
+        least = epoch / 3600 / STEP_TIME / (1 - PRETRAINING_TIME)
         raise ConfigError(
             f"--hours {hours:g} is too short: one epoch of every fine-tuning takes {least:.2g} "
             "hours on this machine, give more hours or fewer --tasks, --seeds and --rates"
@@ -299,13 +299,13 @@ def steps_and_epochs(
 
 
 def check_no_leak(plan: Plan) -> dict[str, int]:
-    """No test clip of a task is among the pretraining clips, be it a copy by another name.
+    """Check by recording and content that no test clip is among the training or pretraining clips.
 
     Returns:
-        How many clips were compared: ``pretraining`` and ``test``.
+        Number of clips compared: ``pretraining`` and ``test``.
 
     Raises:
-        DataError: One is; or a manifest is missing or wrong.
+        DataError: A test clip is; or a manifest is missing or wrong.
     """
     contents, tests = Contents(), set()
     pretraining = len(read_manifest(Path(plan.data, "train.json")))

@@ -1,6 +1,6 @@
-"""Puts the study's pretrained weights under checkpoints/, in float16, each with a model card.
+"""Export the study's pretrained weights to checkpoints/, in float16, each with a model card.
 
-The cards are written from the files of the runs, as the page of results is.
+The cards are generated from the files of the runs, as the results page is.
 """
 
 import argparse
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ssast.benchmarks.study.outcomes import Cells, gather
+from ssast.benchmarks.study.analysis import Cells, gather
 from ssast.benchmarks.study.page import OUT, stored_plan
 from ssast.benchmarks.study.plan import BATCH, FAMILIES, Plan
-from ssast.benchmarks.study.tables import chance_of, spread, table, what
+from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.errors import CheckpointError
 from ssast.engine.formats.open import load_pretrained, open_encoder
@@ -24,11 +24,11 @@ CARD = "README.md"
 
 
 def release(out: Path, folder: Path) -> list[Path]:
-    """Write the weights of the patch and of the frame model.
+    """Export the weights of the patch and of the frame model.
 
     Args:
         out: Folder of the study's runs.
-        folder: Gets tiny_patch/ and tiny_frame/.
+        folder: Folder for tiny_patch/ and tiny_frame/.
 
     Raises:
         ConfigError: There are no runs.
@@ -49,7 +49,7 @@ def release(out: Path, folder: Path) -> list[Path]:
 
 
 def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
-    """What a user should know of the weights, in Markdown."""
+    """Write the model card, in Markdown."""
     weights, config = load_pretrained(path)
     number = sum(p.numel() for p in weights.parameters()) / 1e6
     made = json.loads(Path(plan.data, "demo.json").read_text(encoding="utf-8"))
@@ -60,8 +60,8 @@ def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
         [
             f"{task}: {what(task)}",
             f"{100 * chance_of(plan, task)[0]:.1f}",
-            spread(cells[f"{family}-scratch", task].accuracies),
-            spread(cells[family, task].accuracies),
+            mean_and_std(cells[f"{family}-scratch", task].accuracies),
+            mean_and_std(cells[family, task].accuracies),
         ]
         for task in plan.tasks
         if (family, task) in cells and (f"{family}-scratch", task) in cells
@@ -71,55 +71,61 @@ def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
         "",
         f"An audio spectrogram transformer ({model.size}: {number:.2f} M weights, with "
         "both heads of its pretraining) pretrained with masked spectrogram patch modelling, "
-        "without labels. It is small, and has heard little: a beginning for experiments with few "
-        "clips, and a means to try the commands; not a substitute for the published models.",
+        "without labels. It is small and pretrained on little data: a starting point for "
+        "experiments with few clips and for trying the commands, not a substitute for the "
+        "published models.",
         "",
         f"    ssast finetune demo_finetune --checkpoint {path} "
         f"'model.patch=[{model.patch[0]}, {model.patch[1]}]' data.train=mine.json",
         f"    ssast embed {path} /my/recordings --out x.npy",
         "",
-        "## How it came about",
+        "## Training",
         "",
-        *table(["what", "here"], [
+        *table(["", "this model"], [
             ("input", f"16 kHz mono, {audio.num_frames} frames of 10 ms, {audio.n_mels} mel bins, "
                       f"mean {audio.mean:g}, standard deviation {audio.std:g}"),
             ("patches", f"{patches}, {rows} x {columns} of them"),
-            ("hidden", f"{objective.num_masked} of {rows * columns}, `{objective.mask}`"),
+            ("masked patches", f"{objective.num_masked} of {rows * columns}, `{objective.mask}`"),
             ("objective", f"{objective.kind}, softmax axis `{objective.softmax_axis}`"),
-            ("training", f"{steps:,} steps of {BATCH['pretrain']} clips, {config.train.precision}, "
-                         f"{config.optim.name}, rate {config.optim.lr:g}, {config.optim.schedule}"),
+            ("training", f"{steps:,} steps, batch size {BATCH['pretrain']}, "
+                         f"{config.train.precision}, {config.optim.name}, learning rate "
+                         f"{config.optim.lr:g}, {config.optim.schedule}"),
             ("recordings", f"{made['hours']:.1f} h of {made['num_clips']:,} clips from Debian's "
                            f"packages {', '.join(made['packages'])}"),
-            ("in this folder", "weights in float16, settings, hashes; float32 when loaded"),
+            ("in this folder", "weights in float16 (loaded as float32), configuration, checksums"),
         ]),
-        "The recordings are those of `ssast data demo --sounds`, speech of games and learning "
-        "programs for the greater part. Their licences (free ones, each package its own) are in "
-        "the folder `licences/` that this command makes; no recording is in this folder.",
+        "The recordings are those of `ssast data demo --sounds`, mostly speech of games and "
+        "learning programs. Their licences, all free, are in the folder `licences/` that this "
+        "command writes. This folder contains no recordings.",
         "",
-        "## What it brings",
+        "## Results",
         "",
-        "Accuracy in percent on test clips that no training has seen, fine-tuned with few epochs, "
-        f"mean and standard deviation of {plan.seeds} seeds:",
+        f"Test accuracy in percent after fine-tuning for {plan.epochs} epochs, mean and standard "
+        f"deviation over {plan.seeds} seeds:",
         "",
         *table(["task", "largest class", "from scratch", "from these weights"], scores),
-        "All of it: docs/results.md. `make reproduce` makes these weights again.",
+        "All results: docs/results.md. `make reproduce` trains these weights again.",
         "",
-        "## Limits",
+        "## Limitations",
         "",
-        "Voices, languages and channels of the recordings are few, and tied to each other. Nothing "
-        "was tried for noise, distance, music, or languages outside of the packages. Apache-2.0, "
-        "as the project.",
+        "The recordings have few voices, languages and channels, which are correlated. Noise, "
+        "distance, music and other languages were not evaluated. Licence: Apache-2.0.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write both folders."""
+    """Export both models."""
     parser = argparse.ArgumentParser("ssast bench release", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs ({OUT})")
     parser.add_argument(
-        "--checkpoints", type=Path, default=CHECKPOINTS, help=f"folder to write ({CHECKPOINTS})"
+        "--out", type=Path, default=OUT, help=f"folder of the runs (default: {OUT})"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        default=CHECKPOINTS,
+        help=f"folder to write (default: {CHECKPOINTS})",
     )
     options = parser.parse_args(arguments)
     print(*release(options.out, options.checkpoints), sep="\n")

@@ -1,9 +1,9 @@
-"""Reproduces the method's claims at small scale: pretrained against from scratch, and ablations.
+"""Reproduce the claims of the paper at small scale: pretraining against scratch, and ablations.
 
-Tiny patch and frame models are pretrained on real recordings, then fine-tuned on each labelled
-task, and so are models from scratch, with as many steps and a learning rate of their own, chosen on
-held-out clips. The test clips are looked at once for each seed. Stop it at any time: the same
-command goes on where it was.
+Tiny patch and frame models are pretrained on real recordings and fine-tuned on labelled tasks.
+Models from scratch are trained for the same number of epochs, with their own learning rate,
+selected on validation clips. Test clips are evaluated once per seed. The study can be stopped at
+any time: the same command resumes it.
 """
 
 import argparse
@@ -47,8 +47,7 @@ from ssast.pipelines.files import write_atomically
 DATA = Path("data/sounds")
 HOURS = 8.0
 EPOCHS = 10
-# Sounds, speakers, words and languages, as the paper's; sounds first, as its ablations are on them.
-# The others of `ssast data demo` ask similar questions.
+# Sounds, speakers, words and languages, as in the paper; sounds first, for the ablations.
 TASKS = ("events", "drums", "voice", "zh_initial", "language")
 MEASURED_S = 20.0
 
@@ -62,20 +61,20 @@ class Stopped(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run or go on with everything, then write the page; 128 + the signal that stopped it."""
+    """Run or resume the study and write the page; return 0, or 128 + the signal that stopped it."""
     options = _parser().parse_args(arguments)
     stored = Plan.read(options.out)
     if options.data is None and (stored is None or stored.data == str(DATA)):
         fetch_sounds(DATA, PACKAGE_CACHE.expanduser())
     plan = make_plan(options, stored)
     compared = check_no_leak(plan)
-    print(f"none of {compared['test']} test clips is among {compared['pretraining']} for training")
+    print(f"no test clip ({compared['test']}) is a pretraining clip ({compared['pretraining']})")
     plan.write(options.out)
     write_atomically(options.out / "leaks.json", json.dumps(compared) + "\n")
     try:
         Study(plan, options.out).run(options.only or tuple(MODELS))
     except Stopped as stopped:
-        print("run the same command again to go on; ssast bench results shows what is finished")
+        print("run the same command again to resume; ssast bench results writes the page so far")
         return 128 + stopped.number
     print(write_page(options.out, options.docs))
     return 0
@@ -84,46 +83,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("ssast bench reproduce", description=__doc__)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--hours", type=float, help=f"for everything, on this machine ({HOURS:g})")
-    length.add_argument("--steps", type=int, help="of pretraining instead")
-    parser.add_argument("--epochs", type=int, help=f"of each fine-tuning, with --steps ({EPOCHS})")
-    parser.add_argument("--seeds", type=int, help="fine-tunings of each kind (3)")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=f"({' '.join(TASKS)})")
+    length.add_argument(
+        "--hours", type=float, help=f"time for the study on this machine (default: {HOURS:g})"
+    )
+    length.add_argument("--steps", type=int, help="pretraining steps, instead of --hours")
     parser.add_argument(
-        "--rates", nargs="+", type=float, help=f"learning rates ({' '.join(map(str, RATES))})"
+        "--epochs", type=int, help=f"fine-tuning epochs, with --steps (default: {EPOCHS})"
+    )
+    parser.add_argument("--seeds", type=int, help="fine-tuning seeds (default: 3)")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help=f"tasks (default: {' '.join(TASKS)})"
     )
     parser.add_argument(
-        "--data", type=Path, help=f"a folder like that of ssast data demo --sounds, {DATA}"
+        "--rates",
+        nargs="+",
+        type=float,
+        help=f"learning rates (default: {' '.join(map(str, RATES))})",
+    )
+    parser.add_argument(
+        "--data", type=Path, help=f"data of ssast data demo --sounds, or the like (default: {DATA})"
     )
     parser.add_argument(
         "--only",
         nargs="+",
         choices=list(MODELS),
         metavar="MODEL",
-        help="do these alone, so that several calls share the work and --out: %(choices)s",
+        help="run only these models, to split the work among processes with one --out: %(choices)s",
     )
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs ({OUT})")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (docs)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help=f"folder of the runs (default: {OUT})"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs"), help="folder of the page (default: docs)"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         dest="overrides",
         metavar="section.key=value",
-        help="settings of all runs",
+        help="overrides of all runs",
     )
     return parser
 
 
 def make_plan(options: argparse.Namespace, stored: Plan | None) -> Plan:
-    """The plan in the folder of the runs, or a new one.
+    """Return the stored plan, or make a new one.
 
     Args:
-        options: Of the command line.
-        stored: The plan in the folder.
+        options: Parsed command line.
+        stored: The plan in the folder of the runs, if there is one.
 
     Raises:
-        ConfigError: Other options than those of the stored plan, or wrong ones.
+        ConfigError: Options differ from the stored plan, or are wrong.
         DataError: A manifest is wrong.
     """
     given = {
@@ -147,7 +159,7 @@ def make_plan(options: argparse.Namespace, stored: Plan | None) -> Plan:
             if getattr(stored, key) != value:
                 raise ConfigError(
                     f"{options.out / 'plan.json'} has {key} {getattr(stored, key)!r}, got "
-                    f"{value!r}: go on without the option, or choose another --out"
+                    f"{value!r}: leave out the option to resume, or choose another --out"
                 )
         return stored
     if "epochs" in given and "steps" not in given:
@@ -173,10 +185,10 @@ def _exists(data: Path, task: str) -> bool:
 
 
 def check_settings(plan: Plan, out: Path) -> None:
-    """Every run's settings can be made.
+    """Check the settings of every run.
 
     Raises:
-        ConfigError: Those of one cannot.
+        ConfigError: A setting is wrong.
     """
     for model in MODELS.values():
         if model.share:
@@ -185,7 +197,7 @@ def check_settings(plan: Plan, out: Path) -> None:
 
 
 def _fill(plan: Plan, out: Path) -> Plan:
-    """The plan with steps and epochs for its hours, from how fast this machine is."""
+    """Choose steps and epochs that fill the plan's hours, from measured throughput."""
     run = FineTuning(MODELS["patch-scratch"], plan.tasks[0], plan.rates[0], 0)
     configs = {
         "pretrain": pretraining_config(plan, MODELS["patch"], out),
@@ -195,7 +207,7 @@ def _fill(plan: Plan, out: Path) -> Plan:
     for name, config in configs.items():
         trial = try_out(config, seconds=MEASURED_S)
         if trial.outcome != "ok":
-            raise ConfigError(f"a short {name} run failed, {trial.outcome}: {trial.reason}")
+            raise ConfigError(f"a trial {name} run failed ({trial.outcome}): {trial.reason}")
         rates[name] = trial.clips_per_s
         print(f"{name}: {rates[name]:.1f} clips/s")
     clips = {task: len(read_manifest(plan.labelled(task, "train"))) for task in plan.tasks}
@@ -206,18 +218,18 @@ def _fill(plan: Plan, out: Path) -> Plan:
 
 
 class Study:
-    """Runs what is not finished, in the order in which it matters."""
+    """Runs all unfinished runs, the most important first."""
 
     def __init__(self, plan: Plan, out: Path):
         self.plan, self.out = plan, out
 
     def run(self, only: Sequence[str]) -> None:
-        """Everything about the models that are named.
+        """Pretrain and fine-tune the named models.
 
         Raises:
-            Stopped: By a signal.
-            ConfigError, DataError, CheckpointError, TrainingError: A run failed; a fine-tuning that
-                diverges is passed over.
+            Stopped: A signal stopped a run.
+            ConfigError, DataError, CheckpointError, TrainingError: A run failed; fine-tuning runs
+                that diverge are recorded as such.
         """
         for group in ([model for model in group if model.name in only] for group in GROUPS):
             for model in group:
@@ -229,7 +241,7 @@ class Study:
                         self.score(model, task, rates, seed)
 
     def pretrain(self, model: Model) -> None:
-        """Pretrain a model and draw what it makes of held-out clips."""
+        """Pretrain a model and plot reconstructions of validation clips."""
         config = pretraining_config(self.plan, model, self.out)
         folder = Path(str(config.run.folder))
         latest = Checkpoints(folder / "checkpoints").latest()
@@ -240,12 +252,14 @@ class Study:
             write_atomically(folder / "pictures.txt", "".join(f"{p.name}\n" for p in pictures))
 
     def score(self, model: Model, task: str, rates: Sequence[float], seed: int) -> None:
-        """Fine-tune with a seed, with all these learning rates if need be, and look at the test."""
+        """Fine-tune with a seed, trying all these learning rates, and evaluate the test clips."""
         for rate in rates:
             self.finetune(FineTuning(model, task, rate, seed))
         chosen = chosen_rate(self.plan, model, task, self.out)
         if chosen is None:
-            raise ConfigError(f"--only {model.name}: takes the learning rates of patch, finish it")
+            raise ConfigError(
+                f"--only {model.name}: needs the learning rates of patch, which is not finished"
+            )
         run = FineTuning(model, task, chosen, seed)
         self.finetune(run)
         folder = run.folder(self.out)
@@ -255,7 +269,7 @@ class Study:
             print(f"{model.name}, {task}, seed {seed}: test accuracy {values['accuracy']:.4f}")
 
     def finetune(self, run: FineTuning) -> None:
-        """Fine-tune once; of a finished run only the weights that did best are kept."""
+        """Fine-tune once; a finished run keeps only the selected weights."""
         folder = run.folder(self.out)
         if diverged(folder):
             return
@@ -263,7 +277,7 @@ class Study:
             config = finetuning_config(self.plan, run, self.out)
             try:
                 _go(str(folder), lambda: finetune(config, resume=True))
-            except TrainingError as error:  # what too high a learning rate does is a result
+            except TrainingError as error:  # divergence is a result of a learning rate
                 print(error)
                 write_atomically(folder / "diverged.txt", f"{error}\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The tables of the results page, in Markdown."""
+"""Tables of the results page, in Markdown."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ssast.benchmarks.study.outcomes import (
+from ssast.benchmarks.study.analysis import (
     PUBLISHED,
     PUBLISHED_ABLATIONS,
     Cell,
@@ -26,8 +26,8 @@ from ssast.pipelines.demo.sounds import STUDY_TASKS
 PLUS_MINUS = " \N{PLUS-MINUS SIGN} "
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation in percent."""
+def mean_and_std(values: Sequence[float]) -> str:
+    """Format mean and standard deviation in percent."""
     if not values:
         return ""
     numbers = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
@@ -35,27 +35,27 @@ def spread(values: Sequence[float]) -> str:
 
 
 def average_gain(cells: Cells, family: str) -> str:
-    """The relative gain on average over the tasks, and its deviation over seeds, in percent."""
+    """Format the average relative gain over the tasks and its standard deviation over seeds."""
     found = gains(cells, family)
     if not found:
         return ""
-    deviation = spread(gains_by_seed(cells, family)).split(PLUS_MINUS)[1:]
+    deviation = mean_and_std(gains_by_seed(cells, family)).split(PLUS_MINUS)[1:]
     return PLUS_MINUS.join([f"{100 * statistics.mean(found.values()):+.1f}", *deviation])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; all columns but the first to the right."""
+    """Format a Markdown table; all columns but the first are right-aligned."""
     marks = [":--", *["--:"] * (len(header) - 1)]
     return [f"| {' | '.join(line)} |" for line in (header, marks, *rows)] + [""]
 
 
 def what(task: str) -> str:
-    """A task in words."""
+    """Return the description of a task."""
     return next((known.what for known in STUDY_TASKS if known.name == task), task)
 
 
 def headline(plan: Plan, cells: Cells) -> list[str]:
-    """Test accuracies from scratch and pretrained, ours and the published ones."""
+    """Tabulate test accuracies from scratch and pretrained, ours and the published ones."""
     rows = []
     for task in plan.tasks:
         chance, num_clips = chance_of(plan, task)
@@ -73,8 +73,8 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
     columns = [f"{f}, {kind}" for f in FAMILIES for kind in ("scratch", "pretrained", "gain %")]
     lines = table(["task", "test clips", "chance", *columns], [*rows, row])
     lines += [
-        "The paper's, of base models (its own average is 60.9 %); from scratch there is a patch "
-        "model alone:",
+        "Published results of base models (the paper gives 60.9 % on average; from scratch it has "
+        "a patch model only):",
         "",
     ]
     published = [
@@ -95,7 +95,7 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
 
 
 def chance_of(plan: Plan, task: str) -> tuple[float, int]:
-    """Share of the largest class among the test clips, and how many clips there are."""
+    """Return the fraction of the largest class among the test clips, and their number."""
     classes = find_classes(str(plan.labelled(task, "train")), None)
     clips = read_labelled(str(plan.labelled(task, "eval")), classes, one_label=True)
     return clips.counts().max() / len(clips), len(clips)
@@ -105,15 +105,15 @@ def _of_seeds(plan: Plan, cell: Cell | None) -> str:
     if cell is None:
         return ""
     if cell.num_diverged:
-        return f"{spread(cell.accuracies)} ({cell.num_diverged} diverged)"
+        return f"{mean_and_std(cell.accuracies)} ({cell.num_diverged} diverged)"
     finished = len(cell.accuracies)
-    return spread(cell.accuracies) + (
+    return mean_and_std(cell.accuracies) + (
         f" ({finished} of {plan.seeds})" if finished < plan.seeds else ""
     )
 
 
 def pretraining(out: Path) -> list[str]:
-    """Losses on held-out clips at the end, of each model."""
+    """Tabulate the last validation losses of each pretrained model."""
     rows = []
     for model in MODELS.values():
         lines = read_metrics(out / "pretrain" / model.name / "metrics.jsonl")
@@ -158,14 +158,16 @@ def pretraining(out: Path) -> list[str]:
 
 
 def ablations(plan: Plan, cells: Cells) -> list[str]:
-    """Test accuracies of models that were pretrained in other ways, as long as each other."""
+    """Tabulate test accuracies of the ablations, which have equally many pretraining steps."""
     tasks = plan.tasks_of(ABLATIONS[0])
     rows = []
     for model in (MODELS["patch-scratch"], *ABLATIONS, MODELS["patch"]):
         long = model.name == "patch"
-        row = [f"{model.what}, all of the steps" if long else model.what]
+        row = [f"{model.what}, all steps" if long else model.what]
         row += [_of_seeds(plan, cells.get((model.name, task))) for task in tasks]
-        row.append(spread(over_tasks(c.accuracies for c in on_tasks(cells, model.name, tasks))))
+        row.append(
+            mean_and_std(over_tasks(c.accuracies for c in on_tasks(cells, model.name, tasks)))
+        )
         published = PUBLISHED_ABLATIONS.get(model.name)
         if model.name == "patch-scratch":
             published = PUBLISHED["AudioSet-20K"]["scratch"]
@@ -174,7 +176,7 @@ def ablations(plan: Plan, cells: Cells) -> list[str]:
 
 
 def learning_rates(plan: Plan, cells: Cells) -> list[str]:
-    """Accuracies on held-out clips for each learning rate, with seed 0; the chosen one in bold."""
+    """Tabulate validation accuracies by learning rate, seed 0, the chosen one in bold."""
     rows = []
     for (name, task), cell in cells.items():
         if cell.tried:
@@ -188,11 +190,11 @@ def learning_rates(plan: Plan, cells: Cells) -> list[str]:
 
 
 def facts(plan: Plan, out: Path) -> list[str]:
-    """What was trained, on what, where, for how long."""
+    """Tabulate machine, code version, durations and data of the runs."""
     environments = [json.loads(p.read_text()) for p in sorted(out.glob("*/**/environment.json"))]
     machines = sorted(
         {
-            f"{e['device']}, {e['cores']} core{'s' if e['cores'] > 1 else ''} a process, "
+            f"{e['device']}, {e['cores']} core{'s' if e['cores'] > 1 else ''} per process, "
             f"{e['precision']}"
             for e in environments
         }
@@ -203,15 +205,16 @@ def facts(plan: Plan, out: Path) -> list[str]:
     rows = [
         ("machine", "; ".join(machines)),
         ("code", ", ".join(codes)),
-        ("hours of training steps", f"{sum(map(training_s, metrics)) / 3600:.2f}"),
-        ("runs", f"{len(metrics)}, of which pretraining {len(list(out.glob('pretrain/*')))}"),
+        ("training time, hours", f"{sum(map(training_s, metrics)) / 3600:.2f}"),
+        ("runs", f"{len(metrics)}, {len(list(out.glob('pretrain/*')))} of them pretraining"),
         (
             "pretraining",
-            f"{plan.steps:,} steps of {BATCH['pretrain']} clips; ablations {SHORT:.0%} of them",
+            f"{plan.steps:,} steps, batch size {BATCH['pretrain']}; "
+            f"ablations {SHORT:.0%} of the steps",
         ),
         (
             "fine-tuning",
-            f"{plan.epochs} epochs in steps of {BATCH['finetune']} clips, {plan.seeds} seeds",
+            f"{plan.epochs} epochs, batch size {BATCH['finetune']}, {plan.seeds} seeds",
         ),
     ]
     if config is not None:
@@ -228,16 +231,16 @@ def facts(plan: Plan, out: Path) -> list[str]:
         rows.append(
             (
                 "test clips in pretraining",
-                f"0: {compared['test']:,} compared with {compared['pretraining']:,} by content",
+                f"0 ({compared['test']:,} compared with {compared['pretraining']:,} by content)",
             )
         )
     if plan.overrides:
-        rows.append(("settings of all runs", f"`{' '.join(plan.overrides)}`"))
-    return table(["what", "here"], rows)
+        rows.append(("overrides of all runs", f"`{' '.join(plan.overrides)}`"))
+    return table(["", "this study"], rows)
 
 
 def training_s(metrics: Path) -> float:
-    """Seconds in the training steps of a run, as its log has them."""
+    """Return the time in training steps of a run in s, from its metrics.jsonl."""
     points = scalars(read_metrics(metrics), "perf/step_s")
     steps = [step for step, _ in points]
     return sum(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_runs import make_sounds, manifest
 
-from ssast.benchmarks.study.outcomes import comparison, gains, gather, published_gain
+from ssast.benchmarks.study.analysis import gains, gather, published_gain, significant_sign
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
     FAMILIES,
@@ -125,8 +125,8 @@ def test_gains_and_differences(plan, tmp_path):
     assert set(cells) == {("patch", "pitch"), ("patch-scratch", "pitch")}
     assert gains(cells, "patch") == {"pitch": pytest.approx(0.85 / 0.35 - 1)}
     ours, theirs = cells["patch", "pitch"], cells["patch-scratch", "pitch"]
-    assert comparison([ours], [theirs]) == 1 and comparison([theirs], [ours]) == -1
-    assert comparison([ours], [ours]) == 0
+    assert significant_sign([ours], [theirs]) == 1 and significant_sign([theirs], [ours]) == -1
+    assert significant_sign([ours], [ours]) == 0
     assert published_gain("patch") == pytest.approx(60.9, abs=0.1)
     plan.write(tmp_path)
     page = write_page(tmp_path, tmp_path / "docs").read_text()
@@ -143,7 +143,7 @@ def test_the_work_is_shared(plan, tmp_path, monkeypatch):
     study.run(["frame", "frame-scratch", "short"])
     assert done == ["frame", "short"]
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="--only short: takes the learning rates of patch"):
+    with pytest.raises(ConfigError, match="--only short: needs the learning rates of patch"):
         study.score(MODELS["short"], "pitch", (), 0)
 
 
@@ -181,7 +181,7 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
     for path in paths:
         text = (path / "README.md").read_text()
         assert "| pitch: pitch | 50.0 | 30.0 | 90.0 |" in text
-        assert "8 steps of 24 clips" in text and "1.2 h of 24 clips" in text
+        assert "8 steps, batch size 24" in text and "1.2 h of 24 clips" in text
         model, config = load_pretrained(path)
         number = sum(p.numel() for p in model.parameters())
         assert f"{number / 1e6:.2f} M weights" in text

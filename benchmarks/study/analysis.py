@@ -1,4 +1,4 @@
-"""What the runs of ``ssast bench reproduce`` amount to: accuracies, gains, differences."""
+"""Analysis of the runs of ``ssast bench reproduce``: accuracies, gains, significance."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +8,8 @@ from pathlib import Path
 from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan, accuracy, chosen_rate, diverged
 from ssast.engine.evaluation.report import PREDICTIONS, read_predictions
 
-# Gong et al., AAAI 2022: base models, mAP (AudioSet-20K) or accuracy, in percent. From scratch
-# there is a patch model alone, and the average gain of the pretrained one is said to be 60.9 %.
+# Gong et al., AAAI 2022: base models, mAP (AudioSet-20K) or accuracy, in percent. Only a patch
+# model was trained from scratch; the paper gives 60.9 % as the average gain of pretraining.
 PUBLISHED = {
     "AudioSet-20K": {"scratch": 14.8, "patch": 31.0, "frame": 29.2},
     "ESC-50": {"scratch": 41.9, "patch": 88.8, "frame": 85.9},
@@ -18,7 +18,7 @@ PUBLISHED = {
     "VoxCeleb1": {"scratch": 30.1, "patch": 64.3, "frame": 80.8},
     "IEMOCAP": {"scratch": 51.9, "patch": 59.6, "frame": 60.5},
 }
-# The same, AudioSet-20K, of patch models pretrained in other ways.
+# Ablations of the pretraining of the patch model, AudioSet-20K.
 PUBLISHED_ABLATIONS = {
     "short": 31.0,
     "generative": 16.1,
@@ -30,14 +30,14 @@ PUBLISHED_ABLATIONS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What is finished of a model on a task.
+    """Results of a model on a task.
 
     Attributes:
         rate: The chosen learning rate.
-        tried: Accuracies on held-out clips by learning rate, NaN where training diverged.
-        accuracies: On the test clips, by seed.
-        num_diverged: Seeds without an accuracy.
-        correct: Share of the seeds that name each test clip rightly.
+        tried: Validation accuracy by learning rate, NaN where training diverged.
+        accuracies: Test accuracy by seed.
+        num_diverged: Number of seeds whose training diverged.
+        correct: Fraction of the seeds that classify each test clip correctly.
     """
 
     rate: float
@@ -48,7 +48,7 @@ class Cell:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean test accuracy over the seeds."""
         return statistics.mean(self.accuracies)
 
 
@@ -56,7 +56,7 @@ Cells = Mapping[tuple[str, str], Cell]
 
 
 def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
-    """The cells with a test accuracy, by names of model and task."""
+    """Collect the finished results, by names of model and task."""
     cells = {}
     for model in MODELS.values():
         for task in plan.tasks_of(model):
@@ -86,13 +86,13 @@ def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
 
 
 def gains(cells: Cells, family: str) -> dict[str, float]:
-    """Relative gains of the pretrained model over the one from scratch, by task."""
+    """Return the relative gain of pretraining over training from scratch, by task."""
     pairs = _pretrained_and_scratch(cells, family)
     return {task: ours.mean / theirs.mean - 1 for task, (ours, theirs) in pairs.items()}
 
 
 def gains_by_seed(cells: Cells, family: str) -> list[float]:
-    """The relative gain on average over the tasks, for each seed that all of them have."""
+    """Return the relative gain averaged over the tasks, for each seed that all tasks have."""
     return over_tasks(
         [a / b - 1 for a, b in zip(ours.accuracies, theirs.accuracies, strict=False) if b]
         for ours, theirs in _pretrained_and_scratch(cells, family).values()
@@ -109,36 +109,38 @@ def _pretrained_and_scratch(cells: Cells, family: str) -> dict[str, tuple[Cell, 
 
 
 def over_tasks(columns: Iterable[Sequence[float]]) -> list[float]:
-    """The mean over the tasks, for each seed that all of them have."""
+    """Average over the tasks, for each seed that all tasks have."""
     return [statistics.mean(row) for row in zip(*columns, strict=False)]
 
 
-def comparison(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
-    """1 or -1 if ours are higher or lower by more than two standard errors, else 0.
+def significant_sign(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
+    """Compare mean accuracies: 1 if ours is significantly higher, -1 if lower, else 0.
 
-    The error is that of few seeds and, the differences taken clip by clip, that of few test clips.
+    A difference is significant if it exceeds two standard errors (an approximate 95 % confidence
+    interval). The variance is that over seeds plus that over test clips, paired clip by clip.
 
     Args:
-        ours: Of each task.
-        theirs: Of the same tasks; with fewer than two seeds of either, nothing is told apart.
+        ours: Results of one model on some tasks.
+        theirs: Results of another model on the same tasks. With fewer than two seeds of either, no
+            difference is significant.
     """
     seeds = [over_tasks(cell.accuracies for cell in cells) for cells in (ours, theirs)]
     if min(map(len, seeds)) < 2:
         return 0
-    error = sum(statistics.variance(values) / len(values) for values in seeds)
+    variance = sum(statistics.variance(values) / len(values) for values in seeds)
     for one, other in zip(ours, theirs, strict=True):
         differences = [a - b for a, b in zip(one.correct, other.correct, strict=True)]
-        error += statistics.variance(differences) / len(differences) / len(ours) ** 2
+        variance += statistics.variance(differences) / len(differences) / len(ours) ** 2
     difference = statistics.mean(seeds[0]) - statistics.mean(seeds[1])
-    return (difference > 2 * error**0.5) - (difference < -2 * error**0.5)
+    return (difference > 2 * variance**0.5) - (difference < -2 * variance**0.5)
 
 
 def on_tasks(cells: Cells, name: str, tasks: Sequence[str]) -> list[Cell]:
-    """The cells of a model on some tasks; none if one is not finished."""
+    """Return the results of a model on some tasks; none if one is not finished."""
     found = [cells[name, task] for task in tasks if (name, task) in cells]
     return found if len(found) == len(tasks) else []
 
 
 def published_gain(family: str) -> float:
-    """Mean relative gain over training from scratch in the paper, in percent."""
+    """Return the paper's mean relative gain over training from scratch, in percent."""
     return 100 * statistics.mean(row[family] / row["scratch"] - 1 for row in PUBLISHED.values())
