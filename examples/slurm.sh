@@ -1,6 +1,6 @@
 #!/bin/bash
-# Pretrains on two nodes of eight GPUs, and goes on by itself after preemption, the time limit or
-# the loss of a node:
+# Pretrain on two nodes with eight GPUs each; requeue and resume after preemption, the time limit or
+# a node failure:
 #
 #     sbatch examples/slurm.sh base_patch data.train=/data/shards train.batch_size=1536
 #
@@ -15,17 +15,17 @@
 #SBATCH --open-mode=append
 #SBATCH --output=ssast-%j.log
 
-MOST_RESTARTS=100
+MAX_RESTARTS=100
 
-# USR1 reaches the processes of srun 180 s before the time is up: they save and end with 138.
-# --kill-on-bad-exit ends the rest of a run that has lost a process.
+# SIGUSR1 is sent 180 s before the time limit: processes save a checkpoint and exit with 138.
+# --kill-on-bad-exit ends the job step when one process fails.
 srun --kill-on-bad-exit=1 ssast pretrain "$@" --resume
 status=$?
 
-# 75: hung or lost a process. 137: killed. 138, 143: stopped by USR1 or TERM, after saving.
+# 75: a process hung or was lost. 137: SIGKILL. 138, 143: SIGUSR1 or SIGTERM, after saving.
 case $status in
   75 | 137 | 138 | 143)
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MOST_RESTARTS" ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
       scontrol requeue "$SLURM_JOB_ID"
     fi
     ;;
