@@ -1,4 +1,4 @@
-"""From a filterbank to tokens: normalise, cut into patches, project those that are visible.
+"""Patch embedding: normalise a filterbank, cut it into patches, project the visible ones.
 
     x       = (fbank - mean) / (2 std)                                    SSAST, published code
     token_n = W patch_n + b     (visible)   or   mask_embed   (masked)    + pos_embed_n

@@ -1,4 +1,4 @@
-"""From logits to probabilities and the likeliest classes."""
+"""Probabilities and the most likely classes, from logits."""
 
 from collections.abc import Sequence
 

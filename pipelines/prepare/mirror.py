@@ -45,11 +45,11 @@ class Mirror:
                 os.truncate(copy, path.stat().st_size)
 
     def reopen(self) -> None:
-        """From here on it is unfinished."""
+        """Mark the data set as unfinished."""
         (self.remote / REPORT).unlink(missing_ok=True)
 
     def move(self, number: int) -> None:
-        """Moves a finished shard, and after it its sidecar."""
+        """Move a finished shard, then its sidecar."""
         shard, sidecar = SHARD.format(number), SIDECAR.format(number)
         (self.remote / sidecar).unlink(missing_ok=True)
         self._upload(shard)

@@ -73,7 +73,7 @@ def test_losses(kind: str, dtype: torch.dtype) -> None:
 @both
 @pytest.mark.parametrize("loss", OBJECTIVES)
 def test_gradients(kind: str, dtype: torch.dtype, loss: str) -> None:
-    """Of the three objectives, each of which knows only its own losses and heads."""
+    """Gradients of the three objectives, each with its own losses and heads."""
     model, fbank, masks = pretraining_case(kind, dtype, kind=OBJECTIVES[loss])
     expected = golden(kind)["expected"]
     losses = joint_loss(model, fbank, masks)
@@ -129,7 +129,7 @@ def test_five_steps_of_training(kind: str, dtype: torch.dtype, fused: bool) -> N
         got = [losses[name].item() for name in ("loss", "infonce_loss", "mse_loss")]
         *want, want_accuracy = want
         assert got == pytest.approx(want, rel=relative(dtype, 2e-3))  # Adam divides noise too
-        # In float32 that may decide a near tie: one patch more or less is told apart.
+        # In float32 that may decide a near tie: one patch more or less is classified correctly.
         one_patch = 1 / masks.mask_ids.numel() if dtype == torch.float32 else 0.0
         assert losses["pretext_accuracy"].item() == pytest.approx(
             want_accuracy, abs=1e-9 + one_patch

@@ -70,7 +70,7 @@ def test_the_published_classifier_comes_out(kind):
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
 def test_class_weights_are_factors_in_the_loss(loss):
-    """Of the terms of the classes that a clip has, in training alone."""
+    """They weigh the terms of the classes that a clip has, in training mode only."""
     torch.manual_seed(0)
     config = from_plain(
         {"model": {"size": "tiny", "depth": 1}, "audio": {"num_frames": 32}, "finetune": {}}

@@ -38,7 +38,7 @@ def load(config_file, data, tmp_path):
 
 @pytest.fixture(scope="module")
 def losses(config_file, data, tmp_path_factory):
-    """Of the run that nothing happens to."""
+    """Losses of an undisturbed run."""
     run = tmp_path_factory.mktemp("whole")
     assert pretrain(load_config(config_file, [*overrides(), *data, f"run.folder={run}"])) == 0
     return lines(run, "train")

@@ -140,7 +140,7 @@ def test_flops_are_those_that_torch_counts():
         }
     )
     encoder = SpectrogramTransformer(config.model, config.audio)
-    # torch counts the products of its plain attention only.
+    # torch counts the matmuls of its plain attention only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(torch.zeros(3, 64, 128), encoder.no_masks(3))
     # torch does not look into our patch embedding: add it.
