@@ -16,14 +16,14 @@ PART_COLOURS = ("#8a8a8a", "#a9c2ea", "#6d9eeb", "#2b5fb5", "#1d3f78", "#7fb685"
 
 
 def draw_steps(path: Path, sizes: "Mapping[str, Sequence[Row]]", words: str) -> Path:
-    """Bars of how many times as fast as the published step each variant is, a panel for each size.
+    """Draw the speedup of each variant over the published step as bars, a panel for each size.
 
-    What ``ssast pretrain`` does is dark, what it can be asked for orange.
+    The default of ``ssast pretrain`` is dark, its options are orange.
 
     Args:
-        path: Of the PNG.
-        sizes: The measured variants of each, the published step first.
-        words: What a step computes, and where.
+        path: Path of the PNG file.
+        sizes: Measured variants of each size, the published step first.
+        words: Title: what a step computes, and on which machine.
     """
     measured = {row.variant for rows in sizes.values() for row in rows}
     variants = [v for v in (*VARIANTS.values(), *OPTIONS.values()) if v in measured]
@@ -37,12 +37,12 @@ def draw_steps(path: Path, sizes: "Mapping[str, Sequence[Row]]", words: str) -> 
     for axis, (size, rows) in zip(axes.flat, sizes.items(), strict=True):
         for row in rows:
             place = variants.index(row.variant)
-            axis.barh(place, row.times, 0.75, color=_colour(row.variant))
-            text = f" {row.times:.1f}x" if row is not rows[0] else f" {row.wall_s:.3g} s"
+            axis.barh(place, row.speedup, 0.75, color=_colour(row.variant))
+            text = f" {row.speedup:.1f}x" if row is not rows[0] else f" {row.wall_s:.3g} s"
             if row.variant == DEFAULT:
                 text += f", {row.wall_s:.3g} s"
-            axis.text(row.times, place, text, va="center", fontsize=8)
-        axis.set_xlim(0, 1.32 * max(row.times for row in rows))
+            axis.text(row.speedup, place, text, va="center", fontsize=8)
+        axis.set_xlim(0, 1.32 * max(row.speedup for row in rows))
         axis.set_title(size, fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlabel("times as fast as the published step", fontsize=8)
@@ -60,7 +60,7 @@ def _colour(variant: Variant) -> str:
 
 
 def draw_parts(path: Path, shares: Mapping[str, Mapping[str, float]]) -> Path:
-    """Where the time of a step goes: a bar for each size, of the shares of its parts."""
+    """Draw the shares of the parts of a step, a bar for each size."""
     figure, axis = subplots(figsize=(9, 1.3 + 0.5 * len(shares)))
     for place, parts in enumerate(shares.values()):
         left = 0.0
@@ -79,10 +79,10 @@ def draw_parts(path: Path, shares: Mapping[str, Mapping[str, float]]) -> Path:
 
 
 def draw_scaling(path: Path, rates: Mapping[str, Mapping[str, float]]) -> Path:
-    """Clips per second: a line over what is a number, bars over what is a name.
+    """Draw clips per second: lines over numbers, bars over names.
 
     Args:
-        path: Of the PNG.
+        path: Path of the PNG file.
         rates: Clips per second of each value, by what was varied.
     """
     figure, axes = subplots(1, len(rates), figsize=(3.2 * len(rates), 3.1), squeeze=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssast.benchmarks.loading.report import Result
-from ssast.benchmarks.performance.notes import Notes, Scope
+from ssast.benchmarks.performance.store import ResultStore, Scope
 from ssast.benchmarks.study.tables import table
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant, label
 from ssast.engine.config import load_config
@@ -24,38 +24,39 @@ class Row:
     """A variant of the step; medians over all steps of all its processes.
 
     Attributes:
-        variant: What was measured.
-        wall_s: Seconds by the clock.
-        cpu_s: CPU seconds, and the same of each step.
-        times: As fast as the published step, by the clock.
-        times_cpu: As fast as the published step, in CPU seconds.
-        gflop_per_cpu_s: Operations of its passes, counted as if none were left out.
-        peak: Of a large product in the same processes.
-        memory_gib: Highest of its processes.
-        loss_difference: Relative, to that of the published step.
+        variant: Variant that was measured.
+        wall_s: Wall-clock seconds.
+        cpu_s: CPU seconds, over all threads.
+        cpu_each: CPU seconds of each step.
+        speedup: Speedup over the published step in wall-clock time.
+        cpu_speedup: Speedup over the published step in CPU time.
+        gflop_per_cpu_s: Throughput, with the FLOPs counted as if none were saved.
+        peak: GFLOP per CPU second of a large matmul in the same processes.
+        memory_gib: Highest resident memory of its processes.
+        loss_difference: Relative difference of the loss to that of the published step.
     """
 
     variant: Variant
     wall_s: float
     cpu_s: float
     cpu_each: tuple[float, ...]
-    times: float
-    times_cpu: float
+    speedup: float
+    cpu_speedup: float
     gflop_per_cpu_s: float
     peak: float
     memory_gib: float
     loss_difference: float
 
 
-def step_rows(notes: Notes, scope: Scope, size: str) -> tuple[list[Row], dict[str, str]]:
-    """The measured variants in their order, the published step first; and why others are not there.
+def step_rows(store: ResultStore, scope: Scope, size: str) -> tuple[list[Row], dict[str, str]]:
+    """Return the measured variants in order, the published step first, and why others are left out.
 
-    Nothing without the published step.
+    Empty without the published step.
     """
-    results = notes.read(f"step-{size}")
+    results = store.read(f"step-{size}")
     samples: dict[str, list[dict[str, Any]]] = {}
     for key, sample in results.items():
-        samples.setdefault(key.partition(", turn")[0], []).append(sample)
+        samples.setdefault(key.partition(", repeat")[0], []).append(sample)
     rows: list[Row] = []
     left_out = {name: s[0]["left_out"] for name, s in samples.items() if "left_out" in s[0]}
     for name, variant in {**VARIANTS, **OPTIONS}.items():
@@ -74,8 +75,8 @@ def step_rows(notes: Notes, scope: Scope, size: str) -> tuple[list[Row], dict[st
                 wall_s=wall,
                 cpu_s=cpu,
                 cpu_each=tuple(cpu_s),
-                times=published.wall_s / wall if published else 1.0,
-                times_cpu=published.cpu_s / cpu if published else 1.0,
+                speedup=published.wall_s / wall if published else 1.0,
+                cpu_speedup=published.cpu_s / cpu if published else 1.0,
                 gflop_per_cpu_s=step_flops_per_clip(config) * scope.batch / 1e9 / cpu,
                 peak=max(sample["peak_gflops"] for sample in own),
                 memory_gib=max(sample["memory_gib"] for sample in own),
@@ -85,19 +86,19 @@ def step_rows(notes: Notes, scope: Scope, size: str) -> tuple[list[Row], dict[st
     return rows, left_out
 
 
-def words(scope: Scope) -> str:
-    """What a step computes."""
+def describe(scope: Scope) -> str:
+    """Describe what a step computes."""
     return f"{scope.frames} frames, batch {scope.batch}, {scope.threads} threads"
 
 
 def default_row(rows: list[Row]) -> Row | None:
-    """That of ``ssast pretrain``."""
+    """Return the row of what ``ssast pretrain`` does."""
     return next((row for row in rows if row.variant == DEFAULT), None)
 
 
-def steps(notes: Notes, scope: Scope, size: str) -> list[str]:
-    """What each change brings."""
-    rows, left_out = step_rows(notes, scope, size)
+def steps(store: ResultStore, scope: Scope, size: str) -> list[str]:
+    """Tabulate the effect of each change."""
+    rows, left_out = step_rows(store, scope, size)
     if not rows:
         return []
     cells = []
@@ -106,8 +107,8 @@ def steps(notes: Notes, scope: Scope, size: str) -> list[str]:
             label(row.variant),
             f"{row.wall_s:.3g}",
             f"{row.cpu_s:.3g}",
-            f"{row.times:.2f}",
-            f"{row.times_cpu:.2f}",
+            f"{row.speedup:.2f}",
+            f"{row.cpu_speedup:.2f}",
             f"{row.gflop_per_cpu_s:.0f}",
             f"{row.gflop_per_cpu_s / row.peak:.0%}",
             f"{row.memory_gib:.2f}",
@@ -115,24 +116,24 @@ def steps(notes: Notes, scope: Scope, size: str) -> list[str]:
         ]
         cells.append([f"**{cell}**" if row.variant == DEFAULT and cell else cell for cell in line])
     fewest, most = (pick(len(row.cpu_each) for row in rows) for pick in (min, max))
-    spread = max((max(row.cpu_each) - min(row.cpu_each)) / row.cpu_s for row in rows)
-    counts = f"medians of {fewest} to {most} steps, of which CPU seconds differ by {spread:.0%}"
-    counts = f"{counts} at most" if most > 1 else "one step of each"
+    variation = max((max(row.cpu_each) - min(row.cpu_each)) / row.cpu_s for row in rows)
+    counts = f"medians of {fewest} to {most} steps, whose CPU seconds vary by up to {variation:.0%}"
+    counts = counts if most > 1 else "one step of each"
     lines = [f"### {size}", ""]
     lines += table(
-        ["", "s", "CPU s", "times as fast", "in CPU s", "GFLOP per CPU s", "of the peak", "GiB",
-         "loss differs by"],
+        ["", "s", "CPU s", "speedup", "speedup in CPU s", "GFLOP per CPU s", "of peak", "GiB",
+         "relative difference of loss"],
         cells,
     )  # fmt: skip
-    lines += [f"{words(scope)}; {counts}.", ""]
+    lines += [f"{describe(scope)}; {counts}.", ""]
     known = {**VARIANTS, **OPTIONS}
     lines += [f"- left out: {known[name].title}: {why}" for name, why in left_out.items()]
     return [*lines, ""] if left_out else lines
 
 
-def loaders(notes: Notes) -> list[str]:
-    """The audio stream against the plain loader."""
-    results = [Result(**found) for found in notes.read("loader").values()]
+def loaders(store: ResultStore) -> list[str]:
+    """Tabulate the audio stream against the plain loader."""
+    results = [Result(**found) for found in store.read("loader").values()]
     rows = []
     for r in results:
         stages = r.stages("files")
@@ -147,13 +148,13 @@ def loaders(notes: Notes) -> list[str]:
                 f"{r.max_difference:.0e}",
             ]
         )
-    header = ["clips", "plain", "stream", "times", "times, decoding alone"]
-    header += ["read ms", "decode ms", "filterbank ms", "log-mel differs by"]
+    header = ["clips", "plain", "stream", "speedup", "speedup of decoding"]
+    header += ["read ms", "decode ms", "filterbank ms", "max difference of log-mel"]
     return table(header, rows) if rows else []
 
 
-def runs(notes: Notes) -> list[str]:
-    """Short runs on files."""
+def runs(store: ResultStore) -> list[str]:
+    """Tabulate short runs on files."""
     rows = [
         [
             f"{name}: `{run['command']}`",
@@ -163,32 +164,33 @@ def runs(notes: Notes) -> list[str]:
             f"{run['clips_per_s_alone']:.1f}",
             f"{run['clips_per_s'] / run['clips_per_s_alone']:.0%}",
         ]
-        for name, run in notes.read("runs").items()
+        for name, run in store.read("runs").items()
     ]
-    header = ["run", "s a clip", "clips/s", "waiting for data", "step alone, clips/s", "of that"]
+    header = ["run", "s per clip", "clips/s", "waiting for data"]
+    header += ["step alone, clips/s", "of step alone"]
     return table(header, rows) if rows else []
 
 
-def peaks(notes: Notes) -> list[str]:
-    """What the machine reaches."""
+def peaks(store: ResultStore) -> list[str]:
+    """Tabulate the peaks of the machine."""
     rows = [
         [name, f"{peak['gflop_per_s']:.0f}", f"{peak['gb_per_s']:.0f}"]
-        for name, peak in _peaks(notes).items()
+        for name, peak in _peaks(store).items()
     ]
-    return table(["", "product, GFLOP/s", "copy, GB/s"], rows) if rows else []
+    return table(["", "matmul, GFLOP/s", "copy, GB/s"], rows) if rows else []
 
 
-def _peaks(notes: Notes) -> dict[str, dict[str, float]]:
+def _peaks(store: ResultStore) -> dict[str, dict[str, float]]:
     return {
         key.removeprefix("peak "): peak
-        for key, peak in notes.read("roofline").items()
+        for key, peak in store.read("roofline").items()
         if key.startswith("peak ") and "left_out" not in peak
     }
 
 
-def floor(notes: Notes, scope: Scope, size: str) -> StepTime | None:
-    """Least seconds of the default step: each part at the machine's peak, one after the other."""
-    found = _peaks(notes)
+def floor(store: ResultStore, scope: Scope, size: str) -> StepTime | None:
+    """Return the least time of the default step: its parts in sequence, each at the peak."""
+    found = _peaks(store)
     peak = found.get("fp32 by AVX-512", found.get("fp32"))
     if peak is None:
         return None
@@ -208,11 +210,11 @@ def floor(notes: Notes, scope: Scope, size: str) -> StepTime | None:
     return step_time(config, gpu, count_parameters(config), **shape)
 
 
-def rooflines(notes: Notes, scope: Scope) -> list[str]:
-    """The default step of each size against the least that the machine would need."""
+def rooflines(store: ResultStore, scope: Scope) -> list[str]:
+    """Tabulate the default step of each size against the least time on this machine."""
     rows = []
     for size in scope.sizes:
-        row, least = default_row(step_rows(notes, scope, size)[0]), floor(notes, scope, size)
+        row, least = default_row(step_rows(store, scope, size)[0]), floor(store, scope, size)
         if row is not None and least is not None:
             parts = (least.products, least.attention, least.elementwise, least.optimizer)
             rows.append(
@@ -222,13 +224,13 @@ def rooflines(notes: Notes, scope: Scope) -> list[str]:
                     f"{least.device / row.wall_s:.0%}",
                 ]
             )
-    header = ["", "products s", "attention s", "elementwise s", "optimizer s", "sum s"]
+    header = ["", "matmul s", "attention s", "elementwise s", "optimizer s", "sum s"]
     return table([*header, "measured s", "of the roofline"], rows) if rows else []
 
 
-def profiles(notes: Notes, scope: Scope) -> dict[str, dict[str, float]]:
-    """Shares of the parts of a step, by size; what takes nothing anywhere is left out."""
-    results = notes.read("roofline")
+def profiles(store: ResultStore, scope: Scope) -> dict[str, dict[str, float]]:
+    """Return the shares of the parts of a step, by size, without parts that take no time."""
+    results = store.read("roofline")
     found = {
         size: results[f"profile {size}"] for size in scope.sizes if f"profile {size}" in results
     }
@@ -242,9 +244,9 @@ def profiles(notes: Notes, scope: Scope) -> dict[str, dict[str, float]]:
     }
 
 
-def where_time_goes(notes: Notes, scope: Scope) -> list[str]:
-    """The parts of a step."""
-    found = profiles(notes, scope)
+def where_time_goes(store: ResultStore, scope: Scope) -> list[str]:
+    """Tabulate the parts of a step."""
+    found = profiles(store, scope)
     if not found:
         return []
     parts = next(iter(found.values()))
@@ -252,9 +254,9 @@ def where_time_goes(notes: Notes, scope: Scope) -> list[str]:
     return table(["", *found], rows)
 
 
-def scaling(notes: Notes, scope: Scope) -> list[str]:
-    """Clips per second of the default step of tiny, and of the sizes."""
-    results = notes.read("scaling")
+def scaling(store: ResultStore, scope: Scope) -> list[str]:
+    """Tabulate the throughput of the default step of tiny, and of each size."""
+    results = store.read("scaling")
     whole = results.get(f"batch {scope.batch}")
     rows = [
         [
@@ -265,33 +267,33 @@ def scaling(notes: Notes, scope: Scope) -> list[str]:
         ]
         for key, found in results.items()
     ]
-    for size, found in sizes(notes, scope).items():
+    for size, found in sizes(store, scope).items():
         rows.append([f"size {size}", f"{found[0]:.2f}", "", f"{found[1]:.2f}"])
     header = ["", "clips/s", f"of batch {scope.batch}", "GiB"]
     return table(header, rows) if rows else []
 
 
-def rates(notes: Notes, scope: Scope) -> dict[str, dict[str, float]]:
-    """Clips per second by what was varied and its value."""
+def rates(store: ResultStore, scope: Scope) -> dict[str, dict[str, float]]:
+    """Return clips per second by what was varied and its value."""
     found: dict[str, dict[str, float]] = {}
-    for key, result in notes.read("scaling").items():
+    for key, result in store.read("scaling").items():
         what, value = key.split(" ")
         if what in ("threads", "processes"):
             unit = what.removesuffix("es" if what == "processes" else "s")
             what, value = "threads, or processes", f"{value} {unit if value == '1' else what}"
         found.setdefault(what, {})[value] = result["clips_per_s"]
-    by_size = {size: rate for size, (rate, _) in sizes(notes, scope).items()}
+    by_size = {size: rate for size, (rate, _) in sizes(store, scope).items()}
     return found | ({"size": by_size} if by_size else {})
 
 
-def sizes(notes: Notes, scope: Scope) -> dict[str, tuple[float, float]]:
-    """Clips per second and GiB of the default step."""
-    rows = {size: default_row(step_rows(notes, scope, size)[0]) for size in scope.sizes}
+def sizes(store: ResultStore, scope: Scope) -> dict[str, tuple[float, float]]:
+    """Return clips per second and GiB of the default step of each size."""
+    rows = {size: default_row(step_rows(store, scope, size)[0]) for size in scope.sizes}
     return {s: (scope.batch / r.wall_s, r.memory_gib) for s, r in rows.items() if r is not None}
 
 
 def plans() -> list[str]:
-    """What ``ssast plan`` says of GPUs, with the number of clips that is best for the most."""
+    """Tabulate the plans for GPUs, with the batch per GPU that is best on the largest number."""
     rows = []
     for recipe in PLANNED:
         config = load_config(recipe)
@@ -314,4 +316,4 @@ def plans() -> list[str]:
             )
     rates = [f"{count} GPU{'s' * (count > 1)}" for count in COUNTS]
     header = ["predicted clips/s of", *rates, f"MFU, {rates[0]}", f"MFU, {rates[-1]}"]
-    return table([*header, "clips a GPU", "ZeRO", "GiB a GPU"], rows)
+    return table([*header, "clips per GPU", "ZeRO", "GiB per GPU"], rows)

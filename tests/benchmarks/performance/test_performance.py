@@ -9,11 +9,11 @@ import pytest
 import torch
 from finetune_runs import make_sounds
 
-from ssast.benchmarks.performance import measurements
-from ssast.benchmarks.performance.measurements import sections
-from ssast.benchmarks.performance.notes import Case, Notes, Scope
+from ssast.benchmarks.performance import cases as performance_cases
+from ssast.benchmarks.performance.cases import sections
 from ssast.benchmarks.performance.page import missing, write_page
 from ssast.benchmarks.performance.performance import main
+from ssast.benchmarks.performance.store import Case, ResultStore, Scope
 from ssast.benchmarks.performance.tables import floor, step_rows
 from ssast.benchmarks.training.step import Setting
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, check_mask_ids
@@ -101,7 +101,7 @@ def test_attention_is_what_the_variant_says() -> None:
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    notes, scope, done = Notes(tmp_path), Scope(), []
+    store, scope, done = ResultStore(tmp_path), Scope(), []
 
     def case(name: str, killed: bool = False):
         def measure() -> dict[str, str]:
@@ -113,17 +113,17 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         return measure
 
     with pytest.raises(KeyboardInterrupt):
-        notes.measure("loader", {"a": case("a"), "b": case("b", killed=True)}, scope, MACHINE)
-    assert set(notes.read("loader")) == {"a"}
+        store.measure("loader", {"a": case("a"), "b": case("b", killed=True)}, scope, MACHINE)
+    assert set(store.read("loader")) == {"a"}
     later = {**MACHINE, "commit": "def"}
-    notes.measure("loader", {n: case(n) for n in "abc"}, replace(scope, sizes=("tiny",)), later)
-    assert done == ["a", "b", "c"] and set(notes.read("loader")) == set("abc")
-    assert [machine["commit"] for machine in notes.machines()] == ["abc", "def"]
-    with pytest.raises(ConfigError, match="was measured with batch 8, got 4: go on without"):
-        notes.measure("loader", {}, replace(scope, batch=4), MACHINE)
+    store.measure("loader", {n: case(n) for n in "abc"}, replace(scope, sizes=("tiny",)), later)
+    assert done == ["a", "b", "c"] and set(store.read("loader")) == set("abc")
+    assert [machine["commit"] for machine in store.machines()] == ["abc", "def"]
+    with pytest.raises(ConfigError, match="was measured with batch 8, got 4: resume without"):
+        store.measure("loader", {}, replace(scope, batch=4), MACHINE)
     (tmp_path / "loader.json").write_text('{"results":')
     with pytest.raises(ConfigError, match=r"loader.json is damaged, delete it: Expecting"):
-        notes.read("loader")
+        store.read("loader")
 
 
 def sample(seconds: float, loss: float = 2.0) -> dict:
@@ -137,15 +137,15 @@ def sample(seconds: float, loss: float = 2.0) -> dict:
 
 
 @pytest.fixture
-def notes(tmp_path: Path) -> Notes:
+def store(tmp_path: Path) -> ResultStore:
     """Some measurements of tiny."""
     engine = next(name for name, variant in VARIANTS.items() if variant == DEFAULT)
     steps = {
-        "published, turn 1": sample(4.0),
-        "published, turn 2": sample(4.0),
-        "shared pass, turn 1": sample(2.5, loss=2.0002),
-        f"{engine}, turn 1": sample(0.5),
-        "compiled, turn 1": {"left_out": "no compiler"},
+        "published, repeat 1": sample(4.0),
+        "published, repeat 2": sample(4.0),
+        "shared pass, repeat 1": sample(2.5, loss=2.0002),
+        f"{engine}, repeat 1": sample(0.5),
+        "compiled, repeat 1": {"left_out": "no compiler"},
     }
     found = {
         "step-tiny": steps,
@@ -158,15 +158,15 @@ def notes(tmp_path: Path) -> Notes:
             "threads 1": {"clips_per_s": 5.0, "memory_gib": 1.0},
         },
     }
-    notes = Notes(tmp_path / "runs")
+    store = ResultStore(tmp_path / "runs")
     for section, results in found.items():
         cases = {key: lambda value=value: value for key, value in results.items()}
-        notes.measure(section, cases, Scope(), MACHINE)
-    return notes
+        store.measure(section, cases, Scope(), MACHINE)
+    return store
 
 
-def test_the_page_is_written_from_the_files(notes: Notes, tmp_path: Path) -> None:
-    page = write_page(notes, tmp_path / "docs").read_text()
+def test_the_page_is_written_from_the_files(store: ResultStore, tmp_path: Path) -> None:
+    page = write_page(store, tmp_path / "docs").read_text()
     assert "- a CPU, 2 cores; torch 2.0; commit abc" in page
     gflop = 2 * step_flops_per_clip(Scope().setting().config()) * 8 / 1e9  # of two passes
     published = next(line for line in page.splitlines() if line.startswith("| published step"))
@@ -187,22 +187,22 @@ def test_the_page_is_written_from_the_files(notes: Notes, tmp_path: Path) -> Non
     assert "## The loader" not in page and "## End to end" not in page
 
 
-def test_what_is_not_measured_is_named(notes: Notes, tmp_path: Path) -> None:
-    left = missing(notes, Scope(sizes=("tiny",)))
+def test_what_is_not_measured_is_named(store: ResultStore, tmp_path: Path) -> None:
+    left = missing(store, Scope(sizes=("tiny",)))
     assert {"step-small", "step-base", "loader", "runs"} <= set(left)
     tiny = next(text for text in left if text.startswith("step-tiny"))
     assert "batched" in tiny and "published" not in tiny and "compiled" not in tiny
     with pytest.raises(ConfigError, match="no measurements of ssast bench performance there"):
-        write_page(Notes(tmp_path / "nothing"), tmp_path / "docs")
+        write_page(ResultStore(tmp_path / "nothing"), tmp_path / "docs")
 
 
-def test_the_floor_is_at_the_peaks(notes: Notes) -> None:
-    least = floor(notes, Scope(), "tiny")
+def test_the_floor_is_at_the_peaks(store: ResultStore) -> None:
+    least = floor(store, Scope(), "tiny")
     assert least is not None
     flops = 8 * step_flops_per_clip(Scope().setting().config())
     assert least.products + least.attention == pytest.approx(flops / 200e9)
     assert least.total == least.device > least.products + least.attention + least.elementwise
-    rows, _ = step_rows(notes, Scope(sizes=("tiny",)), "small")
+    rows, _ = step_rows(store, Scope(sizes=("tiny",)), "small")
     assert rows == []
 
 
@@ -220,25 +220,25 @@ def test_everything_once(
     changes = {
         "VARIANTS": {**few, "default": DEFAULT},
         "OPTIONS": {},
-        "MOST_STEPS": 1,
+        "MAX_STEPS": 1,
         "SCALING_STEPS": 1,
-        "PEAK_TURNS": 1,
+        "PEAK_REPEATS": 1,
         "PROFILED_STEPS": 1,
         "KINDS": ("wav",),
         "CLIP_SECONDS": (0.5,),
         "RUN_STEPS": {"demo": 4, "long": 4},
-        "REPORTS": 2,
+        "LOG_LINES": 2,
     }
-    run_cases = measurements.run_cases
+    run_cases = performance_cases.run_cases
     for name, value in changes.items():
-        monkeypatch.setattr(measurements, name, value)
+        monkeypatch.setattr(performance_cases, name, value)
 
     def one_run(scope: Scope) -> dict[str, Case]:
         return {"demo": run_cases(scope)["demo"]}
 
-    monkeypatch.setattr(measurements, "run_cases", one_run)
+    monkeypatch.setattr(performance_cases, "run_cases", one_run)
     paths = [f"--{name}={tmp_path / name}" for name in ("out", "docs", "data")]
-    toy = "--sizes tiny --turns 1 --batch 2 --frames 32 --threads 1 --clips 2"
+    toy = "--sizes tiny --repeats 1 --batch 2 --frames 32 --threads 1 --clips 2"
     command = [*toy.split(), *paths]
     assert main(command) == 0
     assert "runs, 1 of 1: demo" in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""How much ``ssast bench performance`` measures, and the files that keep what was measured.
+"""How much ``ssast bench performance`` measures, and the files that keep the results.
 
-A case is measured once: what is in the file of its section is not measured again, so that a run
-that was killed goes on. Its key says what it is, for the page and for whoever reads the file.
+Each case is measured once: results in the file of its section are kept, so that a killed run
+resumes. A case's key identifies it in the file and on the page.
 """
 
 import json
@@ -16,8 +16,8 @@ from ssast.engine.settings import SIZES
 from ssast.pipelines.files import write_atomically
 
 OUT = Path("runs/performance")
-Case = Callable[[], Any]  # gives what JSON can hold
-_NOT_OF_A_CASE = ("sizes", "turns")  # they say how many cases there are
+Case = Callable[[], Any]  # returns something that JSON can hold
+_NUMBER_OF_CASES = ("sizes", "repeats")  # fields that no case depends on
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Scope:
     """How much is measured.
 
     Attributes:
-        sizes: Of the model.
-        turns: Processes of each variant of the step; by size if None.
+        sizes: Sizes of the model.
+        repeats: Processes of each variant of the step; by size if None.
         batch: Clips of a step.
-        frames: Of a clip.
-        threads: Of PyTorch and of the loaders.
-        clips: That each loader reads.
-        data: A folder like that of ``ssast data demo``.
+        frames: Frames of a clip.
+        threads: Threads of PyTorch and of the loaders.
+        clips: Clips that each loader reads.
+        data: Folder written by ``ssast data demo``, or one like it.
     """
 
     sizes: tuple[str, ...] = ("tiny", "small", "base")
-    turns: int | None = None
+    repeats: int | None = None
     batch: int = 8
     frames: int = 1024
     threads: int = 2
@@ -43,26 +43,26 @@ class Scope:
     data: str = "data/demo"
 
     def setting(self, size: str = "tiny") -> Setting:
-        """Of a step."""
+        """Return the setting of a step."""
         return Setting(size, self.batch, self.frames, self.threads, default_memory=False)
 
-    def of_a_case(self) -> dict[str, Any]:
-        """What a case depends on."""
-        return {key: value for key, value in asdict(self).items() if key not in _NOT_OF_A_CASE}
+    def case_settings(self) -> dict[str, Any]:
+        """Return what the result of a case depends on."""
+        return {key: value for key, value in asdict(self).items() if key not in _NUMBER_OF_CASES}
 
 
-class Notes:
-    """The files with what was measured, one for each section.
+class ResultStore:
+    """Files with the results, one for each section.
 
     Args:
-        folder: Of the files.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def read(self, section: str) -> dict[str, Any]:
-        """Results of a section by key, as far as there are any.
+        """Return the results of a section by key, as far as there are any.
 
         Raises:
             ConfigError: The file is damaged.
@@ -70,12 +70,12 @@ class Notes:
         return self._content(self._path(section)).get("results", {})
 
     def machines(self) -> list[dict[str, Any]]:
-        """Machines, versions and commits of the files, each once."""
+        """Return the machines, versions and commits of the files, each once."""
         found = [machine for path in self._files() for machine in self._content(path)["machines"]]
         return [m for place, m in enumerate(found) if m not in found[:place]]
 
     def scope(self) -> Scope | None:
-        """That of the files, with the sizes that have one; None without files."""
+        """Return the scope of the files, with the sizes that have one; None without files."""
         files = self._files()
         if not files:
             return None
@@ -85,19 +85,19 @@ class Notes:
     def measure(
         self, section: str, cases: Mapping[str, Case], scope: Scope, machine: Mapping[str, Any]
     ) -> None:
-        """Measure the cases that the file lacks, and write each down at once.
+        """Measure the cases that the file lacks, and store each result at once.
 
         Raises:
-            ConfigError: There are files of another scope.
+            ConfigError: There are results of another scope.
         """
-        path, ours = self._path(section), scope.of_a_case()
-        for name, before in (self.scope() or scope).of_a_case().items():
-            if before != ours[name]:
+        path, given = self._path(section), scope.case_settings()
+        for name, before in (self.scope() or scope).case_settings().items():
+            if before != given[name]:
                 raise ConfigError(
-                    f"{self.folder} was measured with {name} {before!r}, got {ours[name]!r}: "
-                    "go on without the option, or choose another --out"
+                    f"{self.folder} was measured with {name} {before!r}, got {given[name]!r}: "
+                    "resume without the option, or choose another --out"
                 )
-        content = self._content(path) or {"machines": [], "scope": ours, "results": {}}
+        content = self._content(path) or {"machines": [], "scope": given, "results": {}}
         results = content["results"]
         missing = [key for key in cases if key not in results]
         for number, key in enumerate(missing, 1):

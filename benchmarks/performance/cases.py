@@ -19,7 +19,7 @@ import torch
 
 from ssast.benchmarks.loading.data import measure as measure_loaders
 from ssast.benchmarks.loading.data import spec_of, write_clips
-from ssast.benchmarks.performance.notes import Case, Scope
+from ssast.benchmarks.performance.store import Case, Scope
 from ssast.benchmarks.training.contender import Sample, in_process, measure, start, take_steps
 from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
@@ -33,21 +33,21 @@ from ssast.engine.settings import Profile, Run
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 
-TURNS = {"tiny": 2, "small": 2, "base": 1}  # processes of each variant
-MOST_STEPS, STEPS_S = 5, 6.0  # that count in each of them, as many as fit
+REPEATS = {"tiny": 2, "small": 2, "base": 1}  # processes of each variant
+MAX_STEPS, STEPS_S = 5, 6.0  # measured steps of a process, and seconds for them
 PROFILED_STEPS = 3
-SCALING_STEPS, PEAK_TURNS = 3, 10
-# Variants whose products they are.
+SCALING_STEPS, PEAK_REPEATS = 3, 10
+# Peaks by the variant of the step whose matmul is measured.
 PEAKS = {"fp32": "published", "fp32 by AVX-512": "fast products", "bf16": "bf16"}
 KINDS, CLIP_SECONDS = ("flac", "wav", "ogg"), (1.0, 10.0)
 RUN_STEPS = {"demo": 240, "long": 24}
-REPORTS, HELD_OUT = 6, 16  # of a run
+LOG_LINES, VALID_CLIPS = 6, 16  # of a run
 CPU = torch.device("cpu")
-QUIET = {"KINETO_LOG_LEVEL": "99"}  # else the profiler tells of every start and stop
+QUIET = {"KINETO_LOG_LEVEL": "99"}  # else the profiler logs every start and stop
 
 
 def sections(scope: Scope) -> dict[str, dict[str, Case]]:
-    """All cases by section and key, in the order in which they are measured."""
+    """Return all cases by section and key, in the order of measurement."""
     return {
         **{f"step-{size}": step_cases(scope, size) for size in scope.sizes},
         "roofline": roofline_cases(scope),
@@ -58,22 +58,22 @@ def sections(scope: Scope) -> dict[str, dict[str, Case]]:
 
 
 def step_cases(scope: Scope, size: str) -> dict[str, Case]:
-    """The variants of the step in turn, so that what else runs there disturbs all alike."""
-    turns = scope.turns or TURNS.get(size, 1)
+    """Return the variants of the step, alternating so that other load disturbs all alike."""
+    repeats = scope.repeats or REPEATS.get(size, 1)
     return {
-        f"{name}, turn {turn}": partial(_step, variant, scope.setting(size))
-        for turn in range(1, turns + 1)
+        f"{name}, repeat {repeat}": partial(_step, variant, scope.setting(size))
+        for repeat in range(1, repeats + 1)
         for name, variant in {**VARIANTS, **OPTIONS}.items()
     }
 
 
 def _step(variant: Variant, setting: Setting) -> dict[str, Any]:
-    found = measure(variant, setting, MOST_STEPS, STEPS_S)
+    found = measure(variant, setting, MAX_STEPS, STEPS_S)
     return {"left_out": found} if isinstance(found, str) else asdict(found)
 
 
 def roofline_cases(scope: Scope) -> dict[str, Case]:
-    """What the machine can do, and where the time of a step goes."""
+    """Return the peaks of the machine and the profiles of a step."""
     cases: dict[str, Case] = {
         f"peak {name}": partial(in_process, _peaks, name, scope.threads) for name in PEAKS
     }
@@ -84,7 +84,7 @@ def roofline_cases(scope: Scope) -> dict[str, Case]:
 
 
 def _peaks(name: str, threads: int) -> dict[str, Any]:
-    """Of the fastest large copy and the fastest large product, by the clock."""
+    """Measure the fastest of some large copies and matmuls in wall-clock time."""
     torch.set_num_threads(threads)
     variant = VARIANTS[PEAKS[name]] if PEAKS[name] in VARIANTS else OPTIONS[PEAKS[name]]
     with variant.prepared() as lacking:
@@ -92,15 +92,15 @@ def _peaks(name: str, threads: int) -> dict[str, Any]:
             return {"left_out": lacking}
         source = torch.ones(1 << 26)
         target = torch.empty_like(source)
-        copy_s = min(timed(lambda: target.copy_(source))[1] for _ in range(PEAK_TURNS))
+        copy_s = min(timed(lambda: target.copy_(source))[1] for _ in range(PEAK_REPEATS))
         return {
             "gb_per_s": 2e-9 * source.nbytes / copy_s,
-            "gflop_per_s": peak_gflops(product_s(variant.dtype, PEAK_TURNS)[1]),
+            "gflop_per_s": peak_gflops(product_s(variant.dtype, PEAK_REPEATS)[1]),
         }
 
 
 def _profile(setting: Setting, steps: int) -> dict[str, Any]:
-    """Milliseconds of the parts of a step; see :mod:`ssast.engine.monitoring.profiling`."""
+    """Profile a step: milliseconds of its parts."""
     torch.set_num_threads(setting.threads)
     with DEFAULT.prepared(), tempfile.TemporaryDirectory() as folder:
         config = replace(
@@ -119,7 +119,7 @@ def _profile(setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def scaling_cases(scope: Scope) -> dict[str, Case]:
-    """The default step with other batches, lengths, threads and numbers of processes."""
+    """Return the default step with other batches, lengths, threads and numbers of processes."""
     whole = scope.setting()
     cases: dict[str, Case] = {}
 
@@ -143,14 +143,14 @@ def _rate(setting: Setting) -> dict[str, float]:
 
 
 def _clips_per_s(setting: Setting, ranks: Sequence[Sample]) -> dict[str, float]:
-    """Of ranks that have so many clips each."""
+    """Return the throughput and memory of ranks with a batch each."""
     wall_s = max(statistics.median(sample.wall_s) for sample in ranks)
     memory_gib = sum(sample.memory_gib for sample in ranks)
     return {"clips_per_s": len(ranks) * setting.batch / wall_s, "memory_gib": memory_gib}
 
 
 def _processes(setting: Setting, count: int) -> dict[str, float]:
-    """As many ranks, each with a batch and threads as the setting says."""
+    """Run the step on several ranks, each with the batch and threads of the setting."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,7 +163,7 @@ def _processes(setting: Setting, count: int) -> dict[str, float]:
 
 
 def loader_cases(scope: Scope) -> dict[str, Case]:
-    """The audio stream against plain loaders."""
+    """Return the audio stream against plain loaders, by file type and length."""
     return {
         f"{kind}, {seconds:g} s": partial(_loaders, scope, kind, seconds)
         for kind in KINDS
@@ -185,7 +185,7 @@ def _loaders(scope: Scope, kind: str, seconds: float) -> dict[str, Any]:
 
 
 def run_cases(scope: Scope) -> dict[str, Case]:
-    """Short runs of ``ssast pretrain`` on files, and their steps alone."""
+    """Return short runs of ``ssast pretrain`` on files, with their steps alone."""
     masked = scope.setting().config().objective.num_masked
     long = [
         f"audio.num_frames={scope.frames}",
@@ -202,7 +202,7 @@ def run_cases(scope: Scope) -> dict[str, Case]:
 def _run(
     scope: Scope, recipe: str, overrides: list[str], steps: int, *, synthetic: bool = False
 ) -> dict[str, Any]:
-    """Rates of a run, medians of its reports but the first, and the rate of its step alone."""
+    """Run pretraining; return medians of all log lines but the first, and the step alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train = Path(scope.data) / "train.json"
@@ -212,11 +212,11 @@ def _run(
         clips = read_manifest(train).paths
         settings = [
             f"data.train={train}",
-            f"data.valid_share={min(0.5, HELD_OUT / len(clips))}",
+            f"data.valid_share={min(0.5, VALID_CLIPS / len(clips))}",
             f"data.num_threads={scope.threads}",
             f"run.folder={folder / 'run'}",
             f"train.steps={steps}",
-            f"train.log_every={max(1, steps // REPORTS)}",
+            f"train.log_every={max(1, steps // LOG_LINES)}",
             f"train.validate_every={steps}",
             f"train.save_every={steps}",
         ]
