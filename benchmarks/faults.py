@@ -1,7 +1,7 @@
-"""Kills random ranks at random moments, again and again, and looks at what is lost: nothing.
+"""Fault injection: kill random ranks of a small run at random times, and check what is lost.
 
-One small run is killed many times, while it starts, trains, validates and saves, and is resumed
-each time. At its end its losses must be those of a run that nothing happened to.
+The run is killed many times, while it starts, trains, validates and saves, and is resumed each
+time. At the end its losses must be those of an uninterrupted run, and no checkpoint may be lost.
 """
 
 import argparse
@@ -40,12 +40,12 @@ SETTINGS = (
     "data.num_threads=1",
     "data.valid_share=0.2",
 )
-NOTICED_S = 60.0  # a rank that outlives another one for longer counts as hanging
+DETECTION_LIMIT_S = 60.0  # a rank that runs on for longer after a kill counts as hanging
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed when, and what was left."""
+    """One kill, and the state of the run after it."""
 
     number: int
     rank: int
@@ -57,11 +57,11 @@ class Kill:
     saving: bool
     """Whether a checkpoint was being written."""
 
-    kept: int
-    """Step of the newest whole checkpoint afterwards."""
+    checkpoint: int
+    """Step of the newest complete checkpoint after the kill."""
 
-    noticed_s: float
-    """Until all other ranks had ended."""
+    detected_s: float
+    """Seconds until all other ranks had exited."""
 
 
 class Ranks:
@@ -88,19 +88,19 @@ class Ranks:
             ]
 
     def ended(self) -> bool:
-        """Whether any has."""
+        """Return whether any process has exited."""
         return any(process.poll() is not None for process in self.processes)
 
     def wait(self, timeout_s: float | None = None) -> list[int]:
-        """The exit status of each."""
+        """Wait for all processes and return their exit statuses."""
         return [process.wait(timeout_s) for process in self.processes]
 
     def kill(self, rank: int) -> float:
-        """Kill one; seconds until the others had ended by themselves."""
+        """Kill one rank; return the seconds until the others had exited by themselves."""
         self.processes[rank].send_signal(signal.SIGKILL)
         begin = time.monotonic()
         try:
-            self.wait(NOTICED_S)
+            self.wait(DETECTION_LIMIT_S)
         except subprocess.TimeoutExpired:
             for process in self.processes:
                 process.kill()
@@ -108,7 +108,7 @@ class Ranks:
         return time.monotonic() - begin
 
     def unexpected(self, killed: int) -> list[int]:
-        """Exit statuses of others than the killed one that are not what the manual says."""
+        """Return undocumented exit statuses of the ranks that were not killed."""
         return [
             process.returncode
             for rank, process in enumerate(self.processes)
@@ -116,39 +116,39 @@ class Ranks:
         ]
 
 
-def torment(
+def inject_faults(
     run: Path, arguments: Sequence[str], *, kills: int, world_size: int, seed: int
 ) -> tuple[list[Kill], list[str]]:
-    """Kill a run many times, then let it finish.
+    """Kill and resume a run many times, then let it finish.
 
     Args:
-        run: Its folder.
-        arguments: Of ``ssast pretrain``.
-        kills: How many.
+        run: Folder of the run.
+        arguments: Arguments of ``ssast pretrain``.
+        kills: Number of kills.
         world_size: Number of ranks.
-        seed: Of the moments and the ranks.
+        seed: Seed of the times and the ranks.
 
     Returns:
-        What was killed, and what went wrong.
+        The kills, and a line for each failure.
     """
-    draw, done, problems = random.Random(seed), list[Kill](), list[str]()
+    draw, done, failures = random.Random(seed), list[Kill](), list[str]()
     log, kept = run.parent / "output.log", 0
     while len(done) < kills:
         ranks, begin, first = Ranks(world_size, arguments, log), time.monotonic(), last_step(run)
         # Mostly between two checkpoints, and now and then before the first step.
         starting = draw.random() < 0.1
-        moment_s = draw.uniform(0.0, 4.0 if starting else 1.0)
+        delay_s = draw.uniform(0.0, 4.0 if starting else 1.0)
         while not starting and last_step(run) == first and not ranks.ended():
             time.sleep(0.002)
         reached = time.monotonic()
-        while time.monotonic() - reached < moment_s and not ranks.ended():
+        while time.monotonic() - reached < delay_s and not ranks.ended():
             time.sleep(0.001)
         if ranks.ended():
-            problems.append(f"a process ended by itself: {ranks.wait()}, see {log}")
+            failures.append(f"a process ended by itself: {ranks.wait()}, see {log}")
             break
         rank, saving = draw.randrange(world_size), any(run.glob("checkpoints/.tmp-*"))
         at_s, step = time.monotonic() - begin, last_step(run)
-        noticed_s = ranks.kill(rank)
+        detected_s = ranks.kill(rank)
         found = Checkpoints(run / "checkpoints").latest()
         now = int(found.name[4:]) if found is not None else 0
         kill = Kill(
@@ -159,25 +159,27 @@ def torment(
             step,
             saving,
             now,
-            noticed_s,
+            detected_s,
         )
         done.append(kill)
         print(row(kill), flush=True)
         if now < kept:
-            problems.append(f"kill {kill.number}: step {kept} was saved, {now} is what is left")
-        if noticed_s > NOTICED_S:
-            problems.append(f"kill {kill.number}: the other ranks went on waiting")
+            failures.append(
+                f"kill {kill.number}: the checkpoint of step {kept} is lost, the newest is of {now}"
+            )
+        if detected_s > DETECTION_LIMIT_S:
+            failures.append(f"kill {kill.number}: the other ranks did not exit")
         if ranks.unexpected(rank):
-            problems.append(f"kill {kill.number}: exit status {ranks.unexpected(rank)}, see {log}")
+            failures.append(f"kill {kill.number}: exit status {ranks.unexpected(rank)}, see {log}")
         kept = now
     statuses = Ranks(world_size, arguments, log).wait()
     if any(statuses):
-        problems.append(f"the last attempt ended with {statuses}, see {log}")
-    return done, problems
+        failures.append(f"the last attempt ended with {statuses}, see {log}")
+    return done, failures
 
 
 def last_step(run: Path) -> int:
-    """The last training step that was logged; 0 if none."""
+    """Return the last training step that was logged; 0 if none."""
     points = scalars(read_metrics(run / "metrics.jsonl"), "train/loss")
     return points[-1][0] if points else 0
 
@@ -193,27 +195,27 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
 
 
 def row(kill: Kill) -> str:
-    """One line of the table."""
+    """Format a kill as a line of the table."""
     return (
         f"{kill.number:6d} {kill.rank:5d} {kill.phase:>6} {kill.at_s:7.2f} {kill.step:6d} "
-        f"{'yes' if kill.saving else 'no':>7} {kill.kept:6d} {kill.noticed_s:9.2f}"
+        f"{'yes' if kill.saving else 'no':>7} {kill.checkpoint:5d} {kill.detected_s:11.2f}"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trial; 1 if anything was lost."""
+    """Run the benchmark; return 1 if anything was lost."""
     parser = argparse.ArgumentParser("ssast bench faults", description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (100)")
     parser.add_argument("--ranks", type=int, default=2, help="processes of the run (2)")
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of ranks and moments (0)")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--seed", type=int, default=0, help="seed of ranks and times (0)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        return _trial(Path(name), options)
+        return _run_benchmark(Path(name), options)
 
 
-def _trial(folder: Path, options: argparse.Namespace) -> int:
+def _run_benchmark(folder: Path, options: argparse.Namespace) -> int:
     (folder / "clips").mkdir()
     write_clips(folder / "clips", 12, seconds=0.6, kind="wav")
     (folder / "faults.yaml").write_text("{}")
@@ -227,40 +229,40 @@ def _trial(folder: Path, options: argparse.Namespace) -> int:
     killed.parent.mkdir()
     whole.parent.mkdir()
     steps = f"train.steps={25 * options.kills + 40}"
-    print("  kill  rank  phase  after s   step  saving   kept  noticed s")
-    kills, problems = torment(
+    print("  kill  rank  phase  after s   step  saving  ckpt  detected s")
+    kills, failures = inject_faults(
         killed,
         [*common, steps, f"run.folder={killed}"],
         kills=options.kills,
         world_size=options.ranks,
         seed=options.seed,
     )
-    undisturbed = [*common, steps, f"run.folder={whole}"]
-    if any(Ranks(options.ranks, undisturbed, whole.parent / "output.log").wait()):
-        problems.append("the undisturbed run failed")
+    uninterrupted = [*common, steps, f"run.folder={whole}"]
+    if any(Ranks(options.ranks, uninterrupted, whole.parent / "output.log").wait()):
+        failures.append("the uninterrupted run failed")
     ours, theirs = losses(killed), losses(whole)
     if ours.keys() != theirs.keys():
-        problems.append("the killed run has not logged the same steps")
+        failures.append("the killed run has not logged the same steps")
     differences = [abs(ours[k] - theirs[k]) / abs(theirs[k]) for k in ours.keys() & theirs.keys()]
-    figures = {
+    results = {
         "kills": len(kills),
         "while_saving": sum(kill.saving for kill in kills),
         "while_starting": sum(kill.phase == "start" for kill in kills),
-        "lost_checkpoints": sum("is what is left" in problem for problem in problems),
+        "lost_checkpoints": sum("is lost" in failure for failure in failures),
         "losses": len(differences),
         "identical_losses": sum(difference == 0 for difference in differences),
         "largest_relative_difference": max(differences, default=None),
-        "noticed_s_median": statistics.median(kill.noticed_s for kill in kills),
-        "noticed_s_largest": max(kill.noticed_s for kill in kills),
-        "problems": problems,
+        "detected_s_median": statistics.median(kill.detected_s for kill in kills),
+        "detected_s_largest": max(kill.detected_s for kill in kills),
+        "failures": failures,
     }
-    for key, value in figures.items():
+    for key, value in results.items():
         print(f"{key}: {value}")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(figures | {"table": [asdict(kill) for kill in kills]}, indent=1)
+        text = json.dumps(results | {"table": [asdict(kill) for kill in kills]}, indent=1)
         options.out.write_text(text + "\n")
-    return 1 if problems else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Every operation of a training step alone, against plain PyTorch and the roofline.
+"""Time each operation of a training step against plain PyTorch and the roofline.
 
-Each result is checked against the plain definition in float64 before anything is timed. The
-providers take turns, so that whatever else runs on the machine disturbs all alike. The roofline is
-that of this machine: a large copy and a large matrix product, measured in the same run.
+Each result is checked against the reference in float64 before it is timed. The providers
+alternate, so that other load on the machine disturbs all alike. The roofline is that of this
+machine: a large copy and a large matmul, measured in the same run.
 
 With --aot nothing is timed: the kernels are compiled for sm_80, sm_90 and sm_100, which needs no
 GPU, and their registers, spills, shared memory and instructions are shown.
@@ -56,7 +56,7 @@ MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.int64: 0.0}
 
 
 class WrongResult(RuntimeError):
-    """An operation does not agree with its definition."""
+    """An operation does not agree with its reference."""
 
 
 def _run(provide: Callable[..., Outputs], leaves: list[Tensor], *, backward: bool) -> None:
@@ -70,10 +70,10 @@ def _run(provide: Callable[..., Outputs], leaves: list[Tensor], *, backward: boo
 
 
 def check(problem: Problem) -> None:
-    """Compare "ours" to the definition in float64, values and gradients.
+    """Compare "ours" with the reference in float64, values and gradients.
 
     Raises:
-        WrongResult: They differ by more than the dtype explains.
+        WrongResult: They differ by more than rounding in this dtype.
     """
     if not problem.comparable:
         return
@@ -100,7 +100,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def _clock(calls: Calls, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Median, 20th and 80th percentile of each, in seconds."""
+    """Return median, 20th and 80th percentile of each call, in seconds."""
     quantiles = [0.5, 0.2, 0.8]
     if device.type == "cuda":
         return {
@@ -108,11 +108,11 @@ def _clock(calls: Calls, repeats: int, device: torch.device) -> dict[str, list[f
             for name, call in calls.items()
         }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 2):
+    for repeat in range(repeats + 2):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if turn >= 2:
+            if repeat >= 2:  # the first two warm up
                 seconds[name].append(time.perf_counter() - start)
     levels = torch.tensor(quantiles, dtype=torch.float64)
     return {
@@ -122,7 +122,7 @@ def _clock(calls: Calls, repeats: int, device: torch.device) -> dict[str, list[f
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most memory that a call holds at a time, beyond what was there."""
+    """Return the peak memory of a call, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -140,7 +140,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def measure_peaks(dtypes: Sequence[torch.dtype], device: torch.device, repeats: int) -> Peaks:
-    """Measure the machine itself."""
+    """Measure the peaks of this machine."""
     side, cells = (8192, 1 << 29) if device.type == "cuda" else (2048, 1 << 25)
     source = torch.ones(cells, device=device)
     target = torch.empty_like(source)
@@ -162,7 +162,7 @@ def time_problem(
     compiled: bool,
     device: torch.device,
 ) -> Iterator[Timing]:
-    """All providers, forward and, where there are gradients, forward with backward."""
+    """Time all providers, forward and, where there are gradients, forward with backward."""
     providers = dict(problem.providers)
     leaves = [x.detach().requires_grad_() for x in problem.leaves]
     if compiled and problem.comparable:
@@ -231,7 +231,7 @@ def compile_kernels(
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What a report says of the machine, the versions and the code."""
+    """Return the machine, the versions and the commit for a report."""
     facts = environment(World(0, 0, 1, "single", device))
     folder = Path(__file__).resolve().parents[2]
     found = subprocess.run(
@@ -276,8 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), help="(default fp32, on a GPU both)"
     )
-    parser.add_argument("--repeats", type=int, default=10, help="turns of each (default 10)")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: all cores)")
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="measured calls of each (default 10)"
+    )
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(argv)
     if args.repeats < 2 or min(args.batches or [1]) < 1:
@@ -287,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = args.sizes or (["base", "large"] if args.aot else ["tiny", "small", "base", "large"])
     if args.threads:
         torch.set_num_threads(args.threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
     args.out.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(device)
 

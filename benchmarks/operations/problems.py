@@ -42,7 +42,7 @@ MEAN, STD = -4.27, 4.57  # AudioSet's
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of clips for the patch model, with its share of masked patches, 400 of 512."""
+    """A batch of clips for the patch model, with 400 of 512 patches masked."""
 
     size: str
     batch: int
@@ -78,14 +78,14 @@ class Problem:
     """One operation on given inputs.
 
     Attributes:
-        operation: Its name.
-        dtype: Of the floating point inputs.
-        leaves: What the providers take and what gradients are for.
-        providers: Ways to compute the same, "ours" and "eager" among them.
-        forward: The least work of a call.
-        backward: That of its backward pass; None where there is no gradient.
-        kernels: The custom operations behind "ours" that have Triton kernels, with a name for
-            the variant and arguments: what is compiled ahead of time.
+        operation: Name of the operation.
+        dtype: Dtype of the floating point inputs.
+        leaves: Arguments of the providers, for which gradients are computed.
+        providers: Implementations by name, "ours" and "eager" among them.
+        forward: Least work of a call.
+        backward: Least work of its backward pass; None where there is no gradient.
+        kernels: Variant name, custom operation and arguments of each Triton launch behind "ours",
+            to be compiled ahead of time.
         comparable: Whether all providers return the same numbers.
     """
 
@@ -111,7 +111,7 @@ def _masks(shape: Shape, device: torch.device) -> Masks:
 
 
 def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Cluster masks as published; eager is the published loop over clips."""
+    """Build the problem of cluster masks; eager is the published loop over clips."""
     B, N, M = shape.batch, shape.num_patches, shape.num_masked
     clips = torch.arange(B, device=device)
     epochs = torch.zeros_like(clips)
@@ -138,7 +138,7 @@ def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> P
 
 
 def patch_embed_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """fp32 filterbanks to tokens of ``dtype``."""
+    """Build the problem of the patch embedding, from fp32 filterbanks to tokens of ``dtype``."""
     B, N, M, D = shape.batch, shape.num_patches, shape.num_masked, shape.embed_dim
     normal = functools.partial(torch.randn, device=device)
     fbank = MEAN + 2 * STD * normal(B, shape.frames, shape.n_mels)
@@ -190,7 +190,7 @@ def _targets_and_predictions(
 
 
 def info_nce_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Contrastive loss and accuracy; eager keeps the matrix of scores."""
+    """Build the problem of InfoNCE with its accuracy; eager stores the scores."""
     targets, predictions = _targets_and_predictions(shape, dtype, device)
     size = shape.batch, shape.num_masked, 256
     return Problem(
@@ -211,7 +211,7 @@ def info_nce_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
 
 
 def mse_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Reconstruction loss."""
+    """Build the problem of the reconstruction loss."""
     targets, predictions = _targets_and_predictions(shape, dtype, device)
     size = shape.batch, shape.num_masked, 256
     return Problem(
@@ -229,7 +229,7 @@ def mse_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Probl
 
 
 def attention_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Self-attention over all tokens; eager keeps the probabilities."""
+    """Build the problem of self-attention over all tokens; eager stores the probabilities."""
     B, L, D = shape.batch, shape.num_patches + 2, shape.embed_dim
     heads = SIZES[shape.size].num_heads
     qkv = torch.randn(3, B, L, heads, D // heads, device=device).to(dtype)
@@ -249,7 +249,7 @@ def attention_problem(shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 
 def fbank_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Kaldi's filterbank of 16 kHz waveforms, fp32 whatever the model's dtype is."""
+    """Build the problem of the filterbank of 16 kHz waveforms, in fp32 for every dtype."""
     spec = FbankSpec(n_mels=shape.n_mels, num_frames=shape.frames)
     waveforms = 0.1 * torch.randn(shape.batch, spec.num_samples, device=device)
     lengths = torch.full((shape.batch,), spec.num_samples, device=device)
@@ -275,12 +275,12 @@ PROBLEMS: dict[str, Callable[[Shape, torch.dtype, torch.device], Problem]] = {
     "attention": attention_problem,
     "fbank": fbank_problem,
 }
-# These are the same whatever the size of the model is; the losses as well, but for their batch.
+# The same for every size of the model.
 SIZELESS = ("draw_masks", "info_nce", "mse", "fbank")
 
 
 def size_name(operation: str, shape: Shape) -> str:
-    """Of the model that an operation's problem is for."""
+    """Return the model size of a problem, "any" if it does not depend on it."""
     return "any" if operation in SIZELESS else shape.size
 
 
@@ -292,7 +292,7 @@ def problems(
     device: torch.device,
     frames: int = 1024,
 ) -> Iterator[tuple[Shape, Problem]]:
-    """Every problem of these once: some depend neither on the model's size nor on its dtype."""
+    """Yield each problem once: some do not depend on the size or the dtype of the model."""
     for name in operations:
         for size in sizes[:1] if name in SIZELESS else sizes:
             for batch in batches:

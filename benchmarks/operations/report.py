@@ -1,4 +1,4 @@
-"""Tables and pictures of the kernel benchmark, made from its results."""
+"""Tables and plots of the kernel benchmark."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from ssast.pipelines.figures import save_figure, subplots
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, the columns padded so that it reads as plain text too."""
+    """Format a Markdown table, with padded columns so that it reads as plain text too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -23,7 +23,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def aot_markdown(compiled: "Sequence[Compiled]") -> str:
-    """A line for each kernel, dtype, shape and architecture."""
+    """Tabulate each kernel, dtype, size and architecture in a line of its own."""
     header = (
         "kernel", "variant", "dtype", "size", "arch", "registers", "spills B", "shared KiB",
         "CTAs/SM", "tensor core", "128-bit loads", "atomics",
@@ -49,7 +49,7 @@ def aot_markdown(compiled: "Sequence[Compiled]") -> str:
 
 
 def aot_summary(compiled: "Sequence[Compiled]") -> str:
-    """A line for each kernel and dtype, a column for each architecture; sizes apart."""
+    """Tabulate each kernel, dtype and size in a line, with a column per architecture."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for c in compiled:
         name = f"{c.kernel} {c.variant}".strip()
@@ -63,10 +63,10 @@ def aot_summary(compiled: "Sequence[Compiled]") -> str:
 
 
 def timing_markdown(timings: "Sequence[Timing]", facts: dict[str, Any], peaks: "Peaks") -> str:
-    """A line for each provider at each problem."""
+    """Tabulate each provider at each problem."""
     header = (
         "operation", "size", "batch", "dtype", "phase", "provider", "median ms", "p20 to p80",
-        "times eager", "GB/s", "GFLOP/s", "roofline", "peak MiB",
+        "speedup", "GB/s", "GFLOP/s", "roofline", "peak MiB",
     )  # fmt: skip
     eager = {_problem(t): t.median_s for t in timings if t.provider == "eager"}
     rows = [
@@ -91,12 +91,12 @@ def timing_markdown(timings: "Sequence[Timing]", facts: dict[str, Any], peaks: "
         f"{rate / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
         for dtype, rate in peaks.flops_per_s.items()
     )
-    words = (
+    machine = (
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, triton "
         f"{facts['triton']}, commit {facts['commit']}; measured peaks: "
         f"{peaks.bytes_per_s / 1e9:.0f} GB/s, {rates}"
     )
-    return f"{_table(header, rows)}\n\n{words}\n"
+    return f"{_table(header, rows)}\n\n{machine}\n"
 
 
 def _problem(timing: "Timing") -> tuple[Any, ...]:
@@ -104,7 +104,7 @@ def _problem(timing: "Timing") -> tuple[Any, ...]:
 
 
 def plot(timings: "Sequence[Timing]", facts: dict[str, Any], path: Path) -> None:
-    """Time of each provider as a share of eager's; shorter is better."""
+    """Plot the time of each provider relative to eager; shorter is better."""
     problems = list(dict.fromkeys(map(_problem, timings)))
     providers = list(dict.fromkeys(t.provider for t in timings if t.provider != "eager"))
     eager = {_problem(t): t.median_s for t in timings if t.provider == "eager"}
@@ -114,11 +114,11 @@ def plot(timings: "Sequence[Timing]", facts: dict[str, Any], path: Path) -> None
         own = [t for t in timings if t.provider == provider]
         places = [problems.index(_problem(t)) + (i + 0.5) * height - 0.4 for t in own]
         shares = [t.median_s / eager[_problem(t)] for t in own]
-        spread = [
+        error_bars = [
             [(t.median_s - t.p20_s) / eager[_problem(t)] for t in own],
             [(t.p80_s - t.median_s) / eager[_problem(t)] for t in own],
         ]
-        axes.barh(places, shares, height, xerr=spread, label=provider, error_kw={"lw": 0.8})
+        axes.barh(places, shares, height, xerr=error_bars, label=provider, error_kw={"lw": 0.8})
         for place, t in zip(places, own, strict=True):
             end = t.p80_s / eager[_problem(t)]
             axes.text(end, place, f"  {1e3 * t.median_s:.3g} ms", va="center", fontsize=7)
@@ -127,7 +127,7 @@ def plot(timings: "Sequence[Timing]", facts: dict[str, Any], path: Path) -> None
     axes.set_yticks(range(len(problems)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(t.p80_s / eager[_problem(t)] for t in timings))
-    axes.set_xlabel("time, as a share of eager PyTorch's (dashed); median, 20th to 80th percentile")
+    axes.set_xlabel("time relative to eager PyTorch (dashed); median, 20th to 80th percentile")
     axes.set_title(f"{facts['device']}, torch {facts['torch']}", fontsize=10)
     axes.legend(loc="lower right")
     save_figure(figure, path, dpi=120)
@@ -135,7 +135,7 @@ def plot(timings: "Sequence[Timing]", facts: dict[str, Any], path: Path) -> None
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this device reaches on a large copy and a large matrix product."""
+    """Throughput of a large copy and of a large matmul on this device."""
 
     bytes_per_s: float
     flops_per_s: dict[torch.dtype, float]
@@ -143,9 +143,9 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider at one problem; seconds of a call.
+    """Time of one provider at one problem, in seconds per call.
 
-    ``roofline`` is the share of the least time that this device would need; see kernels/roofline.
+    ``roofline`` is the least time on this device as a share of the median; see kernels/roofline.
     """
 
     operation: str
@@ -175,6 +175,6 @@ class Compiled:
     report: Report
 
     def row(self) -> dict[str, Any]:
-        """Flat, for a line of JSON."""
+        """Flatten it for a line of JSON."""
         own = asdict(self)
         return {**own, **own.pop("report")}
