@@ -9,10 +9,10 @@ SHOWN = 10  # problems that are printed
 
 
 def add_data_commands(commands: Any) -> None:
-    """Adds ``data`` and its commands to those of ``ssast``.
+    """Add ``data`` and its commands to those of ``ssast``.
 
     Args:
-        commands: What ``add_subparsers`` of the parser has returned.
+        commands: Subparsers of ``ssast``.
     """
     data = commands.add_parser("data", help="get and prepare audio")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -26,8 +26,8 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
 
     Args:
         source: A folder of audio files; a few hours of real recordings are fetched if None.
-        cache: Keeps what was fetched.
-        overrides: Settings that go before those of configs/demo.yaml.
+        cache: Folder that keeps downloaded packages.
+        overrides: Settings that override those of configs/demo.yaml.
 
     Returns:
         0, or the number of the signal that stopped the training.
@@ -72,7 +72,7 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
 
 
 def _released(config: Config) -> dict[str, SpectrogramTransformer]:
-    """What hours of pretraining make of the same model: the weights that come with the project."""
+    """Return the encoder of the released weights, if they are of the same model."""
     if not RELEASED.is_dir():
         return {}  # an installed package has none
     model, theirs = load_pretrained(RELEASED)

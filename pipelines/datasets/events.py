@@ -28,7 +28,7 @@ ESC50_CLASSES = 50
 
 
 def read_audioset(source: Path) -> Dataset:
-    """AudioSet: ``balanced_train``, ``unbalanced_train``, ``train_2m`` (both), ``eval``.
+    """Read AudioSet: ``balanced_train``, ``unbalanced_train``, ``train_2m`` (both), ``eval``.
 
     Needs the publishers' ``class_labels_indices.csv`` and ``<split>_segments.csv`` in the folder;
     the audio may lie anywhere below it. There is one segment of a video in all of AudioSet, so the
@@ -60,12 +60,12 @@ def read_audioset(source: Path) -> Dataset:
 
 
 def balancing_weights(labels: Sequence[Sequence[str]]) -> list[float]:
-    """Sampling weights that show rare classes more often, as the AST and SSAST recipes have them.
+    """Return weights that sample rare classes more often, as in the AST and SSAST recipes.
 
     The weight of a clip is the sum over its labels of 1000 / (clips with this label + 0.01).
 
     Args:
-        labels: Of each clip.
+        labels: Labels of each clip.
     """
     counts = Counter(label for names in labels for label in names)
     share = {label: 1000.0 / (count + 0.01) for label, count in counts.items()}
@@ -94,7 +94,7 @@ def _segments(
     files: dict[str, str],
     seen: dict[str, str],
 ) -> list[Listed]:
-    """Reads ``<split>_segments.csv``, whose header is a comment."""
+    """Read ``<split>_segments.csv``, whose header is a comment."""
     clips = []
     rows = table(source / f"{split}_segments.csv", AUDIOSET_COLUMNS, headed=False, comment="#")
     for place, row in rows:
@@ -108,7 +108,7 @@ def _segments(
 
 
 def read_esc50(source: Path) -> Dataset:
-    """ESC-50: ``train_1`` to ``train_5`` and ``eval_1`` to ``eval_5``.
+    """Read ESC-50: ``train_1`` to ``train_5`` and ``eval_1`` to ``eval_5``.
 
     ``eval_k`` is the publishers' fold k, ``train_k`` are the other four. The label of class 7 is
     ``/m/07rwj07``, as in the published manifests.
@@ -154,7 +154,7 @@ def _esc50_label(target: int) -> str:
 
 
 def read_fsd50k(source: Path) -> Dataset:
-    """FSD50K: ``train`` and ``valid`` (the publishers' split of their dev set), and ``eval``.
+    """Read FSD50K: ``train`` and ``valid`` (the publishers' split of their dev set), ``eval``.
 
     Labels are AudioSet's mids, the classes those of ``vocabulary.csv``, in its order.
 

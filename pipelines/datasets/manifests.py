@@ -49,7 +49,7 @@ REPORT = "report.json"
 
 
 def write_dataset(name: str, source: Path, out: Path, log: Callable[[str], None]) -> list[Path]:
-    """Writes the manifests of a data set.
+    """Write the manifests of a data set.
 
     The same copy always gives the same files. Nothing is written before all of it has been read.
 
@@ -93,7 +93,7 @@ def _write(
     earlier: Sequence[str],
     log: Callable[[str], None],
 ) -> list[Path]:
-    """Writes all files, and the report when all others are there."""
+    """Write all files, and the report when all others are there."""
     texts, counts = _texts(dataset)
     manifests = {split: f"{split}.json" for split in dataset.splits}
     files = sorted([*texts, *manifests.values(), *dataset.made])
@@ -125,7 +125,7 @@ def _write(
 
 
 def _texts(dataset: Dataset) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
-    """The text files beside the manifests, and (clips, missing) of each split."""
+    """Return the text files beside the manifests, and (clips, missing) of each split."""
     texts: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
     missing: list[str] = []
@@ -156,7 +156,7 @@ def _summary(split: str, count: Mapping[str, int], out: Path) -> str:
 
 
 def _write_sound(path: Path, cut: Cut) -> None:
-    """Writes a 16 bit WAV file in one move."""
+    """Write a 16 bit WAV file, whole or not at all."""
     try:
         with replacing(path) as temporary:
             soundfile.write(temporary, cut.samples, cut.rate_hz, format="WAV", subtype="PCM_16")
@@ -165,7 +165,7 @@ def _write_sound(path: Path, cut: Cut) -> None:
 
 
 def _earlier_files(name: str, out: Path) -> list[str]:
-    """What an earlier run on this data set has written.
+    """Return the files that an earlier run on this data set wrote.
 
     Raises:
         DataError: The folder holds another data set.
@@ -188,7 +188,7 @@ def _earlier_files(name: str, out: Path) -> list[str]:
 
 
 def _is_inside(file: str) -> bool:
-    """Whether this is a path that stays in the folder: it may get removed."""
+    """Return whether a path stays in the folder: only then may it be removed."""
     return not os.path.isabs(file) and ".." not in Path(file).parts
 
 

@@ -53,7 +53,7 @@ IEMOCAP_TURN = re.compile(r"\[[\d.]+ - [\d.]+\]\s+(\w+)\s+([a-z]{3})\s+\[.*\]")
 
 
 def read_librispeech(source: Path) -> Dataset:
-    """LibriSpeech without labels: ``train-960``, its three parts, and dev and test where present.
+    """Read LibriSpeech, unlabelled: ``train-960``, its three parts, dev and test where present.
 
     The clips of a part are all FLAC files below its folder.
 
@@ -87,7 +87,7 @@ def _flac_files(folder: Path) -> list[Listed]:
 
 
 def read_speechcommands_v2(source: Path) -> Dataset:
-    """Speech Commands version 2, 35 words: ``train``, ``valid`` and ``eval``.
+    """Read Speech Commands version 2, 35 words: ``train``, ``valid`` and ``eval``.
 
     ``valid`` and ``eval`` are the publishers' ``validation_list.txt`` and ``testing_list.txt``,
     ``train`` is the rest. Labels are those of the published manifests, ``/m/spcmd00`` and so on.
@@ -105,7 +105,7 @@ def read_speechcommands_v2(source: Path) -> Dataset:
 
 
 def read_speechcommands_v1(source: Path) -> Dataset:
-    """Speech Commands version 1, 12 classes: ten commands, ``_unknown_``, ``_silence_``.
+    """Read Speech Commands version 1, 12 classes: ten commands, ``_unknown_``, ``_silence_``.
 
     This is the keyword task of S3PRL and SUPERB, with these splits:
 
@@ -153,10 +153,10 @@ def read_speechcommands_v1(source: Path) -> Dataset:
 
 
 def equal_class_weights(labels: Sequence[Sequence[str]]) -> list[float]:
-    """Sampling weights that make classes equally frequent: clips / clips of the clip's class.
+    """Return weights that sample classes equally: clips / clips of the clip's class.
 
     Args:
-        labels: Of each clip, one.
+        labels: The one label of each clip.
     """
     counts = Counter(label for (label,) in labels)
     return [len(labels) / counts[label] for (label,) in labels]
@@ -165,7 +165,7 @@ def equal_class_weights(labels: Sequence[Sequence[str]]) -> list[float]:
 def _spoken_words(
     root: Path, words: Sequence[str], labels: Mapping[str, str]
 ) -> dict[str, list[Listed]]:
-    """The clips of single words, in the publishers' splits."""
+    """Return the clips of single words, in the publishers' splits."""
     folders = {p.name for p in root.iterdir() if p.is_dir() and p.name[0] not in "._"}
     for word in sorted(folders ^ set(words)):
         found = f"found also {word!r}" if word in folders else f"found no {word!r}"
@@ -188,7 +188,7 @@ def _spoken_words(
 
 
 def _silence(folder: Path) -> dict[str, dict[str, Cut]]:
-    """Clips of silence for each split, by path in the output folder."""
+    """Return clips of silence for each split, by path in the output folder."""
     cuts: dict[str, dict[str, Cut]] = {split: {} for split in SILENCE_PARTS}
     for file in listing(folder, ".wav"):
         try:
@@ -212,7 +212,7 @@ def _silence(folder: Path) -> dict[str, dict[str, Cut]]:
 
 
 def read_voxceleb1(source: Path) -> Dataset:
-    """VoxCeleb1 identification, 1251 speakers: ``train``, ``valid`` and ``eval``.
+    """Read VoxCeleb1 identification, 1251 speakers: ``train``, ``valid`` and ``eval``.
 
     The splits are those of the publishers' ``iden_split.txt`` (1, 2 and 3). The label of a clip is
     its speaker, ``id10001`` to ``id11251``. Clips are looked for in ``dev/wav``, ``test/wav``,
@@ -242,7 +242,7 @@ def read_voxceleb1(source: Path) -> Dataset:
 
 
 def read_iemocap(source: Path) -> Dataset:
-    """IEMOCAP, 4 classes: ``train_1`` to ``train_5`` and ``eval_1`` to ``eval_5``.
+    """Read IEMOCAP, 4 classes: ``train_1`` to ``train_5`` and ``eval_1`` to ``eval_5``.
 
     ``eval_k`` is session k, ``train_k`` are the other four, so no speaker is on both sides. Of the
     turns in ``Session*/dialog/EmoEvaluation`` those whose agreed emotion is neutral, happy, excited
@@ -266,7 +266,7 @@ def read_iemocap(source: Path) -> Dataset:
 
 
 def _emotional_turns(session: Path) -> Iterator[Listed]:
-    """The turns of a session that have one of the four emotions."""
+    """Return the turns of a session that have one of the four emotions."""
     folder = session / "dialog" / "EmoEvaluation"
     seen: dict[str, str] = {}
     for file in listing(folder, ".txt"):

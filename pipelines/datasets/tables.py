@@ -21,10 +21,10 @@ class Listed(NamedTuple):
     """A clip that belongs to a split.
 
     Attributes:
-        name: What the publishers call it.
+        name: Name that the publishers use.
         path: Absolute; relative to the output folder if it is one of :attr:`Dataset.made`; None if
             the user's copy does not have it.
-        labels: Of :attr:`Dataset.classes`; none where the set is not labelled.
+        labels: Labels out of :attr:`Dataset.classes`; none where the set is not labelled.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Everything that is written of a data set.
+    """Split, classes and weights of a data set, as they are written.
 
     Attributes:
         splits: The clips of each split, in the order of the manifest.
         classes: (label, name for people) in the order of the classes; none if not labelled.
         weigh: From the labels of a split's clips to their sampling weights, where it has some.
         made: Clips to be written, by their path in the output folder.
-        notes: What was left out and why, a line each.
+        notes: Lines that say what was left out, and why.
     """
 
     splits: Mapping[str, Sequence[Listed]]
@@ -64,12 +64,12 @@ class Dataset:
 
 
 def root_with(source: Path, marker: str, *inside: str) -> Path:
-    """The folder that holds ``marker``: the source itself, or a folder in it.
+    """Find the folder that holds ``marker``: the source itself, or a folder in it.
 
     Args:
-        source: What the user names.
+        source: Path that the user gave.
         marker: A file or folder that the data set always has.
-        inside: What the archive of the data set calls its top folder.
+        inside: Name of the top folder in the data set's archive.
 
     Raises:
         DataError: There is none.
@@ -86,12 +86,12 @@ def root_with(source: Path, marker: str, *inside: str) -> Path:
 
 
 def existing(*candidates: str | Path) -> str | None:
-    """The first of these paths that is a file."""
+    """Return the first of these paths that is a file."""
     return next((os.fspath(path) for path in candidates if os.path.isfile(path)), None)
 
 
 def listing(folder: Path, suffix: str) -> list[str]:
-    """Names of the files in a folder with this ending, sorted; hidden ones are passed over.
+    """List the files in a folder with this ending, sorted, without hidden ones.
 
     Raises:
         DataError: No such folder.
@@ -108,11 +108,11 @@ def listing(folder: Path, suffix: str) -> list[str]:
 def lines(
     path: Path, *, encoding: str = "utf-8-sig", comment: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank.
+    """Read the lines of a text file that are not blank.
 
     Args:
         path: The file.
-        encoding: Its encoding.
+        encoding: Encoding of the text.
         comment: Lines that begin so are passed over.
 
     Yields:
@@ -138,7 +138,7 @@ def lines(
 def table(
     path: Path, columns: Sequence[str], *, headed: bool = True, comment: str | None = None
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file.
+    """Read the rows of a CSV file.
 
     Args:
         path: The file.
@@ -173,12 +173,12 @@ def table(
 def class_table(
     path: Path, columns: Sequence[str] = ("index", "mid", "display_name"), *, headed: bool = True
 ) -> dict[str, str]:
-    """Reads the table of the classes.
+    """Read the table of the classes.
 
     Args:
         path: The file.
-        columns: As in :func:`table`; one is ``index``, one is ``mid``, and one is the name.
-        headed: As in :func:`table`.
+        columns: Columns as in :func:`table`; one is ``index``, one is ``mid``, and one is the name.
+        headed: See :func:`table`.
 
     Returns:
         Names by label (mid), in the order of the indices.
@@ -200,7 +200,7 @@ def class_table(
 
 
 def labels_of(text: str, classes: Mapping[str, str], place: str) -> tuple[str, ...]:
-    """Splits a cell of labels.
+    """Split a cell of labels.
 
     Args:
         text: Labels with commas between them.
@@ -220,12 +220,12 @@ def labels_of(text: str, classes: Mapping[str, str], place: str) -> tuple[str, .
 
 
 def once(seen: dict[str, str], name: str, place: str) -> None:
-    """Notes a clip, so that none is listed twice, nor in two splits.
+    """Record a clip, so that none is listed twice, nor in two splits.
 
     Args:
-        seen: Where each clip was listed; this one is added.
+        seen: Position of each listed clip in its table; this one is added.
         name: The clip.
-        place: Where it is listed now.
+        place: Position of this clip in its table.
 
     Raises:
         DataError: It was listed before.

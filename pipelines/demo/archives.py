@@ -15,7 +15,7 @@ ARCHIVES = frozenset({".1c", ".pk3", ".wad"})
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The recordings in an archive, in its order: (name, an audio file).
+    """Yield the recordings of an archive, in its order: (name, bytes of an audio file).
 
     Raises:
         DataError: The archive is damaged.
@@ -32,7 +32,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Audio files in a zip archive (``.pk3``: Quake III and its kin)."""
+    """Yield the audio files of a zip archive (``.pk3``: Quake III and its kin)."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if Path(name).suffix.lower() in AUDIO_SUFFIXES:
@@ -40,7 +40,7 @@ def zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def wad_members(archive: bytes) -> Iterator[tuple[str, bytes]]:
-    """Digital sounds (``DS*``) of a Doom WAD, as WAV files.
+    """Yield the digital sounds (``DS*``) of a Doom WAD, as WAV files.
 
     The archive opens with its kind (4 bytes), the number of lumps and the offset of their table
     (4 bytes each, little endian) of 16 byte entries: offset, size, name padded with zeros (8).
@@ -63,7 +63,7 @@ def wad_members(archive: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def queen_members(archive: bytes) -> Iterator[tuple[str, bytes]]:
-    """Speech of Flight of the Amazon Queen: MP3 members (``*.SB``) of its one archive.
+    """Yield the speech of Flight of the Amazon Queen: MP3 members (``*.SB``) of its archive.
 
     The archive opens with a 15 byte header and a table of 21 byte entries: name padded with zeros
     (12 bytes), bundle (1), offset (4, big endian), size (4). The table ends where no name stands.

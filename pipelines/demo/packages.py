@@ -24,7 +24,7 @@ APT_OPTIONS = (
 
 
 def check_tools() -> None:
-    """Looks for the two programs.
+    """Check that apt-get and dpkg-deb are installed.
 
     Raises:
         DataError: One of them is missing.
@@ -38,18 +38,18 @@ def check_tools() -> None:
 
 
 def package_file(name: str, cache: Path) -> Path | None:
-    """The downloaded file of a package, the newest if there are several."""
+    """Return the downloaded file of a package, the newest if there are several."""
     files = sorted(cache.glob(f"{name}_*.deb"), key=lambda path: path.stat().st_mtime_ns)
     return files[-1] if files else None
 
 
 def package_version(deb: Path) -> str:
-    """Version of a package, from its file name: ``klettres-data_4%3a22.12.3-1_all.deb``."""
+    """Return the version in a file name such as ``klettres-data_4%3a22.12.3-1_all.deb``."""
     return deb.name.split("_")[1].replace("%3a", ":")
 
 
 def download(name: str, cache: Path) -> Path:
-    """Downloads a package, unless the cache has it.
+    """Download a package, unless the cache has it.
 
     Args:
         name: Package.
@@ -80,7 +80,7 @@ def download(name: str, cache: Path) -> Path:
 
 
 def download_now(name: str, cache: Path, folder: Path) -> Path:
-    """Downloads a package into ``folder``; see :func:`download`."""
+    """Download a package into ``folder``; see :func:`download`."""
     said = apt("download", name, folder=folder)
     if said is not None:  # the machine's index is empty or old: fetch one of our own
         lists = private_index(cache)
@@ -99,7 +99,7 @@ def download_now(name: str, cache: Path, folder: Path) -> Path:
 
 
 def apt(command: str, *arguments: str, folder: Path) -> str | None:
-    """Runs apt-get in a folder.
+    """Run apt-get in a folder.
 
     Returns:
         None if it went well, or else its first error message.
@@ -122,7 +122,7 @@ def apt(command: str, *arguments: str, folder: Path) -> str | None:
 
 
 def private_index(cache: Path) -> tuple[str, ...]:
-    """Options that keep apt's index of packages below the cache, so that no root is needed."""
+    """Return options that keep apt's index below the cache, so that no root is needed."""
     folder = (cache / "apt").absolute()
     for name in ("state/lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def private_index(cache: Path) -> tuple[str, ...]:
 
 
 def unpack(deb: Path, folder: Path) -> None:
-    """Unpacks a package into a folder, which is emptied first.
+    """Unpack a package into a folder, which is emptied first.
 
     Raises:
         DataError: The file is damaged, or the folder cannot be written to.
@@ -154,17 +154,17 @@ def unpack(deb: Path, folder: Path) -> None:
 
 
 def is_intact(deb: Path) -> bool:
-    """Whether a package can be read to its end."""
+    """Return whether a package can be read to its end."""
     return subprocess.run(["dpkg-deb", "--contents", str(deb)], capture_output=True).returncode == 0
 
 
 def copyright_file(name: str, folder: Path) -> Path:
-    """The copyright file of an unpacked package, which every Debian package has."""
+    """Return the copyright file of an unpacked package; every Debian package has one."""
     return folder / "usr/share/doc" / name / "copyright"
 
 
 def licences(text: str) -> list[str]:
-    """Names of the licences in a Debian copyright file, but for those of the packaging itself.
+    """Return the licences in a Debian copyright file, without those of the packaging.
 
     Args:
         text: The file; in the machine-readable form, or in prose that refers to

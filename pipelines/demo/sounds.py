@@ -135,18 +135,18 @@ EVALUATED_KITS = frozenset({"BJA_Pacific", "Gimme A Hand 1.0", "Millo_MultiLayer
 
 
 def first_match(name: str, rules: tuple[tuple[str, re.Pattern[str]], ...]) -> str | None:
-    """The class of the first rule that fits a name."""
+    """Return the class of the first rule that matches a name."""
     return next((found for found, pattern in rules if pattern.search(name)), None)
 
 
 def event_label(name: str) -> Label | None:
-    """Kind of sound, grouped by what its takes have in common."""
+    """Return the kind of sound, grouped by what its takes have in common."""
     found = None if NO_EVENT.search(name) else first_match(name, EVENTS)
     return Label(found, without_number(name)) if found else None
 
 
 def without_number(name: str) -> str:
-    """A name without suffix and number: that of ``grass1.ogg`` and ``grass.2.ogg`` is ``grass``.
+    """Strip suffix and number: ``grass1.ogg`` and ``grass.2.ogg`` become ``grass``.
 
     Of a name that is nothing but numbers (a key, and whether it went down: ``30-0.wav``) the first
     one stays.
@@ -157,7 +157,7 @@ def without_number(name: str) -> str:
 
 
 def drum_label(name: str) -> Label | None:
-    """Piece of a drum kit, grouped by kit."""
+    """Return the piece of a drum kit, grouped by kit."""
     match = re.search(r"^hydrogen-drumkits/.*/([^/]+)/([^/]+)\.\w+$", name) or re.search(
         r"^(sonic-pi)-samples/.*/samples/((?:bd|sn|drum|elec|perc|tabla)_[^/]+)\.flac$", name
     )

@@ -63,7 +63,7 @@ class Clip:
 
     @property
     def key(self) -> str:
-        """What decides which clips a task takes.
+        """Key that decides which clips a task takes.
 
         Released weights were trained without the evaluation clips that it drew: never change it.
         """
@@ -79,7 +79,7 @@ def share_of(name: str) -> float:
 
 @dataclass(frozen=True)
 class Label:
-    """What a task says of a recording.
+    """The label that a task gives a recording.
 
     Attributes:
         label: The class.
@@ -118,14 +118,14 @@ class Task:
     even: bool = False
 
     def takes(self, clip: Clip) -> bool:
-        """Whether a clip can be in the task, whatever its label."""
+        """Return whether a clip can be in the task, whatever its label."""
         return clip.duration_s >= self.min_s and not (self.first_part and clip.part)
 
     def groups_to_hold(self, labels: Sequence[Label]) -> set[str]:
-        """Which groups of a class are on the evaluation side.
+        """Choose the groups of a class to evaluate on.
 
         Args:
-            labels: Of all its clips.
+            labels: Labels of all clips of the class.
         """
         sizes = Counter(label.group for label in labels)
         if self.held is not None:
@@ -142,7 +142,7 @@ class Task:
 
 
 def syllable(name: str) -> tuple[str, str, str, str] | None:
-    """(initial, final, tone, syllable without its tone) of a Mandarin syllable; '' for none."""
+    """Parse a Mandarin syllable: (initial or '', final or '', tone, syllable without tone)."""
     match = SYLLABLE.search(name)
     if match is None or not set(match[1]) <= set(LETTERS):
         return None
@@ -152,25 +152,25 @@ def syllable(name: str) -> tuple[str, str, str, str] | None:
 
 
 def initial_label(name: str) -> Label | None:
-    """Initial consonant of a Mandarin syllable, grouped by syllable."""
+    """Return the initial consonant of a Mandarin syllable, grouped by syllable."""
     found = syllable(name)
     return found and Label(found[0] or "none", found[3])
 
 
 def final_label(name: str) -> Label | None:
-    """Final of a Mandarin syllable (its vowel part), grouped by syllable."""
+    """Return the final of a Mandarin syllable (its vowel part), grouped by syllable."""
     found = syllable(name)
     return Label(found[1], found[3]) if found and found[1] else None
 
 
 def tone_label(name: str) -> Label | None:
-    """Tone of a Mandarin syllable, grouped by syllable."""
+    """Return the tone of a Mandarin syllable, grouped by syllable."""
     found = syllable(name)
     return found and Label(f"tone{found[2]}", found[3])
 
 
 def speech(name: str) -> tuple[str, str, str] | None:
-    """(language, voice or '', utterance) of a recording of speech."""
+    """Parse the name of a recording of speech: (language, voice or '', utterance)."""
     package, _, path = name.partition("/")
     for package_pattern, pattern, *templates in SPEECH:
         match = re.search(pattern, "/" + path) if re.fullmatch(package_pattern, package) else None
@@ -181,18 +181,18 @@ def speech(name: str) -> tuple[str, str, str] | None:
 
 
 def filled(template: str, match: re.Match[str]) -> str:
-    """Fills in what the numbered groups matched; nothing for a group that took no part."""
+    """Fill in what the numbered groups matched; '' for a group that did not match."""
     return re.sub(r"\\(\d)", lambda digit: match[int(digit[1])] or "", template)
 
 
 def voice_label(name: str) -> Label | None:
-    """Who speaks (or, where that is not known, which set of recordings), by utterance."""
+    """Return the voice (or, where unknown, the set of recordings), grouped by utterance."""
     found = speech(name)
     return Label(found[1], found[2]) if found and found[1] else None
 
 
 def language_label(name: str) -> Label | None:
-    """Spoken language, by utterance; Mandarin is left out, its clips are too short."""
+    """Return the language, grouped by utterance; without Mandarin, whose clips are too short."""
     found = speech(name)
     return Label(found[0], found[2]) if found and found[0] != "zh" else None
 
@@ -209,7 +209,7 @@ DEMO_TASKS = (
 def divide(
     task: Task, clips: Sequence[Clip]
 ) -> tuple[list[tuple[Clip, str]], list[tuple[Clip, str]]]:
-    """Labels and splits the clips of a task.
+    """Label and splits the clips of a task.
 
     Args:
         task: The task.
@@ -242,7 +242,7 @@ def divide(
 
 
 def is_held(label: Label) -> bool:
-    """Whether a group is drawn by its name for the evaluation side."""
+    """Return whether a group is drawn by its name for evaluation."""
     return share_of(label.group) < EVAL_SHARE
 
 

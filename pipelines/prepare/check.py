@@ -39,11 +39,11 @@ AT_ONCE = 64  # files of a manifest that one thread takes
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong.
+    """A problem of a data set.
 
     Attributes:
-        where: A clip or a file.
-        problem: What is wrong with it.
+        where: Name of the clip or file.
+        problem: Description of the problem.
     """
 
     where: str
@@ -52,13 +52,13 @@ class Problem:
 
 @dataclass
 class Checked:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         num_clips: Clips that were looked at.
         seconds: Length of those that are good.
         labels: All different labels.
-        problems: In the order of the clips.
+        problems: Problems, in the order of the clips.
     """
 
     num_clips: int = 0
@@ -75,18 +75,18 @@ def check_data(
     jobs: int | None = None,
     progress: bool = True,
 ) -> Checked:
-    """Checks prepared shards, a manifest or a folder of audio files.
+    """Check prepared shards, a manifest or a folder of audio files.
 
     Of shards: the index, the sidecars and the headers and bytes of the archives agree, and each
     clip decodes to the samples it was made of. Of some clips of a prepared folder: the same of the
     shards that hold them. Of files: each decodes to its end, to sound that training can use.
 
     Args:
-        path: As ``data.train`` takes it.
+        path: Data set, as ``data.train`` takes it.
         classes: A CSV of the known labels, with a column ``mid``; by default ``labels.csv`` beside
             the manifest or in the folder, if there is one.
         report: Gets all problems as lines of JSON.
-        jobs: Threads; the number of usable cores by default.
+        jobs: Threads; the usable cores by default.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -127,7 +127,7 @@ def check_data(
 def parallel(
     tasks: Sequence[Callable[[], Checked]], total: int, jobs: int, progress: bool
 ) -> Iterator[Checked]:
-    """Results of the tasks, in their order, with a progress bar over the clips."""
+    """Run tasks in threads and yield their results in order, with a progress bar."""
     stop = threading.Event()
 
     def run(task: Callable[[], Checked]) -> Checked:
@@ -147,7 +147,7 @@ def parallel(
 
 
 def known_labels(path: Path, classes: Path | None) -> set[str] | None:
-    """The labels that may occur; None if that is not known.
+    """Read the labels that may occur; None if there is no list of them.
 
     Raises:
         DataError: The list cannot be read.
@@ -167,7 +167,7 @@ def known_labels(path: Path, classes: Path | None) -> set[str] | None:
 
 
 def check_files(paths: Sequence[ClipPath]) -> Checked:
-    """Decodes files to their ends."""
+    """Decode files to their ends."""
     result = Checked(len(paths))
     for path in paths:
         try:
@@ -178,7 +178,7 @@ def check_files(paths: Sequence[ClipPath]) -> Checked:
 
 
 def usable_seconds(path: str) -> float:
-    """Length of a file that training can use.
+    """Return the length in s of a file that training can use.
 
     Raises:
         DataError: Training cannot use it, for this reason.
@@ -194,7 +194,7 @@ def usable_seconds(path: str) -> float:
 
 
 def shard_numbers(index: ShardIndex) -> list[int]:
-    """The shards that are on disk or in the index; of some of its clips, those that hold them."""
+    """Return the shards on disk or in the index; of a subset, those that hold its clips."""
     if index.rows is not None:
         return np.unique(index.table()[:, 0]).tolist()
     there = {
@@ -206,7 +206,7 @@ def shard_numbers(index: ShardIndex) -> list[int]:
 
 
 def rows_by_shard(index: ShardIndex, numbers: Sequence[int]) -> dict[int, np.ndarray]:
-    """The rows of the index that lie in each shard."""
+    """Return the rows of the index that lie in each shard."""
     shards = index.table()[:, 0]
     order = np.argsort(shards, kind="stable")
     ends = np.searchsorted(shards[order], numbers, side="right")
@@ -215,7 +215,7 @@ def rows_by_shard(index: ShardIndex, numbers: Sequence[int]) -> dict[int, np.nda
 
 
 def check_index(index: ShardIndex) -> list[Problem]:
-    """Checks the index as a whole: the order of its rows, and the number that was reported."""
+    """Check the order of the index's rows, and their number against the report."""
     where = str(index.folder / INDEX)
     problems = []
     table = index.table()
@@ -240,13 +240,13 @@ def check_shard(
     rows: np.ndarray,
     labels: tuple[tuple[str, ...], ...] | None,
 ) -> Checked:
-    """Checks a shard against its sidecar and the index, and decodes all of its clips.
+    """Check a shard against its sidecar and the index, and decodes all of its clips.
 
     Args:
-        index: Of all clips.
-        number: Of the shard.
+        index: Index of the clips.
+        number: Number of the shard.
         rows: [n] rows of the index that lie in it.
-        labels: Of all clips.
+        labels: Labels of all clips.
     """
     path = index.folder / SHARD.format(number)
     result = Checked(len(rows))
@@ -299,7 +299,7 @@ def check_shard(
 
 
 def drops_duplicates(folder: Path) -> bool:
-    """Whether clips of the shards may be left out of the index."""
+    """Return whether the index leaves out duplicates."""
     try:
         settings = json.loads((folder / REPORT).read_text(encoding="utf-8"))["settings"]
         return bool(settings["drop_duplicates"])
@@ -308,11 +308,11 @@ def drops_duplicates(folder: Path) -> bool:
 
 
 def decoded_seconds(clip: ShardClip, expected: dict) -> float:
-    """Decodes a clip in a shard.
+    """Decode a clip in a shard.
 
     Args:
-        clip: Where it is.
-        expected: What the sidecar says of it.
+        clip: The clip.
+        expected: Its line of the sidecar.
 
     Returns:
         Its length in seconds.

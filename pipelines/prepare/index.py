@@ -30,14 +30,14 @@ def write_index(
     has_labels: bool,
     drop_duplicates: bool,
 ) -> dict[str, Any]:
-    """Writes everything but the shards; what is there already stays untouched.
+    """Write everything but the shards; files that are up to date stay untouched.
 
     Args:
         out: The prepared folder; all shards are finished.
-        source: Where the recordings came from, for messages.
-        num_shards: How many there are.
-        settings: For the report.
-        has_labels: The source has labels.
+        source: Source of the recordings, for messages.
+        num_shards: Number of shards.
+        settings: Settings, for the report.
+        has_labels: Whether the source has labels.
         drop_duplicates: Leave clips out whose samples came before.
 
     Returns:
@@ -115,7 +115,7 @@ def write_index(
 
 
 def kind_of(reason: str) -> str:
-    """A reason without what is particular to a recording."""
+    """Reduce a reason to its kind, without what is particular to a recording."""
     return re.sub(r"[0-9.]+", "N", reason.partition(": ")[0])
 
 
@@ -126,7 +126,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _replace(out: Path, files: dict[str, bytes | None]) -> None:
-    """Writes the files that differ from what is there, the report as the last one."""
+    """Write the files whose content changed, the report last."""
 
     def found(name: str) -> bytes | None:
         return (out / name).read_bytes() if (out / name).exists() else None

@@ -39,11 +39,11 @@ LEAST_BYTES_PER_S = 500  # of any recording: a header that states more seconds i
 
 @dataclass(frozen=True)
 class Packing:
-    """How shards are made.
+    """Settings of shards.
 
     Attributes:
-        recipe: How recordings become clips.
-        codec: Of the clips.
+        recipe: Settings of the clips.
+        codec: Codec of the clips.
         shard_mib: MiB of recordings that go into a shard.
         drop_duplicates: Leave clips out of the index whose samples came before.
     """
@@ -54,7 +54,7 @@ class Packing:
     drop_duplicates: bool = False
 
     def check(self) -> None:
-        """Refuses what cannot be meant.
+        """Check that the settings are in range.
 
         Raises:
             DataError: For a setting out of range.
@@ -74,7 +74,7 @@ class Packing:
             raise DataError(f"--shard-mib is {self.shard_mib:g}, expected a size above 0")
 
     def settings(self) -> dict[str, Any]:
-        """All of it for the report."""
+        """Return the settings for the report."""
         return asdict(self) | {"format": FORMAT}
 
 
@@ -87,13 +87,13 @@ def prepare_shards(
     progress: bool = True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Prepares recordings for training, as described in :mod:`ssast.pipelines.clips.shards`.
+    """Prepare recordings for training, as described in :mod:`ssast.pipelines.clips.shards`.
 
     Args:
         source: A folder, a manifest or a plain tar archive, see :func:`find_recordings`.
         out: Output folder; if it is a URL, nothing keeps two runs from writing to it at once.
         packing: The settings.
-        jobs: Threads, each with a shard; the number of usable cores by default.
+        jobs: Threads, each with a shard; the usable cores by default.
         progress: Show a progress bar on stderr, if that is a terminal.
         log: Gets a few lines of summary.
 
@@ -134,7 +134,7 @@ def pack_recordings(
         recordings: The recordings; later ones of equal names are numbered.
         folder: Output folder, which no other run writes to: see :func:`exclusive`.
         packing: The settings.
-        source: Where the recordings came from, for messages.
+        source: Source of the recordings, for messages.
         jobs: Number of threads; that of the usable cores by default.
         progress: Show a progress bar on stderr, if that is a terminal.
         log: Gets a few lines of summary.
@@ -185,7 +185,7 @@ def pack_recordings(
 
 
 def grouped(recordings: Sequence[Recording], shard_bytes: int) -> list[list[Recording]]:
-    """Deals recordings out to shards, in order; each shard gets one at least."""
+    """Group recordings into shards, in order; each shard gets at least one."""
     groups: list[list[Recording]] = []
     held = 0
     for recording in recordings:
@@ -198,7 +198,7 @@ def grouped(recordings: Sequence[Recording], shard_bytes: int) -> list[list[Reco
 
 
 def digest(recordings: Sequence[Recording], packing: Packing) -> str:
-    """Identifies what a shard is made of: settings, names, signatures and labels."""
+    """Hash what a shard is made of: settings, names, signatures and labels."""
     kinds = {suffix(recording.item.name) for recording in recordings}
     helped = bool(kinds & FFMPEG_SUFFIXES) and ffmpeg_installed()
     made_of = hashlib.blake2b(digest_size=16)
@@ -234,7 +234,7 @@ def make_shards(
     progress: bool,
     done: Callable[[int], None] | None = None,
 ) -> None:
-    """Makes shards in parallel.
+    """Make shards in parallel.
 
     Args:
         work: (number, recordings, digest) of each.
@@ -296,7 +296,7 @@ def make_shard(
     tick: Callable[[int, int, float], None],
     stop: threading.Event,
 ) -> None:
-    """Makes one shard and its sidecar; if ``stop`` is set on the way, leaves nothing behind.
+    """Make a shard and its sidecar; leave nothing behind if ``stop`` is set on the way.
 
     Raises:
         OSError: A file cannot be written.
@@ -335,7 +335,7 @@ def make_shard(
 
 
 def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[dict[str, Any]]:
-    """Appends the clips of a recording to an open shard, and yields the sidecar's line of each.
+    """Append the clips of a recording to an open shard, and yields the sidecar's line of each.
 
     Raises:
         UnusableError: The recording cannot be used; what was appended must be cut off again.
@@ -365,7 +365,7 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
 
 
 def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarray, int]]:
-    """The parts of a recording, see :func:`cut`, which may lie behind a URL.
+    """Yield the parts of a recording, see :func:`cut`; fetch it first if it is behind a URL.
 
     Raises:
         UnusableError: The recording cannot be used, or cannot be fetched now.
@@ -381,15 +381,15 @@ def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarra
 
 
 def remove_others(out: Path, num_shards: int) -> None:
-    """Removes what an earlier run with other settings, or a killed one, has left."""
+    """Remove files of an earlier run with other settings, or of a killed one."""
     wanted = {Path(kind.format(n)).name for n in range(num_shards) for kind in (SHARD, SIDECAR)}
     for path in (out / SHARD).parent.iterdir():
-        if path.name not in wanted and path.name.lstrip(".").split(".")[0].isdigit():
+        if path.name not in wanted and path.name.removeprefix(".tmp-").split(".")[0].isdigit():
             path.unlink()
 
 
 def check_space(out: Path, recordings: Sequence[Recording], packing: Packing) -> None:
-    """Estimates what will come out, from the headers of some recordings.
+    """Estimate the size of the clips from the headers of some recordings.
 
     Raises:
         DataError: The disk has no room for that.

@@ -22,11 +22,11 @@ class Recording:
     """A recording to prepare.
 
     Attributes:
-        item: Its name and where it is.
-        signature: Changes when it changes.
-        num_bytes: Its size.
-        problem: Why it cannot even be read.
-        labels: From the manifest.
+        item: Name and data of the recording.
+        signature: String that changes when the recording changes.
+        num_bytes: Size in bytes.
+        problem: Reason why it cannot be read, if so.
+        labels: Labels from the manifest.
     """
 
     item: Item
@@ -37,7 +37,7 @@ class Recording:
 
 
 def find_recordings(source: Path, out: Path) -> list[Recording]:
-    """The recordings of a source, sorted by name.
+    """Return the recordings of a source, sorted by name.
 
     Args:
         source: A folder (files and .tar archives in it and below), a .json or .csv manifest, or a
@@ -97,7 +97,7 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
 
 
 def remote_recordings(source: Path) -> list[Recording]:
-    """The recordings of a folder behind a URL; each is fetched when its turn comes.
+    """Return the recordings of a folder behind a URL; each is fetched when it is packed.
 
     Raises:
         DataError: There are none, the folder cannot be listed, or it is prepared already.
@@ -122,7 +122,7 @@ def remote_recordings(source: Path) -> list[Recording]:
 
 
 def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
-    """The recordings in a plain tar archive, named ARCHIVE/MEMBER.
+    """Yield the recordings in a plain tar archive, named ARCHIVE/MEMBER.
 
     What is no ordinary member is yielded with its problem: a link, a path that leads out of the
     archive, a size that reaches beyond its end, and a place where no header stands although the

@@ -41,10 +41,10 @@ EDGES = np.linspace(-20.0, 25.0, 226)  # of the histogram; the floor of the log-
 
 @dataclass(frozen=True)
 class Stats:
-    """What was measured.
+    """Statistics of the log-mel of a data set.
 
     Attributes:
-        mean: Of the log-mel.
+        mean: Mean of the log-mel.
         mean_error: Half the width of the 95 % confidence interval of the mean.
         std: Standard deviation of the log-mel.
         std_error: Half the width of its interval.
@@ -73,7 +73,7 @@ class Stats:
 def estimate(
     counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, num_total: int
 ) -> tuple[float, float, float, float]:
-    """The formulas above.
+    """Estimate mean and standard deviation by the formulas above.
 
     Args:
         counts: [k] values of each clip.
@@ -114,18 +114,18 @@ def measure(
     num_threads: int = 2,
     progress: bool = True,
 ) -> Stats:
-    """Measures a data set until it is known well enough.
+    """Measure a data set until the statistics are precise enough.
 
     Args:
-        path: As ``data.train`` takes it.
+        path: Data set, as ``data.train`` takes it.
         spec: Filterbank settings; those of the published models by default.
         padding: Count the frames after a clip's end, as the published get_norm_stats does: zeros,
             which the model sees too.
         share: Share of the clips to look at, at most.
-        max_clips: How many to look at, at most.
+        max_clips: Largest number of clips to measure.
         precision: Stop when both intervals are within this share of the standard deviation to
             either side; 0 to look at all.
-        seed: Of the order of the clips.
+        seed: Seed of the order of the clips.
         batch_size: Clips at a time.
         num_threads: See :class:`AudioStream`.
         progress: Show a progress bar on stderr, if that is a terminal.
@@ -215,7 +215,7 @@ def _binned(values: torch.Tensor, lengths: torch.Tensor, padding: bool) -> np.nd
 
 
 def write_stats(stats: Stats, out: Path) -> list[Path]:
-    """Writes ``stats.json`` and the histogram ``stats.png`` to a folder; returns their paths."""
+    """Write ``stats.json`` and the histogram ``stats.png`` to a folder; return their paths."""
     facts = asdict(stats) | {"histogram": stats.histogram.astype(int).tolist()}
     facts["edges"] = EDGES.round(6).tolist()
     write_atomically(out / "stats.json", json.dumps(facts, indent=1) + "\n")

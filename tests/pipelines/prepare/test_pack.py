@@ -83,6 +83,7 @@ def test_shards_that_are_wanted_no_more_are_removed(tmp_path: Path) -> None:
     recordings = recordings_in(tmp_path / "in", 12)
     packed(recordings, tmp_path / "out")
     assert len(list((tmp_path / "out/shards").glob("*.tar"))) > 3
+    (tmp_path / "out/shards/.tmp-00003.tar").touch()  # of a killed run
     packed(recordings[:1], tmp_path / "out")
     files = {path.name for path in (tmp_path / "out/shards").iterdir()}
     assert files == {"00000.tar", "00000.jsonl"}
