@@ -98,11 +98,11 @@ def _with_checkpoint(
         checkpoint = checkpoint.path
     name = settings.checkpoint if checkpoint is None else str(checkpoint)
     if name is None and resume:
-        name = begun_from(Path(config.run.folder or ""))
+        name = initial_checkpoint(Path(config.run.folder or ""))
     return replace(config, finetune=replace(settings, checkpoint=name))
 
 
-def begun_from(run: Path) -> str | None:
+def initial_checkpoint(run: Path) -> str | None:
     """Return the checkpoint that a run began from; None if from scratch, or without a run."""
     stored = run / "config.yaml"
     settings = load_config(stored).finetune if stored.is_file() else None

@@ -20,7 +20,7 @@ from ssast.engine.config import Config, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import PREDICTIONS, describe, draw_confusion, read_predictions
-from ssast.engine.finetune import begun_from, finetune
+from ssast.engine.finetune import finetune, initial_checkpoint
 from ssast.engine.formats.open import open_encoder
 from ssast.engine.parallel.ranks import init_world, run_on_main
 from ssast.pipelines.errors import DataError
@@ -107,16 +107,16 @@ def cross_validate(
     run = Path(config.run.folder)
     folds = find_folds(settings.folds)
     if checkpoint is None and settings.checkpoint is None and resume:
-        # Folds that have not begun shall begin from where the first did.
-        checkpoint = begun_from(run_of(run, folds[0].number))
+        # Folds that have not begun start from the weights that the first did.
+        checkpoint = initial_checkpoint(fold_folder(run, folds[0].number))
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     for fold in folds:
-        folder = run_of(run, fold.number)
+        folder = fold_folder(run, fold.number)
         if not resume and Checkpoints(folder / "checkpoints").latest() is not None:
             raise ConfigError(
-                f"{folder} holds a run: add --resume to go on, or choose another run.folder"
+                f"{folder} holds a run: add --resume to resume it, or choose another run.folder"
             )
-        find_splits(configs[fold.number])  # what is wrong with the last fold is said at once
+        find_splits(configs[fold.number])  # so that a mistake in the last fold is reported at once
     checkpoint = settings.checkpoint if checkpoint is None else checkpoint
     pretrained = None if checkpoint is None else open_encoder(checkpoint)  # read once for all folds
     world = init_world()
@@ -144,11 +144,11 @@ def fold_config(config: Config, fold: Fold) -> Config:
         data = replace(data, valid=evaluate)
     else:
         settings = replace(settings, test=evaluate)
-    run = replace(config.run, folder=str(run_of(Path(config.run.folder or ""), fold.number)))
+    run = replace(config.run, folder=str(fold_folder(Path(config.run.folder or ""), fold.number)))
     return replace(config, data=data, finetune=settings, run=run)
 
 
-def run_of(run: Path, number: int) -> Path:
+def fold_folder(run: Path, number: int) -> Path:
     """Return the folder of a fold's run."""
     return run / f"fold_{number}"
 
@@ -168,7 +168,7 @@ def write_folds(
         What metrics.json holds: ``folds`` (metrics by fold), ``mean`` and ``std`` (of a sample:
         n - 1) over the folds, and, of single labels, ``pooled``: the accuracy over all clips.
     """
-    folders = {number: run_of(run, number) / split for number in numbers}
+    folders = {number: fold_folder(run, number) / split for number in numbers}
     folds = {n: json.loads((f / "metrics.json").read_text("utf-8")) for n, f in folders.items()}
     names = [name for name in folds[numbers[0]] if all(name in values for values in folds.values())]
     table = np.array([[folds[number][name] for name in names] for number in numbers])
@@ -180,15 +180,17 @@ def write_folds(
     clips = {number: read_predictions(folder / PREDICTIONS) for number, folder in folders.items()}
     pairs = [pair for rows in clips.values() for pair in rows]
     if "accuracy" in names:
-        found["pooled"] = {"accuracy": float(np.mean([label == named for label, named in pairs]))}
+        found["pooled"] = {"accuracy": float(np.mean([label == name for label, name in pairs]))}
         # In the order of the runs; a run without a table of classes knows only those it has seen.
-        classes = list(dict.fromkeys(name for n in numbers for name in _classes(run_of(run, n))))
-        place = {name: number for number, name in enumerate(classes)}
-        truth, named = np.array([[place[label], place[name]] for label, name in pairs]).T
-        draw_confusion(run / "confusion.png", named, truth, classes)
+        classes = list(
+            dict.fromkeys(name for n in numbers for name in _classes(fold_folder(run, n)))
+        )
+        index = {name: number for number, name in enumerate(classes)}
+        labels, predicted = np.array([[index[label], index[name]] for label, name in pairs]).T
+        draw_confusion(run / "confusion.png", predicted, labels, classes)
     (run / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
     counts = {number: len(rows) for number, rows in clips.items()}
-    config = load_config(run_of(run, numbers[0]) / "config.yaml")
+    config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
     text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
     (run / "report.md").write_text(text, encoding="utf-8")
     shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
@@ -224,7 +226,7 @@ def _report(title: str, config: Config, counts: Mapping[int, int], found: Mappin
             row(f"[{number}](fold_{number}/report.md)", clips, found["folds"][str(number)])
         )
     lines.append(row("mean", sum(counts.values()), found["mean"]))
-    lines.append(row("deviation", "", found["std"]))
+    lines.append(row("standard deviation", "", found["std"]))
     if "pooled" in found:
         accuracy = found["pooled"]["accuracy"]
         lines += ["", f"Accuracy over all clips: {accuracy:.4f}.", "", "![](confusion.png)"]

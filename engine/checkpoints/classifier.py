@@ -19,7 +19,7 @@ from ssast.engine.settings import SIZES, Model
 Kind = TypeVar("Kind", bound=Classifier)
 
 
-def model_of(encoder: SpectrogramTransformer) -> Model:
+def model_settings(encoder: SpectrogramTransformer) -> Model:
     """Return the model settings that an encoder was built from."""
     size, depth = encoder.embed_dim, len(encoder.blocks)
     name = next(name for name, known in SIZES.items() if known.embed_dim == size)

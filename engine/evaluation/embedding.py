@@ -23,7 +23,7 @@ from ssast.pipelines.stream.stream import AudioStream
 
 
 @dataclass(frozen=True)
-class Embedded:
+class WrittenEmbeddings:
     """The files that :func:`embed_recordings` has written."""
 
     path: Path
@@ -35,7 +35,7 @@ class Embedded:
     """Reasons why clips could not be read, by path; their rows are NaN, or null."""
 
 
-class Rows(Protocol):
+class RowWriter(Protocol):
     """A writer of embeddings, batch by batch in the order of the clips."""
 
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
@@ -47,23 +47,23 @@ class Rows(Protocol):
         ...
 
 
-class NumpyRows:
+class NumpyWriter:
     """A writer of a float32 array, NaN where there is no sound."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self._rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
-        """See :class:`Rows`."""
+        """See :class:`RowWriter`."""
         vectors[held == 0] = np.nan
         self._rows[first : first + len(vectors)] = vectors
 
     def close(self) -> None:
-        """See :class:`Rows`."""
+        """See :class:`RowWriter`."""
         self._rows.flush()
 
 
-class ParquetRows:
+class ParquetWriter:
     """A writer of a table of path, columns and embedding, null where a clip could not be read.
 
     An embedding is a list of D numbers; at the level ``frame`` a list of such lists, one for each
@@ -90,7 +90,7 @@ class ParquetRows:
         self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
 
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
-        """See :class:`Rows`."""
+        """See :class:`RowWriter`."""
         names = [str(self._paths[first + row]) for row in range(len(vectors))]
         # A name need not be valid text; Parquet's strings must.
         names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
@@ -102,7 +102,7 @@ class ParquetRows:
         self._writer.write_batch(self._arrow.record_batch(columns, schema=self._schema))
 
     def close(self) -> None:
-        """See :class:`Rows`."""
+        """See :class:`RowWriter`."""
         self._writer.close()
 
 
@@ -115,17 +115,17 @@ def embed_recordings(
     *,
     level: Level = "clip",
     batch_size: int = 16,
-) -> Embedded:
+) -> WrittenEmbeddings:
     """Write the embeddings of recordings.
 
     Args:
         loaded: Any model.
         source: A manifest, a folder, or one audio file. Row i is its i-th clip.
         out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
-            over what holds sound. ``frame``: [clips, T', D], the mean over the rows of each column
+            over its valid columns. ``frame``: [clips, T', D], the mean over the rows of each column
             of patches; NaN after a clip's end. Beside it ``out`` with .csv lists row, path, and
-            columns that hold sound, 0 where a clip could not be read. Or a .parquet file, which
-            holds all of that: see :class:`ParquetRows`.
+            valid columns, 0 where a clip could not be read. Or a .parquet file, which
+            holds all of that; see :class:`ParquetWriter`.
         level: ``clip`` or ``frame``.
         batch_size: Clips at once.
 
@@ -160,11 +160,11 @@ def embed_recordings(
                 on_reject=lambda clip, path, reason: rejected.update({path: reason}),
             ) as batches,
         ):
-            rows: Rows
+            rows: RowWriter
             if out.suffix == ".npy":
-                rows = NumpyRows(temporary, shape)
+                rows = NumpyWriter(temporary, shape)
             else:
-                rows = ParquetRows(temporary, shape, paths)
+                rows = ParquetWriter(temporary, shape, paths)
             for number, batch in enumerate(batches):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
@@ -184,7 +184,7 @@ def embed_recordings(
         ) from error
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return Embedded(out, shape, listing, rejected)
+    return WrittenEmbeddings(out, shape, listing, rejected)
 
 
 def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
@@ -199,7 +199,7 @@ def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
 
 
 def _paths(source: str | Path) -> ClipPaths:
-    place = as_path(source)
-    if place.is_file() and place.suffix.lower() not in (".json", ".csv"):
-        return (str(place),)
-    return read_manifest(place).paths
+    path = as_path(source)
+    if path.is_file() and path.suffix.lower() not in (".json", ".csv"):
+        return (str(path),)
+    return read_manifest(path).paths

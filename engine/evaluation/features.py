@@ -85,6 +85,8 @@ def _waveforms(
             f"waveform: expected [S] or [B, S] floating-point samples, got {list(waves.shape)} "
             f"{waves.dtype}"
         )
+    if sample_rate_hz < 1:
+        raise DataError(f"sample_rate_hz: expected a positive number, got {sample_rate_hz}")
     waves = waves.float()
     if sample_rate_hz != spec.sample_rate_hz and waves.numel():
         rows = waves.reshape(-1, waves.shape[-1]).cpu().numpy()
@@ -118,8 +120,8 @@ def embed_batch(
         level: See :func:`embed`.
 
     Returns:
-        [B, D], or [B, T', D] with NaN after the end of each clip; and the columns of patches that
-        hold sound, [B].
+        [B, D], or [B, T', D] with NaN after the end of each clip; and the number of valid
+        columns [B].
     """
     encoder = loaded.encoder
     embed = encoder.embed

@@ -10,7 +10,7 @@ import torch
 
 from ssast.engine.config import finetune_settings
 from ssast.engine.data.clips import fbank_spec
-from ssast.engine.evaluation.probabilities import likeliest, probabilities
+from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_manifest
@@ -62,7 +62,7 @@ def predict(
     return [
         Prediction(str(path), (), reasons[row])
         if row in reasons
-        else Prediction(str(path), tuple(likeliest(scores[row], loaded.names, top)))
+        else Prediction(str(path), tuple(top_classes(scores[row], loaded.names, top)))
         for row, path in enumerate(paths)
     ]
 
@@ -82,9 +82,9 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
     """
     paths: list[Any] = []
     for source in sources:
-        place = as_path(source)
-        if place.is_dir() or place.suffix.lower() in (".json", ".csv"):
-            paths += list(read_manifest(place).paths)
+        path = as_path(source)
+        if path.is_dir() or path.suffix.lower() in (".json", ".csv"):
+            paths += list(read_manifest(path).paths)
         else:
             paths.append(str(source))
     if not paths:

@@ -13,7 +13,7 @@ def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
     return expit(logits)
 
 
-def likeliest(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+def top_classes(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
     """Return the classes with the highest of some scores [C], and these scores."""
     order = np.argsort(-scores, kind="stable")[:count]
     return [(classes[i], float(scores[i])) for i in order]

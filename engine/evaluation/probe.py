@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ssast.engine.checkpoints.classifier import model_of
+from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.metrics import verification_metrics
@@ -38,7 +38,7 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
 NUM_FOLDS = 5  # where there are no evaluation clips
-MOST_PAIRED = 2000  # clips whose pairs are looked at
+MAX_PAIRED = 2000  # clips whose pairs are looked at
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ def probe(
     """Score each encoder on each task.
 
     Args:
-        encoders: By a name for their weights.
+        encoders: Encoders, by a name for their weights.
         tasks: Manifests of the training and of the evaluation clips. Where there are no evaluation
             clips, the recordings of the training clips are dealt out to five folds, each of which
             is evaluated on after training on the others.
-        audio: Of the encoders' input.
-        device: Where they shall work.
+        audio: Settings of the encoders' input.
+        device: Device of the encoders.
 
     Raises:
         DataError: A manifest is wrong or has no labels, none of its clips can be read, the clips to
@@ -174,7 +174,7 @@ def _check_classes(y: np.ndarray, path: Path) -> None:
 def _folds(
     y: np.ndarray, recordings: np.ndarray, path: Path
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows to train on and rows to evaluate on, of each fold of whole recordings."""
+    """Return the rows to train on and to evaluate on of each fold of whole recordings."""
     counts = {name: len(np.unique(recordings[y == name])) for name in np.unique(y)}
     rarest = min(counts, key=lambda name: counts[name])
     if counts[rarest] < 2:
@@ -192,7 +192,7 @@ def _folds(
 def _cross_scores(
     x: np.ndarray, y: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]
 ) -> list[float]:
-    """Accuracies over all clips, each evaluated by a model that was trained without its fold."""
+    """Cross-validate both classifiers; return their accuracies over all clips."""
     sizes = [len(held) for _, held in folds]
     least = min(len(x) // 2, *(len(train) for train, _ in folds))
     return [
@@ -202,12 +202,17 @@ def _cross_scores(
 
 
 def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
-    """Equal error rate of the cosine between features [n, D], for whether labels [n] are the same.
+    """Compute the equal error rate of verifying labels by the cosine of features.
 
-    Over all pairs of the first clips that are of different recordings [n]; NaN if there are none
-    that are the same, or none that differ.
+    Args:
+        x: [n, D] features, of which the first are paired, each with each.
+        y: [n] labels.
+        recordings: [n] recording of each clip; clips of one recording make no pair.
+
+    Returns:
+        NaN if the labels of no pair are the same, or those of all are.
     """
-    x, y, recordings = x[:MOST_PAIRED], y[:MOST_PAIRED], recordings[:MOST_PAIRED]
+    x, y, recordings = x[:MAX_PAIRED], y[:MAX_PAIRED], recordings[:MAX_PAIRED]
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     one, other = np.triu_indices(len(x), 1)
     apart = recordings[one] != recordings[other]
@@ -231,7 +236,9 @@ def probe_model(loaded: LoadedModel, manifest: Path, train: Path | None = None) 
     """
     trained = loaded.encoder
     torch.manual_seed(0)
-    fresh = SpectrogramTransformer(model_of(trained), loaded.audio, trained.embed.stride).eval()
+    fresh = SpectrogramTransformer(
+        model_settings(trained), loaded.audio, trained.embed.stride
+    ).eval()
     tasks = {manifest.stem: (manifest, None) if train is None else (train, manifest)}
     device = default_device()
     return probe({"untrained": fresh, "checkpoint": trained}, tasks, loaded.audio, device)
@@ -299,7 +306,7 @@ def _labels(path: Path) -> dict[ClipPath, tuple[str, int]]:
 def _arrays(
     labels: dict[ClipPath, tuple[str, int]], vectors: dict[ClipPath, np.ndarray], path: Path | str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features, label and recording of each clip that can be read."""
+    """Stack features, labels and recordings of the readable clips."""
     clips = [clip for clip in labels if clip in vectors]
     if not clips:
         raise DataError(f"{path}: none of its {len(labels)} clips can be read")

@@ -12,12 +12,12 @@ from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import LabelledClips
 from ssast.engine.data.splits import Splits
 from ssast.engine.evaluation.metrics import class_metrics
-from ssast.engine.evaluation.probabilities import likeliest, probabilities
+from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.pipelines.figures import save_figure, subplots
 
 PREDICTIONS = "predictions.csv"
 NUM_SHOWN = 5  # classes in a line of predictions.csv
-NAMED = 40  # classes whose names fit beside a picture
+MAX_NAMED = 40  # classes whose names fit beside a picture
 
 
 def write_split(
@@ -78,7 +78,7 @@ def write_predictions(
         writer.writerow(header)
         for clip, row, truth in zip(clips, scores, truths, strict=True):
             line = [clip, ",".join(truth)]
-            for name, probability in likeliest(row, classes, count):
+            for name, probability in top_classes(row, classes, count):
                 line += [name, f"{probability:.4f}"]
             writer.writerow(line)
 
@@ -138,24 +138,24 @@ def describe(config: Config) -> str:
 
 
 def draw_confusion(
-    path: Path, named: np.ndarray, truth: np.ndarray, classes: Sequence[str]
+    path: Path, predicted: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> None:
     """Draw a confusion matrix, normalised over the clips of each label.
 
     Args:
         path: Path of the PNG file.
-        named: [n] index of the predicted class.
-        truth: [n] index of the label.
+        predicted: [n] index of the predicted class.
+        labels: [n] index of the label.
         classes: Names of the C classes.
     """
     numbers = np.arange(len(classes))
-    counts = confusion_matrix(truth, named, labels=numbers).astype(float)
+    counts = confusion_matrix(labels, predicted, labels=numbers).astype(float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = min(4 + 0.22 * min(len(classes), NAMED), 13)
+    size = min(4 + 0.22 * min(len(classes), MAX_NAMED), 13)
     figure, axis = subplots(figsize=(size + 1, size), layout="tight")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, fraction=0.046)
-    if len(classes) <= NAMED:
+    if len(classes) <= MAX_NAMED:
         axis.set_xticks(numbers, classes, rotation=90, fontsize=7)
         axis.set_yticks(numbers, classes, fontsize=7)
     axis.set_xlabel("predicted")
@@ -169,10 +169,10 @@ def _draw_classes(
 ) -> None:
     found = class_metrics(scores, targets)["average_precision"]
     order = [i for i in np.argsort(np.nan_to_num(found, nan=-1.0)) if not np.isnan(found[i])]
-    size = 2 + 0.2 * min(len(order), NAMED)
+    size = 2 + 0.2 * min(len(order), MAX_NAMED)
     figure, axis = subplots(figsize=(7, max(size, 2.5)), layout="tight")
     axis.barh(np.arange(len(order)), found[order])
-    if len(order) <= NAMED:
+    if len(order) <= MAX_NAMED:
         axis.set_yticks(np.arange(len(order)), [classes[i] for i in order], fontsize=7)
     axis.set_xlim(0, 1)
     axis.set_xlabel("average precision")

@@ -13,7 +13,7 @@ from ssast.engine.config import finetune_settings
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.predict import default_device, find_files
-from ssast.engine.evaluation.probabilities import likeliest, probabilities
+from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
@@ -57,7 +57,7 @@ class Timeline:
                 "path": self.path,
                 "start_s": round(float(start), 3),
                 "end_s": round(float(end), 3),
-                "classes": likeliest(row, self.classes, top),
+                "classes": top_classes(row, self.classes, top),
             }
 
 
@@ -69,7 +69,9 @@ class Windows:
     hop: int
 
     @classmethod
-    def of(cls, spec: FbankSpec, window_s: float | None, hop_s: float | None) -> "Windows":
+    def from_seconds(
+        cls, spec: FbankSpec, window_s: float | None, hop_s: float | None
+    ) -> "Windows":
         """Convert seconds to samples; by default as long as the model's input, overlapping by half.
 
         Raises:
@@ -130,7 +132,7 @@ def timelines(
         DataError: A folder or a manifest is wrong.
     """
     loaded = as_classifier(model)
-    cutting = Windows.of(fbank_spec(loaded.audio), window_s, hop_s)
+    cutting = Windows.from_seconds(fbank_spec(loaded.audio), window_s, hop_s)
     paths = find_files(sources)
     return (timeline(loaded, path, cutting, default_device()) for path in paths)
 
@@ -232,16 +234,16 @@ def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> li
     return written
 
 
-def draw_timeline(path: Path, found: Timeline, most: int = 10) -> None:
+def draw_timeline(path: Path, found: Timeline, max_classes: int = 10) -> None:
     """Draw the spectrogram of a recording, and under it the probabilities over time.
 
     Args:
         path: Path of the PNG file.
         found: Timeline with windows.
-        most: Number of classes that are shown, by their highest probability.
+        max_classes: Number of classes that are shown, by their highest probability.
     """
     peaks = found.probabilities.max(0)
-    shown = np.argsort(-peaks, kind="stable")[:most]
+    shown = np.argsort(-peaks, kind="stable")[:max_classes]
     end_s = float(found.ends_s[-1])
     centres = (found.starts_s + found.ends_s) / 2
     edges = np.concatenate([found.starts_s[:1], (centres[1:] + centres[:-1]) / 2, [end_s]])

@@ -58,8 +58,10 @@ class Trunk(nn.Module):
         if num_extra == NUM_EXTRA_TOKENS:
             self.dist_token = embed.dist_token
         else:
-            places = torch.cat((embed.pos_embed[:, :1], embed.pos_embed[:, NUM_EXTRA_TOKENS:]), 1)
-            self.pos_embed = nn.Parameter(places.detach())
+            positions = torch.cat(
+                (embed.pos_embed[:, :1], embed.pos_embed[:, NUM_EXTRA_TOKENS:]), 1
+            )
+            self.pos_embed = nn.Parameter(positions.detach())
         self.pos_drop = nn.Dropout(0.0)
         self.blocks, self.norm = encoder.blocks, encoder.norm
         self.head = nn.Linear(width, _IMAGENET_CLASSES)

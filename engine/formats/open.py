@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ssast.engine.checkpoints.classifier import build_classifier, model_of
+from ssast.engine.checkpoints.classifier import build_classifier, model_settings
 from ssast.engine.checkpoints.weights import read_weights
 from ssast.engine.config import Config, from_plain
 from ssast.engine.data.labels import class_names
@@ -76,7 +76,7 @@ class LoadedModel:
     """Pretrained, fine-tuned, or an encoder without any head."""
 
     config: Config
-    """Of its run; of a model from elsewhere, the settings that describe it."""
+    """Configuration of its run, or one that describes a model from elsewhere."""
 
     path: Path
     origin: Origin
@@ -292,4 +292,4 @@ def _describe(
     encoder = model.encoder if isinstance(model, Classifier) else model
     pooling = model.pooling if isinstance(model, Classifier) else "avgtok"
     settings = Finetune(stride=encoder.embed.stride, pooling=pooling, loss=metadata.loss or "ce")
-    return Config(model=model_of(encoder), audio=audio, finetune=settings)
+    return Config(model=model_settings(encoder), audio=audio, finetune=settings)

@@ -108,3 +108,8 @@ def test_a_classifier_pools_as_it_was_trained(tmp_path):
 def test_what_cannot_be_embedded_is_named(audio, message, loaded):
     with pytest.raises(DataError, match=message):
         embed(loaded, audio)
+
+
+def test_a_sample_rate_is_positive(loaded):
+    with pytest.raises(DataError, match="sample_rate_hz: expected a positive number, got 0"):
+        embed(loaded, wave(0.5), 0)

@@ -120,9 +120,9 @@ def test_the_command_line_writes_lines_and_pictures(run, tmp_path, capsys):
 )
 def test_impossible_windows_are_refused(window_s, hop_s, message):
     with pytest.raises(ConfigError, match=message):
-        Windows.of(SPEC, window_s, hop_s)
+        Windows.from_seconds(SPEC, window_s, hop_s)
 
 
 def test_windows_are_as_long_as_the_input_by_default():
-    cutting = Windows.of(SPEC, None, None)
+    cutting = Windows.from_seconds(SPEC, None, None)
     assert (cutting.length, cutting.hop) == (SPEC.num_samples, round(SPEC.num_samples / 2))
