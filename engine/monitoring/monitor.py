@@ -45,7 +45,7 @@ COLUMNS = (
     ("train/lr", "lr", ".2e"),
     ("train/grad_norm", "grad norm", "7.3f"),
     ("perf/clips_per_s", "clips/s", "8.1f"),
-    ("perf/tflops_per_device", "TFLOP/s", "7.2f"),
+    ("perf/tflops_per_device", "TFLOP/s", "7.3g"),
     ("perf/mfu", "MFU", "6.1%"),
     ("perf/data_wait_share", "data wait", "6.1%"),
 )
