@@ -14,7 +14,7 @@ LISTS = (REJECTED, INDEX, RECORDINGS, LABELS, REPORT)  # the report says that th
 
 @contextlib.contextmanager
 def local_folder(out: Path) -> Iterator[Path]:
-    """``out``, or a folder for the time being if that is behind a URL."""
+    """Yield ``out``, or a temporary folder if that is behind a URL."""
     if not is_url(out):
         yield out
         return
@@ -59,7 +59,7 @@ class Mirror:
         os.truncate(self._local / shard, size)
 
     def finish(self) -> None:
-        """Moves the lists, and removes shards of earlier runs that are not wanted any more."""
+        """Move the lists, and remove shards of earlier runs."""
         self.reopen()
         for name in LISTS:
             if (self._local / name).exists():
