@@ -151,7 +151,7 @@ def _info_nce_kernel(
             p = tl.exp(scores) - tl.where(diagonal, 1.0, 0.0)
         best = tl.maximum(best, largest)
         weighted = tl.dot(p.to(t.dtype), t, weighted, input_precision="tf32x3")
-    counts = j < count
+    valid = j < count
     scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if OVER_TARGETS:
         # p_jj - 1 = -sum_i!=j p_ij: nothing cancels where the own target has nearly all.
@@ -161,7 +161,7 @@ def _info_nce_kernel(
         )
         weighted = weighted / total[:, None]
         own -= best + tl.log(total)
-    weighted = tl.where(counts[:, None], weighted * scale, 0.0)
+    weighted = tl.where(valid[:, None], weighted * scale, 0.0)
     k = chunk + tl.arange(0, BLOCK_P)
     tl.store(
         gradient + b * M * P + j[:, None] * P + k[None, :],
@@ -170,8 +170,8 @@ def _info_nce_kernel(
     )
     if chunk == 0:
         offset = tl.program_id(0)
-        tl.store(losses + offset, -tl.sum(tl.where(counts, own, 0.0), 0))
-        tl.store(hits + offset, tl.sum((counts & (best_i == j)).to(tl.float32), 0))
+        tl.store(losses + offset, -tl.sum(tl.where(valid, own, 0.0), 0))
+        tl.store(hits + offset, tl.sum((valid & (best_i == j)).to(tl.float32), 0))
 
 
 @triton.jit(do_not_specialize=["M"])

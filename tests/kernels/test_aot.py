@@ -16,7 +16,7 @@ from ssast.kernels.aot import ARCHITECTURES, Launch, Report, compile_launch, rec
 PAGE = ROOT / "docs" / "kernels.md"
 
 # Kernels that multiply matrices, and those that have nothing to load in runs of 16 bytes.
-PRODUCTS = {
+MATMULS = {
     "_patch_embed_kernel",
     "_weight_grad_kernel",
     "_row_normalisers_kernel",
@@ -68,7 +68,7 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_report_tells_good_from_bad(arch: int) -> None:
+def test_a_report_shows_spills_atomics_and_narrow_loads(arch: int) -> None:
     x, y = on_meta(1 << 20), on_meta(1 << 20)
     good = report(lambda: _plain[(1024,)](x, y, BLOCK=1024), arch)
     assert (good.spill_bytes, good.atomics, good.tensor_core_ops) == (0, 0, 0)
@@ -121,9 +121,9 @@ def test_nothing_spills_and_everything_fits(compiled: list[Compiled]) -> None:
 
 
 @pytest.mark.slow
-def test_products_run_on_tensor_cores(compiled: list[Compiled]) -> None:
-    assert {c.kernel for c in compiled} >= PRODUCTS
-    bad = [c for c in compiled if c.kernel in PRODUCTS and not c.report.tensor_core_ops]
+def test_matmuls_run_on_tensor_cores(compiled: list[Compiled]) -> None:
+    assert {c.kernel for c in compiled} >= MATMULS
+    bad = [c for c in compiled if c.kernel in MATMULS and not c.report.tensor_core_ops]
     assert not bad, lines(bad)
 
 
