@@ -181,6 +181,12 @@ def known_keys():
     return {f"{name}.{key}" for name, section in sections.items() for key in vars(section)}
 
 
+def test_files_in_the_picture_exist():
+    picture = (ROOT / "docs" / "architecture" / "step.svg").read_text(encoding="utf-8")
+    paths = [plain for _, plain in PATH.findall(picture)]
+    assert len(paths) > 5 and all((ROOT / path).exists() for path in paths)
+
+
 def test_every_setting_is_on_the_settings_page():
     page = reference.settings_page()
     assert set(re.findall(r"\{ #(\S+) \}", page)) == known_keys()
