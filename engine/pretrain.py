@@ -9,11 +9,11 @@ from ssast.engine.train.task import run_folder
 
 
 def pretrain(config: Config, *, resume: bool = False) -> int:
-    """Run a pretraining, or go on with one.
+    """Pretrain, or resume pretraining.
 
     Args:
-        config: Everything about it; ``run.folder`` must be set, as ``load_config`` does.
-        resume: Go on from the latest checkpoint in the run's folder, if there is one.
+        config: Configuration of the run; ``run.folder`` must be set, as ``load_config`` does.
+        resume: Resume from the latest checkpoint in the run's folder, if there is one.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.

@@ -20,8 +20,8 @@ import torch
 from ssast.benchmarks.loading.data import measure as measure_loaders
 from ssast.benchmarks.loading.data import spec_of, write_clips
 from ssast.benchmarks.performance.store import Case, Scope
-from ssast.benchmarks.training.contender import Sample, in_process, measure, start, take_steps
 from ssast.benchmarks.training.ours import OurStep
+from ssast.benchmarks.training.processes import Sample, in_process, measure, start, take_steps
 from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant
 from ssast.engine.config import load_config

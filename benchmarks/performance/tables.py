@@ -13,7 +13,7 @@ from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.gpus import Gpu, load_gpu
 from ssast.engine.monitoring.profiling import PARTS
 from ssast.engine.planning.plan import StepTime, count_parameters, step_time
-from ssast.engine.planning.report import Wish, make_plan
+from ssast.engine.planning.report import PlanRequest, make_plan
 
 PLANNED = ("tiny_patch", "base_patch", "large")
 GPUS, COUNTS = ("a100", "h100", "b200"), (1, 8, 64)
@@ -216,7 +216,7 @@ def rooflines(store: ResultStore, scope: Scope) -> list[str]:
     for size in scope.sizes:
         row, least = default_row(step_rows(store, scope, size)[0]), floor(store, scope, size)
         if row is not None and least is not None:
-            parts = (least.products, least.attention, least.elementwise, least.optimizer)
+            parts = (least.matmul, least.attention, least.elementwise, least.optimizer)
             rows.append(
                 [
                     size,
@@ -299,9 +299,9 @@ def plans() -> list[str]:
         config = load_config(recipe)
         for name in GPUS:
             gpu = load_gpu(name)
-            most = make_plan(config, Wish(max(COUNTS), gpu))["choice"]
+            most = make_plan(config, PlanRequest(max(COUNTS), gpu))["choice"]
             batch = most["batch_per_gpu"]
-            found = [make_plan(config, Wish(count, gpu, batch)) for count in COUNTS]
+            found = [make_plan(config, PlanRequest(count, gpu, batch)) for count in COUNTS]
             first, last = found[0], found[-1]
             rows.append(
                 [

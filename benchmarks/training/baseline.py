@@ -22,7 +22,7 @@ from ssast.engine.settings import SIZES
 
 
 def draw_published_mask(rows: int, columns: int, num_masked: int) -> list[int]:
-    """Ids of the cluster mask of one clip, drawn from Python's generator."""
+    """Draw the ids of the cluster mask of one clip from Python's generator."""
     N, side = rows * columns, random.randrange(3) + 3
     ids: list[int] = []
     while len(set(ids)) <= num_masked:
@@ -36,7 +36,7 @@ def draw_published_mask(rows: int, columns: int, num_masked: int) -> list[int]:
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of [B, H, L, D_h], with the probabilities in memory."""
+    """Attend over [B, H, L, D_h], with the probabilities in memory."""
     scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
     return scores.softmax(-1) @ v
 
@@ -99,7 +99,7 @@ class _Trunk(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, 2 + N, D] of the tokens of the patches [B, N, D]."""
+        """Return hidden states [B, 2 + N, D] of the tokens of the patches [B, N, D]."""
         cls_token = self.cls_token.expand(len(tokens), -1, -1)
         dist_token = self.dist_token.expand(len(tokens), -1, -1)
         hidden = torch.cat((cls_token, dist_token, tokens), dim=1) + self.pos_embed
@@ -127,14 +127,14 @@ class Baseline(nn.Module):
         self.load_state_dict({published_name(name): state[name] for name in state})
 
     def draw_masks(self, batch_size: int) -> Tensor:
-        """[B, M] int64, a new mask for each clip."""
+        """Draw a new mask for each clip, [B, M] int64."""
         masks = torch.empty(batch_size, self.num_masked, dtype=torch.int64)
         for i in range(batch_size):
             masks[i] = torch.tensor(draw_published_mask(*self.grid, self.num_masked))
         return masks
 
     def encode(self, x: Tensor, mask_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, 2 + N, D] and masked patches [B, M, P] of normalised x [B, T, F]."""
+        """Return hidden states [B, 2 + N, D] and masked patches [B, M, P] of x [B, T, F]."""
         B = len(x)
         image = x.unsqueeze(1).transpose(2, 3)
         patches = self.unfold(image).transpose(1, 2)
@@ -148,15 +148,17 @@ class Baseline(nn.Module):
         tokens = tokens * kept + (1 - kept) * mask_tokens
         return self.v.encode(tokens), targets
 
-    def contrast(self, x: Tensor, mask_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """InfoNCE and its accuracy, means over the batch, from a pass of its own."""
+    def discriminative_pass(
+        self, x: Tensor, mask_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return InfoNCE and its accuracy, means over the batch, from a pass of its own."""
         mask_ids = self.draw_masks(len(x)) if mask_ids is None else mask_ids
-        return self.tell_apart(*self.encode(x, mask_ids), mask_ids)
+        return self.discriminative_loss(*self.encode(x, mask_ids), mask_ids)
 
-    def tell_apart(
+    def discriminative_loss(
         self, hidden: Tensor, targets: Tensor, mask_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """InfoNCE and its accuracy from what :meth:`encode` gives."""
+        """Return InfoNCE and its accuracy from what :meth:`encode` gives."""
         B, M = mask_ids.shape
         predictions = torch.empty_like(targets)
         for i in range(B):
@@ -168,13 +170,13 @@ class Baseline(nn.Module):
             nce += scores.log_softmax(-1).diag().sum()
         return -nce / (B * M), correct / (B * M)
 
-    def rebuild(self, x: Tensor, mask_ids: Tensor | None = None) -> Tensor:
-        """The reconstruction loss, mean over the batch, from a pass of its own."""
+    def generative_pass(self, x: Tensor, mask_ids: Tensor | None = None) -> Tensor:
+        """Return the reconstruction loss, mean over the batch, from a pass of its own."""
         mask_ids = self.draw_masks(len(x)) if mask_ids is None else mask_ids
-        return self.draw(*self.encode(x, mask_ids), mask_ids)
+        return self.generative_loss(*self.encode(x, mask_ids), mask_ids)
 
-    def draw(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
-        """The reconstruction loss from what :meth:`encode` gives."""
+    def generative_loss(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
+        """Return the reconstruction loss from what :meth:`encode` gives."""
         predictions = torch.empty_like(targets)
         for i in range(len(hidden)):
             predictions[i] = self.gpredlayer(hidden[i, mask_ids[i] + 2, :])
@@ -183,16 +185,17 @@ class Baseline(nn.Module):
     def losses(
         self, x: Tensor, first: Tensor | None = None, second: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The joint loss and its parts.
+        """Return the joint loss and its parts.
 
         Args:
             x: [B, T, F] normalised filterbanks.
             first: [B, M] masked ids of the contrastive pass; drawn if None.
-            second: Of the generative pass; drawn if None.
+            second: [B, M] masked ids of the generative pass; drawn if None.
         """
-        nce, accuracy = self.contrast(x, first)
-        mse = self.rebuild(x, second)
-        return {"loss": nce + 10 * mse, "nce": nce, "mse": mse, "accuracy": accuracy}
+        nce, accuracy = self.discriminative_pass(x, first)
+        mse = self.generative_pass(x, second)
+        losses = {"infonce_loss": nce, "mse_loss": mse, "pretext_accuracy": accuracy}
+        return {"loss": nce + 10 * mse, **losses}
 
 
 class ClassifierBaseline(nn.Module):
@@ -216,16 +219,16 @@ class ClassifierBaseline(nn.Module):
 
 
 def published_optimizer(model: nn.Module, lr: float = 1e-4) -> torch.optim.Adam:
-    """Adam as the published recipe calls it."""
+    """Build Adam as the published recipe calls it."""
     return torch.optim.Adam(model.parameters(), lr, betas=(0.95, 0.999), weight_decay=5e-7)
 
 
 def train_step(
     model: Baseline | ClassifierBaseline, optimizer: torch.optim.Optimizer, *batch: Tensor
 ) -> dict[str, Tensor]:
-    """One published step on normalised filterbanks [B, T, F], of a classifier with targets [B, C].
+    """Take one published step; masks are drawn inside.
 
-    Masks are drawn inside.
+    The batch is normalised filterbanks [B, T, F], of a classifier also targets [B, C].
     """
     losses = model.losses(*batch)
     optimizer.zero_grad()

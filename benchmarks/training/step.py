@@ -2,7 +2,7 @@
 
 Both train the same weights on the same filterbanks; masks, forward, backward and Adam are inside
 the step. In pretraining it is the joint one; in fine-tuning patches are 10 mel bins and 10 frames
-apart, there are 527 classes, and augmentations are left out on both sides. Each contender lives in
+apart, there are 527 classes, and augmentations are left out on both sides. Each side runs in
 a process of its own, as in practice, and they take turns, so that whatever else runs on the machine
 disturbs both alike. The ratio is the median over the turns.
 """
@@ -43,7 +43,7 @@ from ssast.kernels.matmul import fast_matmul
 
 @dataclass(frozen=True)
 class Setting:
-    """What both contenders compute."""
+    """Size of what both sides compute."""
 
     size: str
     batch: int
@@ -53,7 +53,7 @@ class Setting:
     finetune: bool = False  # instead of pretraining
 
     def config(self, *, two_pass: bool = False) -> Config:
-        """The patch model; in pretraining with its share of masked patches, 400 of 512."""
+        """Return the patch model's configuration, with its share of masked patches: 400 of 512."""
         if self.finetune:
             return from_plain(
                 {
@@ -81,7 +81,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quartiles:
     """Median and the two quartiles."""
 
     low: float
@@ -89,8 +89,8 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Of a few measurements."""
+    def of(cls, values: Sequence[float]) -> "Quartiles":
+        """Compute them from a few measurements."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(low, median, high)
 
@@ -103,12 +103,12 @@ class Result:
     """What was measured; seconds are those of one step."""
 
     setting: Setting
-    baseline_cpu_s: Spread
-    baseline_wall_s: Spread
-    ours_cpu_s: Spread
-    ours_wall_s: Spread
-    cpu_ratio: Spread
-    wall_ratio: Spread
+    baseline_cpu_s: Quartiles
+    baseline_wall_s: Quartiles
+    ours_cpu_s: Quartiles
+    ours_wall_s: Quartiles
+    cpu_ratio: Quartiles
+    wall_ratio: Quartiles
     gflop: float  # of our step, counted as if nothing were left out
     gflops_per_cpu_s: float  # of ours
     peak_gflops_per_cpu_s: float  # of a large fp32 matrix product on as many threads
@@ -136,7 +136,7 @@ def _published_step(setting: Setting) -> Callable[[], None]:
 
 
 def _work(connection: Connection, name: str, setting: Setting) -> None:
-    """A contender's process: a step, or a matrix product, for every message."""
+    """Answer every message with the time of a step or of a large matmul."""
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     random.seed(0)
@@ -151,14 +151,14 @@ def _work(connection: Connection, name: str, setting: Setting) -> None:
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """CPU seconds, of all threads, and seconds by the clock of a call."""
+    """Return the CPU seconds (of all threads) and wall-clock seconds of a call."""
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     call()
     return time.process_time() - cpu_s, time.perf_counter() - wall_s
 
 
 def product_s(dtype: torch.dtype = torch.float32, turns: int = 3) -> tuple[float, float]:
-    """Least CPU seconds and least seconds of the product of :data:`PEAK_SHAPE` in this process."""
+    """Return the least CPU and wall-clock seconds of a matmul of :data:`PEAK_SHAPE`."""
     M, K, N = PEAK_SHAPE
     left, right = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
     out = torch.empty(M, N, dtype=dtype)
@@ -167,12 +167,12 @@ def product_s(dtype: torch.dtype = torch.float32, turns: int = 3) -> tuple[float
 
 
 def peak_gflops(seconds: float) -> float:
-    """GFLOP per second, where the product of :data:`PEAK_SHAPE` takes so long."""
+    """Return GFLOP/s, where a matmul of :data:`PEAK_SHAPE` takes so long."""
     return 2e-9 * math.prod(PEAK_SHAPE) / seconds
 
 
 def measure(setting: Setting, repeats: int) -> Result:
-    """Let both take turns.
+    """Time both sides in turns.
 
     Args:
         setting: What to compute.
@@ -203,12 +203,12 @@ def measure(setting: Setting, repeats: int) -> Result:
     gflop = step_flops_per_clip(setting.config()) * setting.batch / 1e9
     return Result(
         setting,
-        Spread.of([cpu for cpu, _ in baseline]),
-        Spread.of([wall for _, wall in baseline]),
-        Spread.of([cpu for cpu, _ in ours]),
-        Spread.of([wall for _, wall in ours]),
-        Spread.of([b[0] / o[0] for b, o in turns]),
-        Spread.of([b[1] / o[1] for b, o in turns]),
+        Quartiles.of([cpu for cpu, _ in baseline]),
+        Quartiles.of([wall for _, wall in baseline]),
+        Quartiles.of([cpu for cpu, _ in ours]),
+        Quartiles.of([wall for _, wall in ours]),
+        Quartiles.of([b[0] / o[0] for b, o in turns]),
+        Quartiles.of([b[1] / o[1] for b, o in turns]),
         gflop,
         gflop / statistics.median(cpu for cpu, _ in ours),
         max(peaks),
@@ -218,7 +218,7 @@ def measure(setting: Setting, repeats: int) -> Result:
 
 @torch.no_grad()
 def loss_difference(setting: Setting) -> float:
-    """Relative difference of the two losses with the same weights, and on the same two masks."""
+    """Return the relative difference of the losses of the same weights and masks."""
     torch.manual_seed(0)
     setting = replace(setting, batch=min(setting.batch, 2))
     config, fbank = setting.config(two_pass=True), setting.fbank()

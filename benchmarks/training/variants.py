@@ -44,12 +44,13 @@ class SharedPass(Baseline):
     def losses(
         self, x: Tensor, first: Tensor | None = None, second: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """As the published ones with the first mask alone."""
+        """Return the published losses, with the first mask alone."""
         first = self.draw_masks(len(x)) if first is None else first
         encoded = self.encode(x, first)
-        nce, accuracy = self.tell_apart(*encoded, first)
-        mse = self.draw(*encoded, first)
-        return {"loss": nce + 10 * mse, "nce": nce, "mse": mse, "accuracy": accuracy}
+        nce, accuracy = self.discriminative_loss(*encoded, first)
+        mse = self.generative_loss(*encoded, first)
+        losses = {"infonce_loss": nce, "mse_loss": mse, "pretext_accuracy": accuracy}
+        return {"loss": nce + 10 * mse, **losses}
 
 
 class Batched(SharedPass):
@@ -58,7 +59,7 @@ class Batched(SharedPass):
     drawn = 0
 
     def draw_masks(self, batch_size: int) -> Tensor:
-        """[B, M] int64, a new mask for each clip."""
+        """Draw a new mask for each clip, [B, M] int64."""
         self.drawn += 1
         clips = torch.arange(batch_size)
         return draw_masks(
@@ -79,14 +80,14 @@ class Batched(SharedPass):
         patches = cut_patches(x, projection.kernel_size, projection.stride)
         return self.v.encode(tokens), take(patches, mask_ids)
 
-    def tell_apart(
+    def discriminative_loss(
         self, hidden: Tensor, targets: Tensor, mask_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As the published one."""
         nce, accuracy = info_nce(targets, self.cpredlayer(take(hidden, mask_ids + 2)))
         return nce.mean(), accuracy.mean()
 
-    def draw(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
+    def generative_loss(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
         """As the published one."""
         return mse(targets, self.gpredlayer(take(hidden, mask_ids + 2))).mean()
 
@@ -97,7 +98,7 @@ class Variant:
 
     Attributes:
         title: What it adds to the one before.
-        needs: What a machine must have for it to be told apart from the one before.
+        needs: What a machine must have for it to differ from the one before.
         model: The published one, one of its subclasses, or ours.
         fused_adam: One operation for all weights, instead of many for each.
         fused_attention: scaled_dot_product_attention, whose probabilities are not in memory.
@@ -128,14 +129,14 @@ class Variant:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Data type of weights and activations."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @contextmanager
     def prepared(self) -> Iterator[str]:
-        """The settings of the process, inside; nothing may have been computed before.
+        """Apply the settings of the process inside; nothing may have been computed before.
 
-        Gives why this machine does without the variant; empty if it has what it needs.
+        Yields why this machine cannot run the variant; empty if it can.
         """
         if self.keep_memory:
             keep_freed_memory()
@@ -147,13 +148,13 @@ class Variant:
             yield LACKING[self.needs]() if self.needs else ""
 
     def config(self, setting: Setting) -> Config:
-        """The configuration of one process."""
+        """Return the configuration of one process."""
         config = setting.config()
         train = replace(config.train, compile=self.compiled, precision=self.precision)
         return replace(config, train=train)
 
     def build(self, setting: Setting) -> Step:
-        """The step, with fresh weights that are the same for all variants."""
+        """Build the step, with fresh weights that are the same for all variants."""
         torch.manual_seed(0)
         config = self.config(setting)
         if issubclass(self.model, Baseline):
@@ -186,7 +187,7 @@ class Variant:
 
 
 def check_mask_ids(setting: Setting) -> Tensor:
-    """[B, M] the masks that all variants are compared on."""
+    """Draw the masks that all variants are compared on, [B, M]."""
     model = MSPM(setting.config())
     clips = torch.arange(setting.batch)
     return model.draw_masks(clips, torch.zeros_like(clips))[0].mask_ids
@@ -211,11 +212,11 @@ LACKING: dict[str, Callable[[], str]] = {
         else "the CPU has no products of bf16 (AVX512-BF16)"
     ),
 }
-"""Why this machine lacks something, asked with a variant's settings; empty if it has it."""
+"""Why this machine lacks something, under a variant's settings; empty if it has it."""
 
 
 def _chain() -> dict[str, Variant]:
-    """The variants by name, in the order in which each adds to the one before."""
+    """Return the variants by name, in the order in which each adds to the one before."""
     changes: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("published", "published step", {}),
         ("shared pass", "one forward pass for both losses", {"model": SharedPass}),
@@ -243,11 +244,11 @@ OPTIONS = {
     "compiled": replace(DEFAULT, title="train.compile=true", needs="compiler", compiled=True),
     "bf16": replace(DEFAULT, title="train.precision=bf16", needs="bf16", precision="bf16"),
 }
-"""What can be asked for besides; each is added to the default."""
+"""Optional settings; each is added to the default."""
 
 
 def label(variant: Variant) -> str:
-    """A variant, in a line below the one it adds to."""
+    """Return the label of a variant, in a line below the one it adds to."""
     if variant == VARIANTS["published"]:
         return variant.title
     return f"{'with' if variant in OPTIONS.values() else '+'} {variant.title}"

@@ -105,7 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
     from ssast.engine.monitoring.gpus import load_gpu
     from ssast.engine.planning.calibrate import calibrate, plain_cpu, write_gpu
     from ssast.engine.planning.report import (
-        Wish,
+        PlanRequest,
         clips_per_core,
         draw_scaling,
         format_plan,
@@ -122,7 +122,7 @@ def _plan(options: argparse.Namespace) -> int:
         write_gpu(gpu, options.calibrate)
     else:
         gpu = plain_cpu() if options.gpu == "cpu" else load_gpu(options.gpu)
-    wish = Wish(
+    request = PlanRequest(
         gpus=options.gpus,
         gpu=gpu,
         batch=options.batch,
@@ -130,7 +130,7 @@ def _plan(options: argparse.Namespace) -> int:
         price=options.price,
         clips_per_core=clips_per_core(options.loader, gpu) if options.loader else None,
     )
-    plan = make_plan(config, wish)
+    plan = make_plan(config, request)
     if options.order is not None:
         from ssast.engine.planning.order import format_order, work_out_order
 

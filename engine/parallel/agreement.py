@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same run, before they begin it."""
+"""Check before a run starts that all ranks have the same configuration, code and clips."""
 
 import hashlib
 import socket
@@ -15,44 +15,44 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def check_agreement(facts: Mapping[str, Any], world: World) -> None:
-    """Compare what each rank believes. Collective.
+    """Compare facts between ranks. Collective.
 
     Args:
-        facts: Of this rank, by name; nested mappings are compared key by key.
+        facts: Facts of this rank, by name; nested mappings are compared key by key.
         world: This process's world.
 
     Raises:
-        ConfigError: On every rank, naming the ranks that differ from most others, and in what.
+        ConfigError: Ranks differ; raised on every rank, naming those that differ from most others.
     """
-    said = gather_objects((socket.gethostname(), _flat(facts)), world)
-    problem = odd_ranks(said)
+    descriptions = gather_objects((socket.gethostname(), _flat(facts)), world)
+    problem = odd_ranks(descriptions)
     if problem is not None:
         raise ConfigError(problem)
 
 
-def odd_ranks(said: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
-    """Who differs from most others in the first fact that is not the same for all.
+def odd_ranks(descriptions: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
+    """Return which rank differs from most others, in the first fact that is not the same for all.
 
     Args:
-        said: Machine and facts of each rank.
+        descriptions: Machine and facts of each rank.
     """
-    for name in dict.fromkeys(name for _, facts in said for name in facts):
-        values = [facts.get(name, "unknown") for _, facts in said]
+    for name in dict.fromkeys(name for _, facts in descriptions for name in facts):
+        values = [facts.get(name, "unknown") for _, facts in descriptions]
         common = Counter(values).most_common(1)[0][0]
         odd = [rank for rank, value in enumerate(values) if value != common]
         if odd:
-            host, value = said[odd[0]][0], values[odd[0]]
+            host, value = descriptions[odd[0]][0], values[odd[0]]
             also = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
             return (
                 f"the processes disagree: {name} is {value} on rank {odd[0]}{also}, machine "
-                f"{host}, and {common} on {len(said) - len(odd)} of {len(said)}"
+                f"{host}, and {common} on {len(values) - len(odd)} of {len(values)}"
             )
     return None
 
 
 @cache
 def code_version() -> str:
-    """A short hash of the sources of this package."""
+    """Return a short hash of the sources of this package."""
     digest = hashlib.sha256()
     for folder in ("engine", "kernels", "pipelines"):
         for path in sorted((PACKAGE / folder).rglob("*.py")):

@@ -40,17 +40,17 @@ def deepspeed_config(
     offload: str = "none",
     reduce_dtype: str = "auto",
 ) -> dict[str, Any]:
-    """DeepSpeed's settings; whatever is not named keeps DeepSpeed's default.
+    """Return DeepSpeed's settings; whatever is not named keeps DeepSpeed's default.
 
     Args:
-        world_size: number of ranks.
-        batch_size: clips per micro-batch and rank.
-        accumulate: micro-batches per optimizer step.
+        world_size: Number of ranks.
+        batch_size: Clips per micro-batch and rank.
+        accumulate: Micro-batches per optimizer step.
         zero_stage: 1 shards the optimizer state, 2 the gradients as well, 3 the weights as well.
         precision: "fp32" or "bf16".
-        max_grad_norm: clip the global gradient norm to this; None does not clip.
-        num_params: number of weights of the model.
-        cuda: whether the ranks compute on GPUs.
+        max_grad_norm: Clip the global gradient norm to this; None does not clip.
+        num_params: Number of weights of the model.
+        cuda: Whether the ranks compute on GPUs.
         offload: "cpu" keeps the optimizer's state in main memory; "none" on the device.
         reduce_dtype: "fp32" or "bf16" for gradients between ranks; "auto": as they are.
     """
@@ -105,15 +105,15 @@ class TrainEngine:
         stepped = engine.step(lr)
 
     Args:
-        module: the model, with the same structure on every rank; rank 0's weights count. Under
+        module: The model, with the same structure on every rank; rank 0's weights count. Under
             bf16 its parameters become bfloat16 (its buffers keep their type).
         optimizer: torch.optim.Adam or AdamW over exactly the trainable parameters of `module`.
-        world: this process's world.
-        batch_size: clips per micro-batch and rank.
-        accumulate: micro-batches per optimizer step.
+        world: This process's world.
+        batch_size: Clips per micro-batch and rank.
+        accumulate: Micro-batches per optimizer step.
         zero_stage: 1, 2 or 3.
         precision: "fp32" or "bf16" (weights and gradients bf16, master weights and Adam fp32).
-        max_grad_norm: clip the global gradient norm to this; None does not clip.
+        max_grad_norm: Clip the global gradient norm to this; None does not clip.
         offload: "none" or "cpu", where the optimizer's state is and its step is taken.
         reduce_dtype: "auto", "fp32" or "bf16", of gradients on their way between ranks.
 
@@ -170,25 +170,25 @@ class TrainEngine:
             self._state.write_weights(exact)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the module; at ZeRO stage 3 this gathers the weights it needs.
+        """Run the module's forward; at ZeRO stage 3 this gathers the weights it needs.
 
         The module must return tensors, or tuples, lists or dicts of them.
         """
         return self._engine(*args, **kwargs)
 
     def train(self, mode: bool = True) -> None:
-        """Switches the module between training and evaluation."""
+        """Switch the module between training and evaluation."""
         self.module.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch; `loss` is a scalar and is divided by `accumulate` here."""
+        """Compute gradients of one micro-batch; `loss` is divided by `accumulate` here."""
         self._engine.backward(loss)
 
     def step(self, lr: float) -> bool:
-        """Ends a micro-batch; at the end of an accumulation, takes the optimizer step.
+        """End a micro-batch; at the end of an accumulation, take the optimizer step.
 
         Args:
-            lr: learning rate of this step; a parameter group's is `lr` times its "lr_scale", if it
+            lr: Learning rate of this step; a parameter group's is `lr` times its "lr_scale", if it
                 has one.
 
         Returns:
@@ -210,17 +210,19 @@ class TrainEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out so far because a gradient was not finite; not part of the state."""
+        """Steps skipped so far because a gradient was not finite; not part of the state."""
         return self._engine.skipped_steps
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks from the module and frees the sharded state."""
+        """Remove DeepSpeed's hooks from the module and free the sharded state."""
         self._engine.destroy()
         # Stage 3 replaces it for the whole process, by one that rounds once more under bf16.
         nn.functional.linear = self._linear
 
     def state(self) -> tuple[dict[str, Tensor], int]:
-        """The whole training state in its portable form. Collective; between optimizer steps only.
+        """Return the whole training state in its portable form. Collective.
+
+        Between optimizer steps only.
 
         Returns:
             On rank 0 the tensors "weight/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME", fp32 on the
@@ -232,12 +234,12 @@ class TrainEngine:
         return self._state.read(), self._state.adam_step
 
     def load_state(self, tensors: Mapping[str, Tensor], adam_step: int) -> None:
-        """Continues from a state of any stage, precision and number of ranks. Collective.
+        """Load a state of any stage, precision and number of ranks. Collective.
 
         Args:
-            tensors: what `state` gave. Only rank 0's count, so the other ranks may pass nothing,
+            tensors: What `state` gave. Only rank 0's count, so the other ranks may pass nothing,
                 and the files need not be visible to them.
-            adam_step: number of optimizer steps taken; rank 0's counts.
+            adam_step: Number of optimizer steps taken; rank 0's counts.
 
         Raises:
             CheckpointError: on every rank, when the tensors do not fit the module.
@@ -257,7 +259,7 @@ class TrainEngine:
 def _check(
     module: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int, precision: str
 ) -> None:
-    """Raises a ValueError for what the engine does not offer."""
+    """Raise a ValueError for what the engine does not offer."""
     if zero_stage not in (1, 2, 3):
         raise ValueError(f"zero_stage: expected 1, 2 or 3, found {zero_stage}")
     if precision not in ("fp32", "bf16"):
@@ -276,7 +278,7 @@ def _check(
 
 
 def _import_deepspeed() -> Any:
-    """Imports DeepSpeed without its prints and without its hidden compilation."""
+    """Import DeepSpeed without its prints and without its hidden compilation."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on stdout
     import deepspeed
@@ -294,6 +296,6 @@ def _import_deepspeed() -> Any:
 
 
 def _limit_waiting(timeout_s: float) -> None:
-    """Gives every process group the run's time limit; DeepSpeed's own groups wait 30 minutes."""
+    """Give every process group the run's timeout; DeepSpeed's own groups wait 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

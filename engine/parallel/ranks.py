@@ -1,4 +1,4 @@
-"""Ranks: who started this process, which device it owns, and what ranks say to each other.
+"""Ranks: the launcher of this process, its device, and collectives of Python values.
 
 The same program runs as plain ``python``, under ``torchrun``, the ``deepspeed`` launcher, ``srun``
 and ``mpirun``. A process alone needs neither a port nor a launcher. Nothing here imports
@@ -74,7 +74,7 @@ _joined = 0  # how often this process has joined a world
 
 
 def _integer(env: Mapping[str, str], key: str, default: int | None = None) -> int:
-    """The environment variable as an integer; an error of one line if it is none."""
+    """Return an environment variable as an integer."""
     text = env.get(key)
     if text is None and default is not None:
         return default
@@ -84,7 +84,7 @@ def _integer(env: Mapping[str, str], key: str, default: int | None = None) -> in
 
 
 def first_host(nodes: str) -> str:
-    """First machine of a Slurm node list: "gpu[003-007,12],x1" is "gpu003"."""
+    """Return the first machine of a Slurm node list: "gpu[003-007,12],x1" is "gpu003"."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if match is None:
         raise ConfigError(f"environment variable SLURM_STEP_NODELIST: no machine in {nodes!r}")
@@ -92,7 +92,7 @@ def first_host(nodes: str) -> str:
 
 
 def read_launch(env: Mapping[str, str]) -> Launch:
-    """Recognises the launcher from its environment variables, without changing them.
+    """Recognise the launcher from its environment variables, without changing them.
 
     Raises:
         ConfigError: the variables contradict each other or are incomplete.
@@ -148,7 +148,7 @@ def _tasks_here(env: Mapping[str, str], world_size: int) -> int:
 
 
 def init_world(timeout_s: float = 600.0) -> World:
-    """Joins the run: process group, device and environment. A second call returns the same world.
+    """Join the run: process group, device and environment. A second call returns the same world.
 
     Args:
         timeout_s: how long any collective waits before the run fails instead of hanging.
@@ -207,7 +207,7 @@ def init_world(timeout_s: float = 600.0) -> World:
 
 
 def close_world() -> None:
-    """Leaves the process group and restores the environment; harmless when there is no world."""
+    """Leave the process group and restore the environment; harmless when there is no world."""
     global _world
     if _world is None:
         return
@@ -248,12 +248,12 @@ def _pick_device(launch: Launch) -> tuple[torch.device, int]:
 
 
 def reduce_sum(values: Sequence[float], world: World) -> list[float]:
-    """Sums each value over all ranks, in float64: exact for counters below 2**53. Collective."""
+    """Sum each value over all ranks, in float64: exact for counters below 2**53. Collective."""
     return _reduce(values, world, dist.ReduceOp.SUM)
 
 
 def reduce_max(values: Sequence[float], world: World) -> list[float]:
-    """Largest of each value over all ranks, for example of a stop flag. Collective."""
+    """Return the largest of each value over all ranks, for example of a stop flag. Collective."""
     return _reduce(values, world, dist.ReduceOp.MAX)
 
 
@@ -266,7 +266,7 @@ def _reduce(values: Sequence[float], world: World, op: dist.ReduceOp.RedOpType) 
 
 
 def gather_rows(rows: Tensor, values: Tensor, count: int, world: World) -> tuple[Tensor, Tensor]:
-    """Rows that are spread over the ranks, put together on the CPU of every rank. Collective.
+    """Gather the rows of all ranks on the CPU of every rank. Collective.
 
     Args:
         rows: [n] int64, where this rank's values belong; no other rank has them.
@@ -286,7 +286,7 @@ def gather_rows(rows: Tensor, values: Tensor, count: int, world: World) -> tuple
 
 
 def broadcast_object(value: T, world: World) -> T:
-    """The value that rank 0 passed, on every rank; small and picklable. Collective."""
+    """Return the value of rank 0 on every rank; small and picklable. Collective."""
     if world.world_size == 1:
         return value
     box = [value]
@@ -295,7 +295,7 @@ def broadcast_object(value: T, world: World) -> T:
 
 
 def gather_objects(value: T, world: World) -> list[T]:
-    """The values of all ranks, on every rank; small and picklable. Collective."""
+    """Return the values of all ranks on every rank; small and picklable. Collective."""
     if world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
@@ -305,7 +305,7 @@ def gather_objects(value: T, world: World) -> list[T]:
 
 @contextmanager
 def expecting_peers(world: World) -> Iterator[None]:
-    """Tells the end of another process from errors of this one.
+    """Raise LostPeer where another process is gone, and other errors as they are.
 
     Raises:
         LostPeer: a collective inside has failed because another rank is gone or hangs.
@@ -326,13 +326,13 @@ def expecting_peers(world: World) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Of the message of an error, without the place in its source."""
+    """Return the first line of an error's message, without its place in the source."""
     lines = str(error).splitlines() or [type(error).__name__]
     return re.sub(r"^\[\S*:\d+\]\s*", "", lines[0])
 
 
 def run_on_main(function: Callable[[], T], world: World) -> T:
-    """Calls the function on rank 0 alone; its result, or its error, reaches every rank.
+    """Call the function on rank 0 alone; its result, or its error, reaches every rank.
 
     For files: a full disk must stop all ranks with the same message, not leave all but one of
     them waiting in the next collective. Collective.

@@ -46,7 +46,7 @@ class ShardedState:
         return max(int(self._zero.optimizer.state[flat]["step"]) for flat in self._flats())
 
     def read(self) -> dict[str, Tensor]:
-        """The whole state on the CPU of rank 0; an empty dict on the other ranks."""
+        """Return the whole state on the CPU of rank 0; an empty dict on the other ranks."""
         tensors: dict[str, Tensor] = {}
         for name, param in self.module.named_parameters():
             for kind in KINDS if param.requires_grad else KINDS[:1]:
@@ -59,7 +59,7 @@ class ShardedState:
         return tensors
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """How the tensors differ from the module's names and shapes; None if they fit."""
+        """Return how the tensors differ from the module's names and shapes; None if they fit."""
         expected = {f"buffer/{name}": tuple(b.shape) for name, b in self._buffers().items()}
         for name, param in self.module.named_parameters():
             for kind in KINDS if param.requires_grad else KINDS[:1]:
@@ -81,7 +81,7 @@ class ShardedState:
         return None
 
     def write(self, tensors: Mapping[str, Tensor], adam_step: int) -> None:
-        """Replaces the state by rank 0's; the other ranks may pass nothing.
+        """Replace the state by rank 0's; the other ranks may pass nothing.
 
         Args:
             tensors: on rank 0 all that `misfit` expects.
@@ -94,7 +94,7 @@ class ShardedState:
             self._receive(tensors.get(f"buffer/{name}"), buffer)
 
     def write_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the master weights alone by rank 0's "weight/NAME"."""
+        """Replace the master weights alone by rank 0's "weight/NAME"."""
         self._write_parameters(tensors, KINDS[:1])
 
     def _flats(self) -> list[Tensor]:

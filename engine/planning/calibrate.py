@@ -1,7 +1,7 @@
-"""How fast this machine is, from a few short runs, in the terms of the plan's formulas.
+"""Fit the plan's formulas to this machine, from a few short runs.
 
 Runs of full depth differ in width, length and batch. The seconds of a step are then split into
-those of products (as L D^2), attention (L^2 D) and all else (L D) by least squares, none of them
+those of matmul (as L D^2), attention (L^2 D) and all else (L D) by least squares, none of them
 negative; and the memory over what the formulas count is one factor and one constant.
 """
 
@@ -41,7 +41,7 @@ PRIOR = 0.05  # weight of what is usual, against one run
 
 
 def plain_cpu() -> Gpu:
-    """This machine's CPU with the peak of a large product, and shares as they are usual."""
+    """Describe this machine's CPU: the peak of a large matmul, and typical shares of it."""
     left, right = torch.randn(PEAK_SHAPE[:2]), torch.randn(PEAK_SHAPE[1:])
     seconds = []
     for _ in range(4):
@@ -67,11 +67,11 @@ def plain_cpu() -> Gpu:
 
 
 def calibrate(say: Callable[[str], None], run: Callable[..., Trial] = try_out) -> Gpu:
-    """This machine's first device, measured.
+    """Measure this machine's first device.
 
     Args:
-        say: Is told of each run.
-        run: Makes a trial of a configuration.
+        say: Called with a line about each run.
+        run: Runs a trial of a configuration.
 
     Raises:
         ConfigError: A run failed, or the device is not known.
@@ -108,12 +108,12 @@ def calibrate(say: Callable[[str], None], run: Callable[..., Trial] = try_out) -
 
 
 def fit(gpu: Gpu, configs: list[Config], trials: list[Trial]) -> Gpu:
-    """The device whose shares explain some trials best.
+    """Fit the shares of a device to trials.
 
     Args:
-        gpu: With the peaks that the shares are of.
-        configs: What was tried.
-        trials: What came out.
+        gpu: Device with known peaks.
+        configs: Configurations of the trials.
+        trials: Their results.
     """
     rows = []
     for config in configs:
@@ -125,16 +125,16 @@ def fit(gpu: Gpu, configs: list[Config], trials: list[Trial]) -> Gpu:
             batch=config.train.batch_size,
             stage=1,
         )
-        rows.append([parts.products, parts.attention, parts.elementwise + parts.optimizer])
+        rows.append([parts.matmul, parts.attention, parts.elementwise + parts.optimizer])
     seconds = np.array([trial.least_s for trial in trials])
-    # Relative errors count: each row is divided by its time. What the runs do not tell apart stays
+    # Relative errors count: each row is divided by its time. What the runs do not determine stays
     # near the shares as they were.
     system = np.vstack([np.array(rows) / seconds[:, None], PRIOR * np.eye(3)])
     factors, _ = nnls(system, np.concatenate([np.ones(len(rows)), np.full(3, PRIOR)]))
-    products, attention, rest = (float(1 / max(factor, 0.05)) for factor in factors)
+    matmul, attention, rest = (float(1 / max(factor, 0.05)) for factor in factors)
     fitted = replace(
         gpu,
-        gemm_share=gpu.gemm_share * products,
+        gemm_share=gpu.gemm_share * matmul,
         attention_share=gpu.attention_share * attention,
         bandwidth_share=gpu.bandwidth_share * rest,
     )
@@ -155,7 +155,7 @@ def fit(gpu: Gpu, configs: list[Config], trials: list[Trial]) -> Gpu:
 
 
 def write_gpu(gpu: Gpu, path: Path) -> None:
-    """A file that ``--gpu`` reads."""
+    """Write a file that ``--gpu`` reads."""
     rounded = {
         key: float(f"{value:.4g}") if isinstance(value, float) else value
         for key, value in dataclasses.asdict(gpu).items()

@@ -1,4 +1,4 @@
-"""The order of the clips for all ranks of a large run, worked out on one machine and checked."""
+"""The order of the clips for all ranks of a large run, computed and checked on one machine."""
 
 import resource
 import time
@@ -10,7 +10,7 @@ from ssast.pipelines.clips.order import clips_at, permutation, rank_positions
 
 
 def work_out_order(num_clips: int, world_size: int, batch: int, seed: int) -> dict[str, Any]:
-    """One epoch of every rank, and whether each clip comes up exactly once.
+    """Compute one epoch of every rank; check that each clip comes up exactly once.
 
     Args:
         num_clips: n, of the data set.
@@ -50,7 +50,7 @@ def work_out_order(num_clips: int, world_size: int, batch: int, seed: int) -> di
 
 
 def format_order(order: dict[str, Any]) -> str:
-    """What was worked out, as text."""
+    """Format the result as text."""
     verdict = "each exactly once" if order["partition"] else "NOT each exactly once"
     return (
         f"order of {order['clips']:,} clips over {order['ranks']:,} ranks, {order['steps']:,} "

@@ -1,7 +1,7 @@
 """What a run needs and how long it takes: memory, time and traffic by formula.
 
     P parameters, W devices, b clips of a device in a micro-step, L = N + 2 tokens of width D,
-    K tokens that the last block is asked for, e bytes of an activation, 12 = fp32 master weight
+    K tokens that the last block computes, e bytes of an activation, 12 = fp32 master weight
     and two moments
 
     weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
@@ -10,7 +10,7 @@
     activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
                                                        dropout and with attention in tiles
     FLOPs              see flops.py
-    time               products / (their share of the peak) + attention / (its share)
+    time               matmul / (their share of the peak) + attention / (its share)
                        + bytes of norms, activations, residuals / (share of the bandwidth)
     collectives        volume (W - 1) / W / bus bandwidth + latency       nccl-tests, PERFORMANCE.md
     on the wire        ZeRO 1: 2 P reduced + P gathered, ZeRO 2: P reduced + P gathered,
@@ -61,7 +61,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Of all of them: an allocator hardly gives the place of activations to gradients."""
+        """Sum of all parts: allocators hardly reuse the memory of activations for gradients."""
         return sum(vars(self).values())
 
 
@@ -69,25 +69,25 @@ class Memory:
 class StepTime:
     """Seconds of one optimizer step."""
 
-    products: float
+    matmul: float
     attention: float
     elementwise: float
     optimizer: float
     reduce: float
     gather: float
     exposed: float
-    """Of the collectives, what is not hidden behind the backward pass."""
+    """Time of collectives that is not hidden behind the backward pass."""
     host: float
-    """Of launching operations, which goes on beside the device's work."""
+    """Time of launching operations, which goes on beside the device's work."""
 
     @property
     def device(self) -> float:
-        """Of computing, without waiting for others."""
-        return self.products + self.attention + self.elementwise + self.optimizer
+        """Time of computing, without waiting for other devices."""
+        return self.matmul + self.attention + self.elementwise + self.optimizer
 
     @property
     def total(self) -> float:
-        """From step to step."""
+        """Time from step to step."""
         return max(self.device, self.host) + self.exposed
 
 
@@ -100,7 +100,7 @@ class Parameters:
 
 
 def count_parameters(config: Config) -> Parameters:
-    """Of the configured model, which is built without its memory."""
+    """Count the configured model's parameters, without allocating them."""
     with torch.device("meta"):
         model = build_classifier(config, NUM_CLASSES) if config.finetune else MSPM(config)
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -108,15 +108,15 @@ def count_parameters(config: Config) -> Parameters:
 
 
 def element_bytes(gpu: Gpu) -> int:
-    """Of a weight, a gradient, an activation."""
+    """Return the bytes of a weight, a gradient or an activation."""
     return 2 if gpu.precision == "bf16" else 4
 
 
 def block_activations(config: Config, batch: int, e: int) -> list[float]:
-    """Bytes that each block keeps for its backward pass.
+    """Return the bytes that each block keeps for its backward pass.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         batch: b, clips.
         e: Bytes of an activation.
     """
@@ -143,10 +143,10 @@ def block_activations(config: Config, batch: int, e: int) -> list[float]:
 
 
 def activations(config: Config, batch: int, e: int, every: int | None) -> float:
-    """Bytes that a forward pass keeps for the backward pass.
+    """Return the bytes that a forward pass keeps for the backward pass.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         batch: b, clips of one device in one micro-step.
         e: Bytes of an activation.
         every: As ``train.activation_checkpoint_every``.
@@ -181,10 +181,10 @@ def memory(
     stage: int,
     every: int | None = None,
 ) -> Memory:
-    """Memory of one device.
+    """Return the memory of one device.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         gpu: The device.
         parameters: Of the model.
         world_size: W, devices.
@@ -226,7 +226,7 @@ def largest_batch(
     every: int | None = None,
     most: int = 1 << 16,
 ) -> int:
-    """The most clips of one device in one micro-step that fit; 0 if not even one does."""
+    """Return the most clips of one device in one micro-batch that fit; 0 if not even one does."""
 
     def fits(batch: int) -> bool:
         need = memory(
@@ -242,7 +242,7 @@ def largest_batch(
 
 
 def bus_bandwidth(gpu: Gpu, world_size: int) -> float:
-    """Bytes per second and device of a collective: the slower of link and network.
+    """Return bytes per second and device of a collective: the slower of link and network.
 
     Between machines each device's share of the ring crosses its node's adapters together with the
     others', so all of them count.
@@ -262,7 +262,7 @@ def collective_s(gpu: Gpu, world_size: int, size: float, pieces: int) -> float:
 
 
 def wire_elements(parameters: Parameters, stage: int, micro_steps: int) -> tuple[float, float]:
-    """Elements of a step that are reduced and that are gathered."""
+    """Return the elements of a step that are reduced and that are gathered."""
     T, P = parameters.trained, parameters.total
     reduced = 2.0 * T if stage == 1 else float(T) * micro_steps
     return reduced, 2.0 * P * micro_steps if stage == 3 else float(T)
@@ -278,7 +278,7 @@ def step_time(
     stage: int,
     every: int | None = None,
 ) -> StepTime:
-    """Time of one optimizer step; arguments as in :func:`memory`."""
+    """Return the time of one optimizer step; arguments as in :func:`memory`."""
     size, micro_steps = SIZES[config.model.size], config.train.accumulation_steps
     D, depth = size.embed_dim, config.model.depth or size.depth
     L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
@@ -291,10 +291,10 @@ def step_time(
     factor = (1 if frozen else 3) * (2 if two else 1)  # forward passes' worth of work
     attended = factor * attention_flops(config)
     linear = forward_flops(config) - attention_flops(config)
-    products = step_flops_per_clip(config) - attended + again * factor / 3 * linear
+    matmul = step_flops_per_clip(config) - attended + again * factor / 3 * linear
     attended *= 1 + again / 3
     peak = gpu.peak_tflops * 1e12
-    products_s = clips * products / peak / (gpu.gemm_share * D / (D + gpu.half_width))
+    matmul_s = clips * matmul / peak / (gpu.gemm_share * D / (D + gpu.half_width))
     attention_s = clips * attended / peak / gpu.attention_share
     moved = clips * L * D * depth * e * TRAFFIC[mode] * (factor / 3) * (1 + again / 3)
     bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
@@ -305,14 +305,14 @@ def step_time(
     reduce_s = collective_s(gpu, world_size, e * reduced, 5 * micro_steps)
     gather_pieces = depth * 2 * micro_steps if stage == 3 else max(1, math.ceil(gathered / 2e8))
     gather_s = collective_s(gpu, world_size, e * gathered, gather_pieces)
-    backward_s = HIDDEN * (products_s + attention_s + moved / bandwidth) * 2 / 3
+    backward_s = HIDDEN * (matmul_s + attention_s + moved / bandwidth) * 2 / 3
     if stage == 3:  # all of it beside computing
         exposed = max(0.0, reduce_s + gather_s - 1.5 * backward_s) if world_size > 1 else 0.0
     else:
         exposed = max(reduce_s - backward_s, reduce_s / 5) + gather_s
     host_s = micro_steps * depth * LAUNCHES[mode] * gpu.launch_us * 1e-6 + ENGINE_S[stage]
     return StepTime(
-        products=products_s,
+        matmul=matmul_s,
         attention=attention_s,
         elementwise=moved / bandwidth,
         optimizer=optimizer_s,
@@ -325,7 +325,7 @@ def step_time(
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run: what is sharded, computed again, and put on a device at once."""
+    """A way to run: what is sharded and recomputed, and the batch of a device."""
 
     stage: int
     every: int | None
@@ -336,7 +336,7 @@ class Choice:
 def choose(
     config: Config, gpu: Gpu, parameters: Parameters, world_size: int, batch: int | None = None
 ) -> tuple[Choice, list[str]] | None:
-    """The choice that is recommended, and why; None if nothing fits.
+    """Return the recommended choice, and why; None if nothing fits.
 
     The lowest stage that holds at least the wanted batch is best: what is sharded must be fetched.
     Blocks are computed again only where nothing else helps, as that costs up to a third more
@@ -344,7 +344,7 @@ def choose(
     faster, but train otherwise.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         gpu: Each device.
         parameters: Of the model.
         world_size: Devices.

@@ -1,4 +1,4 @@
-"""A plan, as numbers, as text and as a picture of its scaling."""
+"""A plan as numbers, as text and as a plot of its scaling."""
 
 import dataclasses
 import json
@@ -39,16 +39,16 @@ BATCHES = (1, 8, 32, 128)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a plan is asked for.
+class PlanRequest:
+    """What is to be planned.
 
     Attributes:
-        gpus: Devices.
-        gpu: Each of them.
-        batch: Clips of one device in one micro-step; the configuration's or a good one if None.
-        clips: To train on in all, repetitions included; the configuration's if None.
-        price: Of a device for an hour, in any currency.
-        clips_per_core: That a core of the host makes ready in a second; a default if None.
+        gpus: Number of devices.
+        gpu: Their kind.
+        batch: Clips of one device in one micro-batch; the configuration's or a good one if None.
+        clips: Clips to train on in all, with repetitions; the configuration's if None.
+        price: Price of a device for an hour, in any currency.
+        clips_per_core: Clips per second that a core of the host loads; a default if None.
     """
 
     gpus: int
@@ -59,21 +59,21 @@ class Wish:
     clips_per_core: float | None = None
 
 
-def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
-    """The plan, ready for JSON; bytes in GiB, times in seconds unless the name says otherwise.
+def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
+    """Make a plan, ready for JSON; bytes in GiB, times in seconds unless the name says otherwise.
 
     Raises:
         ConfigError: Not even one clip fits on a device.
     """
-    gpu, W, train = wish.gpu, wish.gpus, config.train
+    gpu, W, train = request.gpu, request.gpus, config.train
     parameters = count_parameters(config)
-    batch, notes = wish.batch, list[str]()
+    batch, batch_reasons = request.batch, list[str]()
     parts = W * train.accumulation_steps
     if batch is None and train.batch_size % parts == 0:
         batch = train.batch_size // parts
-        notes.append(f"{batch} clips a device, as train.batch_size={train.batch_size} says")
+        batch_reasons.append(f"{batch} clips a device, as train.batch_size={train.batch_size} says")
     elif batch is None:
-        notes.append(
+        batch_reasons.append(
             f"train.batch_size={train.batch_size} cannot be divided over {W} devices: another is "
             "planned with, which trains differently (adapt optim.lr)"
         )
@@ -100,7 +100,7 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
         rate = _facts(compiled, gpu, parameters, W, choice)["clips_per_s"]
         gain = rate / facts["clips_per_s"] - 1
         reasons.append(f"train.compile=true would be {gain:.0%} faster after minutes of compiling")
-    clips = wish.clips or float(train.steps) * train.batch_size
+    clips = request.clips or float(train.steps) * train.batch_size
     global_batch = choice.batch * parts
     hours = clips / facts["clips_per_s"] / 3600
     if train.batch_size < global_batch and clips < FEW_STEPS * global_batch:
@@ -109,7 +109,7 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
             "learn less from each clip, so train on more of them, or on fewer devices"
         )
     on_cpu = gpu.precision == "fp32"
-    per_core = wish.clips_per_core or CLIPS_PER_CORE["filterbank" if on_cpu else "decoded"]
+    per_core = request.clips_per_core or CLIPS_PER_CORE["filterbank" if on_cpu else "decoded"]
     seconds = config.audio.num_frames / 100
     reduced, gathered = 0.0, 0.0
     if W > 1:
@@ -129,7 +129,7 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
             "train.accumulation_steps": train.accumulation_steps,
             "batch_per_gpu": choice.batch,
         },
-        "reasons": notes + reasons,
+        "reasons": batch_reasons + reasons,
         **facts,
         "step": {**vars(time), "total": time.total},
         "communication": {
@@ -149,10 +149,10 @@ def make_plan(config: Config, wish: Wish) -> dict[str, Any]:
         "steps": math.ceil(clips / global_batch),
         "days": hours / 24,
         "gpu_hours": hours * W,
-        "cost": None if wish.price is None else hours * W * wish.price,
+        "cost": None if request.price is None else hours * W * request.price,
         "memory_table": _memory_table(config, gpu, parameters, W),
         "scaling": _scaling(config, gpu, parameters, choice, sorted({*SCALES, W})),
-        "assumptions": _assumptions(config, gpu, per_core, wish.clips_per_core is not None),
+        "assumptions": _assumptions(config, gpu, per_core, request.clips_per_core is not None),
     }
 
 
@@ -204,7 +204,7 @@ def _memory_table(
 def _scaling(
     config: Config, gpu: Gpu, parameters: Parameters, choice: Choice, sizes: list[int]
 ) -> list[dict[str, Any]]:
-    """As many clips a device on any number of them."""
+    """Speed on other numbers of devices, with as many clips on each."""
     rows: list[dict[str, Any]] = []
     for W in sizes:
         facts = _facts(config, gpu, parameters, W, choice)
@@ -221,7 +221,7 @@ def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> l
         f"{gpu.name}: {gpu.peak_tflops:.4g} TFLOP/s {gpu.precision}, {gpu.memory_gib:.4g} GiB, "
         f"{gpu.bandwidth_gb_s:.4g} GB/s; {gpu.per_node} to a machine, {gpu.link_gb_s:g} GB/s "
         f"within, {gpu.network_gb_s:g} GB/s a device between machines",
-        f"reached: {D_share or f'{gpu.gemm_share:.0%}'} of the peak in products, "
+        f"reached: {D_share or f'{gpu.gemm_share:.0%}'} of the peak in matmul, "
         f"{gpu.attention_share:.0%} in attention, {gpu.bandwidth_share:.0%} of the bandwidth; "
         f"{TRAFFIC[mode]:g} elements moved per token, width and block ({mode})",
         f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
@@ -238,7 +238,7 @@ def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> l
 
 
 def clips_per_core(path: Path, gpu: Gpu) -> float:
-    """Clips per second and core, from what ``ssast bench data --json`` printed.
+    """Read clips per second and core from what ``ssast bench data --json`` printed.
 
     Raises:
         ConfigError: It is something else.
@@ -255,7 +255,7 @@ def clips_per_core(path: Path, gpu: Gpu) -> float:
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """The plan as text."""
+    """Format a plan as text."""
     choice, data, wire, step = plan["choice"], plan["data"], plan["communication"], plan["step"]
     parts = plan["memory_parts"]
     lines = [
@@ -274,7 +274,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         "",
         f"  memory per GPU   {plan['memory_per_gpu']:.1f} of {plan['gpu']['memory_gib']:.0f} GiB: "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005),
-        f"  step             {1e3 * step['total']:.1f} ms: products {1e3 * step['products']:.1f}, "
+        f"  step             {1e3 * step['total']:.1f} ms: matmul {1e3 * step['matmul']:.1f}, "
         f"attention {1e3 * step['attention']:.1f}, elementwise {1e3 * step['elementwise']:.1f}, "
         f"optimizer {1e3 * step['optimizer']:.1f}, waiting for others "
         f"{1e3 * step['exposed']:.1f} (launches take {1e3 * step['host']:.1f} beside that)",
@@ -295,7 +295,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     ]
     for row in plan["memory_table"]:
         name = f"ZeRO {row['zero_stage']}"
-        name += ", all blocks computed again" if row["activation_checkpoint_every"] else ""
+        name += ", all blocks recomputed" if row["activation_checkpoint_every"] else ""
         sizes = "".join(f"{gib:9.1f}" for gib in row["gib"].values())
         lines.append(f"  {name:32}{sizes}   {row['fit']:,}")
     lines += ["", f"with {choice['batch_per_gpu']} clips on each GPU"]
@@ -313,7 +313,7 @@ def _duration(days: float) -> str:
 
 
 def draw_scaling(plan: dict[str, Any], path: Path) -> None:
-    """Clips per second and days over the number of devices, PNG."""
+    """Plot clips per second and hours over the number of devices, as PNG."""
     rows = plan["scaling"]
     sizes = [row["gpus"] for row in rows]
     rates = [row["clips_per_s"] for row in rows]

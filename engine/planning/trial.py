@@ -31,9 +31,9 @@ class Trial:
         outcome: "ok", or why there are no numbers.
         reason: The last line of an error.
         step_s: Median seconds of a step.
-        least_s: Of the fastest step; on a CPU, the least CPU seconds a thread, which do not depend
-            on what else runs there.
-        clips_per_s: Of this process.
+        least_s: Seconds of the fastest step; on a CPU, the least CPU seconds per thread, which do
+            not depend on what else runs there.
+        clips_per_s: Rate of this process.
         memory_gib: Highest memory: of the device, or resident on a CPU.
         base_gib: The same before there was a model.
     """

@@ -27,7 +27,7 @@ _COST_S = 12.0  # of starting a process, at least
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting, and what came of it."""
+    """Settings, and the result of their trial."""
 
     config: Config
     num_threads: int | None = None
@@ -47,12 +47,13 @@ def tune(
     say: Callable[[str], None] = lambda text: None,
     run: Callable[..., Trial] = try_out,
 ) -> list[Candidate]:
-    """Try settings out until time is up.
+    """Try settings until time is up.
 
     Args:
-        config: To begin with, of one process; its clips are read where ``data.train`` is set.
-        seconds: For all runs together; the first is made in any case.
-        say: Is told of each run.
+        config: Configuration to begin with, of one process; its clips are read where
+            ``data.train`` is set.
+        seconds: Time for all runs together; the first is made in any case.
+        say: Called with a line about each run.
         run: Makes a trial, as :func:`~ssast.engine.planning.trial.try_out`.
 
     Returns:
@@ -72,7 +73,7 @@ def tune(
     tried: list[Candidate] = []
 
     def attempt(candidate: Candidate) -> Candidate | None:
-        """The candidate with its trial; None when time is up."""
+        """Return the candidate with its trial; None when time is up."""
         left = end - time.monotonic()
         if tried and left < _COST_S:
             return None
@@ -114,7 +115,7 @@ def tune(
 
 
 def fastest(tried: list[Candidate]) -> Candidate:
-    """The one with the smallest batch among the fastest.
+    """Return the candidate with the smallest batch among the fastest.
 
     Raises:
         ConfigError: None of them ran.
@@ -129,12 +130,12 @@ def fastest(tried: list[Candidate]) -> Candidate:
 
 
 def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
-    """The configuration with the fastest settings: a file for ``ssast pretrain``.
+    """Write the configuration with the fastest settings, for ``ssast pretrain``.
 
     Args:
-        config: As it was.
-        tried: Of :func:`tune`.
-        path: To write to.
+        config: The configuration as given.
+        tried: Result of :func:`tune`.
+        path: The file to write.
 
     Raises:
         ConfigError: None of them ran.
@@ -153,7 +154,7 @@ def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
 
 
 def format_line(candidate: Candidate) -> str:
-    """A candidate, as a line of text."""
+    """Format a candidate as a line of text."""
     train, trial = candidate.config.train, candidate.trial
     assert trial is not None
     settings = f"batch {train.batch_size}"
@@ -175,7 +176,7 @@ def format_line(candidate: Candidate) -> str:
 
 
 def format_results(tried: list[Candidate]) -> str:
-    """All of them, the fastest first."""
+    """Format all candidates, the fastest first."""
     best = fastest(tried)
     ranked = sorted(tried, key=lambda candidate: -candidate.rate)
     given = tried[0].rate
@@ -196,7 +197,7 @@ def _follow(
     attempt: Callable[[Candidate], Candidate | None],
     helps: Callable[[Candidate, Candidate], bool],
 ) -> bool:
-    """Multiply the batch as long as it helps; whether it did at all."""
+    """Multiply the batch as long as it helps; return whether it did at all."""
     before = best
     while (other := _with_batch(before, factor)) is not None:
         done = attempt(other)
@@ -207,7 +208,7 @@ def _follow(
 
 
 def _attentions(best: Candidate) -> Iterator[Candidate]:
-    """Where it is not PyTorch's own choice anyway: the first of these was taken by default."""
+    """Vary the backend on GPUs; the first of the candidates is the default."""
     if torch.cuda.is_available():
         dtype = torch.float32 if best.config.train.precision == "fp32" else torch.bfloat16
         for backend in candidates(torch.device("cuda"), dtype):
@@ -237,7 +238,7 @@ def _compiled(best: Candidate) -> Iterator[Candidate]:
 
 
 def _checkpointing(best: Candidate) -> Iterator[Candidate]:
-    """Only where the configuration does not fit as it is."""
+    """Recompute activations, only where the configuration does not fit as it is."""
     if best.trial is not None and best.trial.outcome == "out of memory":
         for every in (2, 1):
             train = replace(best.config.train, activation_checkpoint_every=every)

@@ -1,4 +1,4 @@
-"""The training engine that a configuration asks for."""
+"""The training engine of a task."""
 
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.task import Task

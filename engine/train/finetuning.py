@@ -278,7 +278,7 @@ class Finetuning(Task):
 
 
 def finished_at(run: Path) -> int | None:
-    """The step at which a run was finished; None if it was not."""
+    """Return the step at which a run was finished; None if it was not."""
     found = Checkpoints(run / CHOSEN).latest()
     if found is None:
         return None
@@ -286,6 +286,6 @@ def finished_at(run: Path) -> int | None:
 
 
 def steps_of_epochs(config: Config, num_clips: int) -> tuple[int, int]:
-    """Steps of one epoch, of which the last may reach into the next one, and of all epochs."""
+    """Return the steps of one epoch (the last may reach into the next one) and of all epochs."""
     each = -(-num_clips // config.train.batch_size)
     return each, each * finetune_settings(config).epochs

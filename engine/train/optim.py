@@ -13,15 +13,15 @@ from ssast.engine.settings import Optim
 def build_optimizer(
     module: nn.Module, optim: Optim, lr_scale: Callable[[str], float] = lambda name: 1.0
 ) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters of a module.
+    """Build the optimizer of the trainable parameters of a module.
 
     ``adam`` is the published recipe: one group, L2 regularisation in the gradient. ``adamw``
     decays matrices only, neither biases, norms nor learned tokens and positions.
 
     Args:
-        module: What is trained.
-        optim: Its settings.
-        lr_scale: The learning rate of a parameter, by its name, as a multiple of the run's.
+        module: Module to train.
+        optim: Settings of the optimizer.
+        lr_scale: Gives the learning rate of a parameter, by its name, as a multiple of the run's.
             Parameters with equal multiples are in one group, which has it as ``lr_scale``.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -65,14 +65,14 @@ class Plateau:
 def learning_rate(
     step: int, optim: Optim, *, steps: int, plateau_scale: float = 1.0, steps_per_epoch: int = 1
 ) -> float:
-    """The learning rate of a step.
+    """Return the learning rate of a step.
 
     Args:
         step: Steps taken before this one.
-        optim: Peak rate, warm-up, schedule.
-        steps: Of the whole run; where the cosine ends.
-        plateau_scale: What the plateau rule has left of it.
-        steps_per_epoch: By which the multistep schedule counts.
+        optim: Peak rate, warm-up and schedule.
+        steps: Steps of the whole run; where the cosine ends.
+        plateau_scale: Factor of the plateau schedule.
+        steps_per_epoch: Steps by which the multistep schedule counts epochs.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ssast.benchmarks.training.step import Spread, main
+from ssast.benchmarks.training.step import Quartiles, main
 
 ALLOCATE = """
 import resource, sys, torch
@@ -31,10 +31,10 @@ def test_freed_memory_is_kept() -> None:
     assert page_faults("keep") < 0.1 * page_faults("default")
 
 
-def test_spread() -> None:
-    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert (spread.low, spread.median, spread.high) == (2.0, 3.0, 4.0)
-    assert f"{spread:.1f}" == "3.0 (2.0 to 4.0)"
+def test_quartiles() -> None:
+    quartiles = Quartiles.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (quartiles.low, quartiles.median, quartiles.high) == (2.0, 3.0, 4.0)
+    assert f"{quartiles:.1f}" == "3.0 (2.0 to 4.0)"
 
 
 @pytest.mark.slow

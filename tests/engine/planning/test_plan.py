@@ -27,7 +27,7 @@ from ssast.engine.planning.plan import (
     step_time,
     wire_elements,
 )
-from ssast.engine.planning.report import Wish, make_plan
+from ssast.engine.planning.report import PlanRequest, make_plan
 from ssast.engine.planning.trial import Trial
 
 SMALL = ["audio.num_frames=256", "objective.num_masked=90"]
@@ -242,13 +242,15 @@ def test_the_command_prints_json_and_draws(capsys, tmp_path):
 
 
 def test_a_batch_that_is_given_is_planned_with():
-    wish = Wish(gpus=64, gpu=load_gpu("h100"))
-    plan = make_plan(load_config("base_patch", ["train.batch_size=512"]), wish)
+    request = PlanRequest(gpus=64, gpu=load_gpu("h100"))
+    plan = make_plan(load_config("base_patch", ["train.batch_size=512"]), request)
     assert plan["choice"]["train.batch_size"] == 512 and plan["choice"]["batch_per_gpu"] == 8
-    plan = make_plan(load_config("base_patch"), replace(wish, batch=16, clips=1e6))
+    plan = make_plan(load_config("base_patch"), replace(request, batch=16, clips=1e6))
     assert plan["steps"] == 977 and plan["choice"]["train.batch_size"] == 1024
     assert "only 977 steps" in " ".join(plan["reasons"])
-    alone = make_plan(load_config("base_patch"), Wish(gpus=1, gpu=load_gpu("h100"), clips=1e4))
+    alone = make_plan(
+        load_config("base_patch"), PlanRequest(gpus=1, gpu=load_gpu("h100"), clips=1e4)
+    )
     assert alone["choice"]["train.batch_size"] == 24 and not alone["communication"]["reduced_gib"]
     assert "steps" not in " ".join(alone["reasons"])
 

@@ -1,4 +1,4 @@
-"""A variant of the training step in a process of its own: what a few steps take there.
+"""Measure a variant of the training step in a process of its own.
 
 Only one such process is alive at a time, so that it has the machine, and what it keeps in memory
 goes with it. A process that keeps freed memory takes one step more, the first, which does not
@@ -24,14 +24,14 @@ from ssast.engine.monitoring.monitor import peak_memory_gib
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured in one process.
+    """Measurements of one process.
 
     Attributes:
         cpu_s: CPU seconds of each step, over all threads.
-        wall_s: The same by the clock.
-        loss: Of the first step: fresh weights, the masks that all variants are compared on.
+        wall_s: Wall-clock seconds of each step.
+        loss: Loss of the first step: fresh weights, the masks that all variants are compared on.
         memory_gib: Highest resident memory of the process.
-        peak_gflops: Of a large matrix product per CPU second, in the precision and by the library
+        peak_gflops: Rate of a large matmul per CPU second, in the precision and by the library
             of the variant's.
     """
 
@@ -45,13 +45,13 @@ class Sample:
 def measure(
     variant: Variant, setting: Setting, most: int, seconds: float = math.inf
 ) -> Sample | str:
-    """Take some steps in a new process; or say why this machine cannot.
+    """Take some steps in a new process; return why, if this machine cannot.
 
     Args:
-        variant: Whose steps.
-        setting: What they compute.
-        most: Steps that count, at most.
-        seconds: After which no other one is begun; one is taken in any case.
+        variant: Variant of the step.
+        setting: Size of what it computes.
+        most: Largest number of steps that count.
+        seconds: Time after which no other step is begun; one is taken in any case.
 
     Raises:
         ConfigError: The process ended without a result.
@@ -62,7 +62,7 @@ def measure(
 def take_steps(
     variant: Variant, setting: Setting, most: int, seconds: float = math.inf
 ) -> Sample | str:
-    """What :func:`measure` does, in this process."""
+    """Do in this process what :func:`measure` does in a new one."""
     torch.set_num_threads(setting.threads)
     random.seed(0)
     with variant.prepared() as lacking:
@@ -85,7 +85,7 @@ def take_steps(
 
 
 def in_process(task: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> Any:
-    """What a function returns in a new process.
+    """Call a function in a new process; return its result.
 
     Args:
         task: Of a module; it and what it is given and returns can be pickled.
@@ -101,7 +101,7 @@ def in_process(task: Callable[..., Any], *arguments: Any, env: dict[str, str] | 
 def start(
     task: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None
 ) -> Callable[[], Any]:
-    """Begin with :func:`in_process`; what is returned waits for the result."""
+    """Start what :func:`in_process` does; return a function that waits for the result."""
     # Forked from a process that has imported this module, and done nothing else yet.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
