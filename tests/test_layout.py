@@ -90,6 +90,21 @@ def test_errors_are_in_one_place(path):
                 assert node.module == ERRORS[name], f"{path} imports {name} from {node.module}"
 
 
+NOT_FIRST = {"of", "in", "on", "for", "from", "with", "after", "before", "by", "at", "as", "to"}
+NOT_FIRST |= {"it", "none"}
+
+
+@every_file
+def test_docstrings_begin_with_a_verb_or_a_noun(path):
+    """A first line such as "Of the run." says nothing where it is shown alone."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = ast.get_docstring(node) if isinstance(node, kinds) else None
+        if text:
+            first = text.split()[0].rstrip(".,:").lower()
+            assert first not in NOT_FIRST, f"{path}: {text.splitlines()[0]}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
 def test_test_files_are_small(path):
     assert len(path.read_text(encoding="ascii").splitlines()) <= 400

@@ -72,7 +72,7 @@ class Batched(SharedPass):
         ).mask_ids
 
     def encode(self, x: Tensor, mask_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As the published one; every patch is projected all the same."""
+        """Encode as the published code does; masked patches are projected too."""
         projection = self.v.patch_embed.proj
         tokens = projection(x.unsqueeze(1).transpose(2, 3)).flatten(2).transpose(1, 2)
         masked = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter_(1, mask_ids, True)
@@ -83,12 +83,12 @@ class Batched(SharedPass):
     def discriminative_loss(
         self, hidden: Tensor, targets: Tensor, mask_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As the published one."""
+        """Compute InfoNCE loss and pretext accuracy with our kernel."""
         nce, accuracy = info_nce(targets, self.cpredlayer(take(hidden, mask_ids + 2)))
         return nce.mean(), accuracy.mean()
 
     def generative_loss(self, hidden: Tensor, targets: Tensor, mask_ids: Tensor) -> Tensor:
-        """As the published one."""
+        """Compute the MSE loss with our kernel."""
         return mse(targets, self.gpredlayer(take(hidden, mask_ids + 2))).mean()
 
 
