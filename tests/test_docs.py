@@ -17,6 +17,7 @@ from ssast.engine import settings
 from ssast.engine.cli import main as cli
 from ssast.engine.config import CONFIGS, Config, load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.monitoring import monitor
 from ssast.engine.settings import Finetune
 
 README = ROOT / "README.md"
@@ -179,6 +180,25 @@ def known_keys():
     """Every key of a configuration, those of fine-tuning among them."""
     sections = {**vars(load_config("base_patch")), "finetune": Finetune()}
     return {f"{name}.{key}" for name, section in sections.items() for key in vars(section)}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_metrics_are_those_that_are_logged(page):
+    known = set(re.findall(r"\b(?:train|valid|perf)/\w+", monitor.__doc__))
+    assert len(known) > 10
+    named = re.findall(r"`((?:train|valid|perf)/\w+)`", page.read_text(encoding="utf-8"))
+    assert set(named) <= known
+
+
+def test_every_recipe_is_in_a_table():
+    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("pretraining", "finetuning")]
+    tables = re.findall(r"^\| Recipe \|.*\n((?:\|.*\n)+)", "\n".join(pages), re.M)
+    rows = "".join(tables).splitlines()
+    named = {code for row in rows if "`" in row for code in CODE.findall(row.split("|")[1])}
+    recipes = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert named <= recipes
+    # Of a published data set, the patch model stands for both.
+    assert {name for name in recipes if not name.endswith("_frame")} <= named
 
 
 def test_files_in_the_picture_exist():
