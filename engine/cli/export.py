@@ -75,6 +75,7 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.formats.huggingface import export_huggingface
     from ssast.engine.formats.portable import save_onnx, save_program
     from ssast.engine.formats.published import save_published
+    from ssast.engine.model.classifier import ACTIVATIONS
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
 
@@ -90,10 +91,12 @@ def _export(options: argparse.Namespace) -> int:
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
         save_published(loaded.model, out, loaded.audio)
     elif options.to == "hf":
-        export_huggingface(bare, out, loaded.audio, loaded.classes or None)
+        loss = loaded.loss if loaded.is_classifier else None
+        export_huggingface(bare, out, loaded.audio, loaded.classes or None, loss)
     else:
         save = save_onnx if options.to == "onnx" else save_program
-        save(bare, out, loaded.audio, loaded.classes or None)
+        activation = ACTIVATIONS[loaded.loss] if loaded.is_classifier else None
+        save(bare, out, loaded.audio, loaded.classes or None, activation)
     if loaded.audio.ignore_padding:
         print(
             "warning: audio.ignore_padding is not exported: outputs are the same only for clips of "

@@ -55,7 +55,8 @@ def add_missing_metadata(command: argparse.ArgumentParser, *, classifier: bool =
         group.add_argument(
             "--loss",
             choices=("ce", "bce"),
-            help="single-label (ce) or multi-label (bce) (default: ce)",
+            help="single-label (ce) or multi-label (bce) "
+            "(default: as a transformers folder says, else ce)",
         )
         group.add_argument(
             "--labels",

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ssast.engine.config import finetune_settings
 from ssast.engine.data.labels import read_labelled
 from ssast.engine.evaluation.metrics import classification_metrics
 from ssast.engine.evaluation.predict import default_device, score_clips
@@ -33,15 +32,14 @@ def evaluate(
             clips can be read.
     """
     loaded = as_classifier(model)
-    loss = finetune_settings(loaded.config).loss
-    clips = read_labelled(str(manifest), loaded.classes, one_label=loss == "ce")
+    clips = read_labelled(str(manifest), loaded.classes, one_label=loaded.loss == "ce")
     logits, reasons = score_clips(loaded, clips.paths, default_device())
     read = np.array([row not in reasons for row in range(len(clips))])
     if not read.any():
         raise DataError(f"{manifest}: none of its {len(clips)} clips can be read")
-    values = classification_metrics(logits[read], clips.targets()[read])
+    values = classification_metrics(logits[read], clips.targets()[read], loaded.loss)
     if out is not None:
         from ssast.engine.evaluation.report import write_split  # matplotlib takes a second
 
-        write_split(out, clips, logits, read, values, loss)
+        write_split(out, clips, logits, read, values, loaded.loss)
     return values

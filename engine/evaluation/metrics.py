@@ -5,7 +5,6 @@ import warnings
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import softmax
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -15,16 +14,20 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from ssast.engine.evaluation.probabilities import chosen_classes, probabilities
+
 TOP = 5
 TARGET_PRIOR = 0.01  # of the detection cost: how often it is the claimed class, as NIST has it
 
 
-def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -> dict[str, float]:
     """Compute the metrics of a set of clips.
 
     Args:
         logits: [n, C] logits.
         targets: [n, C], 1 for the classes of a clip, else 0.
+        loss: ``ce`` or ``bce``, which the model was trained with: clips are ranked by their
+            probabilities, and classes are chosen for F1, as that loss has it.
 
     Returns:
         ``map`` (mean average precision), ``mauc`` (mean area under the ROC curve), ``dprime``
@@ -46,23 +49,19 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray) -> dict[str,
             scores["top5"] = float(
                 top_k_accuracy_score(truth, logits, k=TOP, labels=np.arange(num_classes))
             )
-        labels = np.flatnonzero(present)
-        f1 = f1_score(truth, named, labels=labels, average="macro", zero_division=0)
-    else:
-        chosen = logits[:, present] > 0
-        f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
     mixed = present & ~targets.all(0)
     if mixed.any():
-        # Softmax or sigmoid: within a class of the latter, logits rank as probabilities do.
-        ranks = softmax(logits, axis=-1) if single else logits
+        ranked = probabilities(logits, loss)
         if single:
-            scores |= verification_metrics(ranks.ravel(), targets.ravel())
-        per_class = class_metrics(ranks, targets)
+            scores |= verification_metrics(ranked.ravel(), targets.ravel())
+        per_class = class_metrics(ranked, targets)
         scores["map"] = float(np.nanmean(per_class["average_precision"]))
         scores["mauc"] = float(np.nanmean(per_class["auc"]))
         scores["dprime"] = math.sqrt(2) * NormalDist().inv_cdf(
             min(max(scores["mauc"], 1e-12), 1 - 1e-12)
         )
+    chosen = chosen_classes(logits, loss)[:, present]
+    f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
     scores["macro_f1"] = float(f1)
     return scores
 

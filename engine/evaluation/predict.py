@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssast.engine.config import finetune_settings
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.formats.open import LoadedModel, as_classifier
@@ -58,7 +57,7 @@ def predict(
     loaded = as_classifier(model)
     paths = find_files(sources)
     logits, reasons = score_clips(loaded, paths, default_device())
-    scores = probabilities(logits, finetune_settings(loaded.config).loss)
+    scores = probabilities(logits, loaded.loss)
     return [
         Prediction(str(path), (), reasons[row])
         if row in reasons

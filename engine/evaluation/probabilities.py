@@ -1,9 +1,15 @@
-"""Probabilities and the most likely classes, from logits."""
+"""Probabilities and the classes that are chosen by them, from logits.
+
+What ranks, thresholds or shows scores comes from here, and follows the loss of the training alone,
+never how many labels the clips happen to have.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import expit, softmax
+
+THRESHOLD = 0.5  # of a probability, above which a sigmoid chooses a class
 
 
 def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
@@ -11,6 +17,16 @@ def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
     if loss == "ce":
         return softmax(logits, axis=-1)
     return expit(logits)
+
+
+def chosen_classes(logits: np.ndarray, loss: str) -> np.ndarray:
+    """Choose classes from logits [n, C], [n, C] bool.
+
+    For ``ce`` the most likely one of each clip, for ``bce`` all above :data:`THRESHOLD`.
+    """
+    if loss == "ce":
+        return logits.argmax(-1)[:, None] == np.arange(logits.shape[-1])
+    return probabilities(logits, loss) > THRESHOLD
 
 
 def top_classes(scores: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:

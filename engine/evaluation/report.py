@@ -49,7 +49,7 @@ def write_split(
     _draw_classes(folder / "classes.png", scores[rows], targets[rows], clips.classes)
     if clips.single:
         draw_confusion(
-            folder / "confusion.png", scores[rows].argmax(1), targets[rows].argmax(1), clips.classes
+            folder / "confusion.png", logits[rows].argmax(1), targets[rows].argmax(1), clips.classes
         )
 
 

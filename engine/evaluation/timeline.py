@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssast.engine.config import finetune_settings
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.predict import default_device, find_files
@@ -183,7 +182,7 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
         loaded.names,
         np.array(starts) / rate,
         np.array(ends) / rate,
-        probabilities(np.concatenate(logits), finetune_settings(loaded.config).loss),
+        probabilities(np.concatenate(logits), loaded.loss),
         np.array(list(columns.values())).reshape(-1, audio.n_mels),
         reason,
     )

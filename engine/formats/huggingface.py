@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -27,6 +27,7 @@ from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import SIZES, Audio, Model
 
 REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
+Loss = Literal["ce", "bce"]
 CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 _STOCK, _OWN = "audio-spectrogram-transformer", "ssast"
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
@@ -47,6 +48,10 @@ _NAMES = {
 _QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(.+)")
 _HEAD = {"head.0.": "classifier.layernorm.", "head.1.": "classifier.dense."}
 _PREFIX = "audio_spectrogram_transformer."
+_PROBLEM_TYPES: dict[Loss, str] = {
+    "ce": "single_label_classification",
+    "bce": "multi_label_classification",
+}
 _MASK_EMBED = "embed.mask_embed"  # of pretraining alone
 
 
@@ -55,6 +60,7 @@ def export_huggingface(
     folder: str | Path,
     audio: Audio,
     labels: Sequence[str] | None = None,
+    loss: Loss | None = None,
 ) -> Path:
     """Write a folder for ``from_pretrained``: configuration, feature extractor, weights.
 
@@ -63,6 +69,8 @@ def export_huggingface(
         folder: Output folder, created if need be.
         audio: Settings of the model's input.
         labels: Names of the classes, in the order of the logits.
+        loss: Loss that a classifier was trained with, for ``problem_type``: transformers takes the
+            softmax of ``ce`` and the sigmoid of ``bce``. None leaves it out.
 
     Returns:
         The folder.
@@ -78,6 +86,8 @@ def export_huggingface(
             f"transformers works at {_SAMPLE_RATE_HZ}"
         )
     config = _config(model, audio, labels)
+    if isinstance(model, Classifier) and loss is not None:
+        config["problem_type"] = _PROBLEM_TYPES[loss]
     state = _stock_state(model) if config["model_type"] == _STOCK else _own_state(model)
     # The names of the feature extractor's settings are transformers'.
     preprocessor = {
@@ -109,16 +119,18 @@ def export_huggingface(
 
 def import_huggingface(
     folder: str | Path,
-) -> tuple[Classifier | SpectrogramTransformer, Audio, tuple[str, ...]]:
+) -> tuple[Classifier | SpectrogramTransformer, Audio, tuple[str, ...], Loss | None]:
     """Load the model in a folder that transformers' AST or :func:`export_huggingface` has saved.
 
     Returns:
         A classifier, or an encoder where the folder holds no head, on the CPU; the settings of its
-        input; the names of its classes, () of an encoder. The epsilons of its LayerNorms are the
+        input; the names of its classes, () of an encoder; the loss that the folder's
+        ``problem_type`` stands for, None if it names none. The epsilons of its LayerNorms are the
         folder's.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or the model is none that we can hold.
+        CheckpointError: A file is missing or damaged, or the model is none that we can hold, such
+            as a regression.
     """
     folder = Path(folder)
     config, preprocessor = (_read_json(folder / name) for name in (CONFIG, _PREPROCESSOR))
@@ -136,7 +148,9 @@ def import_huggingface(
     if not has_head:
         target: Classifier | SpectrogramTransformer = model
         labels: tuple[str, ...] = ()
+        loss = None
     else:
+        loss = _loss(config, folder)
         if head_name not in state:
             raise CheckpointError(f"{folder / _WEIGHTS}: missing {head_name}")
         num_classes = len(state[head_name])
@@ -147,7 +161,19 @@ def import_huggingface(
         if isinstance(module, nn.LayerNorm):
             module.eps = config["layer_norm_eps"]
     _fill(target, state, kind == _STOCK, folder / _WEIGHTS)
-    return target.eval(), audio, labels
+    return target.eval(), audio, labels, loss
+
+
+def _loss(config: dict[str, Any], folder: Path) -> Loss | None:
+    """Return the loss that a folder's ``problem_type`` stands for; None if it has none."""
+    kind = config.get("problem_type")
+    if kind is None:
+        return None
+    for loss, name in _PROBLEM_TYPES.items():
+        if kind == name:
+            return loss
+    known = " or ".join(_PROBLEM_TYPES.values())
+    raise CheckpointError(f"{folder / CONFIG}: problem_type is {kind!r}, expected {known}")
 
 
 def _config(

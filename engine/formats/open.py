@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
 from ssast.engine.checkpoints.weights import read_weights
-from ssast.engine.config import Config, from_plain
+from ssast.engine.config import Config, finetune_settings, from_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.huggingface import CONFIG, import_huggingface
@@ -37,8 +37,8 @@ Origin = Literal["run", "published", "transformers"]
 class MissingMetadata:
     """What a published file does not say of its model.
 
-    A run of ours says all of it itself, a folder of transformers all but ``loss``; its ``labels``
-    go before those in the folder.
+    A run of ours says all of it itself, and a folder of transformers most: ``loss`` and ``labels``
+    that are given override those in the folder.
     """
 
     num_frames: int | None = None
@@ -57,7 +57,8 @@ class MissingMetadata:
     """Standard deviation of the filterbanks, likewise."""
 
     loss: Literal["ce", "bce"] | None = None
-    """Loss of a fine-tuned model: one class a clip, or several; ce if None."""
+    """Loss of a fine-tuned model: one class a clip, or several. If None, as the ``problem_type``
+    of a folder of transformers says, else ce."""
 
     labels: str | Path | None = None
     """A CSV of the classes of a fine-tuned model (index, mid, display_name)."""
@@ -118,6 +119,15 @@ class LoadedModel:
                 f"CONFIG --checkpoint {self.path} makes a classifier of it"
             )
         return self.model
+
+    @property
+    def loss(self) -> Literal["ce", "bce"]:
+        """Loss of a classifier, which its scores follow; ``ce`` where nothing says it.
+
+        Raises:
+            ConfigError: The model is pretrained.
+        """
+        return finetune_settings(self.config).loss
 
     @property
     def num_classes(self) -> int:
@@ -235,8 +245,8 @@ def _open_run(path: Path, metadata: MissingMetadata) -> LoadedModel:
 
 def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
     _check_known(path, replace(metadata, loss=None, labels=None))
-    model, audio, classes = import_huggingface(path)
-    config = _describe(model, audio, metadata)
+    model, audio, classes, loss = import_huggingface(path)
+    config = _describe(model, audio, replace(metadata, loss=metadata.loss or loss))
     loaded = LoadedModel(model, config, path, "transformers", classes, classes)
     return _with_labels(loaded, metadata.labels)
 

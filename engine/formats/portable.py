@@ -15,7 +15,7 @@ from ssast.engine.model.classifier import Classifier, pool
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio
 
-INPUT, OUTPUT, LABELS = "fbank", "output", "labels"
+INPUT, OUTPUT, LABELS, ACTIVATION = "fbank", "output", "labels", "activation"
 ONNX_OPSET = 18
 
 
@@ -62,6 +62,7 @@ def save_program(
     path: str | Path,
     audio: Audio,
     labels: Sequence[str] | None = None,
+    activation: str | None = None,
 ) -> Path:
     """Write a file for ``torch.export.load(path).module()``, usually called .pt2.
 
@@ -70,6 +71,8 @@ def save_program(
         path: Path of the file.
         audio: Settings of its input.
         labels: Names of the classes, a JSON list in the extra file ``labels``.
+        activation: What makes probabilities of the logits, in the extra file ``activation``; see
+            :data:`~ssast.engine.model.classifier.ACTIVATIONS`.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -77,7 +80,7 @@ def save_program(
     path = _made(path)
     try:
         with open(path, "wb") as file:
-            extra = {} if labels is None else {LABELS: json.dumps(list(labels))}
+            extra = _metadata(labels, activation)
             torch.export.save(export_program(model, audio), file, extra_files=extra)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
@@ -89,6 +92,7 @@ def save_onnx(
     path: str | Path,
     audio: Audio,
     labels: Sequence[str] | None = None,
+    activation: str | None = None,
 ) -> Path:
     """Write an ONNX file: input ``fbank`` [batch, T, F], output ``output``.
 
@@ -97,6 +101,7 @@ def save_onnx(
         path: Path of the file; weights above 2 GB go into a second one beside it.
         audio: Settings of its input.
         labels: Names of the classes, a JSON list in the metadata ``labels``.
+        activation: As for :func:`save_program`, in the metadata ``activation``.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -124,13 +129,17 @@ def save_onnx(
             verbose=False,
         )
     assert converted is not None
-    if labels is not None:
-        converted.model.metadata_props[LABELS] = json.dumps(list(labels))
+    converted.model.metadata_props.update(_metadata(labels, activation))
     try:
         converted.save(path, external_data=_bytes(model) > 2 * 10**9)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     return path
+
+
+def _metadata(labels: Sequence[str] | None, activation: str | None) -> dict[str, str]:
+    found = {} if labels is None else {LABELS: json.dumps(list(labels))}
+    return found if activation is None else found | {ACTIVATION: activation}
 
 
 def _bytes(model: nn.Module) -> int:

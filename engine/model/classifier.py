@@ -8,6 +8,9 @@ from torch.nn import functional
 
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
 
+ACTIVATIONS = {"ce": "softmax", "bce": "sigmoid"}
+"""What makes probabilities of the logits of a classifier, by the loss it was trained with."""
+
 
 def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"]) -> Tensor:
     """Pool hidden states [B, 2 + N, D] to one vector per clip, [B, D].

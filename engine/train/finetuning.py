@@ -210,7 +210,9 @@ class Finetuning(Task):
         whole, read = gather_rows(torch.cat(rows), torch.cat(logits), len(clips), world)
         mask = read.numpy()
         values.pop("accuracy", None)
-        scores = classification_metrics(whole[read].double().numpy(), clips.targets()[mask])
+        scores = classification_metrics(
+            whole[read].double().numpy(), clips.targets()[mask], self.settings.loss
+        )
         if self.metric not in scores and clips is self.splits.valid:
             raise DataError(
                 f"{clips.source}: the {mask.sum()} of {len(clips)} held-out clips that can be read "

@@ -10,7 +10,7 @@ from ssast.engine.evaluation.probabilities import probabilities
 def test_scores_of_a_small_case_by_hand():
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.5, 1.0, 1.0], [0.0, 0.0, 3.0]])
     targets = np.eye(3)[[0, 1, 1, 2]]
-    scores = classification_metrics(logits, targets)
+    scores = classification_metrics(logits, targets, "ce")
     assert scores["accuracy"] == 0.75
     assert "top5" not in scores
     # F1: 2/3 for class 0 (one wrong), 2/3 for class 1 (one missed), 1 for class 2.
@@ -21,7 +21,7 @@ def test_scores_of_a_small_case_by_hand():
 def test_average_precision_and_auc_of_several_labels():
     targets = np.array([[1, 0], [0, 1], [1, 1], [0, 0]])
     logits = np.array([[3.0, -1.0], [2.0, 3.0], [1.0, 2.0], [0.0, 0.0]])
-    scores = classification_metrics(logits, targets)
+    scores = classification_metrics(logits, targets, "bce")
     assert "accuracy" not in scores
     # Class 0 ranks right, wrong, right: (1 + 2/3) / 2. Class 1 is perfect.
     assert scores["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
@@ -32,18 +32,36 @@ def test_average_precision_and_auc_of_several_labels():
 
 def test_classes_without_clips_are_left_out():
     logits, targets = np.random.default_rng(0).standard_normal((20, 8)), np.eye(8)[[0, 1] * 10]
-    scores = classification_metrics(logits, targets)
+    scores = classification_metrics(logits, targets, "ce")
     assert {"top5", "map", "mauc"} <= set(scores) and not any(map(math.isnan, scores.values()))
-    assert classification_metrics(logits[:0], targets[:0]) == {}
+    assert classification_metrics(logits[:0], targets[:0], "ce") == {}
 
 
 def test_chance_is_half_of_the_area():
     random = np.random.default_rng(0)
     scores = classification_metrics(
-        random.standard_normal((4000, 3)), np.eye(3)[[0, 1, 2, 0] * 1000]
+        random.standard_normal((4000, 3)), np.eye(3)[[0, 1, 2, 0] * 1000], "ce"
     )
     assert scores["mauc"] == pytest.approx(0.5, abs=0.03)
     assert scores["dprime"] == pytest.approx(0.0, abs=0.1)
+
+
+def test_scores_follow_the_loss_whatever_the_labels_are():
+    """One label each: a model trained with bce is ranked by its sigmoids, as one of several is."""
+    # Softmax puts the first clip before the second in class 0, sigmoid after it.
+    logits = np.array([[1.0, -9.0, -9.0], [2.0, 3.0, -9.0], [-2.0, -3.0, -1.0]])
+    targets = np.eye(3)[[0, 1, 2]]
+    ce, bce = (classification_metrics(logits, targets, loss) for loss in ("ce", "bce"))
+    assert ce["accuracy"] == bce["accuracy"] == 1.0
+    assert ce["map"] == 1.0
+    assert bce["map"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    # Above 1/2: clips 0 and (wrong) 1 of class 0; 1 of class 1; none of class 2.
+    assert ce["macro_f1"] == 1.0
+    assert bce["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    several = np.vstack([targets, [1, 1, 0]])
+    assert classification_metrics(np.vstack([logits, [9.0, 9.0, -9.0]]), several, "bce")["map"] == (
+        pytest.approx((5 / 6 + 1 + 1) / 3)
+    )
 
 
 def test_probabilities():
@@ -68,10 +86,11 @@ def test_equal_error_rate_by_hand():
 def test_each_clip_claims_each_class():
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.5, 1.0, 1.0], [0.0, 0.0, 3.0]])
     targets = np.eye(3)[[0, 1, 1, 2]]
-    found = classification_metrics(logits, targets)
+    found = classification_metrics(logits, targets, "ce")
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     want = verification_metrics(shares.ravel(), targets.ravel())
     assert {name: found[name] for name in want} == pytest.approx(want)
     assert 0 < found["eer"] < 0.5
-    several = classification_metrics(logits, np.array([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]))
+    several = np.array([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]])
+    several = classification_metrics(logits, several, "bce")
     assert "eer" not in several

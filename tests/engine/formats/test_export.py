@@ -109,7 +109,7 @@ def test_every_door_leads_to_the_same_logits(tuned, tmp_path, capsys):
         want = classifier(x)
     for to, name in (("hf", "hf"), ("onnx", "a.onnx"), ("pt2", "a.pt2"), ("published", "a.pth")):
         call(capsys, "export", tuned, *TUNED, "--to", to, tmp_path / name)
-    ours, audio, _ = import_huggingface(tmp_path / "hf")
+    ours, audio, *_ = import_huggingface(tmp_path / "hf")
     assert audio == CONFIG.audio
     published = load_published_classifier(
         tmp_path / "a.pth", num_frames=64, stride=(10, 10), mean=-5.0, std=4.0
@@ -124,10 +124,11 @@ def test_every_door_leads_to_the_same_logits(tuned, tmp_path, capsys):
         torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["ce", "bce"])
 @pytest.mark.parametrize("to", ["published", "hf", "onnx", "pt2"])
-def test_a_fine_tuned_run_with_its_labels(to, tmp_path, capsys):
+def test_a_fine_tuned_run_with_its_labels_and_its_loss(to, loss, tmp_path, capsys):
     classes, x = ["a", "b", "c", "d", "e"], fbanks()
-    plain = to_plain(CONFIG) | {"finetune": {"stride": [10, 10], "pooling": "cls"}}
+    plain = to_plain(CONFIG) | {"finetune": {"stride": [10, 10], "pooling": "cls", "loss": loss}}
     config = from_plain(plain)
     classifier = Classifier(make_classifier().encoder, 5, "cls").eval()
     weights = {f"weight/{name}": value for name, value in classifier.state_dict().items()}
@@ -142,15 +143,18 @@ def test_a_fine_tuned_run_with_its_labels(to, tmp_path, capsys):
                 out, num_frames=64, stride=(10, 10), pooling="cls", mean=-5.0, std=4.0
             )(x)
         elif to == "hf":
-            assert open_model(out).classes == tuple(classes)
+            assert open_model(out).classes == tuple(classes) and open_model(out).loss == loss
             found = open_model(out).model(x)
         elif to == "pt2":
-            extra = {"labels": ""}
+            extra = {"labels": "", "activation": ""}
             found = torch.export.load(out, extra_files=extra).module()(x)
             assert json.loads(extra["labels"]) == classes
+            assert extra["activation"] == ("softmax" if loss == "ce" else "sigmoid")
         else:
             session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
-            assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == classes
+            metadata = session.get_modelmeta().custom_metadata_map
+            assert json.loads(metadata["labels"]) == classes
+            assert metadata["activation"] == ("softmax" if loss == "ce" else "sigmoid")
             found = torch.from_numpy(session.run(None, {"fbank": x.numpy()})[0])
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 

@@ -119,7 +119,8 @@ def test_classifiers_have_our_logits_and_hidden_states(shape, pooling, kind, tmp
     want = torch.nn.functional.cross_entropy(out.logits, torch.tensor([1, 3]))
     torch.testing.assert_close(loss, want)
 
-    again, audio, labels = import_huggingface(folder)
+    again, audio, labels, found = import_huggingface(folder)
+    assert found is None
     assert audio == AUDIO and list(labels) == LABELS and again.pooling == pooling
     for name, value in ours.state_dict().items():
         if not name.endswith("mask_embed"):
@@ -137,15 +138,18 @@ def test_encoders_alone(shape, tmp_path, modules):
     with torch.no_grad():
         hidden = theirs(ours.embed.normalise(x)).last_hidden_state
     assert_close(our_states(ours, x)[-1], hidden)
-    again, audio, labels = import_huggingface(folder)
+    again, audio, labels, _ = import_huggingface(folder)
     assert isinstance(again, SpectrogramTransformer) and audio == AUDIO and labels == ()
     assert our_states(again, x)[-1].equal(our_states(ours, x)[-1])
 
 
-@pytest.mark.parametrize(("shape", "pooling"), [("overlapping", "cls"), ("frame", "avgtok")])
-def test_from_a_waveform_to_labels_by_transformers_alone(shape, pooling, tmp_path, modules):
+@pytest.mark.parametrize(
+    ("shape", "pooling", "loss"),
+    [("overlapping", "cls", "ce"), ("overlapping", "cls", "bce"), ("frame", "avgtok", "bce")],
+)
+def test_from_a_waveform_to_labels_by_transformers_alone(shape, pooling, loss, tmp_path, modules):
     ours = make_classifier(shape, pooling)
-    folder = export_huggingface(ours, tmp_path / "model", AUDIO, LABELS)
+    folder = export_huggingface(ours, tmp_path / "model", AUDIO, LABELS, loss)
     extract = transformers.AutoFeatureExtractor.from_pretrained(folder)
     wave = clip().numpy()
     theirs = extract(wave, sampling_rate=RATE_HZ, return_tensors="pt")["input_values"]
@@ -157,7 +161,7 @@ def test_from_a_waveform_to_labels_by_transformers_alone(shape, pooling, tmp_pat
     )
     found = {line["label"]: line["score"] for line in classify(wave, top_k=5)}
     with torch.no_grad():
-        want = ours(x)[0].softmax(0)
+        want = ours(x)[0].sigmoid() if loss == "bce" else ours(x)[0].softmax(0)
     assert [found[label] for label in LABELS] == pytest.approx(want.tolist(), abs=1e-4)
 
 
@@ -175,7 +179,7 @@ def test_a_model_that_transformers_saved(eps, tmp_path):
             parameter += 0.05 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
     transformers.ASTFeatureExtractor(max_length=96, mean=-5.0, std=4.0).save_pretrained(tmp_path)
-    ours, audio, labels = import_huggingface(tmp_path)
+    ours, audio, labels, _ = import_huggingface(tmp_path)
     assert list(labels) == LABELS and (audio.mean, audio.std) == (-5.0, 4.0)
     x = filterbanks()
     with torch.no_grad():
@@ -214,6 +218,8 @@ def change(folder: Path, name: str, **changed: object) -> None:
         ({"max_length": None}, "the key 'max_length' is missing"),
         ({"num_hidden_layers": 3}, r"missing .*encoder\.layer\.2\.layernorm_before\.weight"),
         ({"num_hidden_layers": 1}, r"unexpected .*encoder\.layer\.1\.layernorm_before\.weight"),
+        ({"problem_type": "regression"}, "problem_type is 'regression', expected single_label_cl"),
+        ({"problem_type": ["ce"]}, r"problem_type is \['ce'\], expected single_label_cl"),
         ({"time_stride": 8}, r"shapes that do not fit: encoder\.embed\.pos_embed"),
     ],
 )

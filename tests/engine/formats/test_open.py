@@ -13,6 +13,8 @@ from ssast.engine.api import ASTModel, save_published
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain, load_config
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.evaluation.predict import predict, score_clips
+from ssast.engine.evaluation.timeline import timelines
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.huggingface import export_huggingface
 from ssast.engine.formats.open import MissingMetadata, open_classifier, open_encoder
@@ -107,6 +109,30 @@ def test_a_folder_of_transformers_names_its_classes(classifier, tmp_path):
     engine = FinetuneEngine.from_checkpoint(tmp_path / "hf", 3)
     (path,) = make_sounds(tmp_path / "sounds", 1, 1)
     assert len(engine.predict([path])[0].classes) == 3
+
+
+@pytest.mark.parametrize("given", [None, "ce", "bce"])
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [(None, "ce"), ("single_label_classification", "ce"), ("multi_label_classification", "bce")],
+)
+def test_a_folder_of_transformers_says_which_loss_its_scores_follow(
+    kind, found, given, classifier, tmp_path
+):
+    """As ``problem_type``; an option overrides it."""
+    folder = export_huggingface(classifier, tmp_path / "hf", CONFIG.audio)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": kind}))
+    loaded = open_classifier(folder, MissingMetadata(loss=given))
+    assert loaded.loss == (given or found)
+    (path,) = make_sounds(tmp_path / "sounds", 1, 1)
+    shown = dict(predict(loaded, [path])[0].classes)
+    (timeline,) = timelines(loaded, [path])
+    logits, _ = score_clips(loaded, [path], torch.device("cpu"))
+    logits = torch.from_numpy(logits[0])
+    want = logits.softmax(0) if (given or found) == "ce" else logits.sigmoid()
+    assert [shown[f"LABEL_{n}"] for n in range(3)] == pytest.approx(want.tolist())
+    assert timeline.probabilities[0].tolist() == pytest.approx(want.tolist(), abs=1e-4)
 
 
 def test_fine_tuning_begins_from_a_folder_of_transformers(classifier, tmp_path):
