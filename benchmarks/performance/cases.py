@@ -38,7 +38,7 @@ MAX_STEPS, STEPS_S = 5, 6.0  # measured steps of a process, and seconds for them
 PROFILED_STEPS = 3
 SCALING_STEPS, PEAK_REPEATS = 3, 10
 # Peaks by the variant of the step whose matmul is measured.
-PEAKS = {"fp32": "published", "fp32 by AVX-512": "fast products", "bf16": "bf16"}
+PEAKS = {"fp32": "published", "fp32 by AVX-512": "fast matmul", "bf16": "bf16"}
 KINDS, CLIP_SECONDS = ("flac", "wav", "ogg"), (1.0, 10.0)
 RUN_STEPS = {"demo": 240, "long": 24}
 LOG_LINES, VALID_CLIPS = 6, 16  # of a run

@@ -103,8 +103,8 @@ class Variant:
         fused_adam: One operation for all weights, instead of many for each.
         fused_attention: scaled_dot_product_attention, whose probabilities are not in memory.
         keep_memory: Freed memory stays with the process.
-        fast_products: Float32 products by the fastest library that is exact.
-        blocked_attention: Our own attention of these products, where it is the fastest.
+        fast_matmul: Float32 matmul by the fastest library that is exact.
+        blocked_attention: Our own attention by this matmul, where it is the fastest.
         engine: The step is that of ``ssast pretrain``: DeepSpeed's, on one rank.
         compiled: As ``train.compile``.
         precision: As ``train.precision``.
@@ -116,7 +116,7 @@ class Variant:
     fused_adam: bool = False
     fused_attention: bool = False
     keep_memory: bool = False
-    fast_products: bool = False
+    fast_matmul: bool = False
     blocked_attention: bool = False
     engine: bool = False
     compiled: bool = False
@@ -141,7 +141,7 @@ class Variant:
         if self.keep_memory:
             keep_freed_memory()
         with ExitStack() as stack:
-            if self.fast_products:
+            if self.fast_matmul:
                 stack.enter_context(fast_matmul())
             if not self.blocked_attention:
                 stack.enter_context(patch.object(attention, "candidates", _sdpa_alone))
@@ -199,7 +199,7 @@ def _sdpa_alone(device: torch.device, dtype: torch.dtype) -> tuple[attention.Bac
 
 CPU = torch.device("cpu")
 LACKING: dict[str, Callable[[], str]] = {
-    "oneDNN": lambda: "" if is_fast() else "no library has faster products here",
+    "oneDNN": lambda: "" if is_fast() else "no library has a faster matmul here",
     "blocked": lambda: (
         ""
         if attention.candidates(CPU, torch.float32) == ("blocked",)
@@ -209,7 +209,7 @@ LACKING: dict[str, Callable[[], str]] = {
     "bf16": lambda: (
         ""
         if torch.cpu.get_capabilities().get("avx512_bf16")
-        else "the CPU has no products of bf16 (AVX512-BF16)"
+        else "the CPU has no bf16 matmul (AVX512-BF16)"
     ),
 }
 """Why this machine lacks something, under a variant's settings; empty if it has it."""
@@ -225,7 +225,7 @@ def _chain() -> dict[str, Variant]:
         ("sdpa", "scaled_dot_product_attention", {"fused_attention": True}),
         ("flop cuts", "only what the losses need is computed", {"model": MSPM}),
         ("kept memory", "freed memory kept", {"keep_memory": True}),
-        ("fast products", "fp32 products by AVX-512", {"fast_products": True, "needs": "oneDNN"}),
+        ("fast matmul", "fp32 matmul by AVX-512", {"fast_matmul": True, "needs": "oneDNN"}),
         ("blocked", "blocked attention", {"blocked_attention": True, "needs": "blocked"}),
         ("engine", "DeepSpeed: what ssast pretrain does", {"engine": True}),
     )

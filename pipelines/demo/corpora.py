@@ -113,7 +113,7 @@ def fetch_demo(
             pack_recordings(recordings, out, packing, out, jobs, progress, log)
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
-        return publish(out, tasks, settings, {"packages": versions}, log, unheard=demo_evaluation)
+        return publish(out, tasks, settings, {"packages": versions}, log, excluded=demo_evaluation)
 
 
 def fetch_sounds(

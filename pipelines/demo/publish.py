@@ -53,7 +53,7 @@ def publish(
     settings: dict[str, Any],
     facts: dict[str, Any],
     log: Callable[[str], None],
-    unheard: Callable[[Sequence[Clip]], Iterable[Clip]] = lambda clips: (),
+    excluded: Callable[[Sequence[Clip]], Iterable[Clip]] = lambda clips: (),
 ) -> DemoData:
     """Write the manifests, and last the file that says that all is done.
 
@@ -63,7 +63,7 @@ def publish(
         settings: What identifies the data set, see :func:`finished`.
         facts: More to write down beside the settings.
         log: Called with one line for each task and for the whole.
-        unheard: Picks more clips to keep out of pretraining.
+        excluded: Picks more clips to keep out of pretraining.
 
     Raises:
         DataError: Fewer than two clips are left for pretraining.
@@ -71,7 +71,7 @@ def publish(
     index = ShardIndex(out)
     clips = clips_of(index)
     shutil.rmtree(out / TASKS, ignore_errors=True)  # of another data set in this folder
-    held = {clip.name for clip in unheard(clips)}  # whole recordings
+    held = {clip.name for clip in excluded(clips)}  # whole recordings
     files: dict[str, list[str]] = {}
     for task in tasks:
         train, evaluation = divide(task, clips)

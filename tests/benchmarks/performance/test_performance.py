@@ -84,16 +84,16 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         with replace(variant, keep_memory=False).prepared() as lacking:
             found[name] = lacking
     assert {name: lacking for name, lacking in found.items() if lacking} == {
-        "fast products": "no library has faster products here",
+        "fast matmul": "no library has a faster matmul here",
         "blocked": "scaled_dot_product_attention is as fast here",
         "compiled": "there is no C++ compiler (g++)",
-        "bf16": "the CPU has no products of bf16 (AVX512-BF16)",
+        "bf16": "the CPU has no bf16 matmul (AVX512-BF16)",
     }
 
 
 def test_attention_is_what_the_variant_says() -> None:
     fp32 = torch.device("cpu"), torch.float32
-    with replace(VARIANTS["fast products"], keep_memory=False).prepared() as lacking:
+    with replace(VARIANTS["fast matmul"], keep_memory=False).prepared() as lacking:
         assert attention_backend(*fp32) == "sdpa" and is_fast() == (not lacking)
     with replace(DEFAULT, keep_memory=False).prepared():
         assert attention_backend(*fp32) == ("blocked" if is_fast() else "sdpa")
