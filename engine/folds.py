@@ -110,16 +110,13 @@ def cross_validate(
         # Folds that have not begun start from the weights that the first did.
         checkpoint = initial_checkpoint(fold_folder(run, folds[0].number))
     configs = {fold.number: fold_config(config, fold) for fold in folds}
+    world = init_world()
+    if not resume:
+        run_on_main(lambda: _check_free(run, folds), world)
     for fold in folds:
-        folder = fold_folder(run, fold.number)
-        if not resume and Checkpoints(folder / "checkpoints").latest() is not None:
-            raise ConfigError(
-                f"{folder} holds a run: add --resume to resume it, or choose another run.folder"
-            )
         find_splits(configs[fold.number])  # so that a mistake in the last fold is reported at once
     checkpoint = settings.checkpoint if checkpoint is None else checkpoint
     pretrained = None if checkpoint is None else open_encoder(checkpoint)  # read once for all folds
-    world = init_world()
     for fold in folds:
         if world.is_main:
             print(f"fold {fold.number} of {len(folds)}: {fold.evaluate}", flush=True)
@@ -130,6 +127,16 @@ def cross_validate(
     numbers = [fold.number for fold in folds]
     run_on_main(lambda: write_folds(run, numbers, split, settings.folds), world)
     return 0
+
+
+def _check_free(run: Path, folds: Sequence[Fold]) -> None:
+    """Refuse folders that hold runs."""
+    for fold in folds:
+        folder = fold_folder(run, fold.number)
+        if Checkpoints(folder / "checkpoints").latest() is not None:
+            raise ConfigError(
+                f"{folder} holds a run: add --resume to resume it, or choose another run.folder"
+            )
 
 
 def fold_config(config: Config, fold: Fold) -> Config:

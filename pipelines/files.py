@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,21 @@ def write_atomically(
     data = content.encode() if isinstance(content, str) else content
     with replacing(path, durable=durable, shared=shared) as temporary:
         temporary.write_bytes(data)
+
+
+def use_default_mode(path: Path) -> None:
+    """Give a file the mode of any new file in its folder: that of the umask, or of the ACL.
+
+    For libraries that create files which nobody else may read, whatever the umask.
+    """
+    # Only a new file tells: reading the umask means setting it, for all threads.
+    probe = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        path.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 def flush(path: Path) -> None:

@@ -10,6 +10,10 @@
 
 A save writes into a hidden folder, flushes every file to the disk, and renames the folder into
 its place in one atomic operation; only then is anything older removed. Nothing is unpickled.
+
+A checkpoint is damaged only where its bytes were read and differ from the manifest. One that cannot
+be read (permissions, an I/O error, a mount that is gone) is an error, as it may be whole; it is
+never removed, nor is a damaged one, nor one of other clips or of another model.
 """
 
 import hashlib
@@ -18,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ssast.engine.errors import CheckpointError
-from ssast.pipelines.files import flush, replacing, write_atomically
+from ssast.pipelines.files import flush, replacing, use_default_mode, write_atomically
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
@@ -42,7 +46,7 @@ class Checkpoints:
         keep: Number of the newest checkpoints to keep; the best one is kept in addition.
 
     Attributes:
-        damaged: Damaged checkpoints that :meth:`latest` skipped, with the reasons, by name.
+        damaged: Damaged checkpoints that were skipped, with the reasons, by name.
 
     Raises:
         ValueError: ``keep`` is less than 1.
@@ -54,12 +58,14 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep = keep
         self.damaged: dict[str, str] = {}
+        self._verified: set[str] = set()  # names of those written or verified by this object
+        self._spared: set[str] = set()  # names of those that may not be removed
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, step: int) -> Path:
         """Write a checkpoint, make it the latest, and remove those no longer kept.
 
-        A checkpoint of the same step is replaced. If this raises, the checkpoints from before the
-        call are still there and whole.
+        A checkpoint of the same step is replaced; a damaged one is kept as ``step*.damaged``. If
+        this raises, the checkpoints from before the call are still there and whole.
 
         Args:
             tensors: Tensors on the CPU, by name.
@@ -75,29 +81,50 @@ class Checkpoints:
         target = self.folder / f"step{step:09d}"
         try:
             self._sweep()
+            replaced = target.exists() and self._is_whole(target)
             with replacing(target, durable=True) as work:
                 work.mkdir()
                 write_files(work, tensors, {**meta, "step": step})
-                if target.exists():  # never without a whole checkpoint, not even for a moment
+                if replaced:  # never without a whole checkpoint, not even for a moment
                     os.rename(target, self.folder / f"{target.name}.old")
+                elif target.exists():
+                    self._set_aside(target)
+            self._verified.add(target.name)
+            self.damaged.pop(target.name, None)
             write_atomically(self.folder / "latest", f"{target.name}\n", durable=True)
-            self._prune()
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
+        try:
+            self._prune(meta)
+        except (OSError, CheckpointError) as error:  # the new one is whole: no reason to fail
+            _log.warning("older checkpoints in %s are not removed: %s", self.folder, error)
         return target
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint of which every byte verifies; None if there is none.
+        """Return the newest checkpoint whose bytes verify; None if nothing was ever saved.
 
         Damaged ones are skipped, logged as warnings and listed in ``damaged``.
+
+        Raises:
+            CheckpointError: One cannot be read, or all are damaged or gone.
         """
-        for path in self._all():
-            problem = find_damage(path)
-            if problem is None:
+        found, last = self._all(), self._last_saved()
+        for path in found:
+            if self._is_whole(path, again=True):
+                if last is not None and path.stem < last and last not in self.damaged:
+                    _log.warning("%s is gone: the newest checkpoint is %s", last, path)
                 return path
-            if path.name not in self.damaged:
-                _log.warning("skipping damaged checkpoint %s: %s", path, problem)
-            self.damaged[path.name] = problem
+        if found:
+            newest = found[0].name
+            raise CheckpointError(
+                f"{self.folder}: all of its {len(found)} checkpoints are damaged ({newest}: "
+                f"{self.damaged[newest]}): restore one, or choose another folder"
+            )
+        if last is not None:
+            raise CheckpointError(
+                f"{self.folder}: {last} was saved here and is gone: restore it, or choose another "
+                "folder"
+            )
         return None
 
     def mark_best(self, step: int, value: float) -> None:
@@ -133,7 +160,7 @@ class Checkpoints:
             metadata.
 
         Raises:
-            CheckpointError: There is no whole checkpoint at this path.
+            CheckpointError: There is no whole checkpoint at this path, or it cannot be read.
         """
         path = Path(path)
         problem = find_damage(path, content=check)
@@ -146,16 +173,43 @@ class Checkpoints:
             raise CheckpointError(f"cannot load checkpoint {path}: {error}") from error
 
     def _all(self) -> list[Path]:
-        """List checkpoints with a manifest, newest first; a replaced one after its replacement."""
-        found = [p for p in self.folder.glob("step*") if re.fullmatch(r"step\d+(\.old)?", p.name)]
-        found = [p for p in found if (p / MANIFEST).is_file()]
+        """List the checkpoints, newest first; a replaced one after its replacement."""
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self.folder.is_symlink():  # to a disk that is not mounted
+                raise _unreadable(self.folder, error) from error
+            return []
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
+        found = [self.folder / name for name in names if re.fullmatch(r"step\d+(\.old)?", name)]
         return sorted(found, key=lambda p: (int(p.stem[4:]), p.suffix == ""), reverse=True)
 
+    def _is_whole(self, path: Path, *, again: bool = False) -> bool:
+        """Return whether a checkpoint is whole, verified once or ``again``; log what is not.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        if path.name in self._verified and not again:
+            return True
+        problem = find_damage(path)
+        if problem is None:
+            self._verified.add(path.name)
+            self.damaged.pop(path.name, None)
+            return True
+        if path.name not in self.damaged:
+            _log.warning("skipping damaged checkpoint %s: %s", path, problem)
+        self.damaged[path.name] = problem
+        self._verified.discard(path.name)
+        return False
+
+    def _last_saved(self) -> str | None:
+        """Return the name of the checkpoint that was saved last."""
+        return _read_optional(self.folder / "latest", lambda text: text.strip() or None)
+
     def _best_name(self) -> str | None:
-        try:
-            name = json.loads((self.folder / "best.json").read_text(encoding="utf-8"))["name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # never marked; the file itself is only ever replaced as a whole
+        name = _read_optional(self.folder / "best.json", lambda text: json.loads(text)["name"])
         return name if isinstance(name, str) else None
 
     def _sweep(self) -> None:
@@ -164,23 +218,51 @@ class Checkpoints:
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.folder.glob("step*.old"):
-            if (self.folder / path.stem).exists():
+            target = self.folder / path.stem
+            if target.exists() and not self._is_whole(target):
+                self._set_aside(target)
+            if target.exists():
                 self._remove(path)
             else:  # killed between its two renames
-                os.rename(path, self.folder / path.stem)
+                os.rename(path, target)
 
-    def _prune(self) -> None:
+    def _prune(self, meta: Mapping[str, Any]) -> None:
+        """Remove the oldest checkpoints, but for the best; only whole ones of this run."""
         self._sweep()
-        best = self._best_name()
-        for path in self._all()[self.keep :]:
-            if path.stem != best:
+        best, spared = self._best_name(), self._spared | self.damaged.keys()
+        counted = [path for path in self._all() if path.name not in spared]
+        for path in counted[self.keep :]:
+            if path.stem != best and self._may_remove(path, meta):
                 self._remove(path)
+
+    def _may_remove(self, path: Path, meta: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint is whole and of the run that wrote ``meta``."""
+        if path.name in self._verified:
+            return True
+        try:
+            if not self._is_whole(path):
+                return False
+            if _same_run(json.loads((path / META).read_text(encoding="utf-8")), meta):
+                return True
+            reason = "it is of other clips or of another model"
+        except (OSError, CheckpointError) as error:
+            reason = str(error)
+        self._verified.discard(path.name)
+        self._spared.add(path.name)
+        _log.warning("checkpoint %s is not removed: %s", path, reason)
+        return False
+
+    def _set_aside(self, path: Path) -> None:
+        """Rename a damaged checkpoint, of which parts may still be wanted."""
+        taken = sum(1 for _ in self.folder.glob(f"{path.name}.damaged*"))
+        os.rename(path, self.folder / f"{path.name}.damaged{taken or ''}")
 
     def _remove(self, path: Path) -> None:
         # Renamed first, which is atomic: half a checkpoint is never seen.
         trash = self.folder / f".trash-{path.name}"
         os.rename(path, trash)
         shutil.rmtree(trash)
+        self._verified.discard(path.name)
 
 
 def find_damage(path: Path, *, content: bool = True) -> str | None:
@@ -189,6 +271,9 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
     Args:
         path: Folder of the checkpoint.
         content: Compare the hashes of the files too, not only their sizes.
+
+    Raises:
+        CheckpointError: It cannot be read, so that nobody can say.
     """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -199,9 +284,14 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
             if content and _sha256(path / name) != expected["sha256"]:
                 return f"{name} has another sha256 than when it was written"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing" if path.is_dir() else "no such folder"
+        missing = Path(error.filename)
+        if path.is_symlink() or missing.is_symlink():  # to a disk that is not mounted
+            raise _unreadable(path, error) from error
+        return f"{missing.name} is missing" if path.is_dir() else "no such folder"
+    except NotADirectoryError:
+        return "it is no folder"
     except OSError as error:
-        return str(error)
+        raise _unreadable(path, error) from error
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
     return None
@@ -213,7 +303,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     Raises:
         OSError, safetensors.SafetensorError: One cannot be written.
     """
-    safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, folder / STATE)
+    save_tensors({k: t.contiguous() for k, t in tensors.items()}, folder / STATE)
     flush(folder / STATE)
     _write_json(folder / META, meta)
     files = {
@@ -221,6 +311,48 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
         for name in (STATE, META)
     }
     _write_json(folder / MANIFEST, {"format": 1, "files": files})
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a .safetensors file that others may read if the umask allows it.
+
+    Raises:
+        OSError, safetensors.SafetensorError: It cannot be written.
+    """
+    safetensors.torch.save_file(dict(tensors), path, metadata)
+    use_default_mode(path)  # safetensors leaves 600
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    name = Path(error.filename).name if error.filename else path.name
+    part = "" if name == path.name else f"{name}: "
+    return CheckpointError(f"{path} cannot be read: {part}{error.strerror or error}")
+
+
+def _read_optional(path: Path, parse: Callable[[str], str | None]) -> str | None:
+    """Read a small file that is only ever replaced as a whole; None if there is none."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: remove it") from error
+
+
+def _same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two checkpoints are of the same clips and the same model."""
+    if one.get("clips") != other.get("clips"):
+        return False
+    configs = [meta.get("config", {}) for meta in (one, other)]
+    for section in ("audio", "model"):
+        a, b = (config.get(section, {}) for config in configs)
+        if any(a[key] != b[key] for key in a.keys() & b.keys()):  # another version has other keys
+            return False
+    return True
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.checkpoints.store import META, STATE, Checkpoints, write_files
+from ssast.engine.checkpoints.store import META, Checkpoints, write_files
 from ssast.engine.config import Config, to_plain
 from ssast.engine.errors import CheckpointError
 
@@ -73,8 +73,6 @@ def export_weights(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, weights, {"config": to_plain(config), "step": step})
-        # safetensors makes a file that nobody else may read.
-        (folder / STATE).chmod((folder / META).stat().st_mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     return folder

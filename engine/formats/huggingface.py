@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ssast.engine.checkpoints.store import save_tensors
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.published import check_shapes
 from ssast.engine.model.classifier import Classifier
@@ -107,9 +108,7 @@ def export_huggingface(
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in ((CONFIG, config), (_PREPROCESSOR, preprocessor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-        # safetensors makes a file that nobody else may read.
-        (folder / _WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
+        save_tensors(state, folder / _WEIGHTS, {"format": "pt"})
         if config["model_type"] == _OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     except (OSError, safetensors.SafetensorError) as error:

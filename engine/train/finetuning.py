@@ -21,12 +21,13 @@ from ssast.engine.data import augment
 from ssast.engine.data.labels import LabelledClips, targets_of
 from ssast.engine.data.sampling import Partners, balanced_weights
 from ssast.engine.data.splits import Splits
+from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.metrics import classification_metrics
 from ssast.engine.evaluation.report import write_report, write_split
 from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
-from ssast.engine.parallel.ranks import broadcast_object, gather_rows, run_on_main
+from ssast.engine.parallel.ranks import gather_rows, run_on_main
 from ssast.engine.train.step import evaluate
 from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
@@ -241,12 +242,16 @@ class Finetuning(Task):
         done = run_on_main(lambda: finished_at(run), world)
         if done == progress.step:
             return
-        best = Checkpoints(run / "checkpoints").best() if world.is_main else None
-        whole: dict[str, Tensor] = {}
-        if best is not None:
-            whole, _ = Checkpoints.load(best)
-        steps = broadcast_object(int(best.name[4:]) if best is not None else 0, world)
-        chosen, adam_step = f"step {steps}", progress.step
+        whole: dict[str, Tensor] = {}  # on rank 0
+
+        def read_best() -> int:
+            best = Checkpoints(run / "checkpoints").best()
+            if best is None:
+                raise CheckpointError(f"{run / 'checkpoints'}: the best checkpoint is gone")
+            whole.update(Checkpoints.load(best)[0])
+            return int(best.stem[4:])
+
+        chosen, adam_step = f"step {run_on_main(read_best, world)}", progress.step
         if self._num_averaged:
             averaged, _ = engine.state()
             averaged |= {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}

@@ -1,17 +1,20 @@
 """A whole training run: folder, engine, logs, loop. What is trained is a task."""
 
+import contextlib
+import errno
+import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import Config, dump_config, from_plain, to_plain
-from ssast.engine.errors import ConfigError
+from ssast.engine.config import Config, dump_config, from_plain, load_config, to_plain
+from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.monitoring.flops import peak_flops, step_flops_per_clip
-from ssast.engine.monitoring.monitor import Monitor, environment
+from ssast.engine.monitoring.monitor import Monitor, environment, read_metrics
 from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
@@ -24,6 +27,7 @@ from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.kernels.matmul import fast_matmul, is_fast
 from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.files import write_atomically
 
 
 def run_training(
@@ -55,7 +59,7 @@ def run_training(
         LostPeer: Another process of the run is gone.
     """
     world = init_world(config.train.timeout_s)
-    with expecting_peers(world), fast_matmul():
+    with expecting_peers(world), fast_matmul(), contextlib.ExitStack() as locks:
         folder = run_folder(config)
         report = folder / f"hung-rank{world.rank}.txt"
         watchdog = Watchdog(config.train.timeout_s, report, f"rank {world.rank}")
@@ -66,7 +70,8 @@ def run_training(
             {**to_plain(config), "code version": code_version(), "clips": described}, world
         )
         found = run_on_main(
-            lambda: _open_folder(folder, config, checkpoints, described, fixed, resume), world
+            lambda: _open_folder(folder, config, checkpoints, described, fixed, resume, locks),
+            world,
         )
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -139,9 +144,12 @@ def _open_folder(
     clips: Mapping[str, int | str],
     fixed: Sequence[tuple[str, str]],
     resume: bool,
+    locks: contextlib.ExitStack,
 ) -> Path | None:
-    """Make or check the run's folder; return the checkpoint to resume from, if any."""
+    """Make or check the run's folder and lock it; return the checkpoint to resume from, if any."""
     found = checkpoints.latest()
+    if found is None:
+        _check_new(run, checkpoints.folder, config)
     if found is not None and not resume:
         raise ConfigError(
             f"{run} holds a run ({found.name}): add --resume to go on with it, "
@@ -166,6 +174,48 @@ def _open_folder(
                 f"{named} ({clips['count']}) than when {run} began "
                 f"({meta['clips']['count']}): choose another run.folder"
             )
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(dump_config(config))
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        locks.enter_context(_locked(run))
+        write_atomically(run / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"run.folder {run}: cannot be written to: {error.strerror}") from error
     return found
+
+
+def _check_new(run: Path, checkpoints: Path, config: Config) -> None:
+    """Refuse to begin at step 0 where a run must have saved a checkpoint that is gone.
+
+    A run that was killed before its first checkpoint may begin anew.
+
+    Raises:
+        CheckpointError: Its metrics go beyond the first checkpoint, or cannot be read.
+    """
+    try:
+        steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+        saving = any(checkpoints.glob(".tmp-*"))  # killed while it wrote the first one
+        stored = run / "config.yaml"
+        first = (load_config(stored) if stored.is_file() else config).train.save_every
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or run} cannot be read: {error.strerror}"
+        ) from error
+    if max(steps, default=0) > first and not saving:
+        raise CheckpointError(
+            f"{run} holds metrics of {max(steps)} steps and no checkpoint: restore {checkpoints}, "
+            "or choose another run.folder"
+        )
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder until this run, or this process, ends."""
+    with open(run / ".lock", "w") as file:
+        try:
+            # A POSIX lock: unlike flock, no forked worker that outlives this process holds it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(f"{run}: another process is training in this folder") from error
+            # Other errors are of file systems without locks.
+        yield

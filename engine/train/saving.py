@@ -81,7 +81,12 @@ class Saver:
             if best is not None:
                 self._checkpoints.mark_best(step, best)
         except CheckpointError as error:
-            found = self._checkpoints.latest()
-            kept = f"the last one is {found.name}" if found else "there is none before it"
-            self._say(f"{error}; {kept}")
+            self._say(f"{error}; {self._remaining()}")
             raise
+
+    def _remaining(self) -> str:
+        try:
+            found = self._checkpoints.latest()
+        except CheckpointError as error:
+            return str(error)
+        return f"the last one is {found.name}" if found else "there is none before it"

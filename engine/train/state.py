@@ -10,7 +10,7 @@ from torch import Tensor
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import to_plain
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
-from ssast.engine.parallel.ranks import broadcast_object
+from ssast.engine.parallel.ranks import broadcast_object, run_on_main
 from ssast.engine.train.optim import Plateau
 from ssast.engine.train.task import Progress, Task
 
@@ -48,9 +48,13 @@ class TrainState:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
         rng = torch.get_rng_state()
-        if world.is_main:
+
+        def read() -> None:
+            nonlocal tensors, meta, rng
             tensors, meta = Checkpoints.load(path, check=False)
             rng = tensors["rng/cpu"].clone()
+
+        run_on_main(read, world)
         meta, rng = broadcast_object((meta, rng), world)
         self.task.load_state(tensors, meta)
         self.engine.load_state(tensors, meta["adam_step"])

@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent: round trips, damage, full disks, kills at every line."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -246,3 +248,124 @@ def test_a_kill_at_any_line_leaves_a_checkpoint_that_loads(killed_saves, scenari
     for case in found:
         hidden = [name for name in case["left"] if name.startswith(".") or name.endswith(".old")]
         assert hidden == [], "the next save sweeps up"
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Paths that fail with an errno when they are opened or listed, as root may read everything."""
+    failing: dict[Path, int] = {}
+
+    def fail(path):
+        for prefix, number in failing.items():
+            if Path(path).is_relative_to(prefix):
+                raise OSError(number, os.strerror(number), str(path))
+
+    def patched(real):
+        def call(path, *arguments, **options):
+            if isinstance(path, str | os.PathLike):
+                fail(path)
+            return real(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("builtins.open", patched(open))
+    monkeypatch.setattr(io, "open", patched(io.open))
+    monkeypatch.setattr(os, "listdir", patched(os.listdir))
+    return failing
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("part", ["", "manifest.json", "state.safetensors", "meta.json"])
+def test_what_cannot_be_read_is_an_error_and_not_damaged(part, number, tmp_path, unreadable):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    checkpoints, path = Checkpoints(tmp_path), tmp_path / "step000000002"
+    unreadable[path / part] = number
+    with pytest.raises(CheckpointError, match=f"{path} cannot be read: .*{os.strerror(number)}"):
+        checkpoints.latest()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Checkpoints.load(path)
+    assert checkpoints.damaged == {}
+    unreadable.clear()
+    assert checkpoints.latest() == path
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, unreadable):
+    save(tmp_path, 1)
+    unreadable[tmp_path] = errno.ESTALE
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be read: Stale"):
+        Checkpoints(tmp_path).latest()
+
+
+@pytest.mark.parametrize("linked", ["", "step000000001", "step000000001/state.safetensors"])
+def test_a_link_to_a_disk_that_is_gone_is_not_damage(linked, tmp_path):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    source = folder / linked
+    source.rename(tmp_path / "disk")
+    source.symlink_to(tmp_path / "disk")
+    assert Checkpoints(folder).latest() == folder / "step000000001"
+    (tmp_path / "disk").rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*No such file"):
+        Checkpoints(folder).latest()
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "meta.json", "manifest.json"])
+def test_nothing_usable_is_not_nothing(name, tmp_path):
+    for step in (1, 2):
+        os.truncate(save(tmp_path, step) / name, 0)
+    with pytest.raises(CheckpointError, match=r"all of its 2 checkpoints are damaged \(step0+2: "):
+        Checkpoints(tmp_path).latest()
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / f"step00000000{step}")
+    with pytest.raises(CheckpointError, match="step000000002 was saved here and is gone"):
+        Checkpoints(tmp_path).latest()
+
+
+def test_only_whole_checkpoints_of_this_run_are_removed(tmp_path, unreadable, caplog):
+    others = {"clips": {"count": 3}, "config": {"model": {"size": "tiny"}}}
+    ours = {"clips": {"count": 2}, "config": {"model": {"size": "tiny", "depth": None}}}
+    changed = ours | {"config": {"model": {"size": "base"}}}
+    for step, meta in ((1, others), (2, changed), (3, ours), (4, ours), (5, ours), (6, ours)):
+        Checkpoints(tmp_path, keep=9).save(TENSORS, meta, step=step)
+    os.truncate(tmp_path / "step000000003/state.safetensors", 0)
+    unreadable[tmp_path / "step000000004/state.safetensors"] = errno.EIO
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.latest() == tmp_path / "step000000006"
+    for step in (7, 8):
+        checkpoints.save(TENSORS, ours, step=step)
+    found = [name for name in names(tmp_path) if name.startswith("step")]
+    assert found == [f"step00000000{step}" for step in (1, 2, 3, 4, 8)]
+    for step, why in ((1, "of other clips"), (2, "another model"), (4, "Input/output error")):
+        (line,) = [r.message for r in caplog.records if f"step00000000{step} is not" in r.message]
+        assert why in line
+
+
+def test_a_mark_that_cannot_be_read_removes_nothing(tmp_path, unreadable, caplog):
+    save(tmp_path, 1, keep=1)
+    Checkpoints(tmp_path).mark_best(1, 0.5)
+    unreadable[tmp_path / "best.json"] = errno.EIO
+    for step in (2, 3):
+        save(tmp_path, step, keep=1)
+    assert "best.json cannot be read: Input/output error" in caplog.text
+    unreadable.clear()
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["best.json", "latest", "step000000001", "step000000004"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_when_its_step_comes_again(tmp_path):
+    for _ in range(3):
+        state = save(tmp_path, 1) / "state.safetensors"
+        os.truncate(state, 7)
+    save(tmp_path, 1)
+    assert Checkpoints(tmp_path).latest() == tmp_path / "step000000001"
+    aside = [f"step000000001.damaged{number}" for number in ("", 1, 2)]
+    assert names(tmp_path) == ["latest", "step000000001", *aside]
+    assert (tmp_path / aside[0] / "state.safetensors").stat().st_size == 7
+
+
+def test_a_checkpoint_that_was_removed_is_missed(tmp_path, caplog):
+    save(tmp_path, 1)
+    shutil.rmtree(save(tmp_path, 2))
+    assert Checkpoints(tmp_path).latest() == tmp_path / "step000000001"
+    assert "step000000002 is gone: the newest checkpoint is" in caplog.text
