@@ -43,8 +43,11 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 def write_atomically(
     path: Path, content: str | bytes, *, durable: bool = False, shared: bool = False
 ) -> None:
-    """Write a file, text as UTF-8, whole or not at all; see :func:`replacing`."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write a file, text as UTF-8, whole or not at all; see :func:`replacing`.
+
+    The bytes of names in the text that are not UTF-8 are written as they are.
+    """
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     with replacing(path, durable=durable, shared=shared) as temporary:
         temporary.write_bytes(data)
 

@@ -174,6 +174,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from ssast.pipelines.prepare.check import check_data
+    from ssast.pipelines.text import printable
 
     found = check_data(
         options.path, classes=options.labels, report=options.report, jobs=options.jobs
@@ -184,7 +185,7 @@ def _check(options: argparse.Namespace) -> int:
         f"{len(found.problems)} problem{'' if len(found.problems) == 1 else 's'}"
     )
     for problem in found.problems[:SHOWN]:
-        print(f"{problem.where}: {problem.problem}")
+        print(f"{printable(problem.where)}: {printable(problem.problem)}")
     if len(found.problems) > SHOWN:
         print(f"... and {len(found.problems) - SHOWN} more, see --report")
     return 1 if found.problems else 0

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -67,11 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     # Heavy modules are imported where they are used: --help and errors must be fast.
     from ssast.pipelines.errors import DataError
+    from ssast.pipelines.text import printable
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that it cannot show are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)
     except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
-        print(f"ssast: error: {error}", file=sys.stderr)
+        print(f"ssast: error: {printable(error)}", file=sys.stderr)
         return USER_ERROR
     except LostPeer as error:
         print(f"ssast: error: {error}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from ssast.pipelines.clips.overlap import size_of
 from ssast.pipelines.clips.shards import ClipPaths, select
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import read_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Clips with class numbers, in compressed sparse rows.
+    """Clips with class numbers, none for some perhaps, in compressed sparse rows.
 
     Attributes:
         paths: The clips, n of them.
@@ -135,17 +139,23 @@ def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> Labe
         DataError: The manifest is wrong or has no labels, a label is unknown, or a clip has not
             exactly one where one is required.
     """
-    manifest = read_manifest(path)
+    numbers = {name: number for number, name in enumerate(classes)}
+    manifest = read_manifest(path, numbers)
     if manifest.labels is None:
         raise DataError(f"{path}: has no labels, expected some of {len(classes)} classes")
-    numbers = {name: number for number, name in enumerate(classes)}
     indices: list[int] = []
     offsets = [0]
     for clip, names in zip(manifest.paths, manifest.labels, strict=True):
-        if one_label and len(names) != 1:
+        if one_label and not names:
+            raise DataError(
+                f"{path}: {clip} has no label, expected one: set finetune.loss=bce for clips that "
+                "are of no class"
+            )
+        if one_label and len(names) > 1:
             raise DataError(
                 f"{path}: {clip} has {len(names)} labels ({', '.join(names)}), expected one: "
-                "set finetune.loss=bce for clips with several"
+                "set finetune.loss=bce for clips with several; a name that holds commas goes into "
+                "'label', or in a list"
             )
         for name in names:
             if name not in numbers:
@@ -158,23 +168,19 @@ def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> Labe
         indices += sorted({numbers[name] for name in names})
         offsets.append(len(indices))
     return LabelledClips(
-        manifest.paths, tuple(classes), np.array(indices), np.array(offsets), str(path)
+        manifest.paths, tuple(classes), np.array(indices, np.int64), np.array(offsets), str(path)
     )
 
 
-def check_every_class_has_clips(train: LabelledClips) -> None:
-    """Check that every class has a training clip.
-
-    Raises:
-        DataError: A class has none.
-    """
+def warn_of_empty_classes(train: LabelledClips) -> None:
+    """Warn of classes without a training clip: the classifier has them, but cannot learn them."""
     empty = np.flatnonzero(train.counts() == 0)
     if len(empty):
         names = ", ".join(train.classes[i] for i in empty[:3])
         more = ", ..." if len(empty) > 3 else ""
-        raise DataError(
+        log.warning(
             f"{train.source}: {len(empty)} of {len(train.classes)} classes have no training clip "
-            f"({names}{more}), expected one at least"
+            f"({names}{more}): the classifier has them, but learns nothing of them"
         )
 
 
@@ -183,9 +189,9 @@ def class_weights(given: str, train: LabelledClips) -> np.ndarray | None:
 
     Args:
         given: ``none``; ``balanced``, the mean number of clips a class over the number of each, so
-            that with one label a clip the mean factor over all clips is 1; or the path of a text
-            file with a number in each line.
-        train: The training clips, some of each class.
+            that with one label a clip the mean factor over all clips is 1 (1 also for a class
+            without clips); or the path of a text file with a number in each line.
+        train: The training clips.
 
     Raises:
         DataError: The file cannot be read, or does not hold a number of 0 or more for each class.
@@ -193,10 +199,12 @@ def class_weights(given: str, train: LabelledClips) -> np.ndarray | None:
     if given == "none":
         return None
     if given == "balanced":
-        return len(train.indices) / len(train.classes) / train.counts()
+        counts = train.counts()
+        mean = len(train.indices) / (counts > 0).sum()
+        return mean / np.where(counts > 0, counts, mean)
     where = f"finetune.class_weights {given}"
     try:
-        weights = np.array([float(word) for word in Path(given).read_text("utf-8").split()])
+        weights = np.array([float(word) for word in read_text(Path(given)).split()])
     except OSError as error:
         raise DataError(
             f"{where}: expected none, balanced or a file, which cannot be read: {error.strerror}"

@@ -14,10 +14,13 @@ _PARTNER_KEY = 0x9E3779B97F4A7C15  # keeps these draws apart from crops, which h
 def balanced_weights(clips: LabelledClips) -> Weights:
     """Return sampling weights: the sum over a clip's classes of 1 / (number of their clips).
 
-    As published, up to a constant factor.
+    As published, up to a constant factor. Clips without a label are drawn as one class more.
     """
     each = 1.0 / np.maximum(clips.counts(), 1)
-    return Weights(np.add.reduceat(each[clips.indices], clips.offsets[:-1]))
+    labels = np.diff(clips.offsets)
+    rows = np.repeat(np.arange(len(clips)), labels)
+    weights = np.bincount(rows, each[clips.indices], minlength=len(clips))
+    return Weights(np.where(labels > 0, weights, 1.0 / max((labels == 0).sum(), 1)))
 
 
 def partner_of(clip: int, epoch: int, seed: int, num_clips: int) -> int:

@@ -7,12 +7,12 @@ import numpy as np
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import (
     LabelledClips,
-    check_every_class_has_clips,
     check_files_exist,
     class_names,
     class_weights,
     find_classes,
     read_labelled,
+    warn_of_empty_classes,
 )
 from ssast.engine.data.leakage import check_no_leakage
 from ssast.engine.errors import ConfigError
@@ -48,8 +48,8 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
 
     Raises:
         ConfigError: No training data is named, or settings contradict each other.
-        DataError: A manifest is wrong, a label is unknown, a class has no training clip, too many
-            files are missing or empty, nothing can be held out, or splits share recordings.
+        DataError: A manifest is wrong, a label is unknown, too many files are missing or empty,
+            nothing can be held out, or splits share recordings.
     """
     settings = finetune_settings(config)
     if config.data.train is None:
@@ -72,16 +72,18 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     test = None
     if settings.test is not None:
         test = read_labelled(settings.test, classes, one_label=one_label)
-    check_every_class_has_clips(train)
+    warn_of_empty_classes(train)
     weights = class_weights(settings.class_weights, train)
     splits = {"data.train": train, "data.valid": valid}
     if test is not None:
         splits["finetune.test"] = test
     check_files_exist(splits, config.data.max_rejected)
-    if (valid.counts() > 0).sum() < 2:
+    counts = valid.counts()
+    if not ((counts > 0) & (counts < len(valid))).any():
+        found = "of one class" if counts.any() else "of no class"
         raise DataError(
-            f"{valid.source}: the held-out clips are of one class, expected two or more: no metric "
-            "could compare checkpoints"
+            f"{valid.source}: the {len(valid)} held-out clips are all {found}, expected clips of "
+            "different classes: no metric could compare checkpoints"
         )
     if not settings.allow_leakage:
         check_no_leakage(splits)

@@ -79,7 +79,8 @@ def hold_out(
     Args:
         recordings: Number or name of each clip's recording, [n].
         share: Share of the clips to hold out, in (0, 1): of each class where there are labels.
-        labels: Classes of each clip, numbers or names, [n]; all clips are of one class if None.
+        labels: Classes of each clip, numbers or names, [n]; clips without any are of one class
+            more. All clips are of one class if None.
 
     Returns:
         [n] bool, True for the clips to hold out: neither all nor none.
@@ -192,8 +193,9 @@ class _Classes:
 
 
 def _numbered(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Return the clip and the class, as numbers, of every label."""
-    clips = np.repeat(np.arange(len(labels)), [len(names) for names in labels])
-    names = list(itertools.chain.from_iterable(labels))
-    number = {name: place for place, name in enumerate(sorted(set(names)))}  # type: ignore[type-var]
-    return clips, np.array([number[name] for name in names], np.int64)
+    """Return the clip and the class, as numbers, of every label; no label is the last class."""
+    found = set(itertools.chain.from_iterable(labels))
+    number = {name: place for place, name in enumerate(sorted(found))}  # type: ignore[type-var]
+    classes = [[number[name] for name in names] or [len(number)] for names in labels]
+    clips = np.repeat(np.arange(len(labels)), [len(numbers) for numbers in classes])
+    return clips, np.array(list(itertools.chain.from_iterable(classes)), np.int64)

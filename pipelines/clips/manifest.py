@@ -5,18 +5,20 @@ files, a folder of prepared shards, and a JSON that picks clips of such a folder
 Whether the audio files exist is not checked here: the pipeline replaces and reports missing clips.
 """
 
-import csv
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssast.pipelines.clips.labels import doubtful, format_labels, is_name, parse_labels
 from ssast.pipelines.clips.remote import as_path, is_url
 from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex, is_prepared, read_labels
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import csv_rows, read_text
 
 AUDIO_SUFFIXES = frozenset(
     f".{kind}"
@@ -27,7 +29,9 @@ AUDIO_SUFFIXES = frozenset(
 )
 PATH_KEYS = ("wav", "path")
 PREPARED_KEY, CLIP_KEY = "prepared", "clip"
-LABEL_KEYS = ("labels", "label")
+LABEL_KEYS = ("labels", "label")  # several with commas between them, or one
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Manifest:
 
     Attributes:
         paths: Absolute paths of the audio files, or the index of prepared shards.
-        labels: Labels of each clip; None if the manifest has none.
+        labels: Labels of each clip, none for some perhaps; None if the manifest has no labels.
         source: Path of the manifest or folder, for messages.
     """
 
@@ -49,7 +53,7 @@ class Manifest:
         return len(self.paths)
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Path, classes: Collection[str] | None = None) -> Manifest:
     """Read a manifest.
 
     Args:
@@ -58,7 +62,8 @@ def read_manifest(path: str | Path) -> Manifest:
             - a JSON file ``{"data": [{"wav": "a.flac", "labels": "dog,bark"}, ...]}``; labels are
               optional, but all entries have them or none;
             - a CSV file with a header that has ``wav`` or ``path``, and perhaps ``label`` or
-              ``labels``;
+              ``labels``; as in JSON, ``labels`` are several with commas between them, or a JSON
+              list of names, and ``label`` is one name whatever it holds. Both may be empty;
             - a folder that was prepared: the clips in its shards;
             - a JSON file ``{"prepared": "..", "data": [{"clip": "a-00000.flac", "labels": "dog"},
               ...]}``: clips of a prepared folder (or of its URL) by their names in the shards;
@@ -67,6 +72,7 @@ def read_manifest(path: str | Path) -> Manifest:
             A URL must be of a prepared folder.
 
             Relative paths are relative to the manifest's folder.
+        classes: Names of the known classes: where one holds commas, it is one label.
 
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
@@ -91,13 +97,11 @@ def read_manifest(path: str | Path) -> Manifest:
             entries = json_entries(path, content)
             if PREPARED_KEY in content:
                 index = prepared_index(path, content[PREPARED_KEY])
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: byte {error.start}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not entries:
         raise DataError(f"{path}: lists no clips")
-    return parse_entries(path, entries, index)
+    return parse_entries(path, entries, index, classes)
 
 
 def prepared_index(path: Path, prepared: Any) -> ShardIndex:
@@ -122,7 +126,10 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
 
 
 def parse_entries(
-    path: Path, entries: Sequence[tuple[str, dict[str, Any]]], index: ShardIndex | None
+    path: Path,
+    entries: Sequence[tuple[str, dict[str, Any]]],
+    index: ShardIndex | None,
+    classes: Collection[str] | None,
 ) -> Manifest:
     """Check the entries of a manifest.
 
@@ -130,6 +137,7 @@ def parse_entries(
         path: Path of the manifest.
         entries: Location for messages and columns of each clip.
         index: The prepared folder whose clips are listed by name; None if files are listed.
+        classes: See :func:`read_manifest`.
 
     Raises:
         DataError: A path or label is missing or not text, or a clip is listed twice, or is not in
@@ -140,10 +148,11 @@ def parse_entries(
     clips: dict[str, str] = {}
     labels: list[tuple[str, ...]] = []
     label_key = next((k for k in LABEL_KEYS if k in entries[0][1]), None)
+    several = label_key == LABEL_KEYS[0]
     for location, entry in entries:
         where = f"{path}: {location}"
         given = next((entry[key] for key in keys if key in entry), None)
-        if not isinstance(given, str) or not given.strip() or "\0" in given:
+        if not is_name(given):
             what = "path" if index is None else "name"
             raise DataError(
                 f"{where}: expected the {what} of a clip under {keys[0]!r}, found {given!r}"
@@ -155,15 +164,16 @@ def parse_entries(
         if next((k for k in LABEL_KEYS if k in entry), None) != label_key:
             raise DataError(f"{where}: expected all entries to have labels, or none")
         if label_key is not None:
-            text = entry[label_key]
-            names = (
-                tuple(filter(None, map(str.strip, text.split(","))))
-                if isinstance(text, str)
-                else ()
-            )
-            if not names:
-                raise DataError(f"{where}: expected comma-separated labels, found {text!r}")
+            try:
+                names = parse_labels(entry[label_key], several=several, classes=classes or ())
+            except ValueError as error:
+                raise DataError(f"{where}: {error}, found {entry[label_key]!r:.60}") from error
             labels.append(names)
+    if label_key is not None and classes is None:
+        found = doubtful([entry[label_key] for _, entry in entries], several=several)
+        if found is not None:
+            message, count = found
+            log.warning("%s: %d of %d clips: %s", path, count, len(entries), message)
     paths: ClipPaths = tuple(clips)
     if index is not None:
         try:
@@ -179,10 +189,13 @@ def json_content(path: Path) -> dict[str, Any]:
     Raises:
         DataError: Not JSON, or not of this form.
     """
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise DataError(f"{path}: not JSON of a manifest: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
     return content
@@ -207,20 +220,24 @@ def csv_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Read location (``line 2``, ``line 3``, ...) and columns of each clip of a CSV manifest.
 
     Raises:
-        DataError: The header names no path column, or a line has more or fewer columns.
+        DataError: Not CSV, the header names no path column or one twice, or a line has more or
+            fewer columns.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        header = [name.strip().lower() for name in reader.fieldnames or ()]
-        if not set(header) & set(PATH_KEYS):
-            raise DataError(f"{path}: expected a header with 'wav' or 'path', found {header}")
-        reader.fieldnames = header
-        entries = []
-        for row in reader:
-            location = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                raise DataError(f"{path}: {location}: expected {len(header)} columns")
-            entries.append((location, dict(row)))
+    rows = csv_rows(read_text(path), path)
+    header = [name.strip().lower() for name in next(rows, (1, []))[1]]
+    if not set(header) & set(PATH_KEYS):
+        raise DataError(f"{path}: expected a header with 'wav' or 'path', found {header!s:.200}")
+    for name in PATH_KEYS + LABEL_KEYS:
+        if header.count(name) > 1:
+            raise DataError(f"{path}: expected one column {name!r}, found {header.count(name)}")
+    entries = []
+    for line, cells in rows:
+        if len(cells) != len(header):
+            hint = "; a cell that holds a comma is quoted" if len(cells) > len(header) else ""
+            raise DataError(
+                f"{path}: line {line}: expected {len(header)} columns, found {len(cells)}{hint}"
+            )
+        entries.append((f"line {line}", dict(zip(header, cells, strict=True))))
     return entries
 
 
@@ -276,27 +293,31 @@ def write_manifest(
         path: Path of the manifest; its folder is created.
         paths: Audio files; relative paths are understood relative to the manifest's folder. Or
             clips of a prepared folder, which are listed by their names there.
-        labels: Labels of each clip.
+        labels: Labels of each clip: a text with commas between them as in the published form, or
+            a list where that would be read in another way.
 
     Raises:
-        DataError: A label is empty or holds a comma, or the names of prepared clips cannot be read.
+        DataError: A label is blank or no text, or the names of prepared clips cannot be read.
         OSError: It cannot be written.
     """
     path, head = Path(path), ""
     if isinstance(paths, ShardIndex):
         head = f'"{PREPARED_KEY}": {json.dumps(_folder_from(path, paths.folder))}, '
-        entries = [{CLIP_KEY: name} for name in paths.names()]
+        entries: list[dict[str, Any]] = [{CLIP_KEY: name} for name in paths.names()]
     else:
         entries = []
         for wav in paths:
             assert not isinstance(wav, ShardClip), "clips of shards are listed by their index"
             entries.append({PATH_KEYS[0]: os.fspath(wav)})
     if labels is not None:
+        labels = list(labels)
+        classes = {name for names in labels for name in names}
         for entry, names in zip(entries, labels, strict=True):
-            if not names or any(not name.strip() or "," in name for name in names):
+            if not all(map(is_name, names)):
                 [clip] = entry.values()
-                raise DataError(f"{clip}: labels must not be empty or hold commas: {names}")
-            entry["labels"] = ",".join(names)
+                raise DataError(f"{clip}: expected labels that are text, found {names}")
+            text = format_labels(names, classes)
+            entry["labels"] = text if text == ",".join(names) else list(names)
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     write_atomically(path, f'{{{head}"data": [\n{lines}\n]}}\n')
 

@@ -74,4 +74,4 @@ def fingerprint(paths: ClipPaths) -> str:
         text = "\n".join(map(fingerprint, paths.parts)) + f"\n{paths.shares}"
     else:
         text = "\n".join(os.path.basename(str(path)) for path in paths)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

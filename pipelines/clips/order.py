@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import read_text
 
 
 def generator(seed: int, number: int, epoch: int = 0) -> np.random.Generator:
@@ -83,10 +84,11 @@ def read_weights(path: str | Path, num_clips: int) -> Weights:
         DataError: The file cannot be read, is no such file, or has another number of weights.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split()
-        values = np.array([float(line) for line in lines])
+        values = np.array([float(line) for line in read_text(Path(path)).split()])
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{path}: expected a number a line: {error}") from error
     if len(values) != num_clips:

@@ -130,7 +130,7 @@ def _texts(dataset: Dataset) -> tuple[dict[str, str], dict[str, dict[str, int]]]
     counts: dict[str, dict[str, int]] = {}
     missing: list[str] = []
     if dataset.classes:
-        rows = (f'{i},{mid},"{_quoted(n)}"\n' for i, (mid, n) in enumerate(dataset.classes))
+        rows = (f"{i},{_cell(mid)},{_quoted(n)}\n" for i, (mid, n) in enumerate(dataset.classes))
         texts["labels.csv"] = "index,mid,display_name\n" + "".join(rows)
     for split, clips in dataset.splits.items():
         found = [clip.labels for clip in clips if clip.path]
@@ -145,7 +145,11 @@ def _texts(dataset: Dataset) -> tuple[dict[str, str], dict[str, dict[str, int]]]
 
 
 def _quoted(name: str) -> str:
-    return name.replace('"', '""')
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _cell(label: str) -> str:
+    return _quoted(label) if label != label.strip() or set(label) & set(',"\r\n') else label
 
 
 def _summary(split: str, count: Mapping[str, int], out: Path) -> str:

@@ -3,7 +3,7 @@
 Also how their own files are read: lists and tables, with the line in every complaint.
 """
 
-import csv
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import csv_rows, read_text
 
 Weigh = Callable[[Sequence[Sequence[str]]], list[float]]
 
@@ -106,13 +107,13 @@ def listing(folder: Path, suffix: str) -> list[str]:
 
 
 def lines(
-    path: Path, *, encoding: str = "utf-8-sig", comment: str | None = None
+    path: Path, *, encoding: str | None = None, comment: str | None = None
 ) -> Iterator[tuple[str, str]]:
     """Read the lines of a text file that are not blank.
 
     Args:
         path: The file.
-        encoding: Encoding of the text.
+        encoding: Encoding of the text; None: UTF-8, or what its byte order mark says.
         comment: Lines that begin so are passed over.
 
     Yields:
@@ -121,16 +122,19 @@ def lines(
     Raises:
         DataError: It is missing, cannot be read, or is not text.
     """
+    for number, line in enumerate(io.StringIO(_text(path, encoding), newline=None), 1):
+        text = line.strip()
+        if text and not (comment and text.startswith(comment)):
+            yield f"{path}: line {number}", text
+
+
+def _text(path: Path, encoding: str | None = None) -> str:
     try:
-        with open(path, encoding=encoding) as file:
-            for number, line in enumerate(file, 1):
-                text = line.strip()
-                if text and not (comment and text.startswith(comment)):
-                    yield f"{path}: line {number}", text
+        return read_text(path) if encoding is None else path.read_text(encoding)
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected this file of the data set, found none") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: byte {error.start}") from error
+        raise DataError(f"{path}: not {encoding} text: byte {error.start}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -153,11 +157,11 @@ def table(
         DataError: It cannot be read, a column is missing, or a row has more or fewer cells.
     """
     names = None if headed else list(columns)
-    for place, line in lines(path, comment=comment):
-        try:
-            cells = next(csv.reader([line], skipinitialspace=True, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{place}: not CSV: {error}: {line!r:.80}") from error
+    # Published tables have blanks at the ends of lines, and comments that are no CSV.
+    texts = (line.strip() for line in io.StringIO(_text(path), newline=None))
+    text = "\n".join("" if comment and line.startswith(comment) else line for line in texts)
+    for number, cells in csv_rows(text, path, skipinitialspace=True):
+        place, line = f"{path}: line {number}", ",".join(cells)
         if names is None:
             if not set(columns) <= set(cells):
                 wanted = ",".join(columns)

@@ -1,6 +1,5 @@
 """Checks a whole data set before it is trained on: every byte, every clip, every label."""
 
-import csv
 import io
 import json
 import threading
@@ -31,6 +30,7 @@ from ssast.pipelines.clips.shards import (
     Sidecar,
     header_problem,
 )
+from ssast.pipelines.datasets.tables import table
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import usable_cores, write_atomically
 
@@ -95,8 +95,8 @@ def check_data(
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs is {jobs}, expected at least 1")
     path = as_path(path)
-    manifest = read_manifest(path)
     known = known_labels(path, classes)
+    manifest = read_manifest(path, known)
     paths = manifest.paths
     if isinstance(paths, ShardIndex):
         numbers = shard_numbers(paths)
@@ -156,14 +156,7 @@ def known_labels(path: Path, classes: Path | None) -> set[str] | None:
         classes = (path if path.is_dir() else path.parent) / "labels.csv"
         if not classes.exists():
             return None
-    try:
-        with open(classes, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {row["mid"] for row in rows}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{classes}: cannot be read: {error}") from error
-    except KeyError as error:
-        raise DataError(f"{classes}: expected a column mid, found none") from error
+    return {row["mid"] for _, row in table(classes, ["mid"])}
 
 
 def check_files(paths: Sequence[ClipPath]) -> Checked:

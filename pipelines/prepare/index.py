@@ -74,7 +74,7 @@ def write_index(
             durations.append(clip["duration_s"])
             digests.append(bytes.fromhex(clip["digest"]))
             if has_labels:
-                labels.append(tuple(clip["labels"]))
+                labels.append(tuple(clip.get("labels", ())))
         for line in sidecar.rejected:
             text = {"name": line["name"], "reason": line["rejected"]}
             rejected.append(json.dumps(text) + "\n")

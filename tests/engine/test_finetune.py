@@ -173,7 +173,7 @@ def test_mistakes_are_found_before_any_work(splits, checkpoint, recipe, tmp_path
     gone = [tmp_path / "0_empty.wav", tmp_path / "1_gone.wav"]
     empty = manifest(tmp_path / "empty.json", [*paths, *gone])
     cases = [
-        ({"data__valid": str(same)}, DataError, "the held-out clips are of one class"),
+        ({"data__valid": str(same)}, DataError, "held-out clips are all of one class"),
         ({"data__valid": str(unknown)}, DataError, "unknown label 'pich2'.*did you mean pitch2"),
         ({"data__train": str(several)}, DataError, "has 2 labels .*set finetune.loss=bce"),
         ({"data__train": str(one)}, DataError, "expected two classes or more, found 1"),

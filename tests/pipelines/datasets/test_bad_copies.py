@@ -98,14 +98,14 @@ BAD = [
     ),
     (
         "audioset",
-        lambda root: (root / "class_labels_indices.csv").write_bytes(b"\xff\xfe"),
+        lambda root: (root / "class_labels_indices.csv").write_bytes(b"\xff\xfa"),
         "class_labels_indices.csv: not UTF-8 text: byte 0",
     ),
     (
         "audioset",
         replaced(BAL, ", 0.000, 10.000", ", 0.000"),
         f"{BAL}: line 5: expected 4 columns YTID,start_seconds,end_seconds,positive_labels, "
-        "found 'Y0aaaaaaaa_, 0.000, \"/m/05zppz\"'",
+        "found 'Y0aaaaaaaa_,0.000,/m/05zppz'",
     ),
     ("audioset", replaced(BAL, '/m/05zppz"', "/m/05zppz"), f"{BAL}: line 5: not CSV: "),
     (

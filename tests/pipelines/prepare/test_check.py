@@ -200,7 +200,7 @@ def test_unknown_labels(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out.parent / "classes.csv").write_text("index,mid,display_name\n0,even,Even\n1,odd,Odd\n")
     assert faults(out, classes=out.parent / "classes.csv") == []
     (out.parent / "classes.csv").write_text("even\nodd\n")
-    with pytest.raises(DataError, match="expected a column mid"):
+    with pytest.raises(DataError, match="expected a header with mid"):
         faults(out, classes=out.parent / "classes.csv")
 
 

@@ -1,0 +1,92 @@
+"""Labels as text: commas that separate, and commas in names."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from names import CLASSES
+
+from ssast.pipelines.clips.labels import format_labels, parse_labels
+from ssast.pipelines.clips.manifest import read_manifest
+
+SPEECH = "Male speech, man speaking"
+
+
+@pytest.mark.parametrize(
+    ("given_labels", "several", "expected"),
+    [
+        ("a, b ,,c", True, ("a", "b", "c")),
+        (SPEECH, False, (SPEECH,)),
+        ("", True, ()),
+        (" ", False, ()),
+        (" , ", True, ()),
+        ([], True, ()),
+        ([SPEECH, " a"], True, (SPEECH, " a")),
+        ([SPEECH], False, (SPEECH,)),
+        (f'["{SPEECH}", "a"]', True, (SPEECH, "a")),
+        ("[noise],[laughter]", True, ("[noise]", "[laughter]")),
+        ('["a"]', False, ('["a"]',)),
+    ],
+)
+def test_labels(given_labels: Any, several: bool, expected: tuple[str, ...]) -> None:
+    assert parse_labels(given_labels, several=several) == expected
+
+
+def test_known_names_are_found_whole_the_longest_first() -> None:
+    classes = {SPEECH, "Male speech", "Dog", "a,b", "a,b,c"}
+    assert parse_labels(f"Dog, {SPEECH},Male speech", classes=classes) == (
+        *("Dog", SPEECH, "Male speech"),
+    )
+    assert parse_labels("a,b,c,a,b,x", classes=classes) == ("a,b,c", "a,b", "x")
+
+
+@pytest.mark.parametrize("wrong", [7, None, {"a": 1}, ["a", 7], [""], [" "], ["a\0"], ["\ud800"]])
+def test_what_is_no_label(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="expected comma-separated labels, or a list"):
+        parse_labels(wrong)
+
+
+@given(st.lists(CLASSES, max_size=4), st.sets(CLASSES, max_size=3))
+def test_text_gives_the_labels_back(names: list[str], others: set[str]) -> None:
+    for classes in ((), others | set(names), {*names, ",".join(names)}):
+        assert parse_labels(format_labels(names, classes), classes=classes) == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("header", "cell", "expected", "warned"),
+    [
+        ("label", f'"{SPEECH}"', (SPEECH,), None),
+        ("labels", f'"{SPEECH}"', ("Male speech", "man speaking"), "read as 2 labels"),
+        ("labels", '"cat,dog"', ("cat", "dog"), None),
+        ("label", '"cat,dog"', ("cat,dog",), "read as one label"),
+        ("label", '"dog, dog"', ("dog, dog",), "read as one label"),
+        ("labels", f'"[""{SPEECH}"", ""a""]"', (SPEECH, "a"), None),
+    ],
+)
+def test_commas_in_a_cell_are_never_taken_in_silence(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    header: str,
+    cell: str,
+    expected: tuple[str, ...],
+    warned: str | None,
+) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(f"wav,{header}\na.wav,{cell}\nb.wav,dog\nc.wav,\n")
+    with caplog.at_level(logging.WARNING):
+        assert read_manifest(path).labels == (expected, ("dog",), ())
+    assert len(caplog.records) == (warned is not None)
+    if warned:
+        assert warned in caplog.text and f"{path}: 1 of 3 clips: " in caplog.text
+
+
+def test_known_classes_decide_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(f'wav,labels\na.wav,"Dog,{SPEECH}"\n')
+    assert read_manifest(path, {SPEECH, "Dog"}).labels == (("Dog", SPEECH),)
+    assert not caplog.records
