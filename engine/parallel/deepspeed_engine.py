@@ -184,12 +184,18 @@ class TrainEngine:
         """Compute gradients of one micro-batch; `loss` is divided by `accumulate` here."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> bool:
+    def sum_over_ranks(self, count: Tensor) -> "PendingSum":
+        """Begin to sum a count over the ranks, in turn with the gradients. Collective."""
+        return PendingSum(count, self._engine.seq_data_parallel_group, self.world)
+
+    def step(self, lr: float, grad_scale: float = 1.0) -> bool:
         """End a micro-batch; at the end of an accumulation, take the optimizer step.
 
         Args:
             lr: Learning rate of this step; a parameter group's is `lr` times its "lr_scale", if it
                 has one.
+            grad_scale: What the accumulated gradient is too large by, above 0, the same on all
+                ranks: it is divided by this before its norm is taken and clipped.
 
         Returns:
             Whether the weights changed: False between accumulation boundaries, and when a
@@ -197,7 +203,10 @@ class TrainEngine:
         """
         for group in self._zero.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        # For this call alone: backward would multiply the loss by it.
+        self._zero.loss_scale = grad_scale
         self._engine.step()
+        self._zero.loss_scale = 1.0
         return self._engine.was_step_applied()
 
     @property
@@ -254,6 +263,40 @@ class TrainEngine:
     def _between_steps(self) -> None:
         if self._engine.micro_steps % self.accumulate:
             raise RuntimeError("the state is complete only between optimizer steps")
+
+
+class PendingSum:
+    """A sum over the ranks that the host reads without letting the device run out of work.
+
+    Args:
+        count: A count of this rank, a scalar on its device.
+        group: Group of the ranks.
+        world: This process's world.
+    """
+
+    def __init__(self, count: Tensor, group: Any, world: World):
+        self._total = self._host = count.clone()
+        self._work: Any = None
+        self._copied: torch.cuda.Event | None = None
+        if world.world_size > 1:
+            self._work = dist.all_reduce(self._total, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """Return the sum on the device, whose later work waits for it; the host does not."""
+        if self._work is not None:
+            self._work.wait()
+        if self._total.is_cuda:
+            self._host = torch.empty_like(self._total, device="cpu", pin_memory=True)
+            self._host.copy_(self._total, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self._total
+
+    def read(self) -> int:
+        """Return the sum, after :meth:`wait`; only what the device did before that is awaited."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._host)
 
 
 def _check(

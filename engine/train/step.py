@@ -37,7 +37,11 @@ def train_step(
     lr: float,
     mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[bool, list[MicroBatch]]:
-    """Take one optimizer step.
+    """Take one optimizer step, along the gradient of the mean over its valid clips.
+
+    The mean is one over all micro-batches and ranks, and each clip has the same weight in it,
+    however many of its frames are padding. Each micro-batch counts by its share of valid clips;
+    the accumulated gradient is divided by the share of the whole step.
 
     Args:
         task: Draws masks or augmentations, and averages the losses.
@@ -48,21 +52,35 @@ def train_step(
             :data:`ssast.engine.monitoring.profiling.PARTS`.
 
     Returns:
-        Whether the weights changed: not if a gradient was not finite on some rank. And the
-        micro-batches of this rank.
+        Whether the weights changed: not if a gradient was not finite on some rank, nor if no clip
+        of the step is valid. And the micro-batches of this rank.
     """
-    updated, micro_batches = False, []
-    for _ in range(engine.accumulate):
+    updated, micro_batches = False, list[MicroBatch]()
+    counted = torch.zeros((), dtype=torch.int64, device=engine.world.device)
+    for number in range(1, engine.accumulate + 1):
         mark("data")
         batch = next(batches)
         mark("inputs")
         inputs, valid = task.inputs(batch, training=True)
+        count = valid.sum()
+        counted += count
+        pending = engine.sum_over_ranks(counted) if number == engine.accumulate else None
         outputs = engine(*inputs)
-        means = task.means(outputs, valid)
+        # Exactly 1 where all clips are valid, which leaves every bit as it is.
+        weight, included = count / len(valid), valid
+        if pending is not None:
+            # Without a valid clip the gradient is made NaN, not 0, so that the step is skipped.
+            empty = pending.wait() == 0
+            weight, included = weight.where(~empty, math.nan), valid | empty
+        means = task.means(outputs, included)
         mark("backward")
-        engine.backward(means["loss"])
+        engine.backward(means["loss"] * weight)
         mark("optimizer")
-        updated = engine.step(lr)  # accumulates, but for the last micro-batch
+        if pending is None:
+            engine.step(lr)  # accumulates
+        else:
+            clips = len(valid) * engine.accumulate * engine.world.world_size
+            updated = engine.step(lr, max(pending.read(), 1) / clips)
         micro_batches.append(MicroBatch(batch.clip_ids, valid, outputs, means))
     mark("other")
     return updated, micro_batches

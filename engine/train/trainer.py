@@ -12,7 +12,7 @@ from ssast.engine.errors import TrainingError
 from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
 from ssast.engine.monitoring.monitor import Monitor
 from ssast.engine.monitoring.profiling import StepProfiler
-from ssast.engine.parallel.ranks import World, reduce_max, run_on_main
+from ssast.engine.parallel.ranks import World, reduce_max, reduce_sum, run_on_main
 from ssast.engine.train.optim import learning_rate
 from ssast.engine.train.saving import Saver
 from ssast.engine.train.state import TrainState
@@ -160,7 +160,22 @@ class Trainer:
             self.skip_log.taken()
         else:
             self.num_skipped += 1
-            self.skip_log.skipped(progress.step, [(m.clip_ids, m.outputs) for m in micro_batches])
+            self._record_skip(micro_batches)
+
+    def _record_skip(self, micro_batches: list[MicroBatch]) -> None:
+        """Log the clips of a skipped step, or that it had none. Collective."""
+        step, world = self.state.progress.step, self.context.world
+        count = sum(int(m.valid.sum()) for m in micro_batches)
+        if reduce_sum([count], world)[0] == 0:
+            self.monitor.say(f"step {step} is skipped: it has no valid clip")
+            return
+        self.skip_log.skipped(
+            step,
+            [
+                (m.clip_ids[m.valid], {name: value[m.valid] for name, value in m.outputs.items()})
+                for m in micro_batches
+            ],
+        )
 
     def _log(self, lr: float) -> float:
         """Log the steps since the last line; return their mean loss. Collective."""
