@@ -67,7 +67,8 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
             if mean:
                 axis.plot(*_percent(mean), color=_colour(name), lw=2, label=name)
         _label(axis, task, "epoch", "validation accuracy, %")
-    axes.flat[0].legend(fontsize=8)
+    if axes.flat[0].has_data():
+        axes.flat[0].legend(fontsize=8)
     return save_figure(figure, path)
 
 

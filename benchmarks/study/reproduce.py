@@ -159,7 +159,7 @@ def make_plan(options: argparse.Namespace, stored: Plan | None) -> Plan:
             if getattr(stored, key) != value:
                 raise ConfigError(
                     f"{options.out / 'plan.json'} has {key} {getattr(stored, key)!r}, got "
-                    f"{value!r}: leave out the option to resume, or choose another --out"
+                    f"{value!r}: resume without --{key}, or choose another --out"
                 )
         return stored
     if "epochs" in given and "steps" not in given:

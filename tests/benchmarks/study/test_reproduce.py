@@ -206,5 +206,5 @@ def test_everything_once(plan, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([*where, "--only", "pach"])
     assert "invalid choice: 'pach'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"plan.json has steps 8, got 9: go on without"):
+    with pytest.raises(ConfigError, match=r"plan.json has steps 8, got 9: resume without --steps"):
         main(["--data", plan.data, *where, "--steps", "9"])
