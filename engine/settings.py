@@ -134,7 +134,9 @@ class Data:
     operators (`dali`); auto: dali on a GPU, torch on a CPU."""
 
     max_rejected: float = setting(0.05, 0.0, 1.0)
-    """Largest fraction of unreadable clips; the run stops where there are more."""
+    """Largest fraction of unreadable clips. The run ends when the data certainly hold more, or when
+    a larger fraction of the clips so far can hardly be chance; never for one clip, unless this is
+    0; never at all if it is 1."""
 
     sample_weights: str | None = None
     """A text file with one sampling weight per training clip, in the order of the manifest; null:

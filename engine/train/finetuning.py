@@ -208,6 +208,7 @@ class Finetuning(Task):
         self._valid_labels = clips.table().to(world.device)
         with self.context.stream(clips.paths, split, epochs=1) as batches:
             values = evaluate(self, engine, batches, watch)
+        self.context.check_rejected(split)
         whole, read = gather_rows(torch.cat(rows), torch.cat(logits), len(clips), world)
         mask = read.numpy()
         values.pop("accuracy", None)

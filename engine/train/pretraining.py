@@ -48,4 +48,6 @@ class Pretraining(Task):
     def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
         """Return mean losses of the held-out clips. Collective."""
         with self.context.stream(self.valid_paths, "valid", epochs=1) as batches:
-            return evaluate(self, engine, batches)
+            values = evaluate(self, engine, batches)
+        self.context.check_rejected("valid")
+        return values

@@ -1,11 +1,12 @@
 """What is trained (:class:`Task`), and what its run offers it (:class:`RunContext`)."""
 
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,15 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
-from ssast.engine.parallel.ranks import World
+from ssast.engine.parallel.ranks import World, gather_objects, reduce_max, reduce_sum
 from ssast.engine.settings import Optim
 from ssast.engine.train.optim import Plateau, build_optimizer
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.order import Weights, read_weights
 from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.stream import AudioStream
 
 
@@ -78,6 +81,7 @@ class RunContext:
     config: Config
     world: World
     heartbeat: Callable[[str], None] = lambda _: None
+    _rejections: dict[str, Rejections] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the batch can be divided."""
@@ -114,13 +118,13 @@ class RunContext:
         start: int = 0,
         epochs: int | None = None,
         weights: Weights | None = None,
-    ) -> AbstractContextManager[Iterator[Batch]]:
+    ) -> AudioStream:
         """Open a stream of clips, read as the configuration says; see :class:`AudioStream`.
 
         Args:
             paths: The clips.
-            split: Under which clips that cannot be read are logged; too many of them end the run.
-                With None they are neither logged nor counted.
+            split: Under which clips that cannot be read are logged, and counted for
+                :meth:`check_rejected`. With None they are neither logged nor counted.
             start: Position in the data order.
             epochs: Passes over the clips; None trains on them without end.
             weights: How often each clip is drawn in training; those of the configuration if None.
@@ -131,7 +135,7 @@ class RunContext:
             weights = read_weights(config.data.sample_weights, len(paths))
         if training and isinstance(paths, MixedClips):
             weights = paths.weights()
-        return AudioStream(
+        stream = AudioStream(
             paths,
             fbank_spec(config.audio),
             batch_size=self.batch_size,
@@ -144,13 +148,35 @@ class RunContext:
             num_threads=config.data.num_threads or min(8, world.cores),
             read_ahead=config.data.read_ahead,
             fbank=config.data.fbank_backend,
-            max_rejected=config.data.max_rejected if split else 1.0,
+            max_rejected=1.0,  # all ranks must end together, see check_rejected
             weights=weights,
             random_crop=training and config.data.random_crop,
             cache_gib=config.data.cache_gib if training else 0.0,
             cache_folder=config.data.cache_folder,
             on_reject=RejectLog(self.folder / "rejected.jsonl", split) if split else None,
         )
+        if split:
+            self._rejections[split] = stream.rejections
+        return stream
+
+    def check_rejected(self, split: str) -> None:
+        """Check the share of clips that all ranks together could not read. Collective.
+
+        Args:
+            split: Name of a stream, the last one of that name.
+
+        Raises:
+            DataError: It is larger than ``data.max_rejected``; on every rank, with one message.
+        """
+        limit, ours = self.config.data.max_rejected, self._rejections[split]
+        counts = ours.counts
+        seen, rejected, files = reduce_sum([counts.seen, counts.rejected, counts.files], self.world)
+        if counts.shuffled:  # ranks meet the same files in different epochs
+            (files,) = reduce_max([counts.files], self.world)
+        counts = replace(counts, seen=int(seen), rejected=int(rejected), files=int(files))
+        if counts.too_many(limit):
+            examples = itertools.chain(*gather_objects(ours.examples(), self.world))
+            raise DataError(f"{split}: {counts.message(limit, list(examples))}")
 
 
 class Task(ABC):

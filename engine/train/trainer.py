@@ -123,6 +123,8 @@ class Trainer:
                 # Asking other ranks waits for the device: only where logging does so anyway.
                 ask = log or world.world_size == 1 or world.device.type == "cpu"
                 stopped = ask and self.stop.requested(world)
+                if ask:
+                    self.context.check_rejected("train")
                 if improved or stopped or self._finished() or step % settings.save_every == 0:
                     self._save(improved)
                 if stopped:

@@ -18,14 +18,13 @@ from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.stream.cache import Cache, FbankCache
 from ssast.pipelines.stream.disk_cache import DiskCache
 from ssast.pipelines.stream.graph import PREFETCH, FbankThreads, build_pipeline
+from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.source import CACHED, READ, ClipSource
 
 __all__ = ["AudioStream", "build_pipeline"]
 
 log = logging.getLogger(__name__)
 
-ENOUGH_SEEN = 50  # clips before the share of rejected ones is checked
-HORIZON = 1000  # clips, or the whole manifest: bad clips may come early by chance
 MAX_RECOVERIES = 4  # decoding errors after which libsndfile decodes every clip
 
 
@@ -55,8 +54,9 @@ class AudioStream:
         fbank: Backend of the filterbank. "torch": the kernel of ``ssast.kernels.fbank``, inside the
             DALI pipeline on a CPU, after it on a GPU; "dali": DALI's operators; "auto": "dali" on a
             GPU and "torch" on a CPU, where it is faster.
-        max_rejected: Share of rejected clips above which the stream stops with an error. Until
-            enough clips were seen, the share of the manifest or of 1000 clips.
+        max_rejected: Share of rejected clips above which the stream stops with an error, see
+            :meth:`~ssast.pipelines.stream.rejected.Counts.too_many`; only those of this rank count.
+            1: it never does.
         weights: Sampling weights of the endless stream; all clips are equally frequent without.
         random_crop: Whether to take a different crop of a longer recording in each epoch, drawn
             from (seed, clip, epoch), instead of its start.
@@ -128,8 +128,7 @@ class AudioStream:
 
         self._done = 0  # batches handed out
         self._base = 0  # batches handed out before the pipeline was last built
-        self._seen = self._rejected = 0  # clips handed out, and those of them that were replaced
-        self._reported: set[int] = set()
+        self.rejections = Rejections(len(paths), shuffled=epochs is None)
         self._recoveries, self._recovered_at = 0, -1
         self._closed = False
         self._cache: Cache | None = None
@@ -163,9 +162,7 @@ class AudioStream:
     @property
     def rejected(self) -> dict[int, tuple[str, str]]:
         """Path and reason of every rejected clip so far, by clip id."""
-        return {
-            i: (str(self._source.paths[i]), self._source.reasons[i]) for i in sorted(self._reported)
-        }
+        return dict(sorted(self.rejections.files.items()))
 
     def __len__(self) -> int:
         """Return the number of batches of a finite stream, from its start."""
@@ -264,23 +261,18 @@ class AudioStream:
 
     def _account(self, labels: Tensor, present: np.ndarray) -> None:
         """Count and report the rejected clips of a batch; raise if there are too many."""
+        ours, limit = self.rejections, self._max_rejected
         for (clip_id, _, valid), is_present in zip(labels.tolist(), present, strict=True):
-            self._seen += bool(is_present)
+            ours.seen += bool(is_present)
             if is_present and not valid:
-                self._rejected += 1
-                if clip_id not in self._reported:
-                    self._reported.add(clip_id)
+                ours.rejected += 1
+                if clip_id not in ours.files:
+                    found = str(self._source.paths[clip_id]), self._source.reasons[clip_id]
+                    ours.files[clip_id] = found
                     if self._on_reject is not None:
-                        path = str(self._source.paths[clip_id])
-                        self._on_reject(clip_id, path, self._source.reasons[clip_id])
-        basis = max(self._seen, min(HORIZON, len(self._source.paths)))
-        too_many = self._seen >= ENOUGH_SEEN and self._rejected > self._max_rejected * basis
-        if too_many or (self._done == 1 and 0 < self._seen == self._rejected):
-            examples = "; ".join(f"{p} ({r})" for p, r in list(self.rejected.values())[:3])
-            raise DataError(
-                f"{self._rejected} of the first {self._seen} clips cannot be used (allowed: "
-                f"{self._max_rejected:.0%}), all of them in rejected.jsonl: {examples}"
-            )
+                        self._on_reject(clip_id, *found)
+        if ours.counts.too_many(limit):
+            raise DataError(ours.counts.message(limit, ours.examples()))
 
     def _recover(self, error: RuntimeError) -> None:
         """Rebuild the pipeline after a decoding error, with which DALI drops the whole batch.

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from rank_pool import free_port
 from sounds import write_clips
 
 SETTINGS = {
@@ -79,6 +81,30 @@ def lines(run: Path, split: str) -> list[dict]:
         for line in found
         if f"{prefix}loss" in line
     ]
+
+
+def two_ranks(
+    *common: object, each: Sequence[Sequence[object]] = ((), ())
+) -> list[tuple[int, str]]:
+    """Run a command on two ranks, with further arguments of each; their statuses and errors."""
+    shared = environment() | {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes = [
+        subprocess.Popen(
+            command(*common, *own),
+            env=shared | {"RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, own in enumerate(each)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
 
 
 def stop_at(step: int, number: signal.Signals, run: Path, *arguments: object) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_jobs import small_files
-from runs import environment, lines, overrides
+from runs import environment, lines, overrides, two_ranks
 
 from ssast.benchmarks import faults
 from ssast.engine.checkpoints.store import Checkpoints
@@ -277,27 +277,9 @@ def test_the_trial_with_random_kills(tmp_path, capsys):
 @pytest.mark.slow
 def test_ranks_with_other_settings_are_refused(config_file, data, tmp_path):
     """Two processes of a hand-made launcher, one of them started with another seed."""
-    from rank_pool import free_port
-
-    shared = environment() | {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    command = [sys.executable, "-m", "ssast.engine.cli", "pretrain", str(config_file)]
-    processes = [
-        subprocess.Popen(
-            [*command, *overrides(train__seed=rank), *data, f"run.folder={tmp_path / 'run'}"],
-            env=shared | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 2
+    common = ("pretrain", config_file, *overrides(), *data, f"run.folder={tmp_path / 'run'}")
+    for status, error in two_ranks(*common, each=[(f"train.seed={rank}",) for rank in range(2)]):
+        assert status == 2
         assert "the processes disagree: train.seed is 1 on rank 1, machine " in error
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()

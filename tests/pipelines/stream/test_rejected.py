@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sounds import bad_files, tone, write, write_clips
@@ -9,6 +10,7 @@ from streams import open_stream, rows, same, take, torn
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.stream.rejected import Counts
 from ssast.pipelines.stream.stream import MAX_RECOVERIES
 
 
@@ -83,7 +85,7 @@ def test_too_many_rejected_clips(tmp_path: Path) -> None:
     with open_stream(clips, epochs=2) as stream, pytest.raises(DataError) as caught:
         list(stream)
     text = str(caught.value)
-    assert "6 of the first 52 clips" in text and "rejected.jsonl" in text and "\n" not in text
+    assert "3 of the first 12 clips" in text and "rejected.jsonl" in text and "\n" not in text
     assert text.count("missing") == 3 and "No such file or directory" in text
     assert len(take(clips, 20, epochs=2, max_rejected=0.12)) == 20
 
@@ -102,6 +104,48 @@ def test_nothing_but_rejected_clips(tmp_path: Path) -> None:
     clips = [tmp_path / f"missing{k}.wav" for k in range(8)]
     with open_stream(clips) as stream, pytest.raises(DataError, match="4 of the first 4 clips"):
         next(stream)
+
+
+def test_one_bad_file_never_ends_a_stream(tmp_path: Path) -> None:
+    """Wherever it comes up, unless none is allowed."""
+    clips = write_clips(tmp_path, 6, samples=4000)
+    clips[0] = tmp_path / "missing.wav"
+    assert len(take(clips, 12, epochs=2, batch_size=1)) == 12
+    first = [int(batch.clip_ids[0]) for batch in take(clips, 6, batch_size=1)]
+    clips[0], clips[first[0]] = clips[first[0]], clips[0]
+    assert not take(clips, 6, batch_size=1)[0].valid.any()
+    with pytest.raises(DataError, match=r"1 of the first 1 clips .*allowed: 0%"):
+        take(clips, 6, batch_size=1, max_rejected=0.0)
+
+
+def test_everything_allowed_never_ends_a_stream(tmp_path: Path) -> None:
+    clips = [tmp_path / f"missing{k}.wav" for k in range(8)]
+    assert len(take(clips, 8, epochs=2, batch_size=2, max_rejected=1.0)) == 8
+
+
+def counts(seen: int, rejected: int, total: int = 10**6) -> Counts:
+    return Counts(total, seen, rejected, files=rejected, shuffled=True)
+
+
+def test_a_share_must_say_something() -> None:
+    """A few bad files of few clips are chance; the same share of many is not."""
+    for seen, rejected in ((1, 1), (2, 2), (3, 2), (20, 4), (1000, 60)):
+        assert not counts(seen, rejected).too_many(0.05), (seen, rejected)
+    for seen, rejected in ((4, 4), (20, 9), (1000, 100), (100_000, 5600)):
+        assert counts(seen, rejected).too_many(0.05), (seen, rejected)
+    assert counts(3, 3, total=59).too_many(0.05) and not counts(3, 3, total=60).too_many(0.05)
+    assert not counts(10**6, 2, total=1).too_many(1.0)
+    assert counts(1, 1, total=1).too_many(0.05)  # all there is
+
+
+def test_false_alarms_are_rare() -> None:
+    """Runs with the allowed share of bad files, looked at after each clip."""
+    random = np.random.default_rng(0)
+    ended = 0
+    for _ in range(200):
+        bad = np.cumsum(random.random(400) < 0.05)
+        ended += any(counts(n, int(k)).too_many(0.05) for n, k in enumerate(bad, 1))
+    assert ended <= 2
 
 
 def test_errors_that_no_clip_is_to_blame_for_are_raised(
