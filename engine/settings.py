@@ -138,6 +138,11 @@ class Data:
     a larger fraction of the clips so far can hardly be chance; never for one clip, unless this is
     0; never at all if it is 1."""
 
+    retry_s: float = setting(300.0, 0.0)
+    """Time in s for which reading is tried again while storage fails (network errors, EIO, stale
+    file handles), at most 80 % of `train.timeout_s`. Then the run ends with exit status 75, to be
+    resumed; the clips do not count as unreadable."""
+
     sample_weights: str | None = None
     """A text file with one sampling weight per training clip, in the order of the manifest; null:
     each clip is drawn once per epoch."""

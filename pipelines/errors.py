@@ -12,6 +12,10 @@ class UnavailableError(DataError):
     """A package that the distribution does not have."""
 
 
+class StorageError(DataError):
+    """Storage that kept failing; the files are not to blame, and it may work again later."""
+
+
 class UnusableError(Exception):
     """A recording that cannot be used: it is left out and listed, the others go on.
 

@@ -40,7 +40,8 @@ EXAMPLES = """examples:
 EXIT_STATUS = """exit status:
   0      success
   2      user error; the message says what to change
-  75     a process hung or was lost: run the same command again with --resume
+  75     a process hung or was lost, or storage kept failing: run the same command again with
+         --resume
   128+n  stopped by signal n (SIGINT 130, SIGTERM 143, SIGUSR1 138) after a checkpoint was saved:
          run the same command again with --resume
 """
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     # Heavy modules are imported where they are used: --help and errors must be fast.
-    from ssast.pipelines.errors import DataError
+    from ssast.pipelines.errors import DataError, StorageError
     from ssast.pipelines.text import printable
 
     for stream in (sys.stdout, sys.stderr):
@@ -75,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)
+    except (LostPeer, StorageError) as error:
+        sys.stdout.flush()
+        print(f"ssast: error: {printable(error)}", file=sys.stderr, flush=True)
+        os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
     except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
         print(f"ssast: error: {printable(error)}", file=sys.stderr)
         return USER_ERROR
-    except LostPeer as error:
-        print(f"ssast: error: {error}", file=sys.stderr, flush=True)
-        os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
     except KeyboardInterrupt:
         return 130
 

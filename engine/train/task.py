@@ -149,6 +149,8 @@ class RunContext:
             read_ahead=config.data.read_ahead,
             fbank=config.data.fbank_backend,
             max_rejected=1.0,  # all ranks must end together, see check_rejected
+            # Other ranks wait in a collective meanwhile, which ends at train.timeout_s.
+            retry_s=min(config.data.retry_s, 0.8 * config.train.timeout_s),
             weights=weights,
             random_crop=training and config.data.random_crop,
             cache_gib=config.data.cache_gib if training else 0.0,

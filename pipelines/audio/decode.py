@@ -28,6 +28,7 @@ import numpy as np
 import soundfile
 
 from ssast.pipelines.audio.headers import HEAD, OGG_PAGE, check_whole
+from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.errors import DataError, UnusableError
 
 BLOCK_SAMPLES = 2**19  # of all channels together
@@ -36,7 +37,6 @@ MOST_CHANNELS = 1024  # libsndfile's limit
 SPAN_BUFFER = 2**20  # bytes of a read from an archive
 UNRECOGNISED, SYSTEM_ERROR = 1, 2  # libsndfile's error numbers
 STREAMED = 1 << 48  # a header with so many samples was written before their number was known
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 AU_FLOAT = 6  # 32 bits, big-endian
 FFMPEG_SUFFIXES = frozenset(
     f".{kind}"

@@ -11,22 +11,22 @@ import math
 import os
 import stat
 import struct
-import time
 
 import numpy as np
 import soundfile
 import soxr
 
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.audio.decode import STREAMED, TRANSIENT
+from ssast.pipelines.audio.decode import STREAMED
 from ssast.pipelines.audio.headers import HEAD, wav_header
+from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError
 
 LOUDEST = 1e9  # full scale is 1; the power of larger samples in a float file overflows
 RATES_HZ = (1000, 1_000_000)
 TAIL_S = 0.1  # decoded after the crop, so that the resampler's edge effect is outside of it
-PAUSES_S = (0.05, 0.5)  # before the second and third attempt after a transient error
+RETRY_S = 0.5  # for which a clip is tried again, where nothing else is said
 
 
 def wav_bytes(samples: np.ndarray, rate_hz: int) -> np.ndarray:
@@ -121,7 +121,12 @@ def _last_part(error: soundfile.SoundFileError) -> str:
 
 
 def read_clip(
-    path: ClipPath, spec: FbankSpec, *, verify: bool = False, crop: float = 0.0
+    path: ClipPath,
+    spec: FbankSpec,
+    *,
+    verify: bool = False,
+    crop: float = 0.0,
+    retry: Retry | None = None,
 ) -> np.ndarray:
     """Read a clip as an encoded file for DALI.
 
@@ -130,21 +135,20 @@ def read_clip(
         spec: Filterbank settings.
         verify: Whether to decode the clip here in any case, so that DALI cannot fail on it.
         crop: Where the crop of a recording longer than ``spec`` starts, see :func:`decode`.
+        retry: For how long reading is tried again while storage fails; half a second if None.
 
     Returns:
         A mono FLAC or WAV file [n] uint8 at the sample rate of ``spec``, at least one window long.
 
     Raises:
         DataError: The clip cannot be read or decoded, or is too short.
+        StorageError: Storage kept failing, so that nothing is known of the clip.
     """
-    for pause_s in (*PAUSES_S, None):
-        try:
-            return _read(path, spec, verify, crop)
-        except OSError as error:
-            if pause_s is None or error.errno not in TRANSIENT:
-                raise DataError(error.strerror or str(error)) from error
-        time.sleep(pause_s)
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        retry = Retry(RETRY_S) if retry is None else retry
+        return retry.call(lambda: _read(path, spec, verify, crop), path)
+    except OSError as error:
+        raise DataError(error.strerror or str(error)) from error
 
 
 def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndarray:
@@ -160,7 +164,22 @@ def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndar
         # The whole file if it can be a clip with 32 bit samples and a long header.
         data = file.readall() if size <= 4 * spec.num_samples + HEAD else file.read(HEAD)
         file.seek(0)
-        return _checked(data, size, file.fileno(), spec, verify, crop)
+        try:
+            return _checked(data, size, file.fileno(), spec, verify, crop)
+        except DataError:
+            read_through(file)  # libsndfile takes storage that fails for a damaged file
+            raise
+
+
+def read_through(file: io.RawIOBase) -> None:
+    """Read a file from its start to its end.
+
+    Raises:
+        OSError: Storage fails.
+    """
+    file.seek(0)
+    while file.read(2**20):
+        pass
 
 
 def _checked(

@@ -19,6 +19,7 @@ import fsspec
 from ssast.pipelines.errors import DataError
 
 T = TypeVar("T")
+REFUSED = (400, 401, 403, 404, 405, 410, 416)  # HTTP statuses that another attempt cannot change
 
 
 def is_url(place: object) -> bool:
@@ -91,7 +92,8 @@ def as_os_error(action: Callable[[], T], url: str) -> T:
     """Return what ``action`` returns; raise any error as an OSError.
 
     Raises:
-        OSError: The action failed. EIO, which is worth another attempt, for network errors.
+        OSError: The action failed. EIO, which is worth another attempt, for network errors and for
+            servers that fail; EACCES where a server refuses the request.
     """
     try:
         return action()
@@ -99,4 +101,7 @@ def as_os_error(action: Callable[[], T], url: str) -> T:
         number = error.errno or errno.ENOENT
         raise type(error)(number, os.strerror(number), url) from error
     except Exception as error:  # each kind of storage has a library with errors of its own
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", url) from error
+        refused = getattr(error, "status", 0) in REFUSED
+        raise OSError(
+            errno.EACCES if refused else errno.EIO, f"{type(error).__name__}: {error}", url
+        ) from error

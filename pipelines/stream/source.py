@@ -10,8 +10,9 @@ from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.encoded import read_clip, silence
 from ssast.pipelines.clips.mix import is_remote
 from ssast.pipelines.clips.order import Weights, clips_at, crop_position, rank_positions
+from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.shards import ClipPaths
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, StorageError
 from ssast.pipelines.stream.cache import Cache
 
 INVALID, READ, CACHED = 0, 1, 2
@@ -30,7 +31,7 @@ class ClipSource:
 
     The result depends on the start position and the iteration alone; the only state is the batches
     read ahead. A clip that cannot be read is replaced by silence and marked invalid; ``reasons``
-    holds the error message.
+    holds the error message. While storage fails, no clip is to blame: reading is tried again.
 
     Args:
         paths: Paths of the clips, in the order of the manifest.
@@ -46,6 +47,7 @@ class ClipSource:
         weights: Sampling weights of the endless stream, see :mod:`ssast.pipelines.clips.order`.
         random_crop: Whether to take a different crop of a longer recording in each epoch, instead
             of its start.
+        retry_s: Time in s for which a clip is tried again while storage fails.
         cache: Cache of filterbanks; cached clips are not read, and silence stands in for them.
     """
 
@@ -64,6 +66,7 @@ class ClipSource:
         read_ahead: int = 3,
         weights: Weights | None = None,
         random_crop: bool = False,
+        retry_s: float = 300.0,
         cache: Cache | None = None,
     ) -> None:
         self.cache = cache
@@ -74,6 +77,7 @@ class ClipSource:
         self.reasons: dict[int, str] = {}  # clip id -> why it was replaced
         self._to_verify: set[int] = set()
         self._verify_all = False
+        self._retry = Retry(retry_s)
         self._ahead: dict[int, list[Future[Loaded]]] = {}
         self._silence = silence(spec)
         if is_remote(paths):
@@ -122,6 +126,9 @@ class ClipSource:
         Returns:
             B audio files [n] uint8, and B labels [3] int64: clip id, epoch, and INVALID, READ or
             CACHED.
+
+        Raises:
+            StorageError: Storage kept failing.
         """
         iteration = info.iteration
         for later in range(iteration, iteration + 1 + self.read_ahead):
@@ -139,6 +146,7 @@ class ClipSource:
 
     def close(self) -> None:
         """Stop the threads. The source cannot be used afterwards."""
+        self._retry.stop()
         self._cancel()
         self._threads.shutdown(wait=True)
 
@@ -166,7 +174,12 @@ class ClipSource:
         verify = self._verify_all or clip_id in self._to_verify
         crop = crop_position(self.seed, clip_id, epoch) if self.random_crop else 0.0
         try:
-            return read_clip(self.paths[clip_id], self.spec, verify=verify, crop=crop), READ
+            data = read_clip(
+                self.paths[clip_id], self.spec, verify=verify, crop=crop, retry=self._retry
+            )
+            return data, READ
+        except StorageError:
+            raise
         except DataError as error:
             self.reasons[clip_id] = str(error)
             return self._silence, INVALID

@@ -58,6 +58,7 @@ class AudioStream:
             :meth:`~ssast.pipelines.stream.rejected.Counts.too_many`; only those of this rank count.
             1: it never does.
         weights: Sampling weights of the endless stream; all clips are equally frequent without.
+        retry_s: Time in s for which reading is tried again while storage fails.
         random_crop: Whether to take a different crop of a longer recording in each epoch, drawn
             from (seed, clip, epoch), instead of its start.
         cache_gib: Memory in GiB for a cache of filterbanks. Not with ``random_crop``.
@@ -68,6 +69,7 @@ class AudioStream:
     Raises:
         DataError: The manifest is empty or a setting out of range; from ``next``, too many clips
             were rejected.
+        StorageError: From ``next``: storage kept failing.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class AudioStream:
         fbank: Literal["auto", "torch", "dali"] = "auto",
         max_rejected: float = 0.05,
         weights: Weights | None = None,
+        retry_s: float = 300.0,
         random_crop: bool = False,
         cache_gib: float = 0.0,
         cache_folder: str | Path | None = None,
@@ -150,6 +153,7 @@ class AudioStream:
             read_ahead=read_ahead,
             weights=weights,
             random_crop=random_crop,
+            retry_s=retry_s,
             cache=self._cache,
         )
         self._pipeline = self._build()

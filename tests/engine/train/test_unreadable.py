@@ -1,10 +1,12 @@
 """Clips that cannot be read: one never ends a run, too many end it on all ranks together."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from finetune_runs import load, make_sounds, manifest, plain_file
-from runs import lines, make_data, overrides, two_ranks, write_config
+from runs import environment, lines, make_data, overrides, two_ranks, write_config
 
 from ssast.engine.config import load_config
 from ssast.engine.data.sampling import Partners
@@ -91,3 +93,37 @@ def test_too_many_end_a_run_of_one(tmp_path: Path) -> None:
     run = f"run.folder={tmp_path / 'run'}"
     with pytest.raises(DataError, match=r"train: 3 of the first \d+ clips .*\(allowed: 20%\)"):
         pretrain(load_config(write_config(tmp_path), [*settings, *data, run]))
+
+
+PROGRAM = """
+import errno, sys
+import subprocess
+import sys
+from pathlib import Path
+import ssast.pipelines.audio.encoded as encoded
+from ssast.engine.cli.main import main
+
+real, until = encoded._read, Path(sys.argv[1])
+def read(path, *rest):
+    if until.exists() and "train" in str(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+    return real(path, *rest)
+encoded._read = read
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_storage_that_keeps_failing_ends_a_run_to_be_resumed(tmp_path: Path) -> None:
+    data, down = make_data(tmp_path), tmp_path / "down"
+    settings = [*overrides(**SETTINGS, data__retry_s=0.5), *data, f"run.folder={tmp_path / 'run'}"]
+    arguments = [str(down), "pretrain", str(write_config(tmp_path)), *settings, "--resume"]
+    program = [sys.executable, "-c", PROGRAM, *arguments]
+    down.touch()
+    done = subprocess.run(program, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 75
+    assert "Stale file handle: storage has failed for 0.5" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run" / "rejected.jsonl").exists()
+    down.unlink()
+    done = subprocess.run(program, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr

@@ -16,8 +16,15 @@ from sounds import bad_files, tone, write
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio import encoded as clip
-from ssast.pipelines.audio.encoded import decode, plain_samples, read_clip, silence, wav_bytes
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.audio.encoded import (
+    decode,
+    plain_samples,
+    read_clip,
+    read_through,
+    silence,
+    wav_bytes,
+)
+from ssast.pipelines.errors import DataError, StorageError
 
 SPEC = FbankSpec(num_frames=100)  # 16240 samples
 
@@ -164,7 +171,6 @@ def test_names_do_not_matter(tmp_path: Path) -> None:
 
 def test_transient_errors_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.wav", tone(1000), subtype="PCM_16")
-    monkeypatch.setattr(clip, "PAUSES_S", (0.0, 0.0))
     real, failures = clip._read, [errno.EIO, errno.ESTALE]
 
     def flaky(*args: object) -> np.ndarray:
@@ -174,13 +180,40 @@ def test_transient_errors_are_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(clip, "_read", flaky)
     assert read_clip(path, SPEC).tobytes() == path.read_bytes()
-    failures[:] = [errno.EIO] * 3
-    with pytest.raises(DataError, match="flaky"):
+    failures[:] = [errno.EIO] * 100
+    with pytest.raises(StorageError, match=r"a\.wav: flaky: storage has failed for 0\.5"):
         read_clip(path, SPEC)
     failures[:] = [errno.EIO, errno.EACCES]  # the second is not transient
     with pytest.raises(DataError, match="flaky"):
         read_clip(path, SPEC)
     assert failures == [errno.EIO]
+
+
+def test_storage_that_fails_in_the_decoder_is_not_a_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libsndfile says "System error", or that the file is truncated."""
+    path = write(tmp_path / "a.wav", tone(2000), 44100)
+    with open("/proc/self/mem", "rb", buffering=0) as file, pytest.raises(OSError) as caught:
+        read_through(file)  # nothing is mapped at address 0
+    assert caught.value.errno == errno.EIO
+    real, failures = clip.decode, [1, 1]
+
+    def torn(*args: object) -> np.ndarray:
+        if failures:
+            raise DataError("cannot be decoded: System error")
+        return real(*args)
+
+    def probe(file: object) -> None:
+        if failures.pop():
+            raise OSError(errno.EIO, "flaky")
+
+    monkeypatch.setattr(clip, "decode", torn)
+    monkeypatch.setattr(clip, "read_through", probe)
+    assert len(samples_of(read_clip(path, SPEC))) == 726
+    failures[:] = [0]
+    with pytest.raises(DataError, match="System error"):
+        read_clip(path, SPEC)
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,10 @@ from ssast.engine.settings import Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
-from ssast.pipelines.clips.remote import as_path, is_url, read_range
+from ssast.pipelines.clips.remote import as_os_error, as_path, is_url, read_range
+from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.clips.shards import ShardClip, ShardIndex
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, StorageError
 from ssast.pipelines.prepare.check import check_data
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 from ssast.pipelines.stream.stream import AudioStream
@@ -221,12 +223,63 @@ def test_a_failing_request_is_made_again(source: Path, storage: Storage) -> None
     storage.fails = 2
     with AudioStream(clips, SPEC, num_threads=1, **settings) as stream:
         assert bool(next(stream).valid.all()) and not stream.rejected
+
+
+def test_storage_that_fails_for_seconds(
+    source: Path, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every clip is read all the same, in its place; the log says what happens."""
+    prepared(source, "memory://bucket/out")
+    clips = read_manifest("memory://bucket/out").paths
+    settings: dict[str, Any] = {"batch_size": 4, "device": torch.device("cpu"), "epochs": 1}
+    with AudioStream(clips, SPEC, **settings) as stream:
+        expected = [batch.fbank for batch in stream]
     storage.fails = 10**6
-    with (
-        AudioStream(clips, SPEC, **settings) as stream,
-        pytest.raises(DataError, match=r"cannot be used .*RuntimeError: 503 slow down"),
-    ):
-        next(stream)
+    threading.Timer(3.0, lambda: setattr(storage, "fails", 0)).start()
+    with AudioStream(clips, SPEC, **settings) as stream:
+        batches = list(stream)
+        assert not stream.rejected
+    assert all(torch.equal(a, b.fbank) for a, b in zip(expected, batches, strict=True))
+    said = [record.message for record in caplog.records]
+    assert sum("storage fails: trying again for 300 s" in text for text in said) == 1
+    assert sum("storage works again after" in text for text in said) == 1
+
+
+def test_storage_that_fails_for_too_long(source: Path, storage: Storage) -> None:
+    """The stream ends with an error of its own, whatever share of bad clips is allowed."""
+    prepared(source, "memory://bucket/out")
+    clips = read_manifest("memory://bucket/out").paths
+    settings: dict[str, Any] = {"batch_size": 4, "device": torch.device("cpu"), "epochs": 1}
+    storage.fails = 10**6
+    with AudioStream(clips, SPEC, retry_s=0.5, max_rejected=1.0, **settings) as stream:
+        with pytest.raises(StorageError, match=r"00000\.tar.*503 slow down: storage has failed"):
+            next(stream)
+        assert not stream.rejected
+    begin = time.monotonic()
+    with AudioStream(clips, SPEC, **settings) as stream:
+        threading.Timer(0.5, stream._source.close).start()  # waiting threads end at once
+        with pytest.raises(StorageError):
+            next(stream)
+    assert time.monotonic() - begin < 5
+
+
+class Refusing(Exception):
+    """As of aiohttp."""
+
+    status = 403
+
+
+def test_refused_requests_are_not_repeated() -> None:
+    def refuse() -> None:
+        raise Refusing("Forbidden")
+
+    with pytest.raises(OSError, match="Refusing: Forbidden") as caught:
+        as_os_error(refuse, "https://a/b")
+    assert caught.value.errno not in TRANSIENT
+    Refusing.status = 503
+    with pytest.raises(OSError) as caught:
+        as_os_error(refuse, "https://a/b")
+    assert caught.value.errno in TRANSIENT
 
 
 def test_a_shard_that_changed_is_named(source: Path) -> None:
