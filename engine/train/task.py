@@ -118,7 +118,7 @@ class RunContext:
         start: int = 0,
         epochs: int | None = None,
         weights: Weights | None = None,
-    ) -> AudioStream:
+    ) -> AbstractContextManager[Iterator[Batch]]:
         """Open a stream of clips, read as the configuration says; see :class:`AudioStream`.
 
         Args:
