@@ -51,9 +51,8 @@ class MixedClips(Sequence[ClipPath]):
         """Return sampling weights: each set in proportion to its share, uniform within the set."""
         total = sum(self.shares)
         sets = zip(self.shares, self.parts, strict=True)
-        return Weights(
-            np.concatenate([np.full(len(p), share / total / len(p)) for share, p in sets])
-        )
+        values = [np.full(len(part), share / total / len(part)) for share, part in sets]
+        return Weights(np.concatenate(values), [len(part) for part in self.parts])
 
 
 def is_remote(paths: ClipPaths) -> bool:

@@ -9,6 +9,7 @@ With weights, an epoch of n clips holds each clip in proportion to its weight, r
 random, in a seeded order.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,32 +48,40 @@ class Weights:
 
     Args:
         values: Weights, [n], finite, 0 or more, not all 0.
+        sizes: Clips in each of the sets that follow each other in the manifest; an epoch then holds
+            each set in proportion to its weight, rounded up or down. One set if not given.
 
     Raises:
         ValueError: The values are not so.
     """
 
-    def __init__(self, values: np.ndarray) -> None:
+    def __init__(self, values: np.ndarray, sizes: Sequence[int] = ()) -> None:
         values = np.asarray(values, dtype=np.float64)
         if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
             raise ValueError("weights must be finite, 0 or more, and not all 0")
-        self._sums = np.cumsum(values) / values.sum()
+        self._values = values
+        rows = np.flatnonzero(values)
+        self._sets = np.split(rows, np.searchsorted(rows, np.cumsum(sizes[:-1])))
 
     def __len__(self) -> int:
-        return len(self._sums)
+        return len(self._values)
 
     @lru_cache(maxsize=4)  # noqa: B019  # lives as long as the stream
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Draw the clips of one epoch, [n] int64, read-only.
 
-        Systematic sampling: n equally spaced points, all shifted by one random number, fall into
-        the cumulative shares. So a clip of share s is drawn floor(n s) or ceil(n s) times.
+        Systematic sampling in an order that is drawn anew: n equally spaced points, all shifted by
+        one random number, fall into the cumulative weights of the clips, shuffled within each set.
+        So a clip of share s is drawn floor(n s) or ceil(n s) times, whatever its neighbours in the
+        manifest are, and independently of other epochs.
         """
-        count = len(self._sums)
-        random = generator(seed, epoch)
-        points = (np.arange(count) + random.random()) / count
-        ids = np.minimum(np.searchsorted(self._sums, points, side="right"), count - 1)
-        order = random.permutation(ids)
+        count, random = len(self), generator(seed, epoch)
+        shuffled = np.concatenate([random.permutation(rows) for rows in self._sets])
+        sums = np.cumsum(self._values[shuffled])
+        points = (np.arange(count) + random.random()) * (sums[-1] / count)
+        # The last point may be rounded up to the whole sum, behind the last clip.
+        drawn = np.minimum(np.searchsorted(sums, points, side="right"), len(shuffled) - 1)
+        order = random.permutation(shuffled[drawn])
         order.setflags(write=False)
         return order
 

@@ -107,6 +107,61 @@ def test_a_weighted_epoch_holds_each_clip_as_its_share_says(
     assert len(order) == count and (np.abs(often - share) < 1 + 1e-6).all()
 
 
+def shares_and_draws(num_epochs: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Weights in blocks of neighbours, and how often each clip is drawn in each epoch, [E, n]."""
+    values = np.tile([1.0, 0.0, 1.0, 0.5], 6)
+    weights = Weights(values)
+    draws = [np.bincount(weights.order(7, e), minlength=24) for e in range(num_epochs)]
+    return 24 * values / values.sum(), np.array(draws)
+
+
+def test_each_clip_is_drawn_as_its_share_says_over_the_epochs() -> None:
+    shares, draws = shares_and_draws()
+    error = np.sqrt(0.25 / len(draws))  # at most, of a mean of values that differ by 1
+    assert np.abs(draws.mean(0) - shares).max() < 5 * error
+    assert (draws[:, shares == 0] == 0).all()
+
+
+def test_two_clips_are_drawn_as_often_together_as_any_two_are() -> None:
+    """And not in step with neighbours, nor with the same clip in the epoch before."""
+    shares, draws = shares_and_draws()
+    drawn = shares > 0
+    centred = (draws - draws.mean(0))[:, drawn]
+    error = 1 / np.sqrt(len(draws))
+    correlation = np.corrcoef(centred.T)
+    pairs = correlation[~np.eye(len(correlation), dtype=bool)]
+    # The number of all draws is fixed, so any two are a little less often drawn together.
+    assert np.abs(pairs).max() < 1 / (len(correlation) - 1) + 5 * error
+    variance = centred.var(0)
+    later = (centred[1:] * centred[:-1]).mean(0) / variance
+    assert np.abs(later).max() < 5 * error
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_block_of_left_out_clips_does_not_choose_among_the_others(seed: int) -> None:
+    """Three microphones in turn, of which the second is left out in blocks of the manifest."""
+    values = np.tile([1.0, 0.0, 1.0], 1333)
+    order = Weights(values).order(seed, 0)
+    first, second, third = (np.isin(order, np.arange(m, len(values), 3)).sum() for m in range(3))
+    assert second == 0
+    assert abs(first - third) < 5 * np.sqrt(len(values) / 9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_epoch_hears_another_part_of_a_set(seed: int) -> None:
+    weights = Weights(np.repeat([1.0, 3.0], [600, 200]))  # two thirds of the first set an epoch
+    heard = np.zeros(800, dtype=bool)
+    for epoch in range(6):
+        heard[weights.order(seed, epoch)] = True
+        expected = (1 / 3) ** (epoch + 1)
+        assert abs((~heard[:600]).mean() - expected) < 5 * np.sqrt(expected / 600)
+
+
+def test_a_clip_of_weight_zero_at_the_end_is_never_drawn() -> None:
+    values = np.append(np.full(999, 0.1), 0.0)
+    assert all(Weights(values).order(1, epoch).max() < 999 for epoch in range(50))
+
+
 def test_a_weighted_stream_is_a_function_of_seed_and_position() -> None:
     weights = Weights(np.array([0.0, 1.0, 5.0, 2.0]))
     ids, draws = clips_at(np.arange(4000), 4, 7, weights)
