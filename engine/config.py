@@ -108,6 +108,9 @@ class Config:
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Load a configuration and apply ``section.key=value`` overrides.
 
+    The config.yaml of a run is of the folder that it lies in, from whatever working directory it is
+    named and wherever the run was moved to: ``run.folder`` is that folder, unless overridden.
+
     Args:
         name: Path of a YAML file, or the name of one in configs/ without its extension.
         overrides: Settings that take precedence over the file's; their values are YAML.
@@ -121,6 +124,10 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
     raw = _mapping({} if raw is None else raw, str(path))
+    if _is_of_run(path):
+        run = _mapping(raw.get("run") or {}, "run")
+        if not (run.get("folder") and path.parent.resolve() == Path(run["folder"]).resolve()):
+            raw["run"] = run | {"folder": str(path.parent)}
     for override in overrides:
         _override(raw, override)
     config = _build(Config, raw, "")
@@ -152,6 +159,34 @@ def to_plain(config: Any) -> dict[str, Any]:
 def from_plain(raw: dict[str, Any]) -> Config:
     """Convert nested dicts and lists to a configuration, with every check."""
     return _build(Config, raw, "")
+
+
+def check_paths(config: Config) -> None:
+    """Check that the relative paths of a configuration lead somewhere from the working directory.
+
+    Raises:
+        ConfigError: One does not: the run was perhaps begun in another directory.
+    """
+    data, finetune = config.data, config.finetune
+    paths = [("data.train", data.train), ("data.valid", data.valid)]
+    paths += [("data.mix", name) for name in data.mix or ()]
+    paths += [("data.sample_weights", data.sample_weights)]
+    if finetune is not None:
+        keys = ("labels", "test", "folds")
+        paths += [(f"finetune.{key}", getattr(finetune, key)) for key in keys]
+    for key, path in paths:
+        if path is None or "://" in path or Path(path).is_absolute() or Path(path).exists():
+            continue
+        raise ConfigError(
+            f"{key}: {path} is not in the working directory {Path.cwd()}, which relative paths "
+            "start from: change to another directory, or give an absolute path"
+        )
+
+
+def _is_of_run(path: Path) -> bool:
+    """Return whether a file is the configuration that a run stored in its folder."""
+    written = ("environment.json", "metrics.jsonl", "checkpoints")
+    return path.name == "config.yaml" and any((path.parent / name).exists() for name in written)
 
 
 def _find(name: str | Path) -> Path:

@@ -1,6 +1,6 @@
 """Pretraining from a configuration."""
 
-from ssast.engine.config import Config
+from ssast.engine.config import Config, check_paths
 from ssast.engine.data.clips import find_clips
 from ssast.engine.errors import ConfigError
 from ssast.engine.train.pretraining import Pretraining
@@ -30,6 +30,7 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"
         )
+    check_paths(config)
     train_paths, valid_paths = find_clips(config)
     # What the weights, the masks or the data order depend on must not change on the way.
     fixed = [(s, k) for s in ("audio", "model", "objective") for k in vars(getattr(config, s))]
