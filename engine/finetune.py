@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssast.engine.checkpoints.classifier import check_fits, with_model_of
-from ssast.engine.config import Config, finetune_settings, load_config
+from ssast.engine.config import Config, check_paths, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.predict import Prediction, predict
@@ -32,15 +32,18 @@ def finetune(
     *,
     resume: bool = False,
     num_classes: int | None = None,
+    metadata: MissingMetadata | None = None,
 ) -> int:
     """Fine-tune a classifier, or resume a run.
 
     Args:
         config: Configuration with a section ``finetune`` and a ``run.folder``.
-        checkpoint: Pretrained model, or the path of one; overrides ``finetune.checkpoint``. With
-            neither, a resumed run takes its own, and a new one is trained from scratch.
+        checkpoint: Model to begin from, or the path of one; overrides ``finetune.checkpoint``. With
+            neither, a resumed run takes its own, and a new one is trained from scratch. It is
+            pretrained, or fine-tuned already: then its head is left out.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
         num_classes: Expected number of classes; any if None.
+        metadata: Frames and stride of a published fine-tuned checkpoint.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -58,13 +61,13 @@ def finetune(
 
     run_folder(config)  # must be set, before anything is read
     config = _with_checkpoint(config, checkpoint, resume)
+    check_paths(config)
     settings = finetune_settings(config)
     pretrained = None
     if settings.checkpoint is not None:
-        loaded = checkpoint if isinstance(checkpoint, LoadedModel) else None
-        loaded = loaded or open_encoder(settings.checkpoint)
-        check_fits(config, loaded.config, settings.checkpoint)
-        pretrained = loaded.encoder
+        pretrained = checkpoint if isinstance(checkpoint, LoadedModel) else None
+        pretrained = pretrained or open_encoder(settings.checkpoint, metadata)
+        check_fits(config, pretrained.config, settings.checkpoint)
     splits = find_splits(config, num_classes)
     each, steps = steps_of_epochs(config, len(splits.train))
     train = replace(
@@ -114,8 +117,8 @@ class FinetuneEngine:
 
     Args:
         config: Configuration with a section ``finetune``.
-        checkpoint: Pretrained model to begin from, or the path of one; that of the configuration if
-            None, and if it names none either, the model is trained from scratch.
+        checkpoint: Model to begin from, or the path of one, see :func:`finetune`; that of the
+            configuration if None, and if it names none either, the model is trained from scratch.
         trained: Classifier that is fine-tuned already.
         num_classes: Expected number of classes in training; any if None.
     """
@@ -199,7 +202,10 @@ class FinetuneEngine:
             KeyboardInterrupt: Training was stopped by a signal, after a checkpoint was saved.
         """
         if self._given:
-            raise ConfigError("this classifier is trained: begin from a pretrained checkpoint")
+            raise ConfigError(
+                "this classifier is trained: FinetuneEngine(config, checkpoint=...) trains its "
+                "encoder on, with a new head"
+            )
         data = replace(
             self.config.data, train=str(train), valid=None if valid is None else str(valid)
         )

@@ -16,12 +16,12 @@ import numpy as np
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN
-from ssast.engine.config import Config, finetune_settings, load_config
+from ssast.engine.config import Config, check_paths, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import PREDICTIONS, describe, draw_confusion, read_predictions
 from ssast.engine.finetune import finetune, initial_checkpoint
-from ssast.engine.formats.open import open_encoder
+from ssast.engine.formats.open import MissingMetadata, open_encoder
 from ssast.engine.parallel.ranks import init_world, run_on_main
 from ssast.pipelines.errors import DataError
 
@@ -81,15 +81,20 @@ def uses_folds(config: Config, overrides: Iterable[str] = ()) -> bool:
 
 
 def cross_validate(
-    config: Config, checkpoint: str | Path | None = None, *, resume: bool = False
+    config: Config,
+    checkpoint: str | Path | None = None,
+    *,
+    resume: bool = False,
+    metadata: MissingMetadata | None = None,
 ) -> int:
     """Fine-tune once for each fold, then write one report on all of them.
 
     Args:
         config: Configuration as for :func:`~ssast.engine.finetune.finetune`, with
             ``finetune.folds``.
-        checkpoint: Path of a pretrained model; see there.
+        checkpoint: Path of a model to begin from; see there.
         resume: Resume the runs of the folds; finished ones stay as they are.
+        metadata: See there.
 
     Returns:
         0, or the number of the signal that stopped a run after it had saved a checkpoint.
@@ -104,6 +109,7 @@ def cross_validate(
     settings = finetune_settings(config)
     if settings.folds is None or config.run.folder is None:
         raise ConfigError("finetune.folds and run.folder must both be set")
+    check_paths(config)
     run = Path(config.run.folder)
     folds = find_folds(settings.folds)
     if checkpoint is None and settings.checkpoint is None and resume:
@@ -116,7 +122,8 @@ def cross_validate(
     for fold in folds:
         find_splits(configs[fold.number])  # so that a mistake in the last fold is reported at once
     checkpoint = settings.checkpoint if checkpoint is None else checkpoint
-    pretrained = None if checkpoint is None else open_encoder(checkpoint)  # read once for all folds
+    # Read once for all folds.
+    pretrained = None if checkpoint is None else open_encoder(checkpoint, metadata)
     for fold in folds:
         if world.is_main:
             print(f"fold {fold.number} of {len(folds)}: {fold.evaluate}", flush=True)

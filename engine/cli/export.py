@@ -73,6 +73,7 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.checkpoints.weights import export_weights
     from ssast.engine.errors import ConfigError
     from ssast.engine.formats.huggingface import export_huggingface
+    from ssast.engine.formats.open import published_metadata
     from ssast.engine.formats.portable import save_onnx, save_program
     from ssast.engine.formats.published import save_published
     from ssast.engine.model.classifier import ACTIVATIONS
@@ -89,7 +90,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.to == "published":
         if isinstance(loaded.model, SpectrogramTransformer):
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
-        save_published(loaded.model, out, loaded.audio)
+        save_published(loaded.model, out, loaded.audio, published_metadata(loaded))
     elif options.to == "hf":
         loss = loaded.loss if loaded.is_classifier else None
         export_huggingface(bare, out, loaded.audio, loaded.classes or None, loss)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssast.engine.cli.options import (
     add_config,
+    add_input_metadata,
     add_missing_metadata,
     add_resume,
     missing_metadata,
@@ -43,9 +44,11 @@ def add_finetune_commands(commands: Any) -> None:
         "--checkpoint",
         type=Path,
         metavar="CKPT",
-        help="pretrained weights: folder of a pretraining run or a published .pth (default: none)",
+        help="weights to begin from: folder of a run, a published .pth or a transformers folder; "
+        "of a fine-tuned model the head is left out (default: none)",
     )
     add_resume(command)
+    add_input_metadata(command)
     command.set_defaults(run=_finetune)
 
     command = commands.add_parser(
@@ -114,7 +117,9 @@ def _finetune(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     train = cross_validate if uses_folds(config, options.overrides) else finetune
-    stopped = train(config, options.checkpoint, resume=options.resume)
+    stopped = train(
+        config, options.checkpoint, resume=options.resume, metadata=missing_metadata(options)
+    )
     return 128 + stopped if stopped else 0
 
 

@@ -28,9 +28,9 @@ def add_resume(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_missing_metadata(command: argparse.ArgumentParser, *, classifier: bool = False) -> None:
-    """Add options for metadata that published checkpoints lack."""
-    group = command.add_argument_group("metadata that published checkpoints lack")
+def add_input_metadata(command: argparse.ArgumentParser) -> Any:
+    """Add options for the input of published checkpoints; return their group."""
+    group = command.add_argument_group("metadata that published fine-tuned checkpoints lack")
     group.add_argument("--frames", type=int, metavar="T", help="input length in frames of 10 ms")
     group.add_argument(
         "--stride",
@@ -39,10 +39,15 @@ def add_missing_metadata(command: argparse.ArgumentParser, *, classifier: bool =
         metavar=("F", "T"),
         help="patch stride in mel bins and frames",
     )
+    return group
+
+
+def add_missing_metadata(command: argparse.ArgumentParser, *, classifier: bool = False) -> None:
+    """Add options for all metadata that published checkpoints lack."""
+    group = add_input_metadata(command)
     group.add_argument(
         "--pooling",
         choices=("avgtok", "cls"),
-        default="avgtok",
         help="mean of the patch tokens, or of the cls tokens (default: avgtok)",
     )
     group.add_argument(
@@ -73,9 +78,9 @@ def missing_metadata(options: argparse.Namespace) -> Any:
     return MissingMetadata(
         num_frames=options.frames,
         stride=None if options.stride is None else tuple(options.stride),
-        pooling=options.pooling,
-        mean=options.mean,
-        std=options.std,
+        pooling=getattr(options, "pooling", None),
+        mean=getattr(options, "mean", None),
+        std=getattr(options, "std", None),
         loss=getattr(options, "loss", None),
         labels=getattr(options, "labels", None),
     )

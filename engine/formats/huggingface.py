@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ssast.engine.checkpoints.store import save_tensors
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.published import check_shapes
+from ssast.engine.formats.weight_files import describe_foreign
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import SIZES, Audio, Model
@@ -136,8 +137,11 @@ def import_huggingface(
     kind = config.get("model_type")
     if kind not in (_STOCK, _OWN):
         raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {_STOCK!r}")
+    weights = folder / _WEIGHTS
+    if (foreign := describe_foreign(weights)) is not None:
+        raise CheckpointError(f"{weights}: {foreign}")
     try:
-        state = safetensors.torch.load_file(folder / _WEIGHTS)
+        state = safetensors.torch.load_file(weights)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
     model, audio = _build(config, preprocessor, folder)

@@ -7,13 +7,15 @@ What a path holds is decided here, once, and its weights are read once:
     a .safetensors or pickled file  the published code's, pretrained or fine-tuned
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
 from ssast.engine.checkpoints.weights import read_weights
-from ssast.engine.config import Config, finetune_settings, from_plain
+from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.huggingface import CONFIG, import_huggingface
@@ -21,7 +23,7 @@ from ssast.engine.formats.published import (
     build_pretrained,
     build_published_classifier,
     detect_layout,
-    read_published,
+    read_published_state,
 )
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
@@ -31,12 +33,16 @@ from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
 
 Origin = Literal["run", "published", "transformers"]
+Purpose = Literal["model", "encoder", "pretrained"]  # any whole model, its encoder, with heads
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MissingMetadata:
     """What a published file does not say of its model.
 
+    Files that ``ssast export --to published`` wrote say all of it; what is given here overrides it.
     A run of ours says all of it itself, and a folder of transformers most: ``loss`` and ``labels``
     that are given override those in the folder.
     """
@@ -47,8 +53,8 @@ class MissingMetadata:
     stride: tuple[int, int] | None = None
     """Mel bins and frames between two patches of a fine-tuned model."""
 
-    pooling: Literal["avgtok", "cls"] = "avgtok"
-    """Mean of the patch tokens, or of cls and dist, in a fine-tuned model."""
+    pooling: Literal["avgtok", "cls"] | None = None
+    """Mean of the patch tokens, or of cls and dist, in a fine-tuned model; avgtok if None."""
 
     mean: float | None = None
     """Mean of the filterbanks; that of AudioSet and LibriSpeech if None."""
@@ -187,19 +193,20 @@ def as_classifier(model: LoadedModel | str | Path) -> LoadedModel:
     return loaded if loaded.classes else replace(loaded, classes=numbers, names=numbers)
 
 
-def open_encoder(path: str | Path) -> LoadedModel:
-    """Open a pretrained model that a fine-tuning begins from.
+def open_encoder(path: str | Path, metadata: MissingMetadata | None = None) -> LoadedModel:
+    """Open a model that a fine-tuning begins from: pretrained, or fine-tuned already.
 
-    The head of a classifier in a folder of transformers is ignored; other fine-tuned models are
-    refused.
+    Only its encoder counts: the head of a classifier, and the mean and std of its input, do not.
 
     Args:
         path: See :func:`open_model`.
+        metadata: See :func:`open_model`.
 
     Raises:
-        CheckpointError: See :func:`open_model`; or the model is fine-tuned.
+        CheckpointError: See :func:`open_model`.
+        ConfigError: See :func:`open_model`.
     """
-    return _open(Path(path), MissingMetadata(), pretrained=True)
+    return _open(Path(path), metadata or MissingMetadata(), purpose="encoder")
 
 
 def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
@@ -214,21 +221,35 @@ def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
     Raises:
         CheckpointError: See :func:`open_model`; or the model is fine-tuned, or an encoder alone.
     """
-    loaded = open_encoder(path)
+    loaded = _open(Path(path), MissingMetadata(), purpose="pretrained")
     if not isinstance(loaded.model, MSPM):
         raise CheckpointError(f"{path}: expected a model with its pretraining heads, found none")
     return loaded.model, loaded.config
 
 
-def _open(path: Path, metadata: MissingMetadata, *, pretrained: bool = False) -> LoadedModel:
+def published_metadata(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what a published file does not say of a model, to be stored in it all the same."""
+    found: dict[str, Any] = {"audio": to_plain(loaded.audio)}
+    if loaded.is_classifier:
+        settings = to_plain(finetune_settings(loaded.config))
+        stride = list(loaded.encoder.embed.stride)
+        found |= {"pooling": settings["pooling"], "loss": settings["loss"], "stride": stride}
+        found |= {"classes": list(loaded.classes), "names": list(loaded.names)}
+    return found
+
+
+def _open(path: Path, metadata: MissingMetadata, purpose: Purpose = "model") -> LoadedModel:
     if path.is_file():
-        return _open_published(path, metadata, pretrained)
+        return _open_published(path, metadata, purpose)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a run, a checkpoint or a model, found nothing")
+        where = "" if path.is_absolute() else f" in the working directory {Path.cwd()}"
+        raise CheckpointError(
+            f"{path}: expected a run, a checkpoint or a model, found nothing{where}"
+        )
     if (path / CONFIG).is_file():
         return _open_transformers(path, metadata)
     loaded = _open_run(path, metadata)
-    if pretrained and loaded.is_classifier:
+    if purpose == "pretrained" and loaded.is_classifier:
         raise CheckpointError(f"{path}: expected a pretrained model, found a fine-tuned one")
     return loaded
 
@@ -251,29 +272,60 @@ def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
     return _with_labels(loaded, metadata.labels)
 
 
-def _open_published(path: Path, metadata: MissingMetadata, pretrained: bool) -> LoadedModel:
-    state = read_published(path)
+def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> LoadedModel:
+    state, stored = read_published_state(path)
     layout = detect_layout(state, path)
-    given = {"mean": metadata.mean, "std": metadata.std}
-    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if layout.num_classes is None or pretrained:
+    audio = dict(stored.get("audio", {}))
+    given = {"mean": metadata.mean, "std": metadata.std, "num_frames": metadata.num_frames}
+    audio |= {key: value for key, value in given.items() if value is not None}
+    if layout.num_classes is None or purpose == "pretrained":
         if metadata.num_frames is not None or metadata.stride is not None:
             raise ConfigError(f"{path} is pretrained and knows its frames and its stride")
         if metadata.labels is not None:
             raise ConfigError(f"{path} is pretrained and has no classes: leave out the labels")
-        model, config = build_pretrained(state, layout, path, **settings)
+        model, config = build_pretrained(state, layout, path, **audio)
         return LoadedModel(model, config, path, "published")
-    if metadata.num_frames is None or metadata.stride is None:
+    stride = metadata.stride or stored.get("stride")
+    if "num_frames" not in audio or stride is None:
         raise ConfigError(
             f"{path} is fine-tuned and says neither how many frames its input has nor its stride: "
             "give --frames and --stride, such as --frames 1024 --stride 10 10"
         )
-    audio = Audio(num_frames=metadata.num_frames, **settings)
+    finetune = {
+        "stride": list(stride),
+        "pooling": metadata.pooling or stored.get("pooling", "avgtok"),
+        "loss": metadata.loss or stored.get("loss", "ce"),
+    }
+    settings = from_plain({"audio": audio, "model": layout.model, "finetune": finetune})
+    chosen = finetune_settings(settings)
+    assert chosen.stride is not None
     classifier = build_published_classifier(
-        state, layout, path, audio=audio, stride=metadata.stride, pooling=metadata.pooling
+        state, layout, path, audio=settings.audio, stride=chosen.stride, pooling=chosen.pooling
     )
-    config = _describe(classifier, audio, metadata)
-    return _with_labels(LoadedModel(classifier, config, path, "published"), metadata.labels)
+    if purpose == "model":
+        _report_statistics(path, settings.audio, metadata, stored)
+    config = _describe(classifier, settings.audio, replace(metadata, loss=chosen.loss))
+    classes, names = (tuple(map(str, stored.get(key, ()))) for key in ("classes", "names"))
+    if len(classes) != layout.num_classes:
+        classes = names = ()
+    loaded = LoadedModel(classifier, config, path, "published", classes, names or classes)
+    return _with_labels(loaded, metadata.labels)
+
+
+def _report_statistics(
+    path: Path, audio: Audio, metadata: MissingMetadata, stored: Mapping[str, Any]
+) -> None:
+    """Say which mean and std a fine-tuned file is used with, unless both were given."""
+    if metadata.mean is not None and metadata.std is not None:
+        return
+    if stored.get("audio"):
+        text = "%s: mean %g and std %g of the input, as stored in the file"
+    else:
+        text = (
+            "%s: the file has no mean and std of its input, mean %g and std %g are assumed (those "
+            "of AudioSet, where not given): set --mean and --std if it was trained with others"
+        )
+    _log.warning(text, path, audio.mean, audio.std)
 
 
 def _with_labels(loaded: LoadedModel, labels: str | Path | None) -> LoadedModel:

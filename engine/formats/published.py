@@ -6,24 +6,22 @@ timm's names, ``module.cpredlayer.*`` and ``module.gpredlayer.*`` for the two he
 ``p_input_tdim``, in a pretrained model alone.
 """
 
-import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ssast.engine.config import Config, from_plain
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.weight_files import read_state, write_state
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
 from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.patch_embed import patch_grid
-from ssast.pipelines.files import replacing
 
 # Ours -> published, without its "module."; the first prefix that fits counts.
 _PREFIXES = {
@@ -62,6 +60,12 @@ class Layout:
 
     num_extra: int = NUM_EXTRA_TOKENS
     """Tokens before those of the patches: cls and dist, or cls alone (base_nokd)."""
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The section ``model`` of a configuration."""
+        depth = None if self.depth == SIZES[self.size].depth else self.depth
+        return {"size": self.size, "patch": list(self.patch), "depth": depth}
 
 
 def published_name(name: str) -> str:
@@ -112,36 +116,14 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: No such file, damaged, or it holds anything but tensors. No code in the
             file is ever run.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path}: refused: no pickle of tensors alone: {first}; save model.state_dict()"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    # What a damaged file makes of the readers; none of these is a mistake of ours.
-    except (
-        safetensors.SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
-        AttributeError,
-    ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path}: not a whole checkpoint file: {reason}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path}: expected a state dict, names to tensors, found {type(state).__name__}"
-        )
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: expected tensors and nothing else, found {name!r}: {type(value).__name__}"
-            )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    state, _ = read_published_state(path)
+    return state
+
+
+def read_published_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state dict as :func:`read_published`, and the metadata that we stored in the file."""
+    state, metadata = read_state(Path(path))
+    return {name.removeprefix("module."): value for name, value in state.items()}, metadata
 
 
 def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -> Layout:
@@ -226,7 +208,7 @@ def build_pretrained(
     n_mels, num_frames = layout.input
     config = from_plain(
         {
-            "model": _plain_model(layout),
+            "model": layout.model,
             "audio": {**audio, "n_mels": n_mels, "num_frames": num_frames},
             "objective": {
                 "num_masked": max(2, round(_SHARE_MASKED * layout.num_patches)),
@@ -343,25 +325,26 @@ def published_state(model: MSPM | Classifier, audio: Audio | None = None) -> dic
     return {**published, **to_published(state)}
 
 
-def save_published(model: MSPM | Classifier, path: str | Path, audio: Audio | None = None) -> None:
+def save_published(
+    model: MSPM | Classifier,
+    path: str | Path,
+    audio: Audio | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Write a file that the published code, and :func:`read_published`, read.
 
     Args:
         model: See :func:`published_state`.
         path: Path of the file, whose folder is created if need be.
         audio: See :func:`published_state`.
+        metadata: What the published format does not hold, for our reader; the published code does
+            not see it. See :func:`~ssast.engine.formats.open.published_metadata`.
 
     Raises:
         CheckpointError: It cannot be written.
         ConfigError: See :func:`published_state`.
     """
-    state = published_state(model, audio)
-    path = Path(path)
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_state(published_state(model, audio), Path(path), metadata)
 
 
 def check_shapes(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -386,11 +369,6 @@ def _check_two_tokens(layout: Layout, path: str | Path) -> None:
             f"{path}: one extra token (base_nokd), expected two: v.dist_token is missing; "
             "ssast.engine.api.ASTModel takes it"
         )
-
-
-def _plain_model(layout: Layout) -> dict[str, Any]:
-    depth = None if layout.depth == SIZES[layout.size].depth else layout.depth
-    return {"size": layout.size, "patch": list(layout.patch), "depth": depth}
 
 
 def _fill(model: MSPM | Classifier, state: dict[str, Tensor], path: str | Path) -> None:

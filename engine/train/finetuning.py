@@ -24,8 +24,8 @@ from ssast.engine.data.splits import Splits
 from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.metrics import classification_metrics
 from ssast.engine.evaluation.report import write_report, write_split
+from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.classifier import LossClassifier
-from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import gather_rows, run_on_main
 from ssast.engine.train.step import evaluate
@@ -53,7 +53,7 @@ class Finetuning(Task):
     Args:
         context: What the run offers.
         splits: The clips.
-        pretrained: Where the encoder's weights are from; None leaves them as they are drawn.
+        pretrained: Model whose encoder is trained on; None leaves the weights as they are drawn.
         num_epoch_steps: Steps of one epoch.
     """
 
@@ -63,7 +63,7 @@ class Finetuning(Task):
         self,
         context: RunContext,
         splits: Splits,
-        pretrained: SpectrogramTransformer | None,
+        pretrained: LoadedModel | None,
         num_epoch_steps: int,
     ):
         config, train = context.config, splits.train
@@ -73,9 +73,12 @@ class Finetuning(Task):
         if splits.class_weights is not None:
             module.class_weights = torch.from_numpy(splits.class_weights).float()
         if pretrained is not None:
-            fill_encoder(module.encoder, pretrained)
+            fill_encoder(module.encoder, pretrained.encoder)
+        source = settings.checkpoint or "from scratch"
+        if pretrained is not None and pretrained.is_classifier:
+            source += f" (fine-tuned: its head of {pretrained.num_classes} classes is left out)"
         summary = (
-            f"{settings.checkpoint or 'from scratch'}, "
+            f"{source}, "
             f"{len(train)} training and {len(splits.valid)} held-out clips of "
             f"{len(splits.classes)} classes"
         )

@@ -10,17 +10,25 @@ from finetune_runs import make_sounds, manifest, overrides
 from golden_model import PATCHES, golden
 
 from ssast.engine.api import ASTModel, save_published
+from ssast.engine.checkpoints.classifier import save_chosen
+from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.cli.main import main
-from ssast.engine.config import from_plain, load_config
+from ssast.engine.config import from_plain, load_config, to_plain
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.predict import predict, score_clips
 from ssast.engine.evaluation.timeline import timelines
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.huggingface import export_huggingface
-from ssast.engine.formats.open import MissingMetadata, open_classifier, open_encoder
+from ssast.engine.formats.open import (
+    MissingMetadata,
+    open_classifier,
+    open_encoder,
+    open_model,
+)
 from ssast.engine.formats.published import read_published
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.model.objective import MSPM
 from ssast.pipelines.errors import DataError
 
 CONFIG = from_plain(
@@ -151,6 +159,102 @@ def test_fine_tuning_begins_from_a_folder_of_transformers(classifier, tmp_path):
         f"run.folder={tmp_path / 'run'}",
     ]
     assert finetune(load_config(path, given), tmp_path / "hf") == 0
+
+
+@pytest.fixture
+def tuned_run(classifier, tmp_path):
+    config = replace(CONFIG, finetune=replace(CONFIG.finetune, loss="bce", pooling="avgtok"))
+    weights = {f"weight/{name}": value for name, value in classifier.state_dict().items()}
+    facts = {"names": ["Dog, big", "b", "c"]}
+    save_chosen(
+        tmp_path / "tuned", weights, step=3, config=config, classes=["a", "b", "c"], facts=facts
+    )
+    return tmp_path / "tuned"
+
+
+def test_an_exported_file_knows_what_the_published_format_does_not(tuned_run, tmp_path, caplog):
+    """Frames, stride, mean, std, loss and classes come back, and what is given goes before."""
+    assert main(["export", str(tuned_run), "--to", "published", str(tmp_path / "a.pth")]) == 0
+    ours, again = open_model(tuned_run), open_model(tmp_path / "a.pth")
+    assert (again.audio, again.config.finetune) == (ours.audio, ours.config.finetune)
+    assert again.config.finetune.loss == "bce"
+    assert (again.classes, again.names) == (("a", "b", "c"), ("Dog, big", "b", "c"))
+    assert caplog.messages == [
+        f"{tmp_path / 'a.pth'}: mean -6 and std 4 of the input, as stored in the file"
+    ]
+    changed = open_model(tmp_path / "a.pth", MissingMetadata(mean=1.0, std=2.0, loss="ce"))
+    assert changed.audio == replace(ours.audio, mean=1.0, std=2.0)
+    assert changed.config.finetune.loss == "ce"
+    assert len(caplog.messages) == 1  # both were given
+    # The published code takes the file, strictly; test_published says so of the names.
+    assert not any("audio" in name for name in torch.load(tmp_path / "a.pth", weights_only=True))
+
+
+def test_an_exported_pretrained_file_keeps_mean_and_std(tmp_path):
+    config = from_plain(
+        {
+            "model": {"size": "tiny", "depth": 1},
+            "audio": {"num_frames": 48, "mean": -7.0, "std": 3.0},
+            "objective": {"num_masked": 2},
+        }
+    )
+    weights = {f"weight/{name}": value for name, value in MSPM(config).state_dict().items()}
+    run = tmp_path / "run"
+    Checkpoints(run / "checkpoints").save(weights, {"config": to_plain(config)}, step=1)
+    assert main(["export", str(run), "--to", "published", str(tmp_path / "a.pth")]) == 0
+    assert open_model(tmp_path / "a.pth").audio == config.audio
+
+
+def test_mean_and_std_are_never_assumed_in_silence(published, caplog):
+    open_model(published, MissingMetadata(48, (10, 10)))
+    (line,) = caplog.messages
+    assert f"{published}: the file has no mean and std of its input, mean -4.26774" in line
+    assert "std 4.569 are assumed" in line and "set --mean and --std" in line
+    caplog.clear()
+    open_model(published, MissingMetadata(48, (10, 10), mean=0.0))
+    assert "mean 0 and std 4.569 are assumed" in caplog.messages[0]
+    caplog.clear()
+    open_model(published, METADATA)
+    open_encoder(published, METADATA)  # whose input is normalised as the new run says
+    open_encoder(published, MissingMetadata(48, (10, 10)))
+    assert caplog.messages == []
+
+
+def second_stage(tmp_path, checkpoint, *more):
+    train = manifest(tmp_path / "train.json", make_sounds(tmp_path / "sounds", 2, 4))
+    (tmp_path / "plain.yaml").write_text("finetune: {}\n")
+    given = overrides(audio__n_mels=128, finetune__epochs=1, data__valid_share=0.25)
+    return main(
+        ["finetune", str(tmp_path / "plain.yaml"), "--checkpoint", str(checkpoint), *given,
+         f"data.train={train}", f"run.folder={tmp_path / 'run'}", *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "exported", "published", "transformers"])
+def test_a_second_stage_begins_from_any_fine_tuned_model(
+    kind, tuned_run, published, classifier, tmp_path, capsys
+):
+    """The encoder is taken, the head of other classes left out, and the first line says so."""
+    source, more = published, ["--frames", "48", "--stride", "10", "10"]
+    if kind != "published":
+        more = []
+        source = {"run": tuned_run, "checkpoint": tuned_run / "classifier/step000000003"}.get(kind)
+    if source is None:
+        source, form = tmp_path / kind, "published" if kind == "exported" else "hf"
+        assert main(["export", str(tuned_run), "--to", form, str(source)]) == 0
+    loaded = open_encoder(source, MissingMetadata(48, (10, 10)) if more else None)
+    blocks = loaded.encoder.blocks.state_dict()
+    assert all(blocks[name].equal(v) for name, v in classifier.encoder.blocks.state_dict().items())
+    assert second_stage(tmp_path, source, *more) == 0
+    first = capsys.readouterr().out.splitlines()[1 if source.name == kind else 0]
+    assert f"{source} (fine-tuned: its head of 3 classes is left out), 6 training" in first
+    assert open_classifier(tmp_path / "run").num_classes == 2
+
+
+def test_a_second_stage_asks_for_what_a_published_file_lacks(published, tmp_path, capsys):
+    assert second_stage(tmp_path, published) == 2
+    assert "give --frames and --stride" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_said_is_asked_for(published, labels, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
     config = load(plain_file(tmp_path), splits, tmp_path, finetune__layer_decay=0.5,
                   finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12)  # fmt: skip
     context = RunContext(config, world)
-    task = Finetuning(context, find_splits(config), open_encoder(checkpoint).encoder, 3)
+    task = Finetuning(context, find_splits(config), open_encoder(checkpoint), 3)
     before = {name: value.clone() for name, value in task.module.named_parameters()}
     engine = TrainEngine(task.module, task.optimizer(), world=world, batch_size=8)
     with task.train_batches(0) as batches:
@@ -112,7 +112,7 @@ def test_mixup_adds_the_clip_whose_label_it_adds(world, splits, checkpoint, tmp_
     config = load(plain_file(tmp_path), {**splits, "train": bad}, tmp_path, finetune__mixup=1.0,
                   data__max_rejected=0.9)  # fmt: skip
     context = RunContext(config, world)
-    task = Finetuning(context, find_splits(config), open_encoder(checkpoint).encoder, 1)
+    task = Finetuning(context, find_splits(config), open_encoder(checkpoint), 1)
     with context.stream(task.splits.train.paths, None, epochs=1) as batches:
         every = next(batches)
     with task.train_batches(8) as batches:
