@@ -56,6 +56,7 @@ def finetune(
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
+    from ssast.engine.train.inputs import of_splits
     from ssast.engine.train.run import run_training
     from ssast.engine.train.task import run_folder
 
@@ -87,6 +88,7 @@ def finetune(
         config,
         lambda context: Finetuning(context, splits, pretrained, each),
         clips=splits.train.paths,
+        inputs=of_splits(config, splits, pretrained),
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
     )

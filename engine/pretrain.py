@@ -3,6 +3,7 @@
 from ssast.engine.config import Config, check_paths
 from ssast.engine.data.clips import find_clips
 from ssast.engine.errors import ConfigError
+from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
 from ssast.engine.train.task import run_folder
@@ -38,6 +39,7 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
         config,
         lambda context: Pretraining(context, train_paths, valid_paths),
         clips=train_paths,
+        inputs=of_clips(config, train_paths, valid_paths),
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
     )

@@ -206,12 +206,6 @@ def scalars(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, fl
 
 def environment(world: World, **choices: str) -> dict[str, Any]:
     """Describe the machine, the package versions and the backends that were chosen."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     cuda = world.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
@@ -223,8 +217,19 @@ def environment(world: World, **choices: str) -> dict[str, Any]:
         **choices,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that compute; None of one that is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
+from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.task import RunContext, Task, run_folder
@@ -35,6 +36,7 @@ def run_training(
     build: Callable[[RunContext], Task],
     *,
     clips: ClipPaths,
+    inputs: Mapping[str, str],
     fixed: Sequence[tuple[str, str]],
     resume: bool,
 ) -> int:
@@ -44,6 +46,7 @@ def run_training(
         config: Configuration of the run.
         build: Builds the task; called after the seed is set.
         clips: The training clips, which must be the same when a run is resumed.
+        inputs: Fingerprints of what else must be, see :mod:`ssast.engine.train.inputs`.
         fixed: Sections and keys of the configuration that must be the same then.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
 
@@ -66,18 +69,19 @@ def run_training(
         context = RunContext(config, world, watchdog.heartbeat)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
         described: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
-        check_agreement(
-            {**to_plain(config), "code version": code_version(), "clips": described}, world
-        )
+        facts = {"version": versions(), "training clips": described, **inputs}
+        check_agreement(to_plain(config) | facts, world)
         found = run_on_main(
-            lambda: _open_folder(folder, config, checkpoints, described, fixed, resume, locks),
+            lambda: _open_folder(
+                folder, config, checkpoints, described, inputs, fixed, resume, locks
+            ),
             world,
         )
         if world.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.train.seed)
         task = build(context)
-        state = TrainState(task, build_engine(task), described)
+        state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
         trainer = Trainer(state, checkpoints, _open_monitor(state, found))
@@ -134,6 +138,8 @@ def _open_monitor(state: TrainState, found: Path | None) -> Monitor:
             monitor.say(f"attention {backend} is not used: {reason}")
     if found is not None:
         monitor.say(f"resumed from {found} at step {step}")
+        if state.changes:
+            monitor.say(f"warning: changed since the run began: {', '.join(state.changes)}")
     return monitor
 
 
@@ -142,6 +148,7 @@ def _open_folder(
     config: Config,
     checkpoints: Checkpoints,
     clips: Mapping[str, int | str],
+    inputs: Mapping[str, str],
     fixed: Sequence[tuple[str, str]],
     resume: bool,
     locks: contextlib.ExitStack,
@@ -173,6 +180,11 @@ def _open_folder(
             raise ConfigError(
                 f"{named} ({clips['count']}) than when {run} began "
                 f"({meta['clips']['count']}): choose another run.folder"
+            )
+        others = [n for n in changed(meta.get("inputs", inputs), inputs) if n not in NOT_TRAINED_ON]
+        if others:
+            raise ConfigError(
+                f"{' and '.join(others)} changed since {run} began: choose another run.folder"
             )
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import to_plain
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, run_on_main
+from ssast.engine.train.inputs import changed, versions
 from ssast.engine.train.optim import Plateau
 from ssast.engine.train.task import Progress, Task
 
@@ -22,11 +23,22 @@ class TrainState:
         task: What is trained.
         engine: Holds the task's module and its optimizer.
         clips: Number and fingerprint of the training clips.
+        inputs: Fingerprints of what else is trained on, see :mod:`ssast.engine.train.inputs`.
+
+    Attributes:
+        changes: Names of what has changed since the checkpoint that was restored, and may.
     """
 
-    def __init__(self, task: Task, engine: TrainEngine, clips: Mapping[str, int | str]):
-        self.task, self.engine, self.clips = task, engine, clips
+    def __init__(
+        self,
+        task: Task,
+        engine: TrainEngine,
+        clips: Mapping[str, int | str],
+        inputs: Mapping[str, str],
+    ):
+        self.task, self.engine, self.clips, self.inputs = task, engine, clips, inputs
         self.progress = Progress()
+        self.changes: list[str] = []
 
     def gather(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors (on rank 0) and the JSON values of a checkpoint. Collective."""
@@ -37,6 +49,8 @@ class TrainState:
             "progress": progress,
             "adam_step": adam_step,
             "clips": self.clips,
+            "inputs": self.inputs,
+            "versions": versions(),
             "config": to_plain(self.task.context.config),
         }
         return {**tensors, "rng/cpu": torch.get_rng_state(), **own_tensors}, {**meta, **own_meta}
@@ -59,5 +73,9 @@ class TrainState:
         self.task.load_state(tensors, meta)
         self.engine.load_state(tensors, meta["adam_step"])
         torch.set_rng_state(rng)
+        now = versions()
+        before = meta.get("versions", now)  # an older checkpoint does not know
+        self.changes = changed(meta.get("inputs", self.inputs), self.inputs)
+        self.changes += [f"{n} ({before.get(n)}, now {now.get(n)})" for n in changed(before, now)]
         plateau = Plateau(**meta["progress"].pop("plateau"))
         vars(self.progress).update(meta["progress"], plateau=plateau)

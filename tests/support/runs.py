@@ -84,9 +84,14 @@ def lines(run: Path, split: str) -> list[dict]:
 
 
 def two_ranks(
-    *common: object, each: Sequence[Sequence[object]] = ((), ())
+    *common: object,
+    each: Sequence[Sequence[object]] = ((), ()),
+    folders: Sequence[Path | None] = (None, None),
 ) -> list[tuple[int, str]]:
-    """Run a command on two ranks, with further arguments of each; their statuses and errors."""
+    """Run a command on two ranks, with further arguments of each; their statuses and errors.
+
+    Each runs in a folder of its own, if any are given.
+    """
     shared = environment() | {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -97,6 +102,7 @@ def two_ranks(
         subprocess.Popen(
             command(*common, *own),
             env=shared | {"RANK": str(rank)},
+            cwd=folders[rank],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

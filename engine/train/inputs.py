@@ -1,0 +1,86 @@
+"""Fingerprints of what a run depends on besides its configuration.
+
+All ranks must have the same, and so must a run when it is resumed.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssast.engine.config import Config
+from ssast.engine.data.labels import LabelledClips
+from ssast.engine.data.splits import Splits
+from ssast.engine.monitoring.monitor import package_versions
+from ssast.engine.parallel.agreement import code_version
+from ssast.pipelines.clips.mix import fingerprint
+from ssast.pipelines.clips.order import read_weights
+from ssast.pipelines.clips.shards import ClipPaths
+
+Fingerprints = dict[str, str]
+# What a resumed run can go on without: the weights are in its checkpoint.
+NOT_TRAINED_ON = ("test clips", "labels of the test clips", "pretrained weights")
+
+
+def of_clips(config: Config, train: ClipPaths, valid: ClipPaths) -> Fingerprints:
+    """Return the fingerprints of the validation clips and of the sampling weights.
+
+    Raises:
+        DataError: The file of the sampling weights is wrong.
+    """
+    found = {"validation clips": fingerprint(valid)[:16]}
+    if config.data.sample_weights is not None:
+        read_weights(config.data.sample_weights, len(train))
+        content = Path(config.data.sample_weights).read_bytes()
+        found["sampling weights (data.sample_weights)"] = _digest([content])
+    return found
+
+
+def of_splits(config: Config, splits: Splits, pretrained: nn.Module | None) -> Fingerprints:
+    """Return those of :func:`of_clips`, and of classes, labels and pretrained weights.
+
+    Raises:
+        DataError: The file of the sampling weights is wrong.
+    """
+    found = of_clips(config, splits.train.paths, splits.valid.paths)
+    found["order of the classes"] = _digest(name.encode() + b"\0" for name in splits.classes)
+    for name, clips in (("training", splits.train), ("validation", splits.valid)):
+        found[f"labels of the {name} clips"] = _labels(clips)
+    if splits.test is not None:
+        found["test clips"] = fingerprint(splits.test.paths)[:16]
+        found["labels of the test clips"] = _labels(splits.test)
+    if splits.class_weights is not None:
+        found["class weights (finetune.class_weights)"] = _digest([splits.class_weights.tobytes()])
+    if pretrained is not None:
+        tensors = sorted(pretrained.state_dict().items())
+        found["pretrained weights"] = _digest(_bytes(value) for _, value in tensors)
+    return found
+
+
+def versions() -> Fingerprints:
+    """Return the versions of the code and of the packages that compute."""
+    packages = {name: str(version) for name, version in package_versions().items()}
+    return {**packages, "code": code_version()}
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the names whose fingerprints differ, or are missing on one side."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def _labels(clips: LabelledClips) -> str:
+    return _digest(np.asarray(part, np.int64).tobytes() for part in (clips.offsets, clips.indices))
+
+
+def _bytes(value: torch.Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
