@@ -88,7 +88,7 @@ def finetune(
         config,
         lambda context: Finetuning(context, splits, pretrained, each),
         clips=splits.train.paths,
-        inputs=of_splits(config, splits, pretrained),
+        inputs=of_splits(config, splits, pretrained.model if pretrained else None),
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
     )
