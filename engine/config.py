@@ -140,7 +140,9 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML, from which ``load_config`` loads it again."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    # PyYAML reads U+0085 as a line break, unless it is escaped.
+    return text if "\x85" not in text else yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
