@@ -14,7 +14,8 @@ poisons every weight.
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -90,8 +91,7 @@ def deepspeed_config(
         config["zero_force_ds_cpu_optimizer"] = False  # else it compiles its own Adam
     if precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if accumulate > 1 and zero_stage > 1:
-            # At stage 1 this setting selects another optimizer class, without overlap.
+        if accumulate > 1:  # a sum of hundreds of micro-batches in bf16 loses the small ones
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -161,9 +161,10 @@ class TrainEngine:
             reduce_dtype=reduce_dtype,
         )
         self._linear = nn.functional.linear
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self.settings
-        )
+        with _one_optimizer_class():
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=self.settings
+            )
         _limit_waiting(world.timeout_s)
         self._state = ShardedState(module, self._zero, stage=zero_stage, world=world)
         if precision == "bf16":
@@ -336,6 +337,28 @@ def _import_deepspeed() -> Any:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
     return deepspeed
+
+
+@contextmanager
+def _one_optimizer_class() -> Iterator[None]:
+    """Let stage 1 have the optimizer class of stage 2 with fp32 gradient accumulation as well.
+
+    DeepSpeed gives it that class when its state is offloaded, otherwise BF16_Optimizer: without
+    overlap, and without the loss scale that :meth:`TrainEngine.step` sets.
+    """
+    from deepspeed.runtime import engine
+
+    check = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose(self: Any, optimizer: Any) -> Any:
+        chosen = check(self, optimizer)
+        return engine.ZERO_OPTIMIZATION if chosen == engine.BFLOAT16 else chosen
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = choose
+    try:
+        yield
+    finally:
+        engine.DeepSpeedEngine._do_optimizer_sanity_check = check
 
 
 def _limit_waiting(timeout_s: float) -> None:

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from toy import build_engine, train
+from toy import build_adam, build_engine, build_toy, train
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import CheckpointError
+from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, reduce_max, reduce_sum, run_on_main
 
 
@@ -90,6 +91,31 @@ def load(engine, folder):
     meta = broadcast_object(meta, engine.world)
     engine.load_state(tensors, meta["adam_step"] if engine.world.is_main else -1)
     return meta["step"]
+
+
+def accumulated(world, stage, precision, accumulate, offload="none"):
+    """The gradient of one step over alike micro-batches of one clip, on rank 0, flat."""
+    module = build_toy()
+    engine = TrainEngine(
+        module,
+        build_adam(module),
+        world=world,
+        batch_size=1,
+        accumulate=accumulate,
+        zero_stage=stage,
+        precision=precision,
+        offload=offload,
+    )
+    draws = torch.Generator().manual_seed(world.rank)
+    for _ in range(accumulate):
+        x = 1 + 0.3 * torch.randn(1, 5, 7, generator=draws)
+        y = 2 + torch.randn(1, 5, 3, generator=draws)
+        engine.backward((engine(x)["logits"] - y).square().mean())
+        engine.step(1e-3)
+    state, _ = engine.state()
+    engine.close()
+    moments = [t.flatten() for name, t in sorted(state.items()) if name.startswith("exp_avg/")]
+    return torch.cat(moments) if moments else None
 
 
 def skip(world, stage, precision, accumulate):
