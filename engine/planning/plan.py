@@ -6,7 +6,8 @@
 
     weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
     optimizer          12 P / W
-    gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the fp32 copy of the step
+    gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the fp32 copy of the step;
+                                                       ZeRO 1 accumulating in bf16: + 4 P
     activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
                                                        dropout and with attention in tiles
     FLOPs              see flops.py
@@ -206,6 +207,8 @@ def memory(
     bucket = 2 * e * min(zero["reduce_bucket_size"], T) if W > 1 else 0
     weights = e * P / W + e * min(P, LIVE_ELEMENTS) * (W > 1) if stage == 3 else e * P
     gradients = e * T / W if stage > 1 else e * T
+    if stage == 1 and config.train.accumulation_steps > 1 and gpu.precision == "bf16":
+        gradients += 4 * T  # the sum over micro-batches, whole on every rank
     return Memory(
         weights=weights,
         gradients=gradients + 4 * T / W,

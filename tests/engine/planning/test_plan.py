@@ -124,6 +124,8 @@ def test_sharding_divides_what_its_stage_says():
     P = parameters.total
     assert one.weights == 2 * P and one.optimizer == 12 * P / 64
     assert one.gradients == 2 * P + 4 * P / 64 and two.gradients == 6 * P / 64
+    twice = replace(config, train=replace(config.train, accumulation_steps=2))
+    assert memory(twice, gpu, parameters, stage=1, **shape).gradients == one.gradients + 4 * P
     assert three.weights < two.weights == one.weights
     offloaded = replace(config, train=replace(config.train, offload="cpu"))
     assert memory(offloaded, gpu, parameters, stage=1, **shape).optimizer == 0
