@@ -31,8 +31,11 @@ from ssast.engine.settings import (
     Run,
     Train,
 )
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import read_text
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +123,10 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = _find(name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raw = yaml.safe_load(read_text(path))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except (yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
     raw = _mapping({} if raw is None else raw, str(path))
     if _is_of_run(path):
@@ -209,16 +214,31 @@ def _override(raw: dict[str, Any], override: str) -> None:
     *sections, key = dotted.strip().split(".")
     if not equals or not key or not all(sections):
         raise ConfigError(f"expected section.key=value, got {override!r}")
+    literal = _takes_text(dotted.strip()) and not text.strip().startswith(("'", '"'))
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{dotted}: {text!r} is not YAML: {_one_line(error)}") from error
+        if not literal:
+            raise ConfigError(f"{dotted}: {text!r} is not YAML: {_one_line(error)}") from error
+        value = text
+    if literal and (
+        isinstance(value, str | dict | list) or (value is None and text.strip() not in NULLS)
+    ):
+        value = text.strip()  # in a path, " #" is no comment, and ": " makes no mapping
     node = raw
     for section in sections:
         below = node.get(section)
         node[section] = {} if below is None else _mapping(below, section)
         node = node[section]
     node[key] = value
+
+
+def _takes_text(dotted: str) -> bool:
+    """Return whether the value of a key ``section.key`` is text, such as a path."""
+    section, _, key = dotted.partition(".")
+    cls = _sections().get(section)
+    hint = typing.get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
+    return hint is str or str in typing.get_args(hint)
 
 
 def _build(cls: Any, raw: Any, prefix: str) -> Any:
@@ -286,9 +306,12 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def _sections() -> dict[str, Any]:
+    return typing.get_type_hints(Config) | {"finetune": Finetune}
+
+
 def _all_keys() -> list[str]:
-    sections = typing.get_type_hints(Config) | {"finetune": Finetune}
-    return [f"{s}.{f.name}" for s, cls in sections.items() for f in dataclasses.fields(cls)]
+    return [f"{s}.{f.name}" for s, cls in _sections().items() for f in dataclasses.fields(cls)]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

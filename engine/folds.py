@@ -24,6 +24,8 @@ from ssast.engine.finetune import finetune, initial_checkpoint
 from ssast.engine.formats.open import MissingMetadata, open_encoder
 from ssast.engine.parallel.ranks import init_world, run_on_main
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import markdown, say
 
 LABELS = "labels.csv"  # of the classes, beside the manifests of the folds
 
@@ -126,7 +128,7 @@ def cross_validate(
     pretrained = None if checkpoint is None else open_encoder(checkpoint, metadata)
     for fold in folds:
         if world.is_main:
-            print(f"fold {fold.number} of {len(folds)}: {fold.evaluate}", flush=True)
+            say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")
         stopped = finetune(configs[fold.number], pretrained, resume=resume)
         if stopped:
             return stopped
@@ -206,9 +208,9 @@ def write_folds(
     counts = {number: len(rows) for number, rows in clips.items()}
     config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
     text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
-    (run / "report.md").write_text(text, encoding="utf-8")
+    write_atomically(run / "report.md", text)
     shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
-    print(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}", flush=True)
+    say(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}")
     return found
 
 
@@ -224,7 +226,7 @@ def _report(title: str, config: Config, counts: Mapping[int, int], found: Mappin
     settings, names = finetune_settings(config), list(found["mean"])
     chosen_on = "the fold itself" if settings.fold_role == "valid" else "held-out training clips"
     lines = [
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
         f"{describe(config)}, {settings.epochs} epochs each. Weights are chosen on {chosen_on}.",
         "",

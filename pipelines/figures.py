@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ssast.pipelines.files import replacing
 
+LONGEST, LONGEST_LABEL = 200, 80  # characters: more would push the axes out of the figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -43,7 +45,7 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> Path:
     """Write a figure of :func:`subplots` as PNG, whole or not at all.
 
     Titles, labels and legends are drawn literally: in the name of a class or a file, ``$`` does not
-    begin a formula, and what is not valid text becomes a question mark.
+    begin a formula, what is not valid text becomes a question mark, and long text is cut off.
 
     Args:
         figure: The figure; it can be saved once.
@@ -74,10 +76,12 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> Path:
     return path
 
 
-def _literal(text: str) -> str:
+def _literal(text: str, longest: int = LONGEST) -> str:
     """Escape what matplotlib would take for mathtext, or could not draw."""
+    if len(text) > longest:
+        text = text[: longest - 3] + "..."
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _literal_labels(formatter: Any) -> Any:
-    return lambda value, position: _literal(formatter(value, position))
+    return lambda value, position: _literal(formatter(value, position), LONGEST_LABEL)

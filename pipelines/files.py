@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssast.pipelines.errors import DataError
+
+TEMPORARY = ".tmp-"
+NAME_MAX = 255  # bytes in the name of a file, on every file system in use
 
 
 @contextlib.contextmanager
@@ -26,7 +30,10 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
         shared: Whether several processes or machines may write ``path`` at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex if shared else path.name}")
+    name = uuid.uuid4().hex if shared else path.name
+    if len(os.fsencode(name)) > NAME_MAX - len(TEMPORARY):
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    temporary = path.with_name(TEMPORARY + name)
     try:
         yield temporary
         if durable:

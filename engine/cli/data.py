@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ssast.pipelines.text import printable
+
 PACKAGE_CACHE = Path("~/.cache/ssast/packages")
 SHOWN = 10  # problems that are printed
 
@@ -174,7 +176,6 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from ssast.pipelines.prepare.check import check_data
-    from ssast.pipelines.text import printable
 
     found = check_data(
         options.path, classes=options.labels, report=options.report, jobs=options.jobs

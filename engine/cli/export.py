@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.engine.cli.options import add_missing_metadata, missing_metadata
+from ssast.pipelines.text import printable
 
 FORMATS = {
     "published": ".pth file for the published SSAST code",
@@ -120,6 +121,6 @@ def _embed(options: argparse.Namespace) -> int:
     )
     empty = "null" if embedded.listing == embedded.path else "NaN"
     for path, reason in embedded.rejected.items():
-        print(f"cannot be read, its row is {empty}: {path}: {reason}")
+        print(f"cannot be read, its row is {empty}: {printable(path)}: {printable(reason)}")
     print(f"{embedded.path}: {' x '.join(map(str, embedded.shape))}; rows in {embedded.listing}")
     return 0

@@ -14,6 +14,7 @@ from ssast.engine.cli.options import (
     add_resume,
     missing_metadata,
 )
+from ssast.pipelines.text import printable
 
 if TYPE_CHECKING:  # imported only when needed: --help answers at once
     from ssast.engine.formats.open import LoadedModel
@@ -161,7 +162,7 @@ def _predict(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
         else:
-            print(found.path, _shown(found.reason, found.classes), sep="  ")
+            print(printable(found.path), _shown(found.reason, found.classes), sep="  ")
     return 0
 
 
@@ -174,7 +175,8 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps(line))
             else:
-                shown = [line["path"], _shown(line.get("reason"), line.get("classes", ()))]
+                classes = _shown(line.get("reason"), line.get("classes", ()))
+                shown = [printable(line["path"]), classes]
                 if "start_s" in line:
                     shown.insert(1, f"{line['start_s']:.2f}-{line['end_s']:.2f} s")
                 print(*shown, sep="  ", flush=True)
@@ -188,5 +190,5 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
 
 def _shown(reason: str | None, classes: Sequence[tuple[str, float]]) -> str:
     if reason is not None:
-        return f"cannot be read: {reason}"
-    return "  ".join(f"{name} {probability:.1%}" for name, probability in classes)
+        return f"cannot be read: {printable(reason)}"
+    return "  ".join(f"{printable(name)} {probability:.1%}" for name, probability in classes)

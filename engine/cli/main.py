@@ -17,6 +17,7 @@ from ssast.engine.cli.plan import add_plan_commands
 from ssast.engine.config import CONFIGS
 from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, TrainingError
 from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
+from ssast.pipelines.text import printable
 
 DESCRIPTION = (
     "Pretrain audio spectrogram transformers on unlabelled audio and fine-tune them as classifiers."
@@ -69,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     # Heavy modules are imported where they are used: --help and errors must be fast.
     from ssast.pipelines.errors import DataError, StorageError
-    from ssast.pipelines.text import printable
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that it cannot show are escaped

@@ -20,6 +20,7 @@ from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import replacing
 from ssast.pipelines.stream.stream import AudioStream
+from ssast.pipelines.text import NAME_BYTES
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class ParquetWriter:
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
         """See :class:`RowWriter`."""
         names = [str(self._paths[first + row]) for row in range(len(vectors))]
-        # A name need not be valid text; Parquet's strings must.
-        names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
+        # A name need not be valid text; Parquet's strings must: other bytes are escaped.
+        names = [name.encode(errors="backslashreplace").decode() for name in names]
         embeddings = [
             None if not count else (list(row[:count]) if row.ndim == 2 else row)
             for row, count in zip(vectors, held, strict=True)
@@ -190,8 +191,7 @@ def embed_recordings(
 def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
     with (
         replacing(path) as temporary,
-        # A name need not be valid text.
-        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        open(temporary, "w", newline="", encoding="utf-8", errors=NAME_BYTES) as file,
     ):
         writer = csv.writer(file)
         writer.writerow(("row", "path", "columns"))

@@ -60,9 +60,10 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -
         scores["dprime"] = math.sqrt(2) * NormalDist().inv_cdf(
             min(max(scores["mauc"], 1e-12), 1 - 1e-12)
         )
-    chosen = chosen_classes(logits, loss)[:, present]
-    f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
-    scores["macro_f1"] = float(f1)
+    if present.any():
+        chosen = chosen_classes(logits, loss)[:, present]
+        f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
+        scores["macro_f1"] = float(f1)
     return scores
 
 

@@ -13,7 +13,10 @@ from ssast.engine.data.labels import LabelledClips
 from ssast.engine.data.splits import Splits
 from ssast.engine.evaluation.metrics import class_metrics
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
+from ssast.pipelines.clips.labels import format_labels, parse_labels
 from ssast.pipelines.figures import save_figure, subplots
+from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import NAME_BYTES, markdown
 
 PREDICTIONS = "predictions.csv"
 NUM_SHOWN = 5  # classes in a line of predictions.csv
@@ -62,6 +65,8 @@ def write_predictions(
 ) -> None:
     """Write a CSV of clips, their labels, and their likeliest classes with probabilities.
 
+    Clips and labels are columns of a manifest, as :func:`~.manifest.read_manifest` reads them.
+
     Args:
         path: Path of the CSV file.
         clips: Names of the n clips.
@@ -73,20 +78,28 @@ def write_predictions(
     header = ["wav", "labels"]
     for number in range(1, count + 1):
         header += [f"class{number}", f"probability{number}"]
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with path.open("w", encoding="utf-8", errors=NAME_BYTES, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for clip, row, truth in zip(clips, scores, truths, strict=True):
-            line = [clip, ",".join(truth)]
+            line = [clip, format_labels(truth, classes)]
             for name, probability in top_classes(row, classes, count):
                 line += [name, f"{probability:.4f}"]
             writer.writerow(line)
 
 
 def read_predictions(path: Path) -> list[tuple[str, str]]:
-    """Read the labels and the likeliest class of each clip from a CSV of predictions."""
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [(row["labels"], row["class1"]) for row in csv.DictReader(file)]
+    """Read the one label and the likeliest class of each clip from a CSV of predictions.
+
+    Raises:
+        ValueError: A clip has no label, or several.
+    """
+    found = []
+    with path.open(encoding="utf-8", errors=NAME_BYTES, newline="") as file:
+        for row in csv.DictReader(file):
+            (label,) = parse_labels(row["labels"])
+            found.append((label, row["class1"]))
+    return found
 
 
 def write_report(
@@ -108,7 +121,7 @@ def write_report(
     settings = finetune_settings(config)
     names = sorted({name for values in results.values() for name in values})
     lines = [
-        f"# {path.parent.name}",
+        f"# {markdown(path.parent.name)}",
         "",
         f"{describe(config)}, {len(splits.classes)} classes, {settings.epochs} epochs of "
         f"{len(splits.train)} clips. Weights: {chosen}, chosen on the held-out clips.",
@@ -125,15 +138,15 @@ def write_report(
         for picture in ("confusion.png", "classes.png"):
             if (path.parent / split / picture).is_file():
                 lines.append(f"![{split} {picture}]({split}/{picture})")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def describe(config: Config) -> str:
-    """Describe the model and the loss of a fine-tuning in a few words."""
+    """Describe the model and the loss of a fine-tuning in a few words of Markdown."""
     settings, model = finetune_settings(config), config.model
     return (
         f"{model.size} with {model.patch[0]} x {model.patch[1]} patches, from "
-        f"{settings.checkpoint or 'scratch'}, loss {settings.loss}"
+        f"{markdown(settings.checkpoint or 'scratch')}, loss {settings.loss}"
     )
 
 

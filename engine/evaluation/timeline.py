@@ -1,6 +1,6 @@
 """Classify long recordings window by window."""
 
-import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from ssast.pipelines.audio.convert import resampled, windows
 from ssast.pipelines.audio.decode import Item, read_blocks
 from ssast.pipelines.errors import UnusableError
 from ssast.pipelines.figures import save_figure, subplots
+from ssast.pipelines.text import json_line
 
 BATCH = 32  # windows at a time
+LONGEST_STEM = 200  # bytes in the name of a figure, before its number and ending
 SLICE = 5  # frames that one column of the spectrogram is the mean of
 
 
@@ -215,15 +217,14 @@ def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> li
     """Write windows.jsonl and a figure of each recording, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "windows.jsonl"
-    with listing.open("w", encoding="utf-8", errors="surrogateescape") as file:
+    with listing.open("wb") as file:
         for found in timelines:
-            for line in found.lines(top):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.writelines(map(json_line, found.lines(top)))
     written = [listing]
     for found in timelines:
         if found.reason is not None:
             continue
-        stem = Path(found.path).stem
+        stem = os.fsdecode(os.fsencode(Path(found.path).stem)[:LONGEST_STEM])
         path, number = folder / f"{stem}.png", 1
         while path in written:
             number += 1

@@ -27,6 +27,7 @@ from ssast.engine.formats.weight_files import describe_foreign
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import SIZES, Audio, Model
+from ssast.pipelines.text import read_text
 
 REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
 Loss = Literal["ce", "bce"]
@@ -351,7 +352,7 @@ def _fill(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from ssast.engine.errors import ConfigError
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,10 @@ def load_gpu(name: str) -> Gpu:
 
 def _read(path: Path) -> Gpu:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = yaml.safe_load(read_text(path))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
     if not isinstance(raw, dict):

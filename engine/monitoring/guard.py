@@ -1,6 +1,5 @@
 """Detection of training problems: non-finite gradients and loss spikes."""
 
-import json
 import math
 import statistics
 from collections import deque
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ssast.pipelines.text import json_line
 
 WINDOW = 20  # last logged losses that a loss is compared with
 MIN_LOSSES = 5  # no detection before there are that many
@@ -65,8 +66,8 @@ class SkipLog:
             "certain": certain,
             "clips": [self._name_of(clip) for clip in clips],
         }
-        with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self.path.open("ab") as file:
+            file.write(json_line(line))
 
 
 class SpikeGuard:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from ssast.engine.parallel.ranks import World
 from ssast.pipelines.files import usable_cores, write_atomically
+from ssast.pipelines.text import say
 
 # Columns of a training line on the terminal: metric, label, format.
 COLUMNS = (
@@ -166,7 +167,7 @@ class Monitor:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._world.is_main:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         """Finish the bar and the logs."""

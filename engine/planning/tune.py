@@ -19,7 +19,7 @@ from ssast.engine.config import Config, dump_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.kernels.attention import candidates
-from ssast.pipelines.files import usable_cores
+from ssast.pipelines.files import usable_cores, write_atomically
 
 CLOSE = 0.97  # of the best rate: as fast, given how much such runs vary
 _COST_S = 12.0  # of starting a process, at least
@@ -149,8 +149,7 @@ def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
         words.append(
             f"# train.batch_size was {config.train.batch_size}: steps and optim.lr are as they were"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(words) + "\n" + dump_config(best.config), encoding="utf-8")
+    write_atomically(path, "\n".join(words) + "\n" + dump_config(best.config))
 
 
 def format_line(candidate: Candidate) -> str:

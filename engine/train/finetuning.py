@@ -33,6 +33,7 @@ from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.text import say
 
 AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
 
@@ -285,7 +286,7 @@ class Finetuning(Task):
             )
             for split, values in results.items():
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                print(f"{split} ({chosen}): {shown}", flush=True)
+                say(f"{split} ({chosen}): {shown}")
 
 
 def finished_at(run: Path) -> int | None:

@@ -29,6 +29,7 @@ from ssast.kernels.matmul import fast_matmul, is_fast
 from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import say
 
 
 def run_training(
@@ -97,7 +98,7 @@ def run_training(
         if world.is_main:
             draw_curves(folder)
             how = f"stopped by signal {stopped} after" if stopped else "finished"
-            print(f"{how} step {state.progress.step} of {config.train.steps}: {folder}", flush=True)
+            say(f"{how} step {state.progress.step} of {config.train.steps}: {folder}")
         return stopped
 
 

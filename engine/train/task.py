@@ -1,8 +1,8 @@
 """What is trained (:class:`Task`), and what its run offers it (:class:`RunContext`)."""
 
 import itertools
-import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -28,16 +28,22 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.stream import AudioStream
+from ssast.pipelines.text import json_line
 
 
 def run_folder(config: Config) -> Path:
     """Return the folder of a run.
 
     Raises:
-        ConfigError: It is not set.
+        ConfigError: It is not set, or its path is no text, which safetensors and TensorBoard need.
     """
     if config.run.folder is None:
         raise ConfigError("run.folder is not set")
+    folder = os.path.abspath(config.run.folder)
+    try:
+        folder.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"run.folder {folder}: expected a path in UTF-8") from error
     return Path(config.run.folder)
 
 
@@ -264,7 +270,7 @@ class RejectLog:
     def __call__(self, clip_id: int, path: str, reason: str) -> None:
         """Log a clip: its row in the manifest, its path, and why it could not be read."""
         line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
-        text = json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+        text = json_line(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
         with self._path.open("a+b") as file:
             # Other ranks write here as well: only what has come since is read.

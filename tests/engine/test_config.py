@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 from hypothesis import given
@@ -46,6 +48,22 @@ def test_overrides_go_before_the_file(tmp_path):
     assert (config.train.steps, config.optim.lr) == (7, 1e-4)
     assert (config.model.size, config.model.patch) == ("small", (128, 2))
     assert config.run.folder == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/x/a #1.json", "#1.json", "/x/a: b.json", "[a].json", "{a}", "caf\udce9", "*a", "&a", "- a"],
+)
+def test_paths_on_the_command_line_are_taken_literally(path, tmp_path):
+    assert load_config(write(tmp_path, ""), [f"data.train={path}"]).data.train == path
+    quoted = load_config(write(tmp_path, ""), [f"data.train={json.dumps(path)}"])
+    assert quoted.data.train == path
+
+
+def test_byte_order_marks_of_a_configuration(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "c.yaml").write_text("run: {folder: caf\u00e9}", encoding)
+        assert load_config(tmp_path / "c.yaml").run.folder == "caf\u00e9"
 
 
 def test_a_run_is_repeated_from_its_stored_configuration(tmp_path):
@@ -109,7 +127,11 @@ def test_what_needs_the_other_kind_of_training_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "cannot be read as YAML"), ("- 1", "expected a mapping"), ("\x00", "cannot be read")],
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("- 1", "expected a mapping"),
+        ("\x00", "line 1: a NUL"),
+    ],
 )
 def test_a_file_that_is_no_configuration(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
