@@ -117,7 +117,7 @@ class Checkpoints:
         if found:
             newest = found[0].name
             raise CheckpointError(
-                f"{self.folder}: all of its {len(found)} checkpoints are damaged ({newest}: "
+                f"{self.folder}: every checkpoint is damaged ({newest}: "
                 f"{self.damaged[newest]}): restore one, or choose another folder"
             )
         if last is not None:

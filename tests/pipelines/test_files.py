@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ssast.pipelines.files import replacing, write_atomically
+from ssast.pipelines.files import replacing, use_default_mode, write_atomically
 
 
 def names(folder):
@@ -105,3 +105,16 @@ def test_a_durable_file_is_flushed_before_it_is_named(tmp_path, monkeypatch, dur
     monkeypatch.setattr(os, "replace", replaced)
     write_atomically(tmp_path / "file", b"data", durable=durable)
     assert events == ([".tmp-file", "replace", tmp_path.name] if durable else ["replace"])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_mode_is_that_of_a_new_file(tmp_path, mask):
+    path = tmp_path / "file"
+    before = os.umask(mask)
+    try:
+        os.close(os.open(path, os.O_CREAT, 0o600))
+        use_default_mode(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert names(tmp_path) == ["file"]
