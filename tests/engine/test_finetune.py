@@ -28,6 +28,7 @@ from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.open import open_classifier
+from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.errors import DataError
 
 
@@ -228,3 +229,25 @@ def test_the_command_line_names_mistakes(capsys, checkpoint, tmp_path):
     assert "expected a run, a checkpoint or a model, found nothing" in capsys.readouterr().err
     assert main(["pretrain", "esc50_patch", "data.train=x"]) == 2
     assert "use ssast finetune" in capsys.readouterr().err
+
+
+def test_tagging_with_background_and_a_class_without_clips(splits, checkpoint, recipe, tmp_path):
+    """Clips without a label are trained on, and the official order of the classes is kept."""
+    parts = {}
+    for split in ("train", "valid", "test"):
+        paths = sorted((splits[split].parent / split).glob("*.wav"))
+        labels = [[] if p.name[0] == "2" else ["pitch1", "pitch0"][int(p.name[0]) :] for p in paths]
+        parts[split] = tmp_path / f"{split}.json"
+        write_manifest(parts[split], paths, labels)
+    table = tmp_path / "labels.csv"
+    rows = "".join(f"{i},{mid},{i}\n" for i, mid in enumerate(("pitch1", "gone", "pitch0")))
+    table.write_text("index,mid,display_name\n" + rows, "utf-16")
+    changed = {"finetune__loss": "bce", "finetune__balanced_sampling": True, "finetune__epochs": 1}
+    config = load(recipe, parts, tmp_path / "run", finetune__labels=str(table), **changed)
+    assert finetune(config, checkpoint) == 0
+    assert open_classifier(tmp_path / "run").classes == ("pitch1", "gone", "pitch0")
+    with (tmp_path / "run/test/predictions.csv").open() as file:
+        found = {row["labels"] for row in csv.DictReader(file)}
+    assert found == {"", "pitch0", "pitch1,pitch0"}
+    values = json.loads((tmp_path / "run/test/metrics.json").read_text())
+    assert {"map", "mauc", "macro_f1"} <= values.keys() and "accuracy" not in values

@@ -125,6 +125,9 @@ def test_targets_of_several_labels():
     assert clips.targets().tolist() == want
     rows = torch.tensor([3, 0, 3])
     assert targets_of(clips.table(), rows, 4).tolist() == [want[3], want[0], want[3]]
+    empty = labelled([(), (1,), ()], 3)
+    assert empty.targets().tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]] and not empty.single
+    assert empty.take(np.array([0, 2])).targets().tolist() == [[0, 0, 0]] * 2
     part = clips.take(np.array([1, 3]))
     assert part.targets().tolist() == [want[1], want[3]] and part.paths == ["1.wav", "3.wav"]
 
@@ -133,6 +136,14 @@ def test_balanced_draws_show_each_class_as_often():
     clips = labelled([(0,)] * 90 + [(1,)] * 10, 2)
     rows, _ = clips_at(np.arange(1000), 100, 3, balanced_weights(clips))
     assert (rows >= 90).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_balanced_draws_take_clips_without_a_label_as_one_class_more():
+    clips = labelled([(), *[(0,)] * 50, *[()] * 39, *[(0, 1)] * 9, ()], 3)
+    rows, _ = clips_at(np.arange(4000), 100, 3, balanced_weights(clips))
+    empty = np.diff(clips.offsets) == 0
+    assert empty.sum() == 41 and empty[rows].mean() == pytest.approx(1 / 3, abs=0.02)
+    assert (empty[rows] & (rows == 99)).sum() == pytest.approx(4000 / 3 / 41, abs=5)
 
 
 def test_partners_depend_on_clip_and_epoch_alone():

@@ -64,6 +64,32 @@ def test_every_class_of_clips_with_several_labels_is_trained_on(tmp_path: Path) 
     assert (splits.train.counts() > 0).all() and (splits.valid.counts() > 0).all()
 
 
+def test_clips_without_a_label_are_held_out_like_a_class(tmp_path: Path) -> None:
+    """From the manifest through the shards to the splits."""
+    paths = make_recordings(tmp_path / "source", 12, seconds=6.0)
+    write_manifest(tmp_path / "m.json", paths, [[], ["a"], ["a", "b"]] * 4)
+    prepare(tmp_path / "m.json", tmp_path / "out", clip_s=2.0)
+    splits = find_splits(config_of(tmp_path / "out", loss="bce", valid_share=0.25))
+    assert splits.classes == ("a", "b")
+    for clips, count in ((splits.train, 9), (splits.valid, 3)):
+        assert (np.diff(clips.offsets) == 0).sum() == count and not clips.single
+    for labels, message in (([[]] * 12, "two classes or more, found 0"), (None, "has no labels")):
+        write_manifest(tmp_path / "m.json", paths, labels)
+        with pytest.raises(DataError, match=message):
+            find_splits(config_of(tmp_path / "m.json", loss="bce"))
+
+
+def test_held_out_clips_that_no_metric_can_rank_are_refused(tmp_path: Path) -> None:
+    paths = make_recordings(tmp_path / "source", 6)
+    write_manifest(tmp_path / "m.json", paths[:4], [["a"], ["b"], [], []])
+    for labels, found in (([[], []], "of no class"), ([["a", "b"]] * 2, "of one class")):
+        write_manifest(tmp_path / "v.json", paths[4:], labels)
+        with pytest.raises(DataError, match=rf"v\.json: the 2 held-out clips are all {found}"):
+            find_splits(config_of(tmp_path / "m.json", tmp_path / "v.json", loss="bce"))
+    write_manifest(tmp_path / "v.json", paths[4:], [["a"], []])
+    assert find_splits(config_of(tmp_path / "m.json", tmp_path / "v.json", loss="bce")).classes
+
+
 def test_single_files_are_recordings(tmp_path: Path) -> None:
     """The order of a manifest does not matter."""
     source = labelled(tmp_path / "source", 20, ["low", "high"])

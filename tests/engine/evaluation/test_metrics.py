@@ -94,3 +94,12 @@ def test_each_clip_claims_each_class():
     several = np.array([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]])
     several = classification_metrics(logits, several, "bce")
     assert "eer" not in several
+
+
+def test_clips_without_a_label_count_as_negatives():
+    targets = np.array([[1, 0], [0, 0], [0, 0], [1, 0]])
+    logits = np.array([[2.0, 0.5], [1.0, -1.0], [-2.0, -1.0], [-1.0, -1.0]])
+    scores = classification_metrics(logits, targets, "bce")
+    assert scores["map"] == pytest.approx((1 + 2 / 3) / 2)  # ranks right, wrong, right
+    assert scores["macro_f1"] == pytest.approx(0.5) and "accuracy" not in scores
+    assert classification_metrics(logits, np.zeros((4, 2), int), "bce") == {}
