@@ -83,6 +83,13 @@ class Saver:
         except CheckpointError as error:
             self._say(f"{error}; {self._remaining()}")
             raise
+        except (
+            Exception
+        ) as error:  # of this thread nobody else would hear, of a MemoryError above all
+            reason = f"{type(error).__name__} {error}".strip()
+            lost = CheckpointError(f"cannot write the checkpoint of step {step}: {reason}")
+            self._say(f"{lost}; {self._remaining()}")
+            raise lost from error
 
     def _remaining(self) -> str:
         try:

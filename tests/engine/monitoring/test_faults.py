@@ -174,6 +174,22 @@ def test_a_saver_that_fails_says_so_once_and_raises_at_the_end(tmp_path):
     assert all("there is none before it" in text for text in said)
 
 
+def test_a_saver_without_memory_says_so(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    world, said = World(0, 0, 1, "single", torch.device("cpu")), []
+    saver = Saver(Checkpoints(tmp_path), world, said.append)
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    saver.save({"a": torch.zeros(2)}, {}, step=7, best=None)
+    saver.settle()
+    text = "cannot write the checkpoint of step 7: MemoryError"
+    assert said == [f"{text}; there is none before it"]
+    with pytest.raises(CheckpointError, match=text):
+        saver.wait()
+    saver.close()
+
+
 HANG = """
 import sys, time
 from pathlib import Path
