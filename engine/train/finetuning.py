@@ -123,7 +123,9 @@ class Finetuning(Task):
                 train = context.config.train
                 total = train.steps * train.batch_size
                 partners = Partners(paths, total, self.seed, self.weights)
-                others = stack.enter_context(context.stream(partners, None, start=start, epochs=1))
+                others = stack.enter_context(
+                    context.stream(partners, None, start=start, epochs=1, random_crop=True)
+                )
                 batches = map(
                     partial(self._pair, partners, start), itertools.count(), batches, others
                 )
@@ -186,8 +188,7 @@ class Finetuning(Task):
     def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
         """Return loss and metrics of the held-out clips; include late weights in the average."""
         values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
-        late = self.settings.average_last_epochs * self.steps_per_epoch
-        if step > max(self.context.config.train.steps - late, 0):
+        if step > self._averaged_after:
             tensors, _ = engine.state()
             self._num_averaged += 1
             for name, value in tensors.items():
@@ -196,6 +197,12 @@ class Finetuning(Task):
                     mean = self._averages.setdefault(key, torch.zeros_like(value))
                     mean += (value - mean) / self._num_averaged
         return values
+
+    @property
+    def _averaged_after(self) -> int:
+        """The step after which the last epochs begin, whose weights are averaged."""
+        late = self.settings.average_last_epochs * self.steps_per_epoch
+        return max(self.context.config.train.steps - late, 0)
 
     def _evaluate(
         self, engine: TrainEngine, clips: LabelledClips, split: str
@@ -232,11 +239,15 @@ class Finetuning(Task):
             "classes": list(self.splits.classes),
             "names": list(self.splits.names),
             "num_averaged": self._num_averaged,
+            "averaged_after": self._averaged_after,
         }
         return {name: mean.clone() for name, mean in self._averages.items()}, meta
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Take up the averaged weights."""
+        """Take up the averaged weights, unless those were the last epochs of a shorter run."""
+        if meta["averaged_after"] != self._averaged_after:
+            self._averages, self._num_averaged = {}, 0
+            return
         self._averages = {n: t.clone() for n, t in tensors.items() if n.startswith(AVERAGE)}
         self._num_averaged = meta["num_averaged"]
 

@@ -124,6 +124,7 @@ class RunContext:
         start: int = 0,
         epochs: int | None = None,
         weights: Weights | None = None,
+        random_crop: bool | None = None,
     ) -> AbstractContextManager[Iterator[Batch]]:
         """Open a stream of clips, read as the configuration says; see :class:`AudioStream`.
 
@@ -134,6 +135,7 @@ class RunContext:
             start: Position in the data order.
             epochs: Passes over the clips; None trains on them without end.
             weights: How often each clip is drawn in training; those of the configuration if None.
+            random_crop: Whether ``data.random_crop`` counts; only in training if None.
         """
         config, world = self.config, self.world
         training = epochs is None
@@ -158,7 +160,8 @@ class RunContext:
             # Other ranks wait in a collective meanwhile, which ends at train.timeout_s.
             retry_s=min(config.data.retry_s, 0.8 * config.train.timeout_s),
             weights=weights,
-            random_crop=training and config.data.random_crop,
+            random_crop=config.data.random_crop
+            and (training if random_crop is None else random_crop),
             cache_gib=config.data.cache_gib if training else 0.0,
             cache_folder=config.data.cache_folder,
             on_reject=RejectLog(self.folder / "rejected.jsonl", split) if split else None,

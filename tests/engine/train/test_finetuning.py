@@ -1,5 +1,6 @@
 """The fine-tuning job: what it learns, every setting of it, and its batches."""
 
+import json
 import random
 
 import pytest
@@ -8,6 +9,7 @@ from finetune_runs import load, make_sounds, manifest, overrides, plain_file
 from runs import lines
 from sounds import write_clips
 
+from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.finetune import FinetuneEngine, finetune
@@ -127,6 +129,32 @@ def test_mixup_adds_the_clip_whose_label_it_adds(world, splits, checkpoint, tmp_
             equal = torch.from_numpy(twins[batch.clip_ids] == twins[batch.other_clips])
             assert torch.equal(same, equal | ~batch.other_valid)
             assert targets.sum(1).tolist() == pytest.approx([1.0] * 8)
+
+
+def test_mixup_adds_random_crops_as_well(world, splits, checkpoint, tmp_path):
+    changed = {"finetune__mixup": 1.0, "audio__num_frames": 16, "data__random_crop": True}
+    config = load(plain_file(tmp_path), splits, tmp_path, **changed)
+    context = RunContext(config, world)
+    task = Finetuning(context, find_splits(config), None, 1)
+    with context.stream(task.splits.train.paths, None, epochs=1) as stream:
+        beginnings = torch.cat([batch.fbank for batch in stream])
+    with task.train_batches(0) as batches, task.train_batches(8) as later:
+        first, second = next(batches), next(batches)
+        assert torch.equal(next(later).other_fbank, second.other_fbank)  # as after a stop
+    for fbank, rows in ((first.fbank, first.clip_ids), (first.other_fbank, first.other_clips)):
+        moved = (fbank != beginnings[rows]).flatten(1).any(1)
+        assert moved.sum() >= len(rows) - 1
+
+
+def test_weights_of_a_shorter_run_are_not_averaged(recipe, splits, tmp_path):
+    """The last two of four epochs are not those of two: their weights are left out."""
+    settings = {"finetune__average_last_epochs": 2, "finetune__checkpoint": None}
+    run = tmp_path / "run"
+    for epochs, resume in ((2, False), (4, True)):
+        config = load(recipe, splits, run, finetune__epochs=epochs, **settings)
+        assert finetune(config, resume=resume) == 0
+        found = Checkpoints(run / "checkpoints").latest()
+        assert json.loads((found / "meta.json").read_text())["num_averaged"] == 2
 
 
 def test_early_stopping(splits, checkpoint, tmp_path):
