@@ -19,3 +19,7 @@ class TrainingError(RuntimeError):
 
 class LostPeer(RuntimeError):
     """Another process of the run has ended, hangs or never started; the message says which."""
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop by a signal, in the middle of a validation."""

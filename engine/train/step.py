@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssast.engine.errors import Stopped
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import World, reduce_sum
 from ssast.engine.train.task import Task
@@ -100,17 +101,24 @@ def evaluate(
         engine: Holds the task's module.
         batches: One pass over the clips.
         watch: Given each batch, the module's outputs for it, and which of its clips count.
+
+    Raises:
+        Stopped: The run was asked to stop; on all ranks.
     """
-    totals = Totals(engine.world.device)
+    totals, context = Totals(engine.world.device), task.context
     engine.train(False)
-    task.context.heartbeat("a validation")
-    for batch in batches:
-        task.context.heartbeat("a validation")
-        inputs, valid = task.inputs(batch, training=False)
-        outputs = engine(*inputs)
-        watch(batch, outputs, valid)
-        totals.add(task.means(outputs, valid), valid)
-    engine.train(True)
+    context.heartbeat("a validation")
+    try:
+        for number, batch in enumerate(batches):
+            context.heartbeat("a validation")
+            inputs, valid = task.inputs(batch, training=False)
+            outputs = engine(*inputs)
+            watch(batch, outputs, valid)
+            totals.add(task.means(outputs, valid), valid)
+            if context.stop.requested_in_validation(number, engine.world):
+                raise Stopped("a validation was abandoned")
+    finally:
+        engine.train(True)
     return totals.read(engine.world)
 
 

@@ -21,6 +21,7 @@ from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import World, gather_objects, reduce_max, reduce_sum
 from ssast.engine.settings import Optim
 from ssast.engine.train.optim import Plateau, build_optimizer
+from ssast.engine.train.stop import Stop
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.order import Weights, read_weights
 from ssast.pipelines.clips.shards import ClipPaths
@@ -62,6 +63,9 @@ class Progress:
     since_best: int = 0
     """Validations since that one."""
 
+    validation_due: bool = False
+    """Whether the run was stopped in the validation at this step."""
+
     def update(self, criterion: float, score: float, optim: Optim) -> bool:
         """Take the result of a validation; return whether it is the best so far."""
         self.plateau.update(score, optim)
@@ -79,6 +83,7 @@ class RunContext:
         config: Configuration of the run.
         world: This process among all processes of the run.
         heartbeat: Told what is done next, before anything that may hang.
+        stop: Requests to stop the run.
 
     Raises:
         ConfigError: The batch cannot be divided evenly over the processes.
@@ -87,6 +92,7 @@ class RunContext:
     config: Config
     world: World
     heartbeat: Callable[[str], None] = lambda _: None
+    stop: Stop = field(default_factory=Stop)
     _rejections: dict[str, Rejections] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -1,18 +1,15 @@
 """The training loop: what happens between steps."""
 
-import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.errors import TrainingError
+from ssast.engine.errors import Stopped, TrainingError
 from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
 from ssast.engine.monitoring.monitor import Monitor
 from ssast.engine.monitoring.profiling import StepProfiler
-from ssast.engine.parallel.ranks import World, reduce_max, reduce_sum, run_on_main
+from ssast.engine.parallel.ranks import reduce_sum, run_on_main
 from ssast.engine.train.optim import learning_rate
 from ssast.engine.train.saving import Saver
 from ssast.engine.train.state import TrainState
@@ -20,34 +17,6 @@ from ssast.engine.train.step import MicroBatch, Totals, train_step
 from ssast.pipelines.stream.batch import Batch
 
 MAX_ROLLBACKS = 3  # to one checkpoint, before a run is given up
-
-
-class Stop:
-    """Set by SIGINT, SIGTERM or SIGUSR1 (batch systems warn with it); a second one acts at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch the signals inside, then put the handlers before back."""
-        before = {s: signal.signal(s, self._catch) for s in self.SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def requested(self, world: World) -> bool:
-        """Return whether any rank has been asked to stop. Collective."""
-        self.signal = int(reduce_max([self.signal], world)[0])
-        return self.signal != 0
 
 
 class Trainer:
@@ -71,7 +40,7 @@ class Trainer:
         )
         self.spike_guard = SpikeGuard(context.config.train.spike_factor)
         self.num_skipped = 0  # steps since the last log line
-        self.stop = Stop()
+        self.stop = context.stop
         self.rollbacks: Counter[Path] = Counter()
 
     def train(self) -> int:
@@ -84,16 +53,25 @@ class Trainer:
             TrainingError: ``train.max_skipped_steps`` steps in a row gave no finite gradient (the
                 state before them was saved), or the loss jumped again and again.
         """
+        with self.stop.listening():
+            try:
+                return self._train()
+            except Stopped:  # in a validation, which is made up for when the run is resumed
+                self._save(False)
+                return self.stop.signal
+
+    def _train(self) -> int:
         task, engine, progress = self.state.task, self.state.engine, self.state.progress
         config, world, settings = self.context.config, self.context.world, self.context.config.train
         with (
             task.train_batches(progress.position) as stream,
-            self.stop.listening(),
             StepProfiler(config, world, task.module, self.monitor.say) as profiler,
         ):
             batches = self._watch(stream)
             if progress.step == 0:
                 self._validate()
+            elif progress.validation_due:  # the run was stopped in it
+                self._save(self._validate())
             while not self._finished():
                 lr = learning_rate(
                     progress.step,
@@ -116,10 +94,7 @@ class Trainer:
                         continue
                 improved = False
                 if step % settings.validate_every == 0 or step == settings.steps:
-                    values = self._validate()
-                    improved = progress.update(
-                        task.criterion(values), task.score(values), config.optim
-                    )
+                    improved = self._validate()
                 # Asking other ranks waits for the device: only where logging does so anyway.
                 ask = log or world.world_size == 1 or world.device.type == "cpu"
                 stopped = ask and self.stop.requested(world)
@@ -187,12 +162,23 @@ class Trainer:
         self.num_skipped = 0
         return values["loss"]
 
-    def _validate(self) -> dict[str, float]:
-        step = self.state.progress.step
-        values = self.state.task.validate(self.state.engine, step)
-        self.monitor.log_valid(step, values)
-        self.monitor.restart_clock(step)
-        return values
+    def _validate(self) -> bool:
+        """Validate; return whether the result is the best so far, but for that of the start.
+
+        Raises:
+            Stopped: The run was asked to stop.
+        """
+        task, progress = self.state.task, self.state.progress
+        progress.validation_due = True
+        values = task.validate(self.state.engine, progress.step)
+        progress.validation_due = False
+        self.monitor.log_valid(progress.step, values)
+        self.monitor.restart_clock(progress.step)
+        if progress.step == 0:
+            return False
+        return progress.update(
+            task.criterion(values), task.score(values), self.context.config.optim
+        )
 
     def _save(self, best: bool) -> None:
         self.context.heartbeat("gathering a checkpoint")

@@ -1,0 +1,48 @@
+"""Requests to stop a run, by signals."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ssast.engine.parallel.ranks import World, reduce_max
+
+ASK_EVERY = 16  # validation batches, where asking other ranks waits for the device
+
+
+class Stop:
+    """Set by SIGINT, SIGTERM or SIGUSR1 (batch systems warn with it); a second one acts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals inside, then put the handlers before back."""
+        before = {s: signal.signal(s, self._catch) for s in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self, world: World) -> bool:
+        """Return whether any rank has been asked to stop. Collective."""
+        self.signal = int(reduce_max([self.signal], world)[0])
+        return self.signal != 0
+
+    def requested_in_validation(self, batch: int, world: World) -> bool:
+        """Return :meth:`requested`, asked for at some batches only where that is slow. Collective.
+
+        Args:
+            batch: Number of the batch, the same on all ranks.
+            world: This process among all processes.
+        """
+        cheap = world.world_size == 1 or world.device.type == "cpu"
+        return (cheap or batch % ASK_EVERY == 0) and self.requested(world)

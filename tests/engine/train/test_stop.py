@@ -1,0 +1,58 @@
+"""A run that is asked to stop does so in the middle of a validation, and makes up for it."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import lines, make_data, overrides, write_config
+
+from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.config import load_config
+from ssast.engine.pretrain import pretrain
+from ssast.engine.train.pretraining import Pretraining
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 4])
+def test_a_validation_is_abandoned(
+    stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, on the way, and at the end; the resumed run is that of an unstopped one."""
+    data = make_data(tmp_path, num_valid=12)
+    settings = overrides(train__steps=4, train__validate_every=2, train__save_every=3,
+                         optim__schedule="plateau")  # fmt: skip
+    whole, stopped = (
+        load_config(write_config(tmp_path), [*settings, *data, f"run.folder={tmp_path / name}"])
+        for name in ("whole", "stopped")
+    )
+    assert pretrain(whole) == 0
+    honest, seen = Pretraining.inputs, list[int]()
+
+    def inputs(self, batch, *, training):  # type: ignore[no-untyped-def]
+        done = lines(tmp_path / "stopped", "train")
+        if not training and (done[-1]["step"] if done else 0) == stop_at:
+            seen.append(len(batch))
+            if len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, batch, training=training)
+
+    monkeypatch.setattr(Pretraining, "inputs", inputs)
+    assert pretrain(stopped) == signal.SIGTERM
+    assert len(seen) == 1  # of three batches
+    assert len(lines(tmp_path / "stopped", "valid")) == stop_at // 2
+    latest = Checkpoints(tmp_path / "stopped" / "checkpoints").latest()
+    assert latest is not None and latest.name == f"step{stop_at:09d}"
+    monkeypatch.undo()
+    assert pretrain(stopped, resume=True) == 0
+    for split in ("train", "valid"):
+        assert lines(tmp_path / "stopped", split) == lines(tmp_path / "whole", split)
+    states = []
+    for name in ("whole", "stopped"):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints")
+        best, latest = checkpoints.best(), checkpoints.latest()
+        assert best is not None and latest is not None
+        states.append((best.name, *Checkpoints.load(latest)))
+    (best, tensors, meta), (other_best, others, other_meta) = states
+    assert best == other_best and meta["progress"] == other_meta["progress"]
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
