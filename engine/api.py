@@ -72,6 +72,7 @@ _HOMES = {
     "CheckpointError": "ssast.engine.errors",
     "ConfigError": "ssast.engine.errors",
     "LostPeer": "ssast.engine.errors",
+    "ReportError": "ssast.engine.errors",
     "TrainingError": "ssast.engine.errors",
     "DataError": "ssast.pipelines.errors",
 }
@@ -79,7 +80,13 @@ _HOMES = {
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     # ruff: noqa: F401
     from ssast.engine.config import Config, load_config
-    from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, TrainingError
+    from ssast.engine.errors import (
+        CheckpointError,
+        ConfigError,
+        LostPeer,
+        ReportError,
+        TrainingError,
+    )
     from ssast.engine.evaluation.embedding import embed_recordings
     from ssast.engine.evaluation.evaluate import evaluate
     from ssast.engine.evaluation.features import embed

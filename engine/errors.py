@@ -17,6 +17,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message gives the step and the reason."""
 
 
+class ReportError(RuntimeError):
+    """A report or a figure that cannot be written; the message says what is safe all the same."""
+
+
 class LostPeer(RuntimeError):
     """Another process of the run has ended, hangs or never started; the message says which."""
 

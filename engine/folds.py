@@ -19,9 +19,17 @@ from ssast.engine.checkpoints.weights import CHOSEN
 from ssast.engine.config import Config, check_paths, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.evaluation.report import PREDICTIONS, describe, draw_confusion, read_predictions
+from ssast.engine.evaluation.metrics import COUNTS
+from ssast.engine.evaluation.report import (
+    PREDICTIONS,
+    REPORT,
+    describe,
+    draw_confusion,
+    read_predictions,
+)
 from ssast.engine.finetune import finetune, initial_checkpoint
 from ssast.engine.formats.open import MissingMetadata, open_encoder
+from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.ranks import init_world, run_on_main
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
@@ -134,7 +142,12 @@ def cross_validate(
             return stopped
     split = settings.fold_role
     numbers = [fold.number for fold in folds]
-    run_on_main(lambda: write_folds(run, numbers, split, settings.folds), world)
+
+    def report() -> None:
+        with reporting(f"the classifiers of all folds are finished, in {run}; --resume writes it"):
+            write_folds(run, numbers, split, settings.folds)
+
+    run_on_main(report, world)
     return 0
 
 
@@ -187,6 +200,7 @@ def write_folds(
     folders = {number: fold_folder(run, number) / split for number in numbers}
     folds = {n: json.loads((f / "metrics.json").read_text("utf-8")) for n, f in folders.items()}
     names = [name for name in folds[numbers[0]] if all(name in values for values in folds.values())]
+    names = [name for name in names if name not in COUNTS]
     table = np.array([[folds[number][name] for name in names] for number in numbers])
     found: dict[str, Any] = {
         "folds": {str(number): values for number, values in folds.items()},
@@ -205,10 +219,10 @@ def write_folds(
         labels, predicted = np.array([[index[label], index[name]] for label, name in pairs]).T
         draw_confusion(run / "confusion.png", predicted, labels, classes)
     (run / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
-    counts = {number: len(rows) for number, rows in clips.items()}
+    counts = {n: (len(rows), folds[n].get("num_clips", len(rows))) for n, rows in clips.items()}
     config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
     text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
-    write_atomically(run / "report.md", text)
+    write_atomically(run / REPORT, text)
     shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
     say(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}")
     return found
@@ -222,7 +236,9 @@ def _classes(run: Path) -> list[str]:
     return Checkpoints.load(chosen, check=False)[1]["classes"]
 
 
-def _report(title: str, config: Config, counts: Mapping[int, int], found: Mapping[str, Any]) -> str:
+def _report(
+    title: str, config: Config, counts: Mapping[int, tuple[int, int]], found: Mapping[str, Any]
+) -> str:
     settings, names = finetune_settings(config), list(found["mean"])
     chosen_on = "the fold itself" if settings.fold_role == "valid" else "held-out training clips"
     lines = [
@@ -230,20 +246,20 @@ def _report(title: str, config: Config, counts: Mapping[int, int], found: Mappin
         "",
         f"{describe(config)}, {settings.epochs} epochs each. Weights are chosen on {chosen_on}.",
         "",
-        "| fold | clips | " + " | ".join(names) + " |",
+        "| fold | scored clips | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),
     ]
 
     def row(title: str, clips: object, values: Mapping[str, float]) -> str:
         return f"| {title} | {clips} | " + " | ".join(f"{values[n]:.4f}" for n in names) + " |"
 
-    for number, clips in counts.items():
-        lines.append(
-            row(f"[{number}](fold_{number}/report.md)", clips, found["folds"][str(number)])
-        )
-    lines.append(row("mean", sum(counts.values()), found["mean"]))
+    for number, (scored, total) in counts.items():
+        title, values = f"[{number}](fold_{number}/report.md)", found["folds"][str(number)]
+        lines.append(row(title, f"{scored} of {total}", values))
+    scored, total = np.array(list(counts.values())).sum(0)
+    lines.append(row("mean", f"{scored} of {total}", found["mean"]))
     lines.append(row("standard deviation", "", found["std"]))
     if "pooled" in found:
         accuracy = found["pooled"]["accuracy"]
-        lines += ["", f"Accuracy over all clips: {accuracy:.4f}.", "", "![](confusion.png)"]
+        lines += ["", f"Accuracy over all scored clips: {accuracy:.4f}.", "", "![](confusion.png)"]
     return "\n".join(lines) + "\n"

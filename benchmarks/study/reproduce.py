@@ -39,7 +39,7 @@ from ssast.engine.evaluation.reconstructions import visualize
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.planning.trial import try_out
 from ssast.engine.pretrain import pretrain
-from ssast.engine.train.finetuning import finished_at
+from ssast.engine.train.finetuning import is_finished
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.demo.corpora import fetch_sounds
 from ssast.pipelines.files import write_atomically
@@ -273,7 +273,7 @@ class Study:
         folder = run.folder(self.out)
         if diverged(folder):
             return
-        if finished_at(folder) is None:
+        if not is_finished(folder):
             config = finetuning_config(self.plan, run, self.out)
             try:
                 _go(str(folder), lambda: finetune(config, resume=True))

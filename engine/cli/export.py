@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.engine.cli.options import add_missing_metadata, missing_metadata
+from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.text import printable
 
 FORMATS = {
@@ -30,7 +31,9 @@ def add_export_commands(commands: Any) -> None:
     command.add_argument("out", metavar="OUT", type=Path, help="file or folder to write")
     command.set_defaults(run=_export)
 
-    command = commands.add_parser("embed", help="extract embeddings of recordings")
+    command = commands.add_parser(
+        "embed", help="extract embeddings of recordings", epilog=FILES_STATUS
+    )
     _add_model(command)
     command.add_argument("source", metavar="SOURCE", help="manifest, folder or audio file")
     command.add_argument(
@@ -122,5 +125,9 @@ def _embed(options: argparse.Namespace) -> int:
     empty = "null" if embedded.listing == embedded.path else "NaN"
     for path, reason in embedded.rejected.items():
         print(f"cannot be read, its row is {empty}: {printable(path)}: {printable(reason)}")
-    print(f"{embedded.path}: {' x '.join(map(str, embedded.shape))}; rows in {embedded.listing}")
-    return 0
+    total = embedded.shape[0]
+    print(
+        f"{embedded.path}: {' x '.join(map(str, embedded.shape))}, {embedded.num_read} of {total} "
+        f"clips; rows in {embedded.listing}"
+    )
+    return files_status(embedded.num_read, total)

@@ -14,6 +14,7 @@ from ssast.engine.cli.options import (
     add_resume,
     missing_metadata,
 )
+from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.text import printable
 
 if TYPE_CHECKING:  # imported only when needed: --help answers at once
@@ -71,9 +72,17 @@ def add_finetune_commands(commands: Any) -> None:
         metavar="TRAIN",
         help="with --probe: training clips (default: 5-fold cross-validation on MANIFEST)",
     )
+    command.add_argument(
+        "--max-rejected",
+        type=_share,
+        metavar="SHARE",
+        help="largest share of unreadable clips (default: data.max_rejected of the run)",
+    )
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("predict", help="print the most likely classes of recordings")
+    command = commands.add_parser(
+        "predict", help="print the most likely classes of recordings", epilog=FILES_STATUS
+    )
     _add_classifier(command)
     command.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="audio files, folders or manifests"
@@ -99,6 +108,13 @@ def add_finetune_commands(commands: Any) -> None:
         "--out", type=Path, metavar="DIR", help="write windows.jsonl and a plot of each recording"
     )
     command.set_defaults(run=_predict)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+    return share
 
 
 def _add_classifier(command: argparse.ArgumentParser) -> None:
@@ -128,10 +144,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.probe:
         return _probe(options)
     from ssast.engine.evaluation.evaluate import evaluate
+    from ssast.engine.evaluation.metrics import COUNTS
     from ssast.engine.formats.open import open_classifier
 
     loaded = open_classifier(options.checkpoint, missing_metadata(options), named=True)
-    for name, value in evaluate(loaded, options.manifest, options.out).items():
+    values = evaluate(loaded, options.manifest, options.out, options.max_rejected)
+    scored, total = (int(values.pop(name)) for name in COUNTS)
+    print(f"{'clips':10}{scored} of {total}")
+    for name, value in values.items():
         print(f"{name:10}{value:8.4f}")
     if options.out is not None:
         print(options.out)
@@ -143,7 +163,7 @@ def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.formats.open import open_model
 
     loaded = open_model(options.checkpoint, missing_metadata(options))
-    scores = probe_model(loaded, Path(options.manifest), options.train)
+    scores = probe_model(loaded, Path(options.manifest), options.train, options.max_rejected)
     print(format_scores(scores))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -158,18 +178,21 @@ def _predict(options: argparse.Namespace) -> int:
     loaded = open_classifier(options.checkpoint, missing_metadata(options))
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)
-    for found in predict(loaded, options.sources, options.top):
+    predictions = predict(loaded, options.sources, options.top)
+    for found in predictions:
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
         else:
             print(printable(found.path), _shown(found.reason, found.classes), sep="  ")
-    return 0
+    read = [found for found in predictions if found.reason is None]
+    return files_status(len(read), len(predictions))
 
 
 def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.timeline import timelines, write_timelines
 
     found = []
+    num_read = total = 0
     for timeline in timelines(loaded, options.sources, options.window_s, options.hop_s):
         for line in timeline.lines(options.top):
             if options.json:
@@ -180,12 +203,13 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
                 if "start_s" in line:
                     shown.insert(1, f"{line['start_s']:.2f}-{line['end_s']:.2f} s")
                 print(*shown, sep="  ", flush=True)
+        num_read, total = num_read + (timeline.reason is None), total + 1
         if options.out is not None:
             found.append(timeline)
     if options.out is not None:
         for path in write_timelines(options.out, found, options.top):
             print(path)
-    return 0
+    return files_status(num_read, total)
 
 
 def _shown(reason: str | None, classes: Sequence[tuple[str, float]]) -> str:

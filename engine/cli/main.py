@@ -14,8 +14,9 @@ from ssast.engine.cli.export import add_export_commands
 from ssast.engine.cli.finetune import add_finetune_commands
 from ssast.engine.cli.options import add_config, add_overrides, add_resume
 from ssast.engine.cli.plan import add_plan_commands
+from ssast.engine.cli.status import USER_ERROR
 from ssast.engine.config import CONFIGS
-from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, TrainingError
+from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, ReportError, TrainingError
 from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
 from ssast.pipelines.text import printable
 
@@ -40,13 +41,14 @@ EXAMPLES = """examples:
 """
 EXIT_STATUS = """exit status:
   0      success
-  2      user error; the message says what to change
+  1      ssast data check found problems in the data
+  2      user error, or no file could be read; the message says what to change
+  3      ssast predict, ssast embed: some files could not be read; the output covers the others
   75     a process hung or was lost, or storage kept failing: run the same command again with
          --resume
   128+n  stopped by signal n (SIGINT 130, SIGTERM 143, SIGUSR1 138) after a checkpoint was saved:
          run the same command again with --resume
 """
-USER_ERROR = 2
 BENCHMARKS = {  # name: module in ssast.benchmarks
     "kernels": "operations.kernels",
     "step": "training.step",
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         print(f"ssast: error: {printable(error)}", file=sys.stderr, flush=True)
         os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
-    except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError, ReportError, OSError) as error:
         print(f"ssast: error: {printable(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ssast.pipelines.clips.overlap import size_of
 from ssast.pipelines.clips.shards import ClipPaths, select
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.stream.rejected import Counts
 from ssast.pipelines.text import read_text
 
 log = logging.getLogger(__name__)
@@ -216,6 +218,29 @@ def class_weights(given: str, train: LabelledClips) -> np.ndarray | None:
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise DataError(f"{where}: expected finite numbers of 0 or more, not all of them 0")
     return weights
+
+
+def check_read(source: str, paths: Sequence[Any], read: np.ndarray, share: float) -> None:
+    """Check that enough clips could be read for metrics of them to mean something.
+
+    Args:
+        source: Name of the manifest, for the message.
+        paths: The n clips.
+        read: [n] bool, which of them could be read.
+        share: Largest share that may be missing, see
+            :meth:`~ssast.pipelines.stream.rejected.Counts.too_many`.
+
+    Raises:
+        DataError: None could be read, or more than this share could not.
+    """
+    total, missing = len(read), int((~read).sum())
+    if missing == total:
+        raise DataError(f"{source}: none of its {total} clips can be read")
+    if Counts(total, total, missing, missing, shuffled=False).too_many(share):
+        raise DataError(
+            f"{source}: {missing} of {total} clips cannot be read, expected at most "
+            f"{share:.0%} (data.max_rejected): {paths[int(np.flatnonzero(~read)[0])]}"
+        )
 
 
 def check_files_exist(splits: dict[str, LabelledClips], share: float) -> None:

@@ -35,6 +35,9 @@ class WrittenEmbeddings:
     rejected: dict[str, str]
     """Reasons why clips could not be read, by path; their rows are NaN, or null."""
 
+    num_read: int
+    """Clips that could be read, of all that have a row."""
+
 
 class RowWriter(Protocol):
     """A writer of embeddings, batch by batch in the order of the clips."""
@@ -132,7 +135,7 @@ def embed_recordings(
 
     Raises:
         ConfigError: A package for the format is missing.
-        DataError: The source is wrong, none of its first clips can be read, or ``out`` has another
+        DataError: The source is wrong, none of its clips can be read, or ``out`` has another
             ending or cannot be written.
     """
     out = Path(out)
@@ -174,18 +177,16 @@ def embed_recordings(
                 counts[first : first + count] = held[:count].cpu().numpy()
                 rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
             rows.close()
+            if not counts.any():
+                path, reason = next(iter(rejected.items()))
+                raise DataError(
+                    f"{source}: none of its {len(paths)} clips can be read: {path}: {reason}"
+                )
         if listing != out:
             _write_listing(listing, paths, counts)
-    except DataError as error:
-        if not rejected:
-            raise
-        path, reason = next(iter(rejected.items()))
-        raise DataError(
-            f"{source}: none of the first {len(rejected)} clips can be read: {path}: {reason}"
-        ) from error
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return WrittenEmbeddings(out, shape, listing, rejected)
+    return WrittenEmbeddings(out, shape, listing, rejected, int((counts > 0).sum()))
 
 
 def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from sklearn.metrics import (
 from ssast.engine.evaluation.probabilities import chosen_classes, probabilities
 
 TOP = 5
+COUNTS = ("num_scored", "num_clips")  # beside the metrics of a split
 TARGET_PRIOR = 0.01  # of the detection cost: how often it is the claimed class, as NIST has it
 
 
@@ -65,6 +66,11 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -
         f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
         scores["macro_f1"] = float(f1)
     return scores
+
+
+def clip_counts(read: np.ndarray) -> dict[str, float]:
+    """Return how many clips of how many the metrics are of, from which could be read, [n] bool."""
+    return dict(zip(COUNTS, (int(read.sum()), len(read)), strict=True))
 
 
 def verification_metrics(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:

@@ -105,29 +105,18 @@ def score_clips(
     audio = loaded.audio
     logits = np.zeros((len(paths), loaded.num_classes))
     reasons: dict[int, str] = {}
-    size = min(BATCH, len(paths))
-    start = 0
-    while start < len(paths):
-        with AudioStream(
-            paths,
-            fbank_spec(audio),
-            batch_size=size,
-            start=start,
-            epochs=1,
-            device=device,
-            max_rejected=1.0,
-            on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
-        ) as batches:
-            try:
-                for batch in batches:
-                    start += size
-                    frames = batch.num_frames if audio.ignore_padding else None
-                    found = classifier(batch.fbank, frames).double().cpu().numpy()
-                    valid = batch.valid.cpu().numpy()
-                    logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
-            except DataError:
-                # A stream ends at a first batch without any sound; the next begins behind it.
-                start += size
-                if not reasons.keys() >= set(range(start - size, min(start, len(paths)))):
-                    raise
+    with AudioStream(
+        paths,
+        fbank_spec(audio),
+        batch_size=min(BATCH, len(paths)),
+        epochs=1,
+        device=device,
+        max_rejected=1.0,
+        on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
+    ) as batches:
+        for batch in batches:
+            frames = batch.num_frames if audio.ignore_padding else None
+            found = classifier(batch.fbank, frames).double().cpu().numpy()
+            valid = batch.valid.cpu().numpy()
+            logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
     return logits, reasons

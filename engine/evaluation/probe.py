@@ -23,13 +23,14 @@ from sklearn.preprocessing import StandardScaler
 from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
+from ssast.engine.data.labels import check_read
 from ssast.engine.evaluation.metrics import verification_metrics
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel, load_pretrained
 from ssast.engine.model.classifier import embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
-from ssast.engine.settings import Audio
+from ssast.engine.settings import Audio, Data
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.holdout import assign_folds, recordings_of
 from ssast.pipelines.clips.manifest import read_manifest
@@ -57,7 +58,11 @@ class Score:
     same label; NaN if there are no pairs of both kinds."""
 
     num_train: int
+    """Training clips that could be read, of ``all_train``; likewise the evaluation clips."""
+
+    all_train: int
     num_eval: int
+    all_eval: int
     num_classes: int
 
 
@@ -105,6 +110,7 @@ def probe(
     tasks: Mapping[str, tuple[Path, Path | None]],
     audio: Audio,
     device: torch.device,
+    max_rejected: float = Data().max_rejected,
 ) -> list[Score]:
     """Score each encoder on each task.
 
@@ -115,10 +121,13 @@ def probe(
             is evaluated on after training on the others.
         audio: Settings of the encoders' input.
         device: Device of the encoders.
+        max_rejected: Largest share of the clips of a manifest that may be unreadable; they are
+            left out.
 
     Raises:
-        DataError: A manifest is wrong or has no labels, none of its clips can be read, the clips to
-            train on are of one class, or a class has only one recording where folds are made.
+        DataError: A manifest is wrong or has no labels, too few of its clips can be read,
+            the clips to train on are of one class, or a class has only one recording where folds
+            are made.
     """
     labels = {
         task: [_labels(path) for path in pair if path is not None] for task, pair in tasks.items()
@@ -129,10 +138,12 @@ def probe(
     for weights, encoder in encoders.items():
         vectors = features(encoder, paths, audio, device)
         for task, (train, *rest) in labels.items():
-            x, y, recordings = _arrays(train, vectors, tasks[task][0])
+            x, y, recordings = _arrays(train, vectors, tasks[task][0], max_rejected)
             x_eval, y_eval, of_eval = x, y, recordings
             if rest:
-                x_eval, y_eval, of_eval = _arrays(rest[0], vectors, tasks[task][1] or "")
+                x_eval, y_eval, of_eval = _arrays(
+                    rest[0], vectors, tasks[task][1] or "", max_rejected
+                )
                 _check_classes(y, tasks[task][0])
                 linear, knn = (
                     model.fit(x, y).score(x_eval, y_eval) for model in _models(len(x) // 2)
@@ -149,7 +160,9 @@ def probe(
                 chance=float((y_eval == classes[counts.argmax()]).mean()),
                 eer=pairwise_eer(StandardScaler().fit(x).transform(x_eval), y_eval, of_eval),
                 num_train=len(y),
+                all_train=len(train),
                 num_eval=len(y_eval),
+                all_eval=len(rest[0] if rest else train),
                 num_classes=len(classes),
             )
             scores.append(score)
@@ -223,13 +236,19 @@ def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
     return verification_metrics((x @ x.T)[one, other], same)["eer"]
 
 
-def probe_model(loaded: LoadedModel, manifest: Path, train: Path | None = None) -> list[Score]:
+def probe_model(
+    loaded: LoadedModel,
+    manifest: Path,
+    train: Path | None = None,
+    max_rejected: float | None = None,
+) -> list[Score]:
     """Score the encoder of any model on labelled clips, and an untrained one like it.
 
     Args:
         loaded: Any model; a head is ignored.
         manifest: Manifest of clips with one label each.
         train: Manifest of clips to train on; cross-validation if None, see :func:`probe`.
+        max_rejected: See :func:`probe`; ``data.max_rejected`` of the model's run if None.
 
     Raises:
         DataError: See :func:`probe`.
@@ -241,7 +260,9 @@ def probe_model(loaded: LoadedModel, manifest: Path, train: Path | None = None) 
     ).eval()
     tasks = {manifest.stem: (manifest, None) if train is None else (train, manifest)}
     device = default_device()
-    return probe({"untrained": fresh, "checkpoint": trained}, tasks, loaded.audio, device)
+    encoders = {"untrained": fresh, "checkpoint": trained}
+    share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
+    return probe(encoders, tasks, loaded.audio, device, share)
 
 
 def probe_run(
@@ -266,7 +287,7 @@ def probe_run(
     encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
     encoders |= others or {}
     device = default_device()
-    scores = probe(encoders, pairs, config.audio, device)
+    scores = probe(encoders, pairs, config.audio, device, config.data.max_rejected)
     return scores, write_scores(scores, run / "probe.json")
 
 
@@ -279,12 +300,13 @@ def write_scores(scores: Sequence[Score], path: Path) -> Path:
 def format_scores(scores: Sequence[Score]) -> str:
     """Format the scores as a table, one line for each task and encoder."""
     lines = [
-        f"{'task':14}{'classes':>8}{'train':>7}{'eval':>6}  "
+        f"{'task':14}{'classes':>8}{'train':>14}{'eval':>14}  "
         f"{'encoder':12}{'linear':>8}{'kNN':>8}{'chance':>8}{'EER':>8}"
     ]
     for s in scores:
+        train, held = f"{s.num_train} of {s.all_train}", f"{s.num_eval} of {s.all_eval}"
         lines.append(
-            f"{s.task:14}{s.num_classes:8}{s.num_train:7}{s.num_eval:6}  {s.weights:12}"
+            f"{s.task:14}{s.num_classes:8}{train:>14}{held:>14}  {s.weights:12}"
             f"{s.linear:8.1%}{s.knn:8.1%}{s.chance:8.1%}{s.eer:8.1%}"
         )
     return "\n".join(lines)
@@ -304,11 +326,14 @@ def _labels(path: Path) -> dict[ClipPath, tuple[str, int]]:
 
 
 def _arrays(
-    labels: dict[ClipPath, tuple[str, int]], vectors: dict[ClipPath, np.ndarray], path: Path | str
+    labels: dict[ClipPath, tuple[str, int]],
+    vectors: dict[ClipPath, np.ndarray],
+    path: Path | str,
+    share: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Stack features, labels and recordings of the readable clips."""
+    read = np.array([clip in vectors for clip in labels])
+    check_read(str(path), list(labels), read, share)
     clips = [clip for clip in labels if clip in vectors]
-    if not clips:
-        raise DataError(f"{path}: none of its {len(labels)} clips can be read")
     names, recordings = zip(*(labels[clip] for clip in clips), strict=True)
     return np.stack([vectors[clip] for clip in clips]), np.array(names), np.array(recordings)

@@ -11,14 +11,14 @@ from sklearn.metrics import confusion_matrix
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import LabelledClips
 from ssast.engine.data.splits import Splits
-from ssast.engine.evaluation.metrics import class_metrics
+from ssast.engine.evaluation.metrics import class_metrics, clip_counts
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.pipelines.clips.labels import format_labels, parse_labels
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import NAME_BYTES, markdown
 
-PREDICTIONS = "predictions.csv"
+PREDICTIONS, REPORT = "predictions.csv", "report.md"
 NUM_SHOWN = 5  # classes in a line of predictions.csv
 MAX_NAMED = 40  # classes whose names fit beside a picture
 
@@ -28,7 +28,7 @@ def write_split(
     clips: LabelledClips,
     logits: np.ndarray,
     read: np.ndarray,
-    values: Mapping[str, float],
+    values: dict[str, float],
     loss: str,
 ) -> None:
     """Write metrics.json, predictions.csv, classes.png and, of single labels, confusion.png.
@@ -42,7 +42,7 @@ def write_split(
         loss: ``ce`` or ``bce``, which turns logits into probabilities.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(dict(values), indent=1) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(clip_counts(read) | values, indent=1) + "\n")
     scores = probabilities(logits, loss)
     rows = np.flatnonzero(read)
     targets = clips.targets()
@@ -108,6 +108,7 @@ def write_report(
     splits: Splits,
     chosen: str,
     results: Mapping[str, Mapping[str, float]],
+    read: Mapping[str, np.ndarray],
 ) -> None:
     """Write the report of a fine-tuning run.
 
@@ -117,6 +118,7 @@ def write_report(
         splits: Clips of the run.
         chosen: Which weights were chosen.
         results: Metrics by split.
+        read: [n] bool by split, which of its clips could be read; the others are not scored.
     """
     settings = finetune_settings(config)
     names = sorted({name for values in results.values() for name in values})
@@ -126,18 +128,19 @@ def write_report(
         f"{describe(config)}, {len(splits.classes)} classes, {settings.epochs} epochs of "
         f"{len(splits.train)} clips. Weights: {chosen}, chosen on the held-out clips.",
         "",
-        "| split | clips | " + " | ".join(names) + " |",
+        "| split | scored clips | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),
     ]
     for split, values in results.items():
-        clips = {"valid": splits.valid, "test": splits.test}[split]
         cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
-        lines.append(f"| {split} | {len(clips or ())} | " + " | ".join(cells) + " |")
+        clips = f"{read[split].sum()} of {len(read[split])}"
+        lines.append(f"| {split} | {clips} | " + " | ".join(cells) + " |")
     lines += ["", "![curves](curves.png)", ""]
     for split in results:
         for picture in ("confusion.png", "classes.png"):
             if (path.parent / split / picture).is_file():
                 lines.append(f"![{split} {picture}]({split}/{picture})")
+    # Whole or not at all: a run that has it is not reported on again.
     write_atomically(path, "\n".join(lines) + "\n")
 
 

@@ -23,9 +23,10 @@ from ssast.engine.data.sampling import Partners, balanced_weights
 from ssast.engine.data.splits import Splits
 from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.metrics import classification_metrics
-from ssast.engine.evaluation.report import write_report, write_split
+from ssast.engine.evaluation.report import REPORT, write_report, write_split
 from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.classifier import LossClassifier
+from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import gather_rows, run_on_main
 from ssast.engine.train.step import evaluate
@@ -33,7 +34,9 @@ from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
-from ssast.pipelines.text import say
+
+Evaluation = tuple[dict[str, float], np.ndarray, np.ndarray]
+"""Metrics, logits [n, C], and which clips could be read, [n] bool."""
 
 AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
 
@@ -204,9 +207,7 @@ class Finetuning(Task):
         late = self.settings.average_last_epochs * self.steps_per_epoch
         return max(self.context.config.train.steps - late, 0)
 
-    def _evaluate(
-        self, engine: TrainEngine, clips: LabelledClips, split: str
-    ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    def _evaluate(self, engine: TrainEngine, clips: LabelledClips, split: str) -> Evaluation:
         """Return values, logits [n, C], and which clips could be read, [n] bool. Collective."""
         rows: list[Tensor] = []
         logits: list[Tensor] = []
@@ -252,12 +253,34 @@ class Finetuning(Task):
         self._num_averaged = meta["num_averaged"]
 
     def finish(self, engine: TrainEngine, progress: Progress) -> None:
-        """Keep the weights that did best on the held-out clips, then evaluate the test clips."""
-        context = self.context
-        run, world, config = context.folder, context.world, context.config
-        done = run_on_main(lambda: finished_at(run), world)
-        if done == progress.step:
+        """Save the weights that did best on the held-out clips, then report on all clips.
+
+        The classifier is on the disk before the test clips are read and anything is drawn; where
+        that fails, the resumed run writes the report.
+        """
+        run, world, step = self.context.folder, self.context.world, progress.step
+        done, reported = run_on_main(lambda: (finished_at(run), (run / REPORT).is_file()), world)
+        if done != step:
+            chosen, valid = self._keep_best(engine, progress)
+        elif not reported:
+            kept, chosen = _load_kept(run) if world.is_main else ({}, "")
+            self._load_weights(engine, kept, step)
+            valid = self._evaluate(engine, self.splits.valid, "valid")
+        else:
             return
+        safe = f"the classifier is finished, in {run}; --resume writes its report"
+        splits, results = {"valid": self.splits.valid}, {"valid": valid}
+        if self.splits.test is not None:
+            splits["test"] = self.splits.test
+            try:
+                results["test"] = self._evaluate(engine, self.splits.test, "test")
+            except DataError as error:
+                raise type(error)(f"{error}; {safe}") from error
+        run_on_main(lambda: self._report(chosen, splits, results, safe), world)
+
+    def _keep_best(self, engine: TrainEngine, progress: Progress) -> tuple[str, Evaluation]:
+        """Save the chosen weights; return which, and their held-out metrics. Collective."""
+        run, world, step = self.context.folder, self.context.world, progress.step
         whole: dict[str, Tensor] = {}  # on rank 0
 
         def read_best() -> int:
@@ -267,45 +290,85 @@ class Finetuning(Task):
             whole.update(Checkpoints.load(best)[0])
             return int(best.stem[4:])
 
-        chosen, adam_step = f"step {run_on_main(read_best, world)}", progress.step
+        chosen = f"step {run_on_main(read_best, world)}"
         if self._num_averaged:
-            averaged, _ = engine.state()
-            averaged |= {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}
-            engine.load_state(averaged, adam_step)
+            average = {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}
+            averaged = self._load_weights(engine, average, step)
             values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
             if self.criterion(values) <= progress.best_loss:
                 chosen, whole = f"average of {self._num_averaged} epochs", averaged
-        engine.load_state(whole, adam_step)
-        splits = {"valid": self.splits.valid, "test": self.splits.test}
-        results = {}
-        for split, clips in splits.items():
-            if clips is not None:
-                values, logits, read = self._evaluate(engine, clips, split)
-                results[split] = values
-                if world.is_main:
-                    write_split(run / split, clips, logits, read, values, self.settings.loss)
-        if world.is_main:
-            facts = {"names": list(self.splits.names), "chosen": chosen, "values": results}
-            write_report(run / "report.md", config, self.splits, chosen, results)
+        engine.load_state(whole, step)
+        valid = self._evaluate(engine, self.splits.valid, "valid")
+
+        def save() -> None:
+            names, values = list(self.splits.names), {"valid": valid[0]}
             save_chosen(
                 run,
                 whole,
-                step=progress.step,
-                config=config,
+                step=step,
+                config=self.context.config,
                 classes=self.splits.classes,
-                facts=facts,
+                facts={"names": names, "chosen": chosen, "values": values},
             )
-            for split, values in results.items():
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                say(f"{split} ({chosen}): {shown}")
+            (run / REPORT).unlink(missing_ok=True)  # that of an earlier end of the run
+
+        run_on_main(save, world)
+        return chosen, valid
+
+    def _load_weights(
+        self, engine: TrainEngine, weights: dict[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        """Load weights of rank 0 and leave the optimizer as it is; return both. Collective."""
+        tensors, _ = engine.state()
+        tensors |= weights
+        engine.load_state(tensors, step)
+        return tensors
+
+    def _report(
+        self,
+        chosen: str,
+        splits: dict[str, LabelledClips],
+        results: dict[str, Evaluation],
+        safe: str,
+    ) -> None:
+        """Write the report of the run, last of all report.md; print the metrics."""
+        run = self.context.folder
+        for split, (values, _, read) in results.items():
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            clips = f"{read.sum()} of {len(read)} clips"
+            print(f"{split} ({chosen}), {clips}: {shown}", flush=True)
+        with reporting(safe):
+            for split, (values, logits, read) in results.items():
+                write_split(run / split, splits[split], logits, read, values, self.settings.loss)
+            write_report(
+                run / REPORT,
+                self.context.config,
+                self.splits,
+                chosen,
+                {split: values for split, (values, _, _) in results.items()},
+                {split: read for split, (_, _, read) in results.items()},
+            )
 
 
 def finished_at(run: Path) -> int | None:
-    """Return the step at which a run was finished; None if it was not."""
+    """Return the step at which the classifier of a run was saved; None if it was not."""
     found = Checkpoints(run / CHOSEN).latest()
     if found is None:
         return None
     return int(json.loads((found / "meta.json").read_text(encoding="utf-8"))["step"])
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether a run has its classifier, and its report."""
+    return finished_at(run) is not None and (run / REPORT).is_file()
+
+
+def _load_kept(run: Path) -> tuple[dict[str, Tensor], str]:
+    """Load the weights of a finished run, and which they are."""
+    found = Checkpoints(run / CHOSEN).latest()
+    assert found is not None
+    weights, meta = Checkpoints.load(found, check=False)
+    return weights, meta["chosen"]
 
 
 def steps_of_epochs(config: Config, num_clips: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config, dump_config, from_plain, load_config, to_plain
-from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.errors import CheckpointError, ConfigError, ReportError
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.monitoring.flops import peak_flops, step_flops_per_clip
 from ssast.engine.monitoring.monitor import Monitor, environment, read_metrics
+from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
@@ -30,6 +32,8 @@ from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import say
+
+_log = logging.getLogger(__name__)
 
 
 def run_training(
@@ -96,7 +100,11 @@ def run_training(
         finally:
             trainer.close()
         if world.is_main:
-            draw_curves(folder)
+            try:
+                with reporting(f"ssast visualize {folder} draws the curves again"):
+                    draw_curves(folder)
+            except ReportError as error:  # the status must stay that of the training
+                _log.warning("%s", error)
             how = f"stopped by signal {stopped} after" if stopped else "finished"
             say(f"{how} step {state.progress.step} of {config.train.steps}: {folder}")
         return stopped

@@ -25,7 +25,7 @@ from ssast.engine.checkpoints.weights import CHOSEN
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.data.labels import class_names
-from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.errors import CheckpointError, ConfigError, ReportError
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.open import open_classifier
 from ssast.pipelines.clips.manifest import write_manifest
@@ -44,7 +44,7 @@ def test_a_run_leaves_what_it_should(finetuned):
     valid = lines(run, "valid")
     assert [line["step"] for line in valid] == [0, 3, 6, 9]
     assert {"accuracy", "map", "mauc", "dprime", "macro_f1", "loss"} <= set(valid[-1])
-    assert "| test | 9 |" in (run / "report.md").read_text()
+    assert "| test | 9 of 9 |" in (run / "report.md").read_text()
     for split in ("valid", "test"):
         names = {path.name for path in (run / split).iterdir()}
         assert names == {"metrics.json", "predictions.csv", "confusion.png", "classes.png"}
@@ -109,6 +109,83 @@ def test_a_finished_run_is_left_alone(finetuned, splits, checkpoint, recipe):
     done = call(*command(finetuned[0], splits, checkpoint, recipe), "--resume")
     assert done.returncode == 0, done.stderr
     assert report.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("ssast.engine.evaluation.report.save_figure", ValueError("cannot draw $\n^")),
+        ("ssast.engine.train.finetuning.write_split", OSError(28, "No space left on device")),
+        ("ssast.engine.train.finetuning.write_report", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_report_that_fails_leaves_a_finished_classifier(
+    function, error, splits, tmp_path, monkeypatch
+):
+    """And the resumed run writes it."""
+    run = tmp_path / "run"
+    config = load(plain_file(tmp_path), splits, run, finetune__epochs=1)
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(function, fail)
+        with pytest.raises(
+            ReportError, match=r"the classifier is finished, in .*run; --resume"
+        ) as e:
+            finetune(config)
+    assert "\n" not in str(e.value)
+    assert not (run / "report.md").exists()
+    before, meta = chosen_weights(run)
+    assert open_classifier(run).classes == ("pitch0", "pitch1", "pitch2")
+    trained = lines(run, "train")
+    assert finetune(config, resume=True) == 0
+    assert lines(run, "train") == trained
+    assert "| test | 9 of 9 |" in (run / "report.md").read_text()
+    found = json.loads((run / "valid" / "metrics.json").read_text())
+    assert {name: found[name] for name in meta["values"]["valid"]} == meta["values"]["valid"]
+    again, _ = chosen_weights(run)
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+    assert (run / "test" / "predictions.csv").is_file()
+
+
+def test_curves_that_fail_change_no_status(splits, tmp_path, monkeypatch, caplog):
+    def fail(run):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("ssast.engine.train.run.draw_curves", fail)
+    config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__epochs=1)
+    assert finetune(config) == 0
+    assert "no font; ssast visualize" in caplog.text
+
+
+def test_test_clips_that_cannot_be_read_are_counted(splits, tmp_path, capsys):
+    """Too many of them are an error, which costs no classifier."""
+    run, paths = tmp_path / "run", sorted((splits["test"].parent / "test").glob("*.wav"))
+    (tmp_path / "0_bad.wav").write_text("no audio")
+    (tmp_path / "1_bad.wav").write_text("no audio either")
+    bad = [tmp_path / "0_bad.wav", tmp_path / "1_bad.wav"]
+    test = manifest(tmp_path / "test.json", [*paths, *bad])
+    given = {**splits, "test": test}
+    config = load(plain_file(tmp_path), given, run, finetune__epochs=1)
+    message = r"test: 2 of the first 11 clips cannot be used .*0_bad.wav.*; the classifier is fin"
+    with pytest.raises(DataError, match=message):
+        finetune(config)
+    assert main(["evaluate", str(run), str(test)]) == 2
+    assert "2 of 11 clips cannot be read" in capsys.readouterr().err
+    lenient = load(plain_file(tmp_path), given, run, finetune__epochs=1, data__max_rejected=0.2)
+    assert finetune(lenient, resume=True) == 0
+    assert "test (step 3), 9 of 11 clips: " in capsys.readouterr().out
+    assert "| test | 9 of 11 |" in (run / "report.md").read_text()
+    values = json.loads((run / "test" / "metrics.json").read_text())
+    assert (values["num_scored"], values["num_clips"]) == (9, 11)
+    assert main(["evaluate", str(run), str(test), "--max-rejected", "0.2"]) == 0
+    assert "clips     9 of 11\n" in capsys.readouterr().out
+    assert main(["evaluate", str(run), str(test), "--probe", "--max-rejected", "0.1"]) == 2
+    assert "test.json: 2 of 11 clips cannot be read" in capsys.readouterr().err
+    assert main(["evaluate", str(run), str(test), "--probe", "--max-rejected", "0.2"]) == 0
+    assert "9 of 11" in capsys.readouterr().out
 
 
 def test_training_from_scratch(splits, tmp_path):

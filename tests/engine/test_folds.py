@@ -82,7 +82,7 @@ def test_the_report_is_of_all_folds(whole, folds):
     assert right / len(pairs) > 0.5  # chance: a third
     report = (whole / "report.md").read_text()
     assert "pretrained.pth, loss ce" in report
-    assert "| mean | 36 |" in report and "| standard deviation |" in report
+    assert "| mean | 36 of 36 |" in report and "| standard deviation |" in report
     assert (whole / "confusion.png").stat().st_size > 1000
     stored = load_config(whole / "fold_2" / "config.yaml")
     assert (stored.data.train, stored.data.valid) == (

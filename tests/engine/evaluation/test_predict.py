@@ -16,20 +16,44 @@ def test_predict_and_evaluate_from_the_command_line(finetuned, splits, capsys):
     folder = splits["test"].parent / "test"
     bad = folder / "9_bad.wav"
     bad.write_text("no audio")
-    assert main(["predict", str(finetuned[0]), str(folder), "--json"]) == 0
+    assert main(["predict", str(finetuned[0]), str(folder), "--json"]) == 3
     bad.unlink()
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr()
+    assert shown.err == "ssast: 1 of 10 files could not be read\n"
+    found = [json.loads(line) for line in shown.out.splitlines()]
     assert len(found) == 10
     assert found[-1]["classes"] == [] and found[-1]["reason"]
     for line in found[:-1]:
         assert sum(p for _, p in line["classes"]) == pytest.approx(1.0)
     assert main(["evaluate", str(finetuned[0]), str(splits["test"])]) == 0
-    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     want = json.loads((finetuned[0] / "test" / "metrics.json").read_text())
     assert float(shown["accuracy"]) == pytest.approx(want["accuracy"], abs=1e-4)
     right = sum(line["classes"][0][0][-1] == line["path"].rpartition("/")[2][0]
                 for line in found[:-1])  # fmt: skip
     assert want["accuracy"] == pytest.approx(right / 9)
+
+
+@pytest.mark.parametrize("windows", [[], ["--window-s", "0.3"]])
+def test_the_status_says_whether_files_could_be_read(
+    windows, finetuned, splits, tmp_path, capsys, monkeypatch
+):
+    """Wherever they are missing, broken, empty or of another kind; and of ``embed`` likewise."""
+    good = sorted((splits["test"].parent / "test").glob("*.wav"))[:2]
+    (tmp_path / "broken.wav").write_bytes(good[0].read_bytes()[:30])
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.flac").write_text("no audio")
+    bad = [tmp_path / name for name in ("missing.wav", "broken.wav", "empty.wav", "text.flac")]
+    for count in (1, 4):
+        assert main(["predict", *map(str, [finetuned[0], *bad[:count]]), *windows]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"ssast: {count} of {count} files could not be read"
+    assert main(["predict", *map(str, [finetuned[0], *bad, *good]), *windows]) == 3
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "ssast: 4 of 6 files could not be read"
+    assert "%" in shown.out.splitlines()[-1]
+    assert main(["predict", *map(str, [finetuned[0], *good]), *windows]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_what_predict_is_given(splits, tmp_path):

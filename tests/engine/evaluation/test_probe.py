@@ -105,17 +105,23 @@ def test_the_untrained_encoder_is_where_a_run_begins():
 
 def test_unreadable_clips_are_left_out(folder, tmp_path):
     data = json.loads((folder / "pitch_train.json").read_text())["data"]
-    (tmp_path / "bad.wav").write_text("no audio")
-    paths = [*(entry["wav"] for entry in data), tmp_path / "bad.wav"]
-    labels = [*((entry["labels"],) for entry in data), ("low",)]
+    bad = [tmp_path / "bad0.wav", tmp_path / "bad1.wav"]
+    for path in bad:
+        path.write_text("no audio")
+    paths = [*(entry["wav"] for entry in data), *bad]
+    labels = [*((entry["labels"],) for entry in data), ("low",), ("high",)]
     write_manifest(tmp_path / "pitch_train.json", paths, labels)
     (tmp_path / "pitch_eval.json").write_text((folder / "pitch_eval.json").read_text())
     data = json.loads((folder / "pitch_eval.json").read_text())["data"]
     write_manifest(
         tmp_path / "pitch_eval.json", [e["wav"] for e in data], [(e["labels"],) for e in data]
     )
-    (score,) = probe({"any": untrained_encoder(CONFIG)}, find_tasks(tmp_path), CONFIG.audio, CPU)
-    assert (score.num_train, score.linear) == (12, 1.0)
+    encoders, tasks = {"any": untrained_encoder(CONFIG)}, find_tasks(tmp_path)
+    with pytest.raises(DataError, match=r"pitch_train.json: 2 of 14 clips cannot be read, .* 5%"):
+        probe(encoders, tasks, CONFIG.audio, CPU)
+    (score,) = probe(encoders, tasks, CONFIG.audio, CPU, 0.2)
+    assert (score.num_train, score.all_train, score.linear) == (12, 14, 1.0)
+    assert "12 of 14        8 of 8" in format_scores([score])
 
 
 def test_bad_tasks_are_named(folder, tmp_path):

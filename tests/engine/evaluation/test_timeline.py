@@ -95,7 +95,7 @@ def test_the_command_line_writes_lines_and_pictures(run, tmp_path, capsys):
     out = tmp_path / "out"
     sources = [str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "bad.wav")]
     options = ["--window-s", "0.4", "--hop-s", "0.2", "--out", str(out), "--json"]
-    assert main(["predict", str(run), *sources, *options]) == 0
+    assert main(["predict", str(run), *sources, *options]) == 3
     shown = capsys.readouterr().out.splitlines()
     lines = [json.loads(line) for line in (out / "windows.jsonl").read_text().splitlines()]
     assert [json.loads(line) for line in shown[: len(lines)]] == lines
@@ -105,7 +105,7 @@ def test_the_command_line_writes_lines_and_pictures(run, tmp_path, capsys):
     assert first[-1]["end_s"] == 1.25
     assert len(first[0]["classes"]) == 3
     assert "cannot be decoded" in lines[-1]["reason"]
-    assert main(["predict", str(run), *sources, *options[:4]]) == 0
+    assert main(["predict", str(run), *sources, *options[:4]]) == 3
     assert "0.20-0.60 s  " in capsys.readouterr().out
 
 

@@ -71,7 +71,7 @@ def test_a_published_file_predicts_and_is_evaluated(published, labels, tmp_path,
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["path"] for line in found] == list(map(str, paths))
     assert main(["evaluate", str(published), str(clips), *arguments]) == 0
-    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     right = [
         line["classes"][0][0] == f"Pitch {line['path'].rpartition('/')[2][0]}" for line in found
     ]
