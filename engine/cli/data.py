@@ -168,7 +168,7 @@ def _prepare(options: argparse.Namespace) -> int:
     from ssast.pipelines.audio.convert import Recipe
     from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
-    recipe = Recipe(clip_s=options.clip_s, min_s=options.min_s, hop_s=options.hop_s, whole=True)
+    recipe = Recipe(clip_s=options.clip_s, min_s=options.min_s, hop_s=options.hop_s)
     packing = Packing(recipe, options.codec, options.shard_mib, options.drop_duplicates)
     prepare_shards(options.source, options.out, packing, jobs=options.jobs)
     return 0

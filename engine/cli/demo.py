@@ -43,7 +43,7 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
     if source is None:
         train = fetch_demo(folder, cache).train
     else:
-        prepare_shards(source, folder, Packing(Recipe(whole=True), drop_duplicates=True))
+        prepare_shards(source, folder, Packing(Recipe(), drop_duplicates=True))
         train = publish_labels(folder)
     places = [f"data.train={train}", f"run.folder={run}"]
     config = load_config("demo", [*places, *overrides])

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.audio.decode import Item, length_note, read_blocks
 from ssast.pipelines.errors import UnusableError
 
 Codec = Literal["flac", "wav"]
@@ -38,7 +38,6 @@ class Recipe:
             keeps the level, except that a clip beyond full scale is scaled down.
         hop_s: Time between the starts of two clips of a recording; None is ``clip_s``, so that they
             neither overlap nor leave gaps.
-        whole: Whether to reject truncated recordings that the decoder would accept.
     """
 
     sample_rate_hz: int = 16000
@@ -47,14 +46,12 @@ class Recipe:
     trim_db: float | None = None
     level_rms: float | None = None
     hop_s: float | None = None
-    whole: bool = False
 
     def digest(self) -> str:
         """Return a hash of the settings."""
         settings = asdict(self)
-        for name in ("hop_s", "whole"):  # added later: unset, they must not change the hash
-            if not settings[name]:
-                del settings[name]
+        if settings["hop_s"] is None:  # added later: unset, it must not change the hash
+            del settings["hop_s"]
         return hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest()
 
 
@@ -166,11 +163,14 @@ class Part(NamedTuple):
         number: Number of the clip in its recording, from 0.
         samples: Samples [S] int16 at the sample rate of the recipe.
         source_hz: Sample rate of the recording.
+        lengths: With the first clip: the recording's length by its header and the true one, if they
+            differ by much; see :func:`length_note`.
     """
 
     number: int
     samples: np.ndarray
     source_hz: int
+    lengths: dict[str, float] | None = None
 
 
 def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
@@ -180,7 +180,7 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
         UnusableError: No clip can be used, or decoding fails on the way; then the clips yielded so
             far must not be used either.
     """
-    blocks = read_blocks(item, whole=recipe.whole)
+    blocks = read_blocks(item)
     first = next(blocks, None)
     if first is None:
         raise UnusableError("holds no samples")
@@ -195,7 +195,7 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
         except UnusableError as error:  # silence or a short remainder: the other clips are fine
             unusable = unusable or error
             continue
+        yield Part(number, samples, first[1], length_note(item) if is_empty else None)
         is_empty = False
-        yield Part(number, samples, first[1])
     if is_empty:
         raise unusable or UnusableError("holds no samples")

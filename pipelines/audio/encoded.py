@@ -6,19 +6,33 @@ with soxr (DALI resamples without an anti-aliasing filter) and passed on as a fl
 the crop that the filterbank needs is decoded.
 """
 
+import contextlib
 import io
 import math
 import os
 import stat
 import struct
+from io import FileIO
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import soundfile
 import soxr
 
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.audio.decode import STREAMED
-from ssast.pipelines.audio.headers import HEAD, wav_header
+from ssast.pipelines.audio.decode import STREAMED, reader, reason
+from ssast.pipelines.audio.headers import (
+    FEW_SAMPLES,
+    HEAD,
+    Reader,
+    Sound,
+    foreign_format,
+    missing,
+)
+from ssast.pipelines.audio.lengths import examine
+from ssast.pipelines.audio.mpeg import FEW_SAMPLES as FEW_OF_MP3
+from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError
@@ -43,40 +57,31 @@ def silence(spec: FbankSpec) -> np.ndarray:
     return wav_bytes(np.zeros(1, np.float32), spec.sample_rate_hz)
 
 
-def plain_samples(data: bytes, size: int, spec: FbankSpec) -> int | None:
+def plain_samples(sound: Sound | None, spec: FbankSpec) -> int | None:
     """Return the number of samples of a file that DALI can decode unchanged.
 
     Args:
-        data: The file, or the first part of it.
-        size: Size of the whole file in bytes.
+        sound: What is known of the file.
         spec: Filterbank settings.
 
     Returns:
         Samples of a mono FLAC or PCM WAV file at the sample rate of ``spec``; None for every other
         file, and for one with an unusual header.
-
-    Raises:
-        DataError: A WAV file is truncated.
     """
-    if data[:4] == b"fLaC" and len(data) >= 42 and data[4] & 0x7F == 0:
-        rate_hz = int.from_bytes(data[18:21], "big") >> 4
-        channels = (data[20] >> 1 & 7) + 1
-        samples = int.from_bytes(data[21:26], "big") & (1 << 36) - 1
-    elif data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        rate_hz, channels, samples = wav_header(data, size)
-    else:
+    if sound is None or not sound.plain:
         return None
-    if channels != 1 or rate_hz != spec.sample_rate_hz:
+    if sound.channels != 1 or sound.rate_hz != spec.sample_rate_hz:
         return None
     # A header may claim anything, and a decoder allocates what it claims.
-    return samples if 0 < samples <= 4 * max(spec.num_samples, spec.sample_rate_hz) else None
+    most = 4 * max(spec.num_samples, spec.sample_rate_hz)
+    return sound.found if 0 < sound.found <= most else None
 
 
-def decode(file: int | str | io.BytesIO, spec: FbankSpec, crop: float = 0.0) -> np.ndarray:
+def decode(file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0) -> np.ndarray:
     """Decode a crop with libsndfile, to mono at the sample rate of ``spec``.
 
     Args:
-        file: An open file descriptor (it stays open), a path, or a file in memory.
+        file: An open file descriptor (it stays open), a path, or an open file.
         spec: Filterbank settings.
         crop: Where the crop starts in a longer recording, as a share in [0, 1) of all possible
             starts. Formats that can seek are not decoded before it.
@@ -93,7 +98,9 @@ def decode(file: int | str | io.BytesIO, spec: FbankSpec, crop: float = 0.0) -> 
             if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
                 raise DataError(f"sample rate of {rate_hz} Hz")
             if frames >= STREAMED:
-                raise DataError("written as a stream, without its length: convert it once more")
+                raise DataError(
+                    "written as a stream, without its length: ssast data prepare converts it"
+                )
             same = rate_hz == spec.sample_rate_hz
             needed_s = spec.num_samples / spec.sample_rate_hz
             start = int(crop * (max(0, frames - math.ceil(needed_s * rate_hz)) + 1))
@@ -102,9 +109,10 @@ def decode(file: int | str | io.BytesIO, spec: FbankSpec, crop: float = 0.0) -> 
             if start:
                 sound.seek(start)
             samples = sound.read(wanted, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise DataError(f"cannot be decoded: {_last_part(error)}") from error
-    if len(samples) < wanted:
+            few = FEW_OF_MP3 if sound.format == "MP3" else FEW_SAMPLES
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"cannot be decoded: {reason(error)}") from error
+    if missing(wanted, len(samples), few):
         raise DataError(f"truncated: {start + len(samples)} of {frames} samples")
     samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if len(samples) and not float(np.abs(samples).max()) < LOUDEST:  # NaN fails every comparison
@@ -112,12 +120,6 @@ def decode(file: int | str | io.BytesIO, spec: FbankSpec, crop: float = 0.0) -> 
     if not same and len(samples):
         samples = soxr.resample(samples, rate_hz, spec.sample_rate_hz, quality="HQ")
     return np.ascontiguousarray(samples[: spec.num_samples], dtype=np.float32)
-
-
-def _last_part(error: soundfile.SoundFileError) -> str:
-    """Return libsndfile's message without soundfile's prefix, the name of the file object."""
-    text = getattr(error, "error_string", None) or str(error)
-    return " ".join(text.split()).rstrip(".")
 
 
 def read_clip(
@@ -154,7 +156,7 @@ def read_clip(
 def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndarray:
     if isinstance(path, ShardClip):
         data = path.read()
-        return _checked(data, len(data), io.BytesIO(data), spec, verify, crop)
+        return _checked(data, len(data), None, spec, verify, crop)
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block forever
         raise DataError("not a regular file")
     with open(path, "rb", buffering=0) as file:
@@ -165,7 +167,7 @@ def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndar
         data = file.readall() if size <= 4 * spec.num_samples + HEAD else file.read(HEAD)
         file.seek(0)
         try:
-            return _checked(data, size, file.fileno(), spec, verify, crop)
+            return _checked(data, size, file, spec, verify, crop)
         except DataError:
             read_through(file)  # libsndfile takes storage that fails for a damaged file
             raise
@@ -183,15 +185,46 @@ def read_through(file: io.RawIOBase) -> None:
 
 
 def _checked(
-    data: bytes, size: int, file: int | io.BytesIO, spec: FbankSpec, verify: bool, crop: float
+    data: bytes, size: int, file: FileIO | None, spec: FbankSpec, verify: bool, crop: float
 ) -> np.ndarray:
     """Return the file, of which ``data`` is the first part, or decode it; see `read_clip`."""
-    num_samples = plain_samples(data, size, spec)
+    is_whole = len(data) == size
+    read: Reader
+    if is_whole or file is None:
+        read = lambda at, count: data[at : at + count]  # noqa: E731
+    else:
+        read = reader(file.fileno(), 0, size)
+    sound = examine(read, size)
+    repair = None if sound is None else sound.repair
+    if repair is not None and is_whole:
+        data = repair.applied(data)
+    num_samples = plain_samples(sound, spec)
     is_cropped = crop > 0 and (num_samples or 0) > spec.num_samples
-    if num_samples is None or len(data) < size or verify or is_cropped:
-        decoded = decode(file, spec, crop)
-        num_samples = len(decoded)
-        data = b""
+    if num_samples is not None and is_whole and not verify and not is_cropped:
+        return _long_enough(num_samples, spec, np.frombuffer(data, np.uint8))
+    with contextlib.ExitStack() as stack:
+        source: int | IO[bytes]
+        if is_whole or file is None:
+            source = io.BytesIO(data)
+        elif repair is None:
+            source = file.fileno()
+        else:
+            span = Span(Path(file.name), repair.start, repair.end - repair.start)
+            raw = SpanFile(span, repair.header)
+            source = stack.enter_context(io.BufferedReader(raw, HEAD))
+        try:
+            samples = decode(source, spec, crop)
+        except DataError as error:
+            name = foreign_format(data)
+            if name is None:
+                raise
+            raise DataError(
+                f"cannot be decoded: {name}: ssast data prepare converts it with ffmpeg"
+            ) from error
+    return _long_enough(len(samples), spec, wav_bytes(samples, spec.sample_rate_hz))
+
+
+def _long_enough(num_samples: int, spec: FbankSpec, encoded: np.ndarray) -> np.ndarray:
     if num_samples < spec.window:
         raise DataError(f"too short: {num_samples} samples, one window is {spec.window}")
-    return np.frombuffer(data, np.uint8) if data else wav_bytes(decoded, spec.sample_rate_hz)
+    return encoded

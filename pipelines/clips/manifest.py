@@ -8,6 +8,7 @@ Whether the audio files exist is not checked here: the pipeline replaces and rep
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import csv_rows, read_text
 
+log = logging.getLogger(__name__)
+
 AUDIO_SUFFIXES = frozenset(
     f".{kind}"
     for kind in (
@@ -27,11 +30,16 @@ AUDIO_SUFFIXES = frozenset(
         *("au", "snd", "caf", "w64", "rf64", "sph", "voc"),
     )
 )
+FFMPEG_SUFFIXES = frozenset(  # of what ffmpeg reads and libsndfile does not
+    f".{kind}"
+    for kind in (
+        *("m4a", "m4b", "mp4", "mov", "3gp", "aac", "wma", "asf", "webm", "weba", "mka", "mkv"),
+        *("ac3", "eac3", "dts", "ape", "wv", "tta", "tak", "amr", "spx", "ra", "rm", "avi", "flv"),
+    )
+)
 PATH_KEYS = ("wav", "path")
 PREPARED_KEY, CLIP_KEY = "prepared", "clip"
 LABEL_KEYS = ("labels", "label")  # several with commas between them, or one
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -250,7 +258,8 @@ def audio_files(
 ) -> list[str]:
     """List the audio files in a folder and below: absolute paths, sorted.
 
-    Hidden files and folders are skipped. Links are followed, each real folder once.
+    Hidden files and folders are skipped. Links are followed, each real folder once. Files that
+    only ``ssast data prepare`` reads, with ffmpeg, are logged unless ``suffixes`` has them.
 
     Args:
         folder: Folder to search.
@@ -262,6 +271,7 @@ def audio_files(
         DataError: There are no such files.
     """
     files: list[str] = []
+    foreign: Counter[str] = Counter()
     visited: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     top = os.path.abspath(folder)
     for root, folders, names in os.walk(top, onerror=on_error, followlinks=True):
@@ -271,14 +281,23 @@ def audio_files(
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += (
-            os.path.join(root, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+        for name in names:
+            kind = os.path.splitext(name)[1].lower()
+            if kind in suffixes and not name.startswith("."):
+                files.append(os.path.join(root, name))
+            elif kind in FFMPEG_SUFFIXES and not name.startswith("."):
+                foreign[kind] += 1
+    there = ", ".join(f"{count} {kind}" for kind, count in sorted(foreign.items()))
+    advice = f"{there}: ssast data prepare {folder} OUT converts them with ffmpeg"
+    if not files and foreign:
+        raise DataError(
+            f"{folder}: no audio files that can be read directly in this folder, but {advice}"
         )
     if not files:
         kinds = " ".join(sorted(suffixes))
         raise DataError(f"{folder}: no audio files in this folder (looked for {kinds})")
+    if foreign:
+        log.warning("%s: %d files are read; left out are %s", folder, len(files), advice)
     return sorted(files)
 
 

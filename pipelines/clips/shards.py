@@ -8,6 +8,8 @@ A prepared folder holds::
     recordings.npy           [n] int64: the number of the recording that each clip was cut from
     labels.json              {"names": [...], "clips": [[0, 2], ...]}, if the source has labels
     rejected.jsonl           {"name": ..., "reason": ...} of each recording that cannot be used
+    wrong_lengths.jsonl      {"name", "stated_s", "found_s"} of each recording whose header states
+                             another length; it was read to its end
     report.json              counts and settings; written last
 
 The index is memory-mapped, so opening millions of clips takes neither time nor memory.
@@ -31,7 +33,7 @@ from ssast.pipelines.errors import DataError
 BLOCK = 512  # bytes of a tar header; members begin at multiples of it
 SHARD, SIDECAR = "shards/{:05d}.tar", "shards/{:05d}.jsonl"
 INDEX, RECORDINGS, LABELS, REPORT = "index.npy", "recordings.npy", "labels.json", "report.json"
-REJECTED = "rejected.jsonl"
+REJECTED, WRONG_LENGTHS = "rejected.jsonl", "wrong_lengths.jsonl"
 
 
 def member_name(header: bytes, size: int) -> str | None:

@@ -179,7 +179,7 @@ def usable_seconds(path: str) -> float:
     """
     read_clip(path, FbankSpec())  # what training will say of it, decoded or not
     seconds = 0.0
-    for block, rate_hz in to_mono(sndfile_blocks(Item(path, Path(path)), whole=True)):
+    for block, rate_hz in to_mono(sndfile_blocks(Item(path, Path(path)))):
         seconds += len(block) / rate_hz
         if np.abs(block).max() >= LOUDEST:
             raise DataError("holds samples that are NaN, infinite or absurdly large")

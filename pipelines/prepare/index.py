@@ -16,6 +16,7 @@ from ssast.pipelines.clips.shards import (
     REJECTED,
     REPORT,
     SIDECAR,
+    WRONG_LENGTHS,
     Sidecar,
 )
 from ssast.pipelines.errors import DataError
@@ -53,6 +54,7 @@ def write_index(
     durations: list[float] = []
     labels: list[tuple[str, ...]] = []
     rejected: list[str] = []
+    wrong_lengths: list[str] = []
     reasons: Counter[str] = Counter()
     rates: Counter[int] = Counter()
     size = num_recordings = 0
@@ -70,6 +72,9 @@ def write_index(
                 previous = clip["name"]
                 num_recordings += 1
                 rates[clip["source_hz"]] += 1
+            if "found_s" in clip:
+                text = {key: clip[key] for key in ("name", "stated_s", "found_s")}
+                wrong_lengths.append(json.dumps(text) + "\n")
             recordings.append(num_recordings - 1)
             durations.append(clip["duration_s"])
             digests.append(bytes.fromhex(clip["digest"]))
@@ -89,6 +94,7 @@ def write_index(
         )
     _, first_of = np.unique(np.array(digests, "S16"), return_index=True)
     kept = np.sort(first_of) if drop_duplicates else np.arange(len(durations))
+    files[WRONG_LENGTHS] = "".join(wrong_lengths).encode() if wrong_lengths else None
     files[INDEX] = _npy(np.concatenate(rows)[kept])
     files[RECORDINGS] = _npy(np.array(recordings, np.int64)[kept])
     files[LABELS] = None
@@ -106,6 +112,7 @@ def write_index(
         "source_rates_hz": {str(rate): rates[rate] for rate in sorted(rates)},
         "num_rejected": len(rejected),
         "rejected": dict(sorted(reasons.items())),
+        "wrong_lengths": len(wrong_lengths),
         "duplicates": len(durations) - len(first_of),
         "settings": settings,
     }

@@ -7,9 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssast.pipelines.clips.remote import as_os_error, is_url
-from ssast.pipelines.clips.shards import INDEX, LABELS, RECORDINGS, REJECTED, REPORT, SHARD, SIDECAR
+from ssast.pipelines.clips.shards import (
+    INDEX,
+    LABELS,
+    RECORDINGS,
+    REJECTED,
+    REPORT,
+    SHARD,
+    SIDECAR,
+    WRONG_LENGTHS,
+)
 
-LISTS = (REJECTED, INDEX, RECORDINGS, LABELS, REPORT)  # the report says that the others are there
+# the report says that the others are there
+LISTS = (REJECTED, WRONG_LENGTHS, INDEX, RECORDINGS, LABELS, REPORT)
 
 
 @contextlib.contextmanager

@@ -16,20 +16,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from tqdm import tqdm
 
-from ssast.pipelines.audio.convert import Codec, Recipe, clip_stem, cut, encode, sample_digest
-from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, ffmpeg_installed, length_s, suffix
+from ssast.pipelines.audio.convert import (
+    Codec,
+    Part,
+    Recipe,
+    clip_stem,
+    cut,
+    encode,
+    sample_digest,
+)
+from ssast.pipelines.audio.decode import Item, length_s, suffix
+from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
+from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.remote import as_path, is_url, on_disk
-from ssast.pipelines.clips.shards import BLOCK, REJECTED, REPORT, SHARD, SIDECAR, Sidecar
+from ssast.pipelines.clips.shards import (
+    BLOCK,
+    REJECTED,
+    REPORT,
+    SHARD,
+    SIDECAR,
+    WRONG_LENGTHS,
+    Sidecar,
+)
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import exclusive, replacing, usable_cores, write_atomically
 from ssast.pipelines.prepare.index import write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
 
-FORMAT = 1  # raise it when other bytes come out of the same recordings
+FORMAT = 2  # raise it when other bytes come out of the same recordings
 STEM = 64  # characters of a recording's name in a clip's: a member's name has at most 100
 PROBES = 64  # recordings whose headers are read to estimate how much will come out
 FLAC_SHARE = 0.65  # bytes of 16 bit FLAC for one of samples, of speech and music with little noise
@@ -178,6 +195,11 @@ def pack_recordings(
     if report["num_rejected"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items())
         log(f"{report['num_rejected']} recordings cannot be used ({reasons}): {out / REJECTED}")
+    if report["wrong_lengths"]:
+        log(
+            f"{report['wrong_lengths']} of {report['recordings']} recordings have headers that "
+            f"state another length, and were read to their ends: {out / WRONG_LENGTHS}"
+        )
     if report["duplicates"]:
         what = "left out" if packing.drop_duplicates else "kept: see --drop-duplicates"
         log(f"{report['duplicates']} clips are exact duplicates of others, {what}")
@@ -343,7 +365,7 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
     """
     stem = clip_stem(recording.item.name, STEM)
     rate_hz = packing.recipe.sample_rate_hz
-    for part, samples, source_hz in fetched_and_cut(recording.item, packing.recipe):
+    for part, samples, source_hz, lengths in fetched_and_cut(recording.item, packing.recipe):
         data = encode(samples, rate_hz, packing.codec)
         member = tarfile.TarInfo(f"{stem}-{part:05d}.{packing.codec}")
         member.size = data.nbytes
@@ -361,10 +383,12 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
             "size": data.nbytes,
             "source_hz": source_hz,
         }
+        if lengths is not None:
+            line |= lengths
         yield line | ({"labels": recording.labels} if recording.labels else {})
 
 
-def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[tuple[int, np.ndarray, int]]:
+def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[Part]:
     """Yield the parts of a recording, see :func:`cut`; fetch it first if it is behind a URL.
 
     Raises:

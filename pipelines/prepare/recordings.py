@@ -7,8 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from ssast.pipelines.audio.decode import FFMPEG_SUFFIXES, Item, Span, suffix
-from ssast.pipelines.clips.manifest import AUDIO_SUFFIXES, audio_files, read_manifest
+from ssast.pipelines.audio.decode import Item, suffix
+from ssast.pipelines.audio.parts import Span
+from ssast.pipelines.clips.manifest import (
+    AUDIO_SUFFIXES,
+    FFMPEG_SUFFIXES,
+    audio_files,
+    read_manifest,
+)
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.errors import DataError

@@ -13,7 +13,7 @@ from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
-RECIPE = Recipe(clip_s=1.0, whole=True)
+RECIPE = Recipe(clip_s=1.0)
 
 
 def prepared(source: Path, out: Path, recipe: Recipe = RECIPE, **settings: object) -> ShardIndex:

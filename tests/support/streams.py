@@ -33,6 +33,8 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def torn(path: Path) -> Path:
-    """Cut a FLAC file in half: it looks well until it is decoded."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    """Damage a FLAC file in its middle: it looks well until it is decoded."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 400] = bytes(range(100)) * 4
+    path.write_bytes(data)
     return path

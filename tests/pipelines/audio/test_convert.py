@@ -132,7 +132,7 @@ NAN = tone(1, 16000)
 NAN[100] = np.nan
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 80000)
 UNUSABLE = {
-    "empty file": (b"", "cannot be decoded: Format not recognised"),
+    "empty file": (b"", "empty file"),
     "text": (b"This is no sound.\n" * 100, "cannot be decoded: Format not recognised"),
     "header only": (encoded(tone(0, 16000), 16000), "holds no samples"),
     "half a header": (encoded(tone(1, 16000), 16000)[:20], "cannot be decoded"),

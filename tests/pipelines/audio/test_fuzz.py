@@ -25,10 +25,11 @@ FORMATS = [  # suffix, subtype, rate in Hz, channels
 
 # In a process of its own: a crash would end the tests.
 STREAM = """
-import json, sys
+import io, json, sys
 import numpy as np, soundfile, soxr, torch
 from ssast.kernels.fbank import FbankSpec, fbank_reference
 from ssast.pipelines.audio.encoded import TAIL_S
+from ssast.pipelines.audio.lengths import examine
 from ssast.pipelines.stream.stream import AudioStream
 
 paths = json.load(open(sys.argv[1]))
@@ -37,12 +38,20 @@ spec = FbankSpec(num_frames=48)
 
 def expected(path):
     # What an independent decoder makes of the file.
-    with soundfile.SoundFile(path) as sound:  # what comes after the part that counts may be missing
+    data = open(path, "rb").read()
+    known = examine(lambda at, count: data[at : at + count], len(data))
+    if known is not None and known.repair is not None:  # damage to the length alone
+        data = known.repair.applied(data)
+    # what comes after the part that counts may be missing
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
         rate_hz = sound.samplerate
         wanted = spec.num_samples
         if rate_hz != spec.sample_rate_hz:  # and a little for the resampler's edge
             wanted = int((wanted / spec.sample_rate_hz + TAIL_S) * rate_hz)
-        samples = sound.read(wanted, dtype="float32", always_2d=True)
+        try:
+            samples = sound.read(wanted, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:  # in a block with damage behind it; DALI reads all of it
+            samples = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)[0][:wanted]
     samples = samples.mean(axis=1)
     if rate_hz != spec.sample_rate_hz:
         samples = soxr.resample(samples, rate_hz, spec.sample_rate_hz, quality="HQ")

@@ -39,7 +39,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "long").mkdir()
     for number in range(8):
         write(tmp_path / f"long/{number}.wav", tone(24000, seed=number), subtype="PCM_16")
-    recipe = Recipe(clip_s=0.5, whole=True)
+    recipe = Recipe(clip_s=0.5)
     prepare_shards(
         tmp_path / "long",
         tmp_path / "shards",

@@ -88,7 +88,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def prepared(source: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
-    recipe = Recipe(clip_s=0.5, min_s=0.1, whole=True)
+    recipe = Recipe(clip_s=0.5, min_s=0.1)
     packing = Packing(recipe, **{"shard_mib": 0.05, **settings})
     return prepare_shards(
         as_path(source), as_path(out), packing, jobs=2, progress=False, log=lambda line: None

@@ -76,7 +76,7 @@ def test_bad_files_are_reported_by_name_and_the_rest_is_trained_on(tmp_path: Pat
     reasons = awkward(folder)
     lengths = good_ones(folder)
     reasons["self.wav"] = "cannot be read: Too many levels of symbolic links"
-    index = prepared(folder, out, Recipe(clip_s=10.0, whole=True))
+    index = prepared(folder, out, Recipe(clip_s=10.0))
     found = rejected(out)
     assert set(found) == set(reasons)
     for name, pattern in reasons.items():
@@ -96,7 +96,7 @@ def test_bad_files_are_reported_by_name_and_the_rest_is_trained_on(tmp_path: Pat
     # The same batches come from a folder without the bad files: bit for bit.
     for name in reasons:
         (folder / name).unlink()
-    again = prepared(folder, tmp_path / "clean", Recipe(clip_s=10.0, whole=True))
+    again = prepared(folder, tmp_path / "clean", Recipe(clip_s=10.0))
     assert [clip.read() for clip in again] == [clip.read() for clip in index]
 
 

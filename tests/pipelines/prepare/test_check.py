@@ -28,7 +28,7 @@ def out(tmp_path: Path) -> Path:
     write(folder / "11.wav", tone(8000), subtype="PCM_16")
     names = [f"in/{k:02d}.wav" for k in range(12)]
     write_manifest(tmp_path / "m.json", names, [("even", "odd")[k % 2 :][:1] for k in range(12)])
-    packing = Packing(Recipe(whole=True), shard_mib=0.07)
+    packing = Packing(Recipe(), shard_mib=0.07)
     prepare_shards(tmp_path / "m.json", tmp_path / "out", packing, progress=False, log=lambda _: 0)
     assert len(list((tmp_path / "out/shards").glob("*.tar"))) == 3
     return tmp_path / "out"
@@ -50,7 +50,7 @@ def test_good_shards(out: Path) -> None:
 
 
 def test_dropped_duplicates_are_no_fault(out: Path) -> None:
-    packing = Packing(Recipe(whole=True), shard_mib=0.07, drop_duplicates=True)
+    packing = Packing(Recipe(), shard_mib=0.07, drop_duplicates=True)
     prepare_shards(out.parent / "m.json", out, packing, progress=False, log=lambda _: 0)
     result = checked(out)
     assert (result.num_clips, result.problems) == (11, [])
@@ -153,7 +153,7 @@ def test_planted_faults_are_found(out: Path, fault: str) -> None:
 
 
 def test_other_samples_are_found_where_no_format_guards_them(out: Path) -> None:
-    packing = Packing(Recipe(whole=True), "wav")
+    packing = Packing(Recipe(), "wav")
     prepare_shards(out.parent / "in", out, packing, progress=False, log=lambda _: 0)
     line = Sidecar.read(out / "shards/00000.jsonl").clips[3]
     change(out / "shards/00000.tar", line["offset"] + 5000, b"\x55")

@@ -67,7 +67,7 @@ PROGRAM = textwrap.dedent(
     from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
     def run(source, out):
-        packing = Packing(Recipe(clip_s=1.0, whole=True), shard_mib=0.5, drop_duplicates=True)
+        packing = Packing(Recipe(clip_s=1.0), shard_mib=0.5, drop_duplicates=True)
         prepare_shards(
             Path(source), Path(out), packing, jobs=2, progress=False, log=lambda line: None
         )

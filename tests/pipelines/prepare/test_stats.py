@@ -61,7 +61,7 @@ def test_equal_to_numpy(folder: Path, padding: bool, seed: int) -> None:
 
 
 def test_shards_give_the_same(folder: Path, tmp_path: Path) -> None:
-    packing = Packing(Recipe(whole=True), shard_mib=0.1)
+    packing = Packing(Recipe(), shard_mib=0.1)
     prepare_shards(folder, tmp_path / "out", packing, progress=False, log=lambda line: None)
     loose = measure(folder, spec=SPEC, progress=False)
     shards = measure(tmp_path / "out", spec=SPEC, progress=False)

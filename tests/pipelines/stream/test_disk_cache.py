@@ -143,7 +143,7 @@ def test_a_torn_or_damaged_file_is_not_used(tmp_path: Path, clips: list[Path], k
 
 
 def test_shards(tmp_path: Path, clips: list[Path], reads: list[Any]) -> None:
-    packing = Packing(Recipe(clip_s=0.3, whole=True))
+    packing = Packing(Recipe(clip_s=0.3))
     settings: dict[str, Any] = {"progress": False, "log": lambda line: None}
     prepare_shards(clips[0].parent, tmp_path / "out", packing, **settings)
     index = read_manifest(tmp_path / "out").paths
