@@ -81,4 +81,4 @@ def test_a_single_m4a_leads_to_data_prepare(finetuned, tmp_path, capsys):
         main(["predict", str(finetuned[0]), *source])
         assert "MP4 or M4A: ssast data prepare converts it" in capsys.readouterr().out
     main(["embed", str(finetuned[0]), str(tmp_path / "a.m4a"), "--out", str(tmp_path / "a.npy")])
-    assert "MP4 or M4A: ssast data prepare converts it" in capsys.readouterr().err
+    assert "MP4 or M4A: ssast data prepare converts it" in "".join(capsys.readouterr())
