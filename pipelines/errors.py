@@ -29,5 +29,18 @@ class UnusableError(Exception):
         self.transient = transient
 
 
+class UnopenedError(UnusableError):
+    """A recording that libsndfile does not open; nothing of it was decoded.
+
+    Args:
+        reason: The message.
+        foreign: Whether it is of a format that ffmpeg reads.
+    """
+
+    def __init__(self, reason: str, foreign: bool) -> None:
+        super().__init__(reason)
+        self.foreign = foreign
+
+
 class TooFewRecordings(DataError):
     """No recording can be held out while others are left to train on."""

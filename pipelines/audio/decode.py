@@ -36,25 +36,12 @@ from ssast.pipelines.audio.mpeg import FEW_SAMPLES as FEW_OF_MP3
 from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.retry import TRANSIENT
-from ssast.pipelines.errors import DataError, UnusableError
+from ssast.pipelines.errors import DataError, UnopenedError, UnusableError
 
 LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # other sample rates mean a damaged header
 SPAN_BUFFER = 2**20  # bytes of a read from an archive
 SYSTEM_ERROR = 2  # libsndfile's error number
 STREAMED = 1 << 48  # a header with so many samples was written before their number was known
-
-
-class UnopenedError(UnusableError):
-    """A recording that libsndfile does not open; nothing of it was decoded.
-
-    Args:
-        reason: The message.
-        foreign: Whether it is of a format that ffmpeg reads.
-    """
-
-    def __init__(self, reason: str, foreign: bool) -> None:
-        super().__init__(reason)
-        self.foreign = foreign
 
 
 @dataclass(frozen=True, slots=True)
