@@ -220,6 +220,16 @@ def test_mean_and_std_are_never_assumed_in_silence(published, caplog):
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize("form", ["published", "hf"])
+def test_an_export_never_writes_into_its_model(form, tuned_run, published, capsys):
+    for model in (tuned_run, published):
+        before = sorted(model.rglob("*")), model.stat().st_mtime_ns
+        options = OPTIONS if model == published else []
+        assert main(["export", str(model), "--to", form, str(model), *options]) == 2
+        assert f"{model} is the model itself" in capsys.readouterr().err
+        assert (sorted(model.rglob("*")), model.stat().st_mtime_ns) == before
+
+
 def second_stage(tmp_path, checkpoint, *more):
     train = manifest(tmp_path / "train.json", make_sounds(tmp_path / "sounds", 2, 4))
     (tmp_path / "plain.yaml").write_text("finetune: {}\n")
