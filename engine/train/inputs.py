@@ -19,6 +19,7 @@ from ssast.engine.parallel.agreement import code_version
 from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.order import read_weights
 from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.text import NAME_BYTES
 
 Fingerprints = dict[str, str]
 # What a resumed run can go on without: the weights are in its checkpoint.
@@ -46,7 +47,9 @@ def of_splits(config: Config, splits: Splits, pretrained: nn.Module | None) -> F
         DataError: The file of the sampling weights is wrong.
     """
     found = of_clips(config, splits.train.paths, splits.valid.paths)
-    found["order of the classes"] = _digest(name.encode() + b"\0" for name in splits.classes)
+    found["order of the classes"] = _digest(
+        name.encode(errors=NAME_BYTES) + b"\0" for name in splits.classes
+    )
     for name, clips in (("training", splits.train), ("validation", splits.valid)):
         found[f"labels of the {name} clips"] = _labels(clips)
     if splits.test is not None:
