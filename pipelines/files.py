@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ssast.pipelines.errors import DataError
@@ -72,6 +72,26 @@ def use_default_mode(path: Path) -> None:
     finally:
         os.close(descriptor)
         probe.unlink()
+
+
+def check_new(outputs: Iterable[str | Path], inputs: Iterable[str | Path] = ()) -> None:
+    """Check that nothing is overwritten: the one rule for what a user names as an output.
+
+    Args:
+        outputs: Files that will be written, or folders that will be filled.
+        inputs: What the command reads, for a message that says so.
+
+    Raises:
+        DataError: An output exists already, and is not an empty folder.
+    """
+    for output in map(Path, outputs):
+        if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+            continue
+        for source in inputs:
+            with contextlib.suppress(OSError):  # it may be a URL, or not exist
+                if os.path.samefile(source, output):
+                    raise DataError(f"{output}: is an input of this command: choose another output")
+        raise DataError(f"{output}: exists already: remove it, or choose another output")
 
 
 def flush(path: Path) -> None:

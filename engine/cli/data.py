@@ -175,8 +175,11 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from ssast.pipelines.prepare.check import check_data
+    from ssast.pipelines.files import check_new
+    from ssast.pipelines.prepare.check import check_data, is_report
 
+    if options.report is not None and not is_report(options.report):
+        check_new([options.report], [options.path, *filter(None, [options.labels])])
     found = check_data(
         options.path, classes=options.labels, report=options.report, jobs=options.jobs
     )

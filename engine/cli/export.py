@@ -7,6 +7,7 @@ from typing import Any
 
 from ssast.engine.cli.options import add_missing_metadata, missing_metadata
 from ssast.engine.cli.status import FILES_STATUS, files_status
+from ssast.pipelines.files import check_new
 from ssast.pipelines.text import printable
 
 FORMATS = {
@@ -84,6 +85,7 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
 
+    check_new([options.out], [options.model])
     loaded, out = _open(options), options.out
     if out.exists() and out.samefile(options.model):
         raise ConfigError(f"{out} is the model itself: choose another file or folder to write")

@@ -15,6 +15,7 @@ from ssast.engine.cli.options import (
     missing_metadata,
 )
 from ssast.engine.cli.status import FILES_STATUS, files_status
+from ssast.pipelines.files import check_new
 from ssast.pipelines.text import printable
 
 if TYPE_CHECKING:  # imported only when needed: --help answers at once
@@ -141,6 +142,8 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        check_new([options.out], [options.manifest])
     if options.probe:
         return _probe(options)
     from ssast.engine.evaluation.evaluate import evaluate
@@ -175,6 +178,8 @@ def _predict(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.predict import predict
     from ssast.engine.formats.open import open_classifier
 
+    if options.out is not None:
+        check_new([options.out], options.sources)
     loaded = open_classifier(options.checkpoint, missing_metadata(options))
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)

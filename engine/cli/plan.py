@@ -7,6 +7,7 @@ from typing import Any
 
 from ssast.engine.cli.options import add_config
 from ssast.engine.errors import ConfigError
+from ssast.pipelines.files import check_new
 
 PLAN_EXAMPLES = """examples:
   ssast plan base_patch --gpus 64 --gpu h100
@@ -155,6 +156,8 @@ def _tune(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
     from ssast.engine.planning.tune import format_results, tune, write_tuned
 
+    if options.out is not None:
+        check_new([options.out], [options.config])
     config = load_config(options.config, options.overrides)
     results = tune(config, seconds=options.seconds, say=lambda text: print(text, flush=True))
     print(format_results(results))

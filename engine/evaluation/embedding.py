@@ -18,7 +18,7 @@ from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import replacing
+from ssast.pipelines.files import check_new, replacing
 from ssast.pipelines.stream.stream import AudioStream
 from ssast.pipelines.text import NAME_BYTES
 
@@ -136,11 +136,13 @@ def embed_recordings(
     Raises:
         ConfigError: A package for the format is missing.
         DataError: The source is wrong, none of its clips can be read, or ``out`` has another
-            ending or cannot be written.
+            ending, exists already or cannot be written.
     """
     out = Path(out)
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
+    listing = out.with_suffix(".csv") if out.suffix == ".npy" else out
+    check_new([out, listing], [source])
     paths = _paths(source)
     device = default_device()
     encoder = loaded.encoder.to(device).eval()
@@ -150,7 +152,6 @@ def embed_recordings(
         shape = (len(paths), columns, encoder.embed_dim)
     rejected: dict[str, str] = {}
     counts = np.zeros(len(paths), dtype=np.int64)
-    listing = out.with_suffix(".csv") if out.suffix == ".npy" else out
     try:
         with (
             replacing(out) as temporary,

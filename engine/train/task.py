@@ -36,7 +36,8 @@ def run_folder(config: Config) -> Path:
     """Return the folder of a run.
 
     Raises:
-        ConfigError: It is not set, or its path is no text, which safetensors and TensorBoard need.
+        ConfigError: It is not set, or is a folder of data, or its path is no text, which
+            safetensors and TensorBoard need.
     """
     if config.run.folder is None:
         raise ConfigError("run.folder is not set")
@@ -45,6 +46,14 @@ def run_folder(config: Config) -> Path:
         folder.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"run.folder {folder}: expected a path in UTF-8") from error
+    test = None if config.finetune is None else config.finetune.test
+    for key, source in (
+        ("data.train", config.data.train),
+        ("data.valid", config.data.valid),
+        ("finetune.test", test),
+    ):
+        if source is not None and os.path.realpath(source) == os.path.realpath(folder):
+            raise ConfigError(f"run.folder {folder} is {key} too: choose another run.folder")
     return Path(config.run.folder)
 
 

@@ -33,7 +33,7 @@ from ssast.pipelines.datasets.speech import (
 )
 from ssast.pipelines.datasets.tables import Cut, Dataset
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import replacing, write_atomically
+from ssast.pipelines.files import check_new, replacing, write_atomically
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "audioset": read_audioset,
@@ -97,6 +97,8 @@ def _write(
     texts, counts = _texts(dataset)
     manifests = {split: f"{split}.json" for split in dataset.splits}
     files = sorted([*texts, *manifests.values(), *dataset.made])
+    if os.path.realpath(out) == os.path.realpath(source):  # never over what is the user's
+        check_new(out / file for file in files if file not in earlier)
     for file in set(earlier) - set(files):
         (out / file).unlink(missing_ok=True)
     (out / REPORT).unlink(missing_ok=True)  # from here on unfinished

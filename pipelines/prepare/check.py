@@ -325,3 +325,12 @@ def decoded_seconds(clip: ShardClip, expected: dict) -> float:
     if samples.shape[1] != 1 or sample_digest(samples) != expected["digest"]:
         raise DataError("decodes to other samples than were packed")
     return len(samples) / rate_hz
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is the report of an earlier check, which a new one may replace."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return all(set(json.loads(line)) == {"where", "problem"} for line in lines)
+    except (OSError, ValueError, TypeError):
+        return False

@@ -291,6 +291,17 @@ def test_mistakes_are_found_before_any_work(splits, checkpoint, recipe, tmp_path
         FinetuneEngine.from_checkpoint(checkpoint, config="tiny_patch", overrides=few)
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.valid", "finetune.test"])
+def test_no_run_is_written_into_the_data(key, splits, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "link").symlink_to(data)
+    given = [*overrides(), *data_overrides(splits), f"{key}={data}", f"run.folder={tmp_path}/link"]
+    with pytest.raises(ConfigError, match=f"run.folder .*link is {key} too"):
+        finetune(load_config(plain_file(tmp_path), given))
+    assert not list(data.iterdir())
+
+
 def test_resuming_refuses_another_training(finetuned, splits, checkpoint, recipe):
     config = load(recipe, splits, finetuned[0], finetune__mixup=0.1)
     with pytest.raises(ConfigError, match=r"finetune.mixup was 0.5 when .* began, now it is 0.1"):

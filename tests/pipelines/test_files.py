@@ -5,11 +5,29 @@ import os
 
 import pytest
 
-from ssast.pipelines.files import replacing, use_default_mode, write_atomically
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import check_new, replacing, use_default_mode, write_atomically
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_outputs_are_new(tmp_path):
+    """An input is named as such, by whatever name it is given."""
+    given, folder = tmp_path / "clips.csv", tmp_path / "folder"
+    given.write_text("wav,label\n")
+    folder.mkdir()
+    (tmp_path / "link.csv").symlink_to(given)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    check_new([tmp_path / "new", folder, tmp_path / "a/b"], [given, "s3://bucket/clips"])
+    for name in ("clips.csv", "link.csv", "folder/../clips.csv"):
+        with pytest.raises(DataError, match="is an input of this command"):
+            check_new([tmp_path / "new", tmp_path / name], ["s3://bucket/clips", given])
+    (folder / "file").touch()
+    for name in ("clips.csv", "folder", "gone"):
+        with pytest.raises(DataError, match="exists already: remove it, or choose another"):
+            check_new([tmp_path / name], [tmp_path / "other"])
 
 
 @pytest.mark.parametrize("shared", [False, True])

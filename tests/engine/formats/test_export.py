@@ -329,3 +329,29 @@ def test_nothing_is_left_of_a_failure(run, tmp_path):
     with pytest.raises(DataError, match=r"bad\.wav: none of its 1 clips can be read: "):
         embed_recordings(open_model(run), tmp_path / "bad.wav", tmp_path / "x.npy")
     assert not list(tmp_path.glob("*x.npy"))
+
+
+@pytest.mark.parametrize("name", ["clips.npy", "other.npy", "x.parquet"])
+def test_embeddings_overwrite_nothing(name, run, recordings, tmp_path, capsys):
+    """Not the manifest, whose name the listing would have, nor any other file."""
+    _, paths = recordings
+    table = tmp_path / "clips.csv"
+    table.write_text("wav\n" + "".join(f"{path}\n" for path in paths))
+    (tmp_path / "other.csv").write_text("mine")
+    (tmp_path / "x.parquet").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert main(["embed", str(run), str(table), "--out", str(tmp_path / name)]) == 2
+    message = "is an input of this command" if name == "clips.npy" else "exists already"
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("to", ["published", "hf", "onnx", "pt2", "weights"])
+def test_exports_overwrite_nothing(to, run, tmp_path, capsys):
+    for out in (run, tmp_path / "mine"):
+        if out != run:
+            out.write_text("mine")
+        assert main(["export", str(run), "--to", to, str(out)]) == 2
+        shown = capsys.readouterr().err
+        assert ("is an input" if out == run else "exists already") in shown
+    assert (tmp_path / "mine").read_text() == "mine"
