@@ -167,7 +167,7 @@ def test_wrong_settings(
 
 def test_nothing_usable(tmp_path: Path) -> None:
     (tmp_path / "bad.wav").write_bytes(b"no sound")
-    with pytest.raises(DataError, match=r"1 of the first 1 clips cannot be used"):
+    with pytest.raises(DataError, match=r"none of 1 clips can be used"):
         measure(tmp_path, spec=SPEC, progress=False)
 
 
