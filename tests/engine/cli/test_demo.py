@@ -76,7 +76,7 @@ def test_a_labelled_manifest_is_probed(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "task labels: 2 classes, 16 + 4 clips" in shown
     [line] = [line for line in shown.splitlines() if "pretrained" in line]
-    assert line.split()[:8] == "labels 2 16 of 16 4 of 4".split()
+    assert line.split()[:8] == ["labels", "2", "16", "of", "16", "4", "of", "4"]
 
 
 def test_a_folder_without_audio_is_named(tmp_path, monkeypatch, capsys):
