@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssast.engine.config import Config
+from ssast.engine.parallel.deepspeed_engine import PendingSum
 from ssast.engine.parallel.ranks import World, init_world
 from ssast.engine.planning.synthetic import SyntheticContext, synthetic_task
 from ssast.engine.train.building import build_engine
@@ -70,6 +71,7 @@ class _PlainEngine:
     accumulate = 1
 
     def __init__(self, task: Task):
+        self.world = task.context.world
         self.module, self.optimizer = task.module, task.optimizer()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -79,7 +81,11 @@ class _PlainEngine:
         self.optimizer.zero_grad()
         loss.backward()
 
-    def step(self, lr: float) -> bool:
+    def sum_over_ranks(self, count: Tensor) -> PendingSum:
+        return PendingSum(count, None, self.world)
+
+    def step(self, lr: float, grad_scale: float) -> bool:
+        assert grad_scale == 1.0  # every clip is valid
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()

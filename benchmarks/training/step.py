@@ -31,6 +31,7 @@ from ssast.benchmarks.training.baseline import (
 )
 from ssast.benchmarks.training.ours import OurStep
 from ssast.engine.config import Config, from_plain
+from ssast.engine.errors import ConfigError
 from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.flops import PEAK_SHAPE, step_flops_per_clip
@@ -184,11 +185,15 @@ def measure(setting: Setting, repeats: int) -> Result:
         pipes[name], theirs = context.Pipe()
         worker = context.Process(target=_work, args=(theirs, name, setting), daemon=True)
         worker.start()
+        theirs.close()  # so that the end of the worker is noticed
         workers.append(worker)
 
     def run(name: str, task: str) -> Any:
-        pipes[name].send(task)
-        return pipes[name].recv()
+        try:
+            pipes[name].send(task)
+            return pipes[name].recv()
+        except (EOFError, BrokenPipeError):
+            raise ConfigError(f"the process of the step {name!r} ended without a result") from None
 
     turns, peaks = [], []
     for turn in range(repeats + 1):
