@@ -1,5 +1,7 @@
 """The clips and the filterbank settings that a configuration names."""
 
+import logging
+
 import numpy as np
 
 from ssast.engine.config import Config
@@ -12,6 +14,8 @@ from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.shards import ClipPaths, select
 from ssast.pipelines.errors import DataError, TooFewRecordings
+
+log = logging.getLogger(__name__)
 
 
 def fbank_spec(audio: Audio) -> FbankSpec:
@@ -43,7 +47,11 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
         splits = [_split(name, paths, data.valid_share) for name, paths in sets.items()]
     else:
         valid = read_manifest(data.valid).paths
-        check_disjoint(named | {f"data.valid {data.valid}": valid})
+        if data.mix is None and data.valid == data.train:
+            # Meant so: whether a model can learn a few clips by heart.
+            log.warning("data.train and data.valid are both %s: nothing is held out", data.valid)
+        else:
+            check_disjoint(named | {f"data.valid {data.valid}": valid})
         splits = [(paths, valid) for paths in sets.values()]
     train, held = zip(*splits, strict=True)
     if data.mix is None:

@@ -144,6 +144,15 @@ def test_held_out_clips_that_are_given_are_in_no_set(folders: dict[str, Path]) -
             find_clips(Config(data=data))
 
 
+def test_validating_on_the_training_clips_is_said(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = str(folders["files"])
+    train, valid = find_clips(Config(data=Data(train=files, valid=files)))
+    assert list(train) == list(valid)
+    assert f"data.train and data.valid are both {files}: nothing is held out" in caplog.text
+
+
 def test_what_a_fingerprint_depends_on(folders: dict[str, Path], tmp_path: Path) -> None:
     def of(**changed: float) -> str:
         mix = {"files": 1.0, "shards": 2.0} | changed
