@@ -25,5 +25,5 @@ class LostPeer(RuntimeError):
     """Another process of the run has ended, hangs or never started; the message says which."""
 
 
-class Stopped(RuntimeError):
+class Stopped(Exception):  # no error: it leaves a validation, and never the trainer
     """The run was asked to stop by a signal, in the middle of a validation."""

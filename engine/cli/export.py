@@ -87,8 +87,6 @@ def _export(options: argparse.Namespace) -> int:
 
     check_new([options.out], [options.model])
     loaded, out = _open(options), options.out
-    if out.exists() and out.samefile(options.model):
-        raise ConfigError(f"{out} is the model itself: choose another file or folder to write")
     if options.to == "weights":
         if not isinstance(loaded.model, MSPM) or loaded.step is None:
             raise ConfigError(f"{options.model}: expected a pretraining run for --to weights")

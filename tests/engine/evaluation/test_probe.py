@@ -151,8 +151,9 @@ def test_any_checkpoint_is_probed_without_training(folder, tmp_path, capsys):
     assert [s["weights"] for s in alone] == ["untrained", "checkpoint"]
     assert all((s["num_train"], s["num_eval"]) == (8, 8) for s in alone)
     assert alone[1]["linear"] == 1.0
+    arguments[-1] = str(tmp_path / "other")
     assert main([*arguments, "--train", str(folder / "pitch_train.json")]) == 0
-    with_others = json.loads((tmp_path / "out" / "probe.json").read_text())
+    with_others = json.loads((tmp_path / "other" / "probe.json").read_text())
     assert (with_others[1]["num_train"], with_others[1]["linear"]) == (12, 1.0)
 
 

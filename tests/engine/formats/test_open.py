@@ -226,7 +226,7 @@ def test_an_export_never_writes_into_its_model(form, tuned_run, published, capsy
         before = sorted(model.rglob("*")), model.stat().st_mtime_ns
         options = OPTIONS if model == published else []
         assert main(["export", str(model), "--to", form, str(model), *options]) == 2
-        assert f"{model} is the model itself" in capsys.readouterr().err
+        assert f"{model}: is an input of this command" in capsys.readouterr().err
         assert (sorted(model.rglob("*")), model.stat().st_mtime_ns) == before
 
 
