@@ -79,11 +79,12 @@ def test_two_ranks_end_with_one_message(split: str, tmp_path: Path) -> None:
     run = f"run.folder={tmp_path / 'run'}"
     ended = two_ranks("pretrain", write_config(tmp_path), *settings, *data, run)
     assert [status for status, _ in ended] == [2, 2]
-    assert ended[0] == ended[1]
-    message = ended[0][1]
+    # Before it rank 0 may have said that a step without a valid clip was skipped.
+    message, other = (said.splitlines()[-1] for _, said in ended)
+    assert message == other
     shown = "2 of the first 3 " if split == "valid" else ""
     assert f"{split}: {shown}" in message and "clips cannot be used (allowed: 20%)" in message
-    assert sum(path in message for path in bad) >= 2 and len(message.splitlines()) == 1
+    assert sum(path in message for path in bad) >= 2
 
 
 def test_too_many_end_a_run_of_one(tmp_path: Path) -> None:
