@@ -1,7 +1,7 @@
 """Pretraining from a configuration."""
 
 from ssast.engine.config import Config, check_paths
-from ssast.engine.data.clips import find_clips
+from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
@@ -32,14 +32,14 @@ def pretrain(config: Config, *, resume: bool = False) -> int:
             "this configuration has a section finetune: use ssast finetune, or leave it out"
         )
     check_paths(config)
-    train_paths, valid_paths = find_clips(config)
+    train_paths, held_out = find_clips(config)
     # What the weights, the masks or the data order depend on must not change on the way.
     fixed = [(s, k) for s in ("audio", "model", "objective") for k in vars(getattr(config, s))]
     return run_training(
         config,
-        lambda context: Pretraining(context, train_paths, valid_paths),
+        lambda context: Pretraining(context, train_paths, held_out),
         clips=train_paths,
-        inputs=of_clips(config, train_paths, valid_paths),
+        inputs=of_clips(config, train_paths, held_out, draw_valid(config, held_out)),
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
     )

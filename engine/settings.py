@@ -123,6 +123,11 @@ class Data:
     valid_share: float = setting(0.02, 1e-6, 0.5)
     """Fraction of the training clips that is held out for validation where `valid` is null."""
 
+    valid_clips: int | None = setting(None, 1)
+    """Largest number of clips in a validation during training: a fixed draw of the held-out ones,
+    of each class or set of a mix its share. The others stay held out, and the final metrics of
+    fine-tuning are of all. null: all of them."""
+
     num_threads: int | None = setting(None, 1)
     """Number of DALI threads per process; null: the cores of the process, at most 8."""
 

@@ -11,8 +11,9 @@ from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.mix import MixedClips
-from ssast.pipelines.clips.shards import ClipPaths, select
+from ssast.pipelines.clips.mix import MixedClips, select
+from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.clips.subset import draw_clips
 from ssast.pipelines.errors import DataError, TooFewRecordings
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,25 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
         return train[0], held[0]
     shares = list(data.mix.values())
     return MixedClips(train, shares), MixedClips(held, shares) if data.valid is None else valid
+
+
+def draw_valid(config: Config, held_out: ClipPaths) -> ClipPaths:
+    """Return the held-out clips of one validation: ``data.valid_clips`` of them at most.
+
+    Raises:
+        DataError: A list of a prepared folder cannot be read.
+    """
+    count = config.data.valid_clips
+    if count is None or count >= len(held_out):
+        return held_out
+    return select(held_out, draw_clips(held_out, count))
+
+
+def describe_clips(train: int, valid: int, held_out: int) -> str:
+    """Return the numbers of training clips, and of held-out ones in a validation and in all."""
+    if valid == held_out:
+        return f"{train} training and {held_out} held-out clips"
+    return f"{train} training clips, validating on {valid} of {held_out} held-out clips"
 
 
 def _split(name: str, paths: ClipPaths, valid_share: float) -> tuple[ClipPaths, ClipPaths]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.mix import select
 from ssast.pipelines.clips.overlap import size_of
-from ssast.pipelines.clips.shards import ClipPaths, select
+from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.rejected import Counts

@@ -1,5 +1,6 @@
 """The labelled clips of a fine-tuning run, checked before training starts."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,10 @@ from ssast.engine.data.labels import (
 from ssast.engine.data.leakage import check_no_leakage
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.clips.holdout import hold_out_clips
+from ssast.pipelines.clips.subset import draw_clips
 from ssast.pipelines.errors import DataError, TooFewRecordings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Splits:
 
     train: LabelledClips
     valid: LabelledClips
+    valid_drawn: LabelledClips
+    """The held-out clips that validations during training use: all, or ``data.valid_clips``."""
+
     test: LabelledClips | None
     class_weights: np.ndarray | None = None
     """Factors of the classes in the loss, [C]."""
@@ -78,16 +85,11 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     if test is not None:
         splits["finetune.test"] = test
     check_files_exist(splits, config.data.max_rejected)
-    counts = valid.counts()
-    if not ((counts > 0) & (counts < len(valid))).any():
-        found = "of one class" if counts.any() else "of no class"
-        raise DataError(
-            f"{valid.source}: the {len(valid)} held-out clips are all {found}, expected clips of "
-            "different classes: no metric could compare checkpoints"
-        )
+    _check_classes(valid, f"{len(valid)} held-out clips")
+    drawn = _draw(valid, config.data.valid_clips)
     if not settings.allow_leakage:
         check_no_leakage(splits)
-    return Splits(train, valid, test, weights, class_names(classes, settings.labels))
+    return Splits(train, valid, drawn, test, weights, class_names(classes, settings.labels))
 
 
 def _check_settings(config: Config) -> None:
@@ -107,6 +109,32 @@ def _check_settings(config: Config) -> None:
             f"must be at most audio.n_mels {config.audio.n_mels} and audio.num_frames "
             f"{config.audio.num_frames}"
         )
+
+
+def _check_classes(valid: LabelledClips, clips: str) -> None:
+    counts = valid.counts()
+    if not ((counts > 0) & (counts < len(valid))).any():
+        found = "of one class" if counts.any() else "of no class"
+        raise DataError(
+            f"{valid.source}: the {clips} are all {found}, expected clips of different classes: no "
+            "metric could compare checkpoints"
+        )
+
+
+def _draw(valid: LabelledClips, count: int | None) -> LabelledClips:
+    """Return the clips of one validation: ``count`` of the held-out ones at most."""
+    if count is None or count >= len(valid):
+        return valid
+    drawn = valid.take(draw_clips(valid.paths, count, valid.labels()))
+    _check_classes(drawn, f"{count} of {len(valid)} held-out clips that data.valid_clips leaves")
+    held, left = np.count_nonzero(valid.counts()), np.count_nonzero(drawn.counts())
+    if left < held:
+        log.warning(
+            "data.valid_clips %d leaves clips of %d of the %d classes that are held out: metrics "
+            "of validations during training know only these",
+            count, left, held,
+        )  # fmt: skip
+    return drawn
 
 
 def _split(clips: LabelledClips, valid_share: float) -> tuple[LabelledClips, LabelledClips]:

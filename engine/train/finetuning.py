@@ -18,6 +18,7 @@ from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data import augment
+from ssast.engine.data.clips import describe_clips
 from ssast.engine.data.labels import LabelledClips, targets_of
 from ssast.engine.data.sampling import Partners, balanced_weights
 from ssast.engine.data.splits import Splits
@@ -83,11 +84,12 @@ class Finetuning(Task):
             source += f" (fine-tuned: its head of {pretrained.num_classes} classes is left out)"
         summary = (
             f"{source}, "
-            f"{len(train)} training and {len(splits.valid)} held-out clips of "
+            f"{describe_clips(len(train), len(splits.valid_drawn), len(splits.valid))} of "
             f"{len(splits.classes)} classes"
         )
         super().__init__(context, module, module.encoder, train.paths, summary)
         self.splits, self.steps_per_epoch = splits, num_epoch_steps
+        self.num_valid = len(splits.valid_drawn)
         self.patience, self.seed = settings.patience, config.train.seed
         auto = "accuracy" if train.single and splits.valid.single else "map"
         self.metric = auto if settings.metric == "auto" else settings.metric
@@ -189,8 +191,8 @@ class Finetuning(Task):
         return -values[self.metric]
 
     def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
-        """Return loss and metrics of the held-out clips; include late weights in the average."""
-        values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
+        """Return loss and metrics of held-out clips; include late weights in the average."""
+        values, _, _ = self._evaluate(engine, self.splits.valid_drawn, "valid")
         if step > self._averaged_after:
             tensors, _ = engine.state()
             self._num_averaged += 1
@@ -227,7 +229,7 @@ class Finetuning(Task):
         scores = classification_metrics(
             whole[read].double().numpy(), clips.targets()[mask], self.settings.loss
         )
-        if self.metric not in scores and clips is self.splits.valid:
+        if self.metric not in scores and split == "valid":
             raise DataError(
                 f"{clips.source}: the {mask.sum()} of {len(clips)} held-out clips that can be read "
                 f"define no {self.metric}, which weights are chosen by"
@@ -294,7 +296,7 @@ class Finetuning(Task):
         if self._num_averaged:
             average = {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}
             averaged = self._load_weights(engine, average, step)
-            values, _, _ = self._evaluate(engine, self.splits.valid, "valid")
+            values, _, _ = self._evaluate(engine, self.splits.valid_drawn, "valid")
             if self.criterion(values) <= progress.best_loss:
                 chosen, whole = f"average of {self._num_averaged} epochs", averaged
         engine.load_state(whole, step)

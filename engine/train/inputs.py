@@ -26,13 +26,23 @@ Fingerprints = dict[str, str]
 NOT_TRAINED_ON = ("test clips", "labels of the test clips", "pretrained weights")
 
 
-def of_clips(config: Config, train: ClipPaths, valid: ClipPaths) -> Fingerprints:
+def of_clips(
+    config: Config, train: ClipPaths, held_out: ClipPaths, drawn: ClipPaths
+) -> Fingerprints:
     """Return the fingerprints of the validation clips and of the sampling weights.
+
+    Args:
+        config: The configuration.
+        train: The training clips.
+        held_out: The held-out clips.
+        drawn: Those of them that validations use.
 
     Raises:
         DataError: The file of the sampling weights is wrong.
     """
-    found = {"validation clips": fingerprint(valid)[:16]}
+    found = {"validation clips": fingerprint(held_out)[:16]}
+    if len(drawn) < len(held_out):
+        found["draw of validation clips (data.valid_clips)"] = fingerprint(drawn)[:16]
     if config.data.sample_weights is not None:
         read_weights(config.data.sample_weights, len(train))
         content = Path(config.data.sample_weights).read_bytes()
@@ -46,7 +56,7 @@ def of_splits(config: Config, splits: Splits, pretrained: nn.Module | None) -> F
     Raises:
         DataError: The file of the sampling weights is wrong.
     """
-    found = of_clips(config, splits.train.paths, splits.valid.paths)
+    found = of_clips(config, splits.train.paths, splits.valid.paths, splits.valid_drawn.paths)
     found["order of the classes"] = _digest(
         name.encode(errors=NAME_BYTES) + b"\0" for name in splits.classes
     )

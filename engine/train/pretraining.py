@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssast.engine.data.clips import describe_clips, draw_valid
 from ssast.engine.model.objective import MSPM, mean_losses, with_masks
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.step import evaluate
@@ -18,16 +19,17 @@ class Pretraining(Task):
     Args:
         context: What the run offers.
         train_paths: The training clips.
-        valid_paths: The held-out clips.
+        held_out: The held-out clips, of which ``data.valid_clips`` are validated on.
     """
 
     module: MSPM
 
-    def __init__(self, context: RunContext, train_paths: ClipPaths, valid_paths: ClipPaths):
+    def __init__(self, context: RunContext, train_paths: ClipPaths, held_out: ClipPaths):
         module = MSPM(context.config)
-        summary = f"{len(train_paths)} training and {len(valid_paths)} held-out clips"
+        self.valid_paths = draw_valid(context.config, held_out)
+        self.num_valid = len(self.valid_paths)
+        summary = describe_clips(len(train_paths), self.num_valid, len(held_out))
         super().__init__(context, module, module.encoder, train_paths, summary)
-        self.valid_paths = valid_paths
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
         """Draw masks: in training others for each clip and epoch, in validation the same ones."""

@@ -33,6 +33,8 @@ from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import say
 
+FEW_CLIPS = 1000  # a validation of so many is short, however often there is one
+
 _log = logging.getLogger(__name__)
 
 
@@ -145,6 +147,12 @@ def _open_monitor(state: TrainState, found: Path | None) -> Monitor:
     for backend, reason in attention_trials(world.device, dtype).items():
         if reason:
             monitor.say(f"attention {backend} is not used: {reason}")
+    between = config.train.validate_every * config.train.batch_size
+    if state.task.num_valid > max(between, FEW_CLIPS):
+        monitor.say(
+            f"warning: a validation reads {state.task.num_valid} clips, and training {between} "
+            f"from one to the next: data.valid_clips={max(between // 10, FEW_CLIPS)} bounds it"
+        )
     if found is not None:
         monitor.say(f"resumed from {found} at step {step}")
         if state.changes:

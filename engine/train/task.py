@@ -218,10 +218,12 @@ class Task(ABC):
     Attributes:
         steps_per_epoch: Steps by which the multistep schedule counts epochs.
         patience: Validations without a lower criterion after which training ends; None: never.
+        num_valid: Number of clips in a validation.
     """
 
     steps_per_epoch: int = 1
     patience: int | None = None
+    num_valid: int = 0
 
     def __init__(
         self,

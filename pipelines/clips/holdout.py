@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.order import permutation
 from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
 from ssast.pipelines.errors import TooFewRecordings
@@ -34,6 +35,11 @@ def recordings_of(paths: ClipPaths) -> np.ndarray:
     """
     if isinstance(paths, ShardIndex):
         return paths.recordings()
+    if isinstance(paths, MixedClips):
+        parts = [recordings_of(part) for part in paths.parts]
+        counts = [int(part.max(initial=-1)) + 1 for part in parts]
+        starts = itertools.accumulate(counts[:-1], initial=0)
+        return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
     names = [str(path) for path in paths]
     numbers = np.empty(len(names), np.int64)
     numbers[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
@@ -170,7 +176,7 @@ class _Classes:
     def of(keys: Sequence[Any] | np.ndarray, labels: Labels | None) -> "_Classes":
         found, recordings = np.unique(np.asarray(keys), return_inverse=True)
         count = len(found)
-        clips, classes = _numbered(labels) if labels is not None else (slice(None), 0)
+        clips, classes = numbered(labels) if labels is not None else (slice(None), 0)
         # Each pair of a class and a recording of it once, with the number of clips.
         pairs, sizes = np.unique(classes * count + recordings[clips], return_counts=True)
         of_class, of_recording = np.divmod(pairs, max(count, 1))
@@ -192,7 +198,7 @@ class _Classes:
         return classes[starts[recording] : starts[recording + 1]]
 
 
-def _numbered(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+def numbered(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
     """Return the clip and the class, as numbers, of every label; no label is the last class."""
     found = set(itertools.chain.from_iterable(labels))
     number = {name: place for place, name in enumerate(sorted(found))}  # type: ignore[type-var]

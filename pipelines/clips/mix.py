@@ -55,6 +55,29 @@ class MixedClips(Sequence[ClipPath]):
         return Weights(np.concatenate(values), [len(part) for part in self.parts])
 
 
+def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
+    """Return some of the clips; those of a mix stay one, without the sets of which there is none.
+
+    Args:
+        paths: All clips.
+        rows: Rows of the clips to return, [n] int64; ascending for a mix.
+    """
+    if isinstance(paths, ShardIndex):
+        return paths.subset(rows)
+    if not isinstance(paths, MixedClips):
+        return [paths[row] for row in rows]
+    ends = list(itertools.accumulate(map(len, paths.parts), initial=0))
+    cuts = np.searchsorted(rows, ends)
+    chosen = [
+        (select(part, rows[first:last] - start), share)
+        for part, share, start, (first, last) in zip(
+            paths.parts, paths.shares, ends, itertools.pairwise(cuts), strict=False
+        )
+        if last > first
+    ]
+    return MixedClips(*zip(*chosen, strict=True))
+
+
 def is_remote(paths: ClipPaths) -> bool:
     """Return whether some of the clips are behind a URL."""
     parts = paths.parts if isinstance(paths, MixedClips) else (paths,)

@@ -343,16 +343,6 @@ ClipPath = str | Path | ShardClip  # a file, or a part of one
 ClipPaths = Sequence[ClipPath]
 
 
-def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
-    """Return some of the clips.
-
-    Args:
-        paths: All clips.
-        rows: Rows of the clips to return, [n] int64.
-    """
-    return paths.subset(rows) if isinstance(paths, ShardIndex) else [paths[row] for row in rows]
-
-
 def is_prepared(folder: Path) -> bool:
     """Return whether a folder holds prepared shards.
 

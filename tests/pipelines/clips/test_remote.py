@@ -23,9 +23,11 @@ from ssast.engine.settings import Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.mix import is_remote, select
 from ssast.pipelines.clips.remote import as_os_error, as_path, is_url, read_range
 from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.clips.shards import ShardClip, ShardIndex
+from ssast.pipelines.clips.subset import draw_clips
 from ssast.pipelines.errors import DataError, StorageError
 from ssast.pipelines.prepare.check import check_data
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
@@ -171,6 +173,8 @@ def test_training_reads_ranges(source: Path, tmp_path: Path, storage: Storage) -
         Config(data=Data(mix={"memory://bucket/out": 1, str(tmp_path / "out"): 2}))
     )
     assert len(mixed) > len(found[0])
+    some = select(mixed, draw_clips(mixed, 4))
+    assert len(some) == 4 and is_remote(some) and not is_remote(select(some, np.arange(2, 4)))
     settings: dict[str, Any] = {"batch_size": 4, "device": torch.device("cpu")}
     storage.asked.clear()
     with AudioStream(local[0], SPEC, **settings) as a, AudioStream(found[0], SPEC, **settings) as b:
