@@ -121,12 +121,14 @@ def write_report(
         read: [n] bool by split, which of its clips could be read; the others are not scored.
     """
     settings = finetune_settings(config)
+    drawn, held_out = len(splits.valid_drawn), len(splits.valid)
+    judges = "the" if drawn == held_out else f"{drawn} of the {held_out}"
     names = sorted({name for values in results.values() for name in values})
     lines = [
         f"# {markdown(path.parent.name)}",
         "",
         f"{describe(config)}, {len(splits.classes)} classes, {settings.epochs} epochs of "
-        f"{len(splits.train)} clips. Weights: {chosen}, chosen on the held-out clips.",
+        f"{len(splits.train)} clips. Weights: {chosen}, chosen on {judges} held-out clips.",
         "",
         "| split | scored clips | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),

@@ -64,6 +64,5 @@ def synthetic_task(context: SyntheticContext) -> Task:
     clips_of = LabelledClips([""] * len(rows), classes, rows % NUM_CLASSES, offsets, "noise")
     weighed = finetune_settings(config).class_weights != "none"
     weights = np.ones(NUM_CLASSES) if weighed else None
-    return Finetuning(
-        context, Splits(clips_of, clips_of, clips_of, None, weights, classes), None, 1
-    )
+    splits = Splits(clips_of, clips_of, clips_of, None, weights, classes)
+    return Finetuning(context, splits, None, 1)
