@@ -30,7 +30,7 @@ from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.monitoring.profiling import StepProfiler
 from ssast.engine.planning.trial import try_out
 from ssast.engine.settings import Profile, Run
-from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.manifest import read_clips, write_manifest
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 
 REPEATS = {"tiny": 2, "small": 2, "base": 1}  # processes of each variant
@@ -209,7 +209,7 @@ def _run(
         if synthetic:
             train = folder / "clips.json"
             write_manifest(train, write_clips(folder, scope.clips))
-        clips = read_manifest(train).paths
+        clips = read_clips(train)
         settings = [
             f"data.train={train}",
             f"data.valid_share={min(0.5, VALID_CLIPS / len(clips))}",

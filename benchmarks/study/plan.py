@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.overlap import Contents, shared_recordings
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
@@ -308,12 +308,12 @@ def check_no_leak(plan: Plan) -> dict[str, int]:
         DataError: A test clip is; or a manifest is missing or wrong.
     """
     contents, tests = Contents(), set()
-    pretraining = len(read_manifest(Path(plan.data, "train.json")))
+    pretraining = len(read_clips(Path(plan.data, "train.json")))
     for task in plan.tasks:
-        test = read_manifest(plan.labelled(task, "eval")).paths
+        test = read_clips(plan.labelled(task, "eval"))
         tests |= set(test)
         for other in ("train.json", f"tasks/{task}_train.json"):
-            trained = read_manifest(Path(plan.data, other)).paths
+            trained = read_clips(Path(plan.data, other))
             for first, second in shared_recordings(test, trained) + contents.copies(test, trained):
                 raise DataError(
                     f"{plan.labelled(task, 'eval')}: {first} is also in {other}, as {second}: "

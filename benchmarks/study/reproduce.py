@@ -40,7 +40,7 @@ from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.planning.trial import try_out
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.finetuning import is_finished
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.demo.corpora import fetch_sounds
 from ssast.pipelines.files import write_atomically
 
@@ -210,7 +210,7 @@ def _fill(plan: Plan, out: Path) -> Plan:
             raise ConfigError(f"a trial {name} run failed ({trial.outcome}): {trial.reason}")
         rates[name] = trial.clips_per_s
         print(f"{name}: {rates[name]:.1f} clips/s")
-    clips = {task: len(read_manifest(plan.labelled(task, "train"))) for task in plan.tasks}
+    clips = {task: len(read_clips(plan.labelled(task, "train"))) for task in plan.tasks}
     runs = {task: num_runs(plan, task) for task in plan.tasks}
     steps, epochs = steps_and_epochs(plan.hours or HOURS, rates, clips, runs)
     print(f"{plan.hours:g} hours: {steps} steps of pretraining, {epochs} epochs of fine-tuning")

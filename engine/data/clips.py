@@ -10,7 +10,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.holdout import hold_out_clips
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.mix import MixedClips, select
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.clips.subset import draw_clips
@@ -40,14 +40,14 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
             "for example data.train=/my/recordings"
         )
     names = data.mix or [str(data.train)]
-    sets = {name: read_manifest(name).paths for name in names}
+    sets = {name: read_clips(name) for name in names}
     key = "data.train" if data.mix is None else "data.mix"
     named = {f"{key} {name}": paths for name, paths in sets.items()}
     if data.valid is None:
         check_disjoint(named)
         splits = [_split(name, paths, data.valid_share) for name, paths in sets.items()]
     else:
-        valid = read_manifest(data.valid).paths
+        valid = read_clips(data.valid)
         if data.mix is None and data.valid == data.train:
             # Meant so: whether a model can learn a few clips by heart.
             log.warning("data.train and data.valid are both %s: nothing is held out", data.valid)

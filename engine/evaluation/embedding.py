@@ -14,7 +14,7 @@ from ssast.engine.evaluation.features import Level, embed_batch
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
@@ -204,4 +204,4 @@ def _paths(source: str | Path) -> ClipPaths:
     path = as_path(source)
     if path.is_file() and path.suffix.lower() not in (".json", ".csv"):
         return (str(path),)
-    return read_manifest(path).paths
+    return read_clips(path)

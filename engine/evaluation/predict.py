@@ -12,7 +12,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.matmul import fast_matmul
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
@@ -83,7 +83,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
     for source in sources:
         path = as_path(source)
         if path.is_dir() or path.suffix.lower() in (".json", ".csv"):
-            paths += list(read_manifest(path).paths)
+            paths += list(read_clips(path))
         else:
             paths.append(str(source))
     if not paths:

@@ -25,7 +25,7 @@ def work_out_order(num_clips: int, world_size: int, batch: int, seed: int) -> di
     """
     permutation.cache_clear()
     begin = time.perf_counter()
-    permutation(seed, 0, num_clips)
+    order = permutation(seed, 0, num_clips)
     epoch_s = time.perf_counter() - begin
     times = np.zeros(num_clips, dtype=np.uint8)
     steps = -(-num_clips // (batch * world_size))
@@ -44,7 +44,7 @@ def work_out_order(num_clips: int, world_size: int, batch: int, seed: int) -> di
         "seconds": seconds,
         "rank_ms": 1e3 * seconds / steps / world_size,
         "epoch_s": epoch_s,
-        "permutation_mib": 8 * num_clips / 2**20,
+        "permutation_mib": order.nbytes / 2**20,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
 

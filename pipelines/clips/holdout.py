@@ -56,7 +56,7 @@ def hold_out_clips(paths: ClipPaths, share: float, labels: Labels | None = None)
         DataError: A list of the prepared folder cannot be read.
     """
     recordings = recordings_of(paths)
-    alone = len(np.unique(recordings)) == 1 < len(paths)
+    alone = len(paths) > 1 and bool((recordings == recordings[0]).all())
     if alone and labels is None and isinstance(paths, ShardIndex):
         if paths.overlapping():
             raise TooFewRecordings(
@@ -174,9 +174,13 @@ class _Classes:
 
     @staticmethod
     def of(keys: Sequence[Any] | np.ndarray, labels: Labels | None) -> "_Classes":
-        found, recordings = np.unique(np.asarray(keys), return_inverse=True)
-        count = len(found)
-        clips, classes = numbered(labels) if labels is not None else (slice(None), 0)
+        recordings, count = _from_zero(np.asarray(keys))
+        if labels is None:  # millions of clips: nothing is sorted
+            drawn = permutation(SEED, 0, count)
+            sizes = np.bincount(recordings, minlength=count)[drawn]
+            of_class = np.zeros(count, np.int8)
+            return _Classes(recordings, count, [(drawn, sizes)], (of_class, np.arange(count + 1)))
+        clips, classes = numbered(labels)
         # Each pair of a class and a recording of it once, with the number of clips.
         pairs, sizes = np.unique(classes * count + recordings[clips], return_counts=True)
         of_class, of_recording = np.divmod(pairs, max(count, 1))
@@ -196,6 +200,19 @@ class _Classes:
     def classes_of(self, recording: int) -> np.ndarray:
         classes, starts = self._by_recording
         return classes[starts[recording] : starts[recording + 1]]
+
+
+def _from_zero(keys: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the place of each key among the sorted different ones, and their number."""
+    if keys.dtype == np.int64 and len(keys) and keys.min() >= 0 and keys.max() < 4 * len(keys):
+        places = np.zeros(keys.max() + 1, np.int32 if len(keys) < 2**31 else np.int64)
+        places[keys] = 1
+        count = int(places.sum())
+        np.cumsum(places, out=places)
+        places -= 1
+        return places[keys], count
+    found, recordings = np.unique(keys, return_inverse=True)
+    return recordings, len(found)
 
 
 def numbered(labels: Labels) -> tuple[np.ndarray, np.ndarray]:

@@ -112,6 +112,21 @@ def read_manifest(path: str | Path, classes: Collection[str] | None = None) -> M
     return parse_entries(path, entries, index, classes)
 
 
+def read_clips(path: str | Path) -> ClipPaths:
+    """Read the clips of a manifest or of a folder without their labels.
+
+    Args:
+        path: See :func:`read_manifest`, also for the errors.
+
+    Raises:
+        DataError: No such file, not in this form, empty, or a clip is listed twice.
+    """
+    path = as_path(path)
+    if path.is_dir() and is_prepared(path):
+        return ShardIndex(path)
+    return read_manifest(path).paths
+
+
 def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     """Open the prepared folder that a manifest names.
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import write_atomically
@@ -141,7 +141,7 @@ def measure(
         if not low <= value <= high:
             raise DataError(f"--{name} is {value:g}, expected a number in [{low:g}, {high:g}]")
     spec = spec or FbankSpec()
-    paths = read_manifest(path).paths
+    paths = read_clips(path)
     wanted = min(math.ceil(share * len(paths)), max_clips or len(paths))
     found = np.zeros((wanted, 3))  # values, sum and sum of squares of each clip
     frames = np.zeros(wanted)

@@ -122,6 +122,17 @@ def test_of_single_clips_exactly_the_share_is_held_out(count: int, share: float)
     assert sorted(np.flatnonzero(held)) == sorted(permutation(0, 0, count)[:wanted])
 
 
+@settings(max_examples=50, deadline=None)
+@given(recordings=st.lists(st.integers(0, 40), min_size=2, max_size=60), share=SHARES)
+def test_without_labels_all_clips_are_of_one_class(recordings: list[int], share: float) -> None:
+    """Nothing is sorted then: the same clips are held out, whatever numbers or names are given."""
+    assume(len(set(recordings)) > 1)
+    numbers = np.array(recordings)
+    held = hold_out(numbers, share).tolist()
+    assert held == hold_out(numbers, share, [("all",)] * len(numbers)).tolist()
+    assert held == hold_out(10**12 * (numbers - 20), share).tolist()  # too far apart to count
+
+
 def test_rare_classes_come_first() -> None:
     """Clips of 40 recordings, a few of which have a second, rare label."""
     labels = [("speech", "dog") if k in (3, 17) else ("speech",) for k in range(40)]

@@ -1,5 +1,6 @@
 """Prepared shards as the clips of a run."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import soundfile
 import torch
 from prepared import RECIPE, prepared, rejected, samples_of
 from runs import call, overrides, write_config
+from shards import make_recordings, prepare
 
 from ssast.engine.config import Config
 from ssast.engine.data.clips import find_clips
@@ -23,6 +25,7 @@ from ssast.pipelines.audio.convert import cut
 from ssast.pipelines.audio.decode import Item
 from ssast.pipelines.audio.encoded import read_clip
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.shards import ShardIndex, Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
@@ -159,6 +162,20 @@ def test_millions_of_clips_cost_nothing_to_open(tmp_path: Path) -> None:
     train, valid = find_clips(Config(data=Data(train=str(tmp_path))))
     assert len(train) + len(valid) == count
     assert 40_000 <= len(valid) <= 40_002
+    for clips in (index, valid):
+        assert fingerprint(clips) == hashlib.sha256(clips.table().tobytes()).hexdigest()  # type: ignore[union-attr]
+
+
+def test_pretraining_does_not_read_labels(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    paths = make_recordings(source, 4)
+    write_manifest(source / "m.json", paths, [["a"], ["b"]] * 2)
+    prepare(source / "m.json", tmp_path / "out")
+    (tmp_path / "out/labels.json").write_text("{")
+    train, valid = find_clips(Config(data=Data(train=str(tmp_path / "out"), valid_share=0.25)))
+    assert len(train) + len(valid) == 4
+    with pytest.raises(DataError, match=r"labels.json: damaged: prepare the data again"):
+        read_manifest(tmp_path / "out")
 
 
 @pytest.mark.slow
