@@ -12,6 +12,10 @@ class UnavailableError(DataError):
     """A package that the distribution does not have."""
 
 
+class FolderInUse(DataError):
+    """A folder in which another process writes; it will be free when that has ended."""
+
+
 class StorageError(DataError):
     """Storage that kept failing; the files are not to blame, and it may work again later."""
 

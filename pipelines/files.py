@@ -1,7 +1,6 @@
-"""Atomic writes, a lock on a folder, and the number of usable cores."""
+"""Atomic writes, and the number of usable cores."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -101,29 +100,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Create a folder and lock it; the lock ends with the process.
-
-    Raises:
-        DataError: Another run holds the lock, or the body cannot write a file (a full disk).
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(out / ".lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{out}: another run is preparing data in this folder") from error
-        except OSError as error:
-            raise DataError(f"{out}: cannot be written to: {error.strerror}") from error
-        try:
-            yield
-        except OSError as error:
-            reason = f"{error.filename or out}: {error.strerror or error}"
-            raise DataError(f"preparing the data failed: {reason}") from error
 
 
 def usable_cores() -> int:

@@ -44,8 +44,8 @@ EXIT_STATUS = """exit status:
   1      ssast data check found problems in the data
   2      user error, or no file could be read; the message says what to change
   3      ssast predict, ssast embed: some files could not be read; the output covers the others
-  75     a process hung or was lost, or storage kept failing: run the same command again with
-         --resume
+  75     a process hung or was lost, storage kept failing, or another process uses the folder: run
+         the same command again with --resume
   128+n  stopped by signal n (SIGINT 130, SIGTERM 143, SIGUSR1 138) after a checkpoint was saved:
          run the same command again with --resume
 """
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     # Heavy modules are imported where they are used: --help and errors must be fast.
-    from ssast.pipelines.errors import DataError, StorageError
+    from ssast.pipelines.errors import DataError, FolderInUse, StorageError
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that it cannot show are escaped
@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         print(f"ssast: error: {printable(error)}", file=sys.stderr, flush=True)
         os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
+    except FolderInUse as error:
+        print(f"ssast: error: {printable(error)}", file=sys.stderr)
+        return EX_TEMPFAIL
     except (ConfigError, DataError, CheckpointError, TrainingError, ReportError, OSError) as error:
         print(f"ssast: error: {printable(error)}", file=sys.stderr)
         return USER_ERROR

@@ -1,11 +1,8 @@
 """A whole training run: folder, engine, logs, loop. What is trained is a task."""
 
-import contextlib
-import errno
-import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +28,7 @@ from ssast.kernels.matmul import fast_matmul, is_fast
 from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.locks import FolderLock
 from ssast.pipelines.text import say
 
 FEW_CLIPS = 1000  # a validation of so many is short, however often there is one
@@ -63,14 +61,16 @@ def run_training(
     Raises:
         ConfigError: Settings that do not fit together or with this machine, or a folder that
             holds another run.
+        FolderInUse: Another process is training in the folder, or has taken it over.
         DataError: Too many unreadable clips.
         CheckpointError: A checkpoint cannot be written or read.
         TrainingError: Training diverged.
         LostPeer: Another process of the run is gone.
     """
     world = init_world(config.train.timeout_s)
-    with expecting_peers(world), fast_matmul(), contextlib.ExitStack() as locks:
-        folder = run_folder(config)
+    folder = run_folder(config)
+    lock = FolderLock(folder, "another process is training")
+    with expecting_peers(world), fast_matmul(), lock:
         report = folder / f"hung-rank{world.rank}.txt"
         watchdog = Watchdog(config.train.timeout_s, report, f"rank {world.rank}")
         context = RunContext(config, world, watchdog.heartbeat)
@@ -78,10 +78,11 @@ def run_training(
         described: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
         facts = {"version": versions(), "training clips": described, **inputs}
         check_agreement(to_plain(config) | facts, world)
+        # In short turns: other ranks wait in a collective meanwhile, which ends at train.timeout_s.
+        while not run_on_main(lambda: _acquire(lock, 0.3 * world.timeout_s), world):
+            pass
         found = run_on_main(
-            lambda: _open_folder(
-                folder, config, checkpoints, described, inputs, fixed, resume, locks
-            ),
+            lambda: _open_folder(folder, config, checkpoints, described, inputs, fixed, resume),
             world,
         )
         if world.device.type == "cpu":
@@ -91,12 +92,13 @@ def run_training(
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
-        trainer = Trainer(state, checkpoints, _open_monitor(state, found))
+        trainer = Trainer(state, checkpoints, _open_monitor(state, found), lock)
         try:
             with watchdog:
                 stopped = trainer.train()
                 context.heartbeat("writing a checkpoint")
                 trainer.saver.wait()
+                run_on_main(lock.check, world)
                 if not stopped:
                     task.finish(state.engine, state.progress)
         finally:
@@ -168,9 +170,8 @@ def _open_folder(
     inputs: Mapping[str, str],
     fixed: Sequence[tuple[str, str]],
     resume: bool,
-    locks: contextlib.ExitStack,
 ) -> Path | None:
-    """Make or check the run's folder and lock it; return the checkpoint to resume from, if any."""
+    """Check the run's folder, which is locked; return the checkpoint to resume from, if any."""
     found = checkpoints.latest()
     if found is None:
         _check_new(run, checkpoints.folder, config)
@@ -204,8 +205,6 @@ def _open_folder(
                 f"{' and '.join(others)} changed since {run} began: choose another run.folder"
             )
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(_locked(run))
         write_atomically(run / "config.yaml", dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.folder {run}: cannot be written to: {error.strerror}") from error
@@ -236,15 +235,11 @@ def _check_new(run: Path, checkpoints: Path, config: Config) -> None:
         )
 
 
-@contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder until this run, or this process, ends."""
-    with open(run / ".lock", "w") as file:
-        try:
-            # A POSIX lock: unlike flock, no forked worker that outlives this process holds it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ConfigError(f"{run}: another process is training in this folder") from error
-            # Other errors are of file systems without locks.
-        yield
+def _acquire(lock: FolderLock, limit_s: float) -> bool:
+    """Take the lock of a run folder; return False if it is not certain yet that it is free."""
+    try:
+        return lock.acquire(limit_s)
+    except OSError as error:
+        raise ConfigError(
+            f"run.folder {lock.folder}: cannot be written to: {error.strerror}"
+        ) from error

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import CheckpointError
 from ssast.engine.parallel.ranks import World, run_on_main
+from ssast.pipelines.locks import FolderLock
 
 
 class Saver:
@@ -22,10 +23,17 @@ class Saver:
         checkpoints: Where to.
         world: This process's world.
         say: Prints a line.
+        lock: Lock of the run's folder; nothing is written once another process has taken over.
     """
 
-    def __init__(self, checkpoints: Checkpoints, world: World, say: Callable[[str], None]):
-        self._checkpoints, self._world, self._say = checkpoints, world, say
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        world: World,
+        say: Callable[[str], None],
+        lock: FolderLock,
+    ):
+        self._checkpoints, self._world, self._say, self._lock = checkpoints, world, say, lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
@@ -56,8 +64,22 @@ class Saver:
 
         Raises:
             CheckpointError: It could not be written.
+            FolderInUse: Another process has taken over the run's folder.
         """
         run_on_main(self._result, self._world)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the run must end, as this process may not write."""
+        return self._lock.lost
+
+    def check(self) -> None:
+        """Check that the run may go on. Collective.
+
+        Raises:
+            FolderInUse: Another process has taken over the run's folder.
+        """
+        run_on_main(self._lock.check, self._world)
 
     def settle(self) -> None:
         """Wait for the last checkpoint, whether it could be written or not; on rank 0."""
@@ -76,6 +98,7 @@ class Saver:
     def _write(
         self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], step: int, best: float | None
     ) -> None:
+        self._lock.check()
         try:
             self._checkpoints.save(tensors, meta, step=step)
             if best is not None:

@@ -1,7 +1,7 @@
-"""Requests to stop a run, by signals."""
+"""Requests to stop a run: by signals, or since its checkpoints cannot be written."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,12 +11,18 @@ ASK_EVERY = 16  # validation batches, where asking other ranks waits for the dev
 
 
 class Stop:
-    """Set by SIGINT, SIGTERM or SIGUSR1 (batch systems warn with it); a second one acts at once."""
+    """Set by SIGINT, SIGTERM or SIGUSR1 (batch systems warn with it); a second one acts at once.
+
+    Attributes:
+        signal: Number of the signal; 0 if there was none.
+        failing: Whether this process must give the run up; replaced by whoever can tell.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.signal = 0
+        self.failing: Callable[[], bool] = lambda: False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -33,9 +39,10 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)
 
     def requested(self, world: World) -> bool:
-        """Return whether any rank has been asked to stop. Collective."""
-        self.signal = int(reduce_max([self.signal], world)[0])
-        return self.signal != 0
+        """Return whether any rank has been asked to stop, or must give the run up. Collective."""
+        signal, failing = reduce_max([self.signal, self.failing()], world)
+        self.signal = int(signal)
+        return signal != 0 or failing != 0
 
     def requested_in_validation(self, batch: int, world: World) -> bool:
         """Return :meth:`requested`, asked for at some batches only where that is slow. Collective.

@@ -14,6 +14,7 @@ from ssast.engine.train.optim import learning_rate
 from ssast.engine.train.saving import Saver
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.step import MicroBatch, Totals, train_step
+from ssast.pipelines.locks import FolderLock
 from ssast.pipelines.stream.batch import Batch
 
 MAX_ROLLBACKS = 3  # to one checkpoint, before a run is given up
@@ -26,14 +27,17 @@ class Trainer:
         state: Task, engine and progress.
         checkpoints: Where the state is saved.
         monitor: Logs of the run.
+        lock: Lock of the run's folder.
     """
 
-    def __init__(self, state: TrainState, checkpoints: Checkpoints, monitor: Monitor):
+    def __init__(
+        self, state: TrainState, checkpoints: Checkpoints, monitor: Monitor, lock: FolderLock
+    ):
         self.state, self.checkpoints, self.monitor = state, checkpoints, monitor
         task = state.task
         self.context = context = task.context
         world = context.world
-        self.saver = Saver(checkpoints, world, monitor.say)
+        self.saver = Saver(checkpoints, world, monitor.say, lock)
         self.totals = Totals(world.device)
         self.skip_log = SkipLog(
             context.folder / "skipped.jsonl", world.rank, lambda row: str(task.train_paths[row])
@@ -41,6 +45,7 @@ class Trainer:
         self.spike_guard = SpikeGuard(context.config.train.spike_factor)
         self.num_skipped = 0  # steps since the last log line
         self.stop = context.stop
+        self.stop.failing = lambda: self.saver.failing
         self.rollbacks: Counter[Path] = Counter()
 
     def train(self) -> int:
@@ -52,11 +57,13 @@ class Trainer:
         Raises:
             TrainingError: ``train.max_skipped_steps`` steps in a row gave no finite gradient (the
                 state before them was saved), or the loss jumped again and again.
+            FolderInUse: Another process has taken over the run's folder.
         """
         with self.stop.listening():
             try:
                 return self._train()
             except Stopped:  # in a validation, which is made up for when the run is resumed
+                self.saver.check()
                 self._save(False)
                 return self.stop.signal
 
@@ -100,6 +107,8 @@ class Trainer:
                 stopped = ask and self.stop.requested(world)
                 if ask:
                     self.context.check_rejected("train")
+                if stopped:
+                    self.saver.check()
                 if improved or stopped or self._finished() or step % settings.save_every == 0:
                     self._save(improved)
                 if stopped:

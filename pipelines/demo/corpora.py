@@ -32,7 +32,8 @@ from ssast.pipelines.demo.publish import FACTS, DemoData, finished, publish
 from ssast.pipelines.demo.sounds import STUDY_TASKS
 from ssast.pipelines.demo.tasks import DEMO_TASKS, Clip, Task, divide
 from ssast.pipelines.errors import DataError, UnavailableError
-from ssast.pipelines.files import exclusive, write_atomically
+from ssast.pipelines.files import write_atomically
+from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.pack import Packing, pack_recordings
 from ssast.pipelines.prepare.recordings import Recording, file_recording
 

@@ -4,7 +4,6 @@
 and neither it nor ``dpkg-deb -x`` needs root.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from ssast.pipelines.errors import DataError, UnavailableError
+from ssast.pipelines.locks import in_turn
 
 OWN_AUDIO = "use your own audio instead: make demo DATA=/folder/of/audio"
 APT_OPTIONS = (
@@ -62,9 +62,8 @@ def download(name: str, cache: Path) -> Path:
         UnavailableError: The distribution has no such package.
         DataError: There is no network, or the download failed for another reason.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run waits, and then finds the file
+    # Another run waits, and then finds the file.
+    with in_turn(cache, "another run is downloading packages"):
         cached = package_file(name, cache)
         if cached is not None:
             return cached

@@ -41,7 +41,8 @@ from ssast.pipelines.clips.shards import (
     Sidecar,
 )
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.files import exclusive, replacing, usable_cores, write_atomically
+from ssast.pipelines.files import replacing, usable_cores, write_atomically
+from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.index import write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names

@@ -19,7 +19,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     "pipelines": (
         ("errors",),
         ("files", "text"),
-        ("figures",),
+        ("locks", "figures"),
         ("clips",),
         ("audio", "datasets"),
         ("stream",),

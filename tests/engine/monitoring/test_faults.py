@@ -24,6 +24,7 @@ from ssast.engine.parallel.ranks import World, expecting_peers
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.saving import Saver
+from ssast.pipelines.locks import FolderLock
 
 
 @pytest.fixture
@@ -163,7 +164,8 @@ def test_a_full_disk_does_not_end_a_run_before_its_end(load, losses, tmp_path, c
 def test_a_saver_that_fails_says_so_once_and_raises_at_the_end(tmp_path):
     world, said = World(0, 0, 1, "single", torch.device("cpu")), []
     (tmp_path / "file").write_text("")
-    saver = Saver(Checkpoints(tmp_path / "file" / "c"), world, said.append)
+    lock = FolderLock(tmp_path, "a test is writing")
+    saver = Saver(Checkpoints(tmp_path / "file" / "c"), world, said.append, lock)
     saver.save({"a": torch.zeros(2)}, {}, step=1, best=None)
     saver.save({"a": torch.zeros(2)}, {}, step=2, best=0.5)
     with pytest.raises(CheckpointError, match="step000000002"):
@@ -179,7 +181,7 @@ def test_a_saver_without_memory_says_so(tmp_path, monkeypatch):
         raise MemoryError
 
     world, said = World(0, 0, 1, "single", torch.device("cpu")), []
-    saver = Saver(Checkpoints(tmp_path), world, said.append)
+    saver = Saver(Checkpoints(tmp_path), world, said.append, FolderLock(tmp_path, "a test writes"))
     monkeypatch.setattr(Checkpoints, "save", fail)
     saver.save({"a": torch.zeros(2)}, {}, step=7, best=None)
     saver.settle()

@@ -15,6 +15,10 @@ from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.pretrain import pretrain
+from ssast.engine.train import trainer
+from ssast.engine.train.step import train_step
+from ssast.pipelines.errors import FolderInUse
+from ssast.pipelines.locks import OWNER
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +169,37 @@ def test_one_run_folder_is_of_one_process(run, load):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
     )  # fmt: skip
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(ConfigError, match="run: another process is training in this folder"):
+    with pytest.raises(FolderInUse, match="run: another process is training in this folder"):
         pretrain(load(), resume=True)
     assert content(run) == before
     holder.communicate()
     assert pretrain(load(), resume=True) == 0
+
+
+@pytest.mark.parametrize("steps", [20, 8])  # in the middle, and at the end
+def test_a_run_whose_folder_is_taken_over_stops_and_writes_no_checkpoint(
+    steps, run, config_file, data, monkeypatch, capsys
+):
+    before, taken = content(run / "checkpoints"), 6
+
+    def steal(*arguments):
+        nonlocal taken
+        taken += 1
+        done = train_step(*arguments)
+        if taken == 8:
+            record = json.loads((run / OWNER).read_text()) | {"token": "b", "host": "b7", "pid": 5}
+            (run / OWNER).write_text(json.dumps(record))
+        return done
+
+    monkeypatch.setattr(trainer, "train_step", steal)
+    given = [*overrides(train__steps=steps, train__save_every=2), *data, f"run.folder={run}"]
+    assert main(["pretrain", str(config_file), *given, "--resume"]) == 75
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{run}: another process has taken over this folder (host b7, process 5, since" in error
+    assert error.endswith(": this one stops, and writes nothing more")
+    assert content(run / "checkpoints") == before
+    assert json.loads((run / OWNER).read_text())["token"] == "b"
+    assert lines(run, "train")[-1]["step"] < 12
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(run, load, monkeypatch, capsys):

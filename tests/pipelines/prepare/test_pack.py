@@ -15,7 +15,7 @@ from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.audio.decode import Item
 from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import exclusive
+from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.pack import Packing, pack_recordings
 from ssast.pipelines.prepare.recordings import Recording, file_recording
 
