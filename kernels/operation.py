@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 Function = Callable[..., Any]
+NAMESPACE = "ssast"
+_on_cuda: dict[str, Function] = {}
 
 
 def custom_op(
@@ -32,12 +34,18 @@ def custom_op(
         cpu: Faster implementation for a CPU, with the same arguments.
         cuda: Launches the Triton kernels, with the same arguments.
     """
-    operation = torch.library.custom_op(f"ssast::{name}", implementation, mutates_args=())
+    operation = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=())
     operation.register_fake(fake)
     for device, kernel in (("cpu", cpu), ("cuda", cuda)):
         if kernel is not None:
             operation.register_kernel(device, _with_fallback(kernel, implementation))
+    _on_cuda[name] = cuda or implementation
     return operation
+
+
+def runs_on_cuda(name: str) -> Function:
+    """Return what ``torch.ops.ssast.<name>`` runs on a CUDA device, with the same arguments."""
+    return _on_cuda[name]
 
 
 def _with_fallback(kernel: Function, implementation: Function) -> Function:

@@ -3,11 +3,15 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssast.engine.cli.options import add_config
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.files import check_new
+
+if TYPE_CHECKING:
+    from ssast.engine.config import Config
+    from ssast.engine.monitoring.gpus import Gpu
 
 PLAN_EXAMPLES = """examples:
   ssast plan base_patch --gpus 64 --gpu h100
@@ -15,6 +19,7 @@ PLAN_EXAMPLES = """examples:
   ssast plan tiny_patch --calibrate machine.yaml
   ssast plan base_patch --gpu machine.yaml
   ssast plan base_patch --gpus 4096 --gpu h100 --order 20000000
+  ssast plan base_patch --gpu h100 --batch 64 --ledger
 """
 TUNE_EXAMPLES = """examples:
   ssast tune base_patch --seconds 120 --out tuned.yaml
@@ -75,6 +80,11 @@ def add_plan_commands(commands: Any) -> None:
         metavar="CLIPS",
         help="also compute and verify the order in which all ranks read this many clips",
     )
+    command.add_argument(
+        "--ledger",
+        action="store_true",
+        help="print launches, bytes and FLOPs of one step on one GPU instead, by kind of operation",
+    )
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.add_argument(
         "--png", type=Path, metavar="FILE", help="plot the scaling with the number of GPUs"
@@ -123,6 +133,8 @@ def _plan(options: argparse.Namespace) -> int:
         write_gpu(gpu, options.calibrate)
     else:
         gpu = plain_cpu() if options.gpu == "cpu" else load_gpu(options.gpu)
+    if options.ledger:
+        return _ledger(config, gpu, options)
     request = PlanRequest(
         gpus=options.gpus,
         gpu=gpu,
@@ -149,6 +161,19 @@ def _plan(options: argparse.Namespace) -> int:
     for path in (options.png, options.calibrate):
         if path is not None:
             print(path)
+    return 0
+
+
+def _ledger(config: "Config", gpu: "Gpu", options: argparse.Namespace) -> int:
+    from ssast.engine.planning.ledger import make_ledger
+    from ssast.engine.planning.ledger_report import format_ledger, ledger_json
+
+    if not gpu.launch_us:
+        raise ConfigError(f"--ledger: {gpu.name} launches no kernels: name a GPU with --gpu")
+    train = config.train
+    batch = options.batch or train.batch_size // (options.gpus * train.accumulation_steps)
+    ledger = make_ledger(config, gpu, max(1, batch))
+    print(json.dumps(ledger_json(ledger)) if options.json else format_ledger(ledger))
     return 0
 
 
