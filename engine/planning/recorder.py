@@ -12,16 +12,16 @@ every place where the host would wait for the device.
                one launch, which writes the arguments that were empty and reads the others
     attention  one operation, as the fused backends are (Dao 2023), with its logsumexp
 
-Caches are not modelled. What a kernel reads twice counts twice only where :data:`_TRAFFIC` says so.
+Caches are not modelled. What a kernel reads twice counts twice only where traffic.py says so.
 """
 
 import math
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
-from ssast.kernels import roofline
+from ssast.engine.planning.traffic import (
+    EMPTY,
+    FILLS,
+    HOST_READS,
+    KERNELS,
+    OUR_FLOPS,
+    TRAFFIC,
+    WRITES,
+    Traffic,
+    foreach_kernels,
+    tensors_in,
+    total_bytes,
+)
 from ssast.kernels.interpret import replaced
 from ssast.kernels.launch import assume_architecture
 from ssast.kernels.operation import NAMESPACE, runs_on_cuda
@@ -37,7 +49,6 @@ from ssast.kernels.operation import NAMESPACE, runs_on_cuda
 META = torch.device("meta")
 _aten = torch.ops.aten
 _ALIGNMENT = 512  # bytes, of PyTorch's allocator on CUDA
-_CHUNK, _BLOCKS = 65536, 320  # elements of a block and blocks of a launch of _foreach_ operations
 
 
 @dataclass(frozen=True)
@@ -93,109 +104,6 @@ class Recording:
     waits: list[Wait] = field(default_factory=list)
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
-
-
-class Traffic(NamedTuple):
-    """Bytes of an operation, and the kernels it launches."""
-
-    read: int
-    written: int
-    kernels: int = 1
-
-
-def touched(x: Tensor) -> int:
-    """Return the bytes of a tensor's elements, those of an expanded dimension once."""
-    if x.numel() == 0:
-        return 0
-    sizes = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
-    return math.prod(sizes) * x.element_size()
-
-
-def _all(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of nested lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _all(item)
-
-
-def _sum(*values: Any) -> int:
-    return sum(map(touched, _all(values)))
-
-
-def _gather(source: Tensor, index: Any, out: Tensor) -> Traffic:
-    taken = min(out.numel() * source.element_size(), touched(source))
-    return Traffic(taken + _sum(index), touched(out))
-
-
-def _put(target: Tensor, index: Tensor, source: Any, *, adds: bool) -> Traffic:
-    count = index.numel()
-    put = count * target.element_size()
-    return Traffic(_sum(index, source) + adds * put, put)
-
-
-def _layer_norm_backward(args: Sequence[Any], out: Any) -> Traffic:
-    # One kernel for the input's gradient, one for those of weight and bias; both read all of it.
-    grad, x, _, mean, rstd, weight, _ = args[:7]
-    return Traffic(2 * _sum(grad, x, mean, rstd) + _sum(weight), _sum(out), 2)
-
-
-def _part_of_zeros(args: Sequence[Any], out: Tensor) -> Traffic:
-    return Traffic(_sum(args[0]), touched(out) + _sum(args[0]), 2)
-
-
-def _fused_adam(args: Sequence[Any], out: Any) -> Traffic:
-    weights, gradients, first, second, _, steps = args[:6]
-    moved = _sum(weights, first, second)
-    read = moved + _sum(gradients, steps)
-    return Traffic(read, moved, _foreach_kernels(weights))
-
-
-def _foreach_kernels(tensors: Sequence[Tensor]) -> int:
-    return max(1, math.ceil(sum(math.ceil(x.numel() / _CHUNK) for x in tensors) / _BLOCKS))
-
-
-# Of operations that touch other bytes than all of their inputs and outputs, or launch more kernels
-# than one: (arguments, result) -> Traffic. Sources: ATen's CUDA kernels, PyTorch 2.13.
-_TRAFFIC: dict[str, Callable[[Sequence[Any], Any], Traffic]] = {
-    "gather": lambda a, out: _gather(a[0], a[2], out),
-    "index_select": lambda a, out: _gather(a[0], a[2], out),
-    "index": lambda a, out: _gather(a[0], a[1], out),
-    "embedding": lambda a, out: _gather(a[0], a[1], out),
-    "scatter_": lambda a, out: _put(a[0], a[2], a[3], adds=False),
-    "scatter_add_": lambda a, out: _put(a[0], a[2], a[3], adds=True),
-    "scatter_reduce_": lambda a, out: _put(a[0], a[2], a[3], adds=True),
-    # Autograd takes the form that is not in place only because it is watched.
-    "scatter_add": lambda a, out: _put(a[0], a[2], a[3], adds=True),
-    "native_layer_norm_backward": _layer_norm_backward,
-    "slice_backward": _part_of_zeros,
-    "select_backward": _part_of_zeros,
-    "_fused_adam_": _fused_adam,
-    "_fused_adamw_": _fused_adam,
-}
-_FILLS = {
-    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
-    "new_full", "arange", "scalar_tensor",
-}  # fmt: skip
-_WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}  # read no target
-_EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_HOST_READS = {"nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
-# Kernels of what is no single one: in flash attention's backward pass the row sums, the gradients,
-# and the queries' gradient from float32; in a sort of rows the radix sort's passes.
-_KERNELS = {
-    "_scaled_dot_product_flash_attention_backward": 3,
-    "_scaled_dot_product_efficient_attention_backward": 2,
-    "sort": 3,
-}
-
-
-# Of Triton kernels, whose matmuls PyTorch does not know.
-_OUR_FLOPS: dict[str, Callable[[Sequence[Any]], float]] = {
-    "patch_embed": lambda a: 2.0 * a[7].numel() * a[1].numel(),  # visible patches, weight
-    "patch_embed_backward": lambda a: 2.0 * a[4].numel() * a[2].numel(),
-    "info_nce": lambda a: roofline.info_nce(*a[0].shape, itemsize=1).flops,
-}
 
 
 def _fused_attention(
@@ -256,7 +164,7 @@ class Recorder(TorchDispatchMode):
 
     def hold(self, part: str, tensors: Any) -> None:
         """Count the memory of tensors under a name, in place of the phase they were made in."""
-        for x in _all(tensors):
+        for x in tensors_in(tensors):
             self._keep(x, part)
 
     def wait(self, what: str) -> None:
@@ -271,21 +179,21 @@ class Recorder(TorchDispatchMode):
         name = func._opname
         if func.namespace == NAMESPACE and self._device != "cpu":
             return self._run_ours(name, args, kwargs)
-        inputs = [x for x in _all([args, list(kwargs.values())])]
+        inputs = [x for x in tensors_in([args, list(kwargs.values())])]
         on_device = [x for x in inputs if self._counts(x)]
         if on_device:
             read, result = self._read_by_host(name, func, args, kwargs, on_device)
             if read:
                 return result
         out = func(*args, **kwargs)
-        results = [x for x in _all(out) if self._counts(x)]
+        results = [x for x in tensors_in(out) if self._counts(x)]
         if not results and not on_device:
             return out
         storages = {_key(x) for x in on_device}
         fresh = [x for x in results if _key(x) not in storages]
         for x in fresh:
             self._keep(x, self.phase)
-        if name in _EMPTY:
+        if name in EMPTY:
             self._unwritten.update(_key(x) for x in results)
         elif fresh or func._schema.is_mutable:
             self._record(func, name, args, kwargs, out)
@@ -306,27 +214,27 @@ class Recorder(TorchDispatchMode):
     ) -> tuple[Traffic, list[Tensor]]:
         """Return the bytes of an operation, and the tensors that it writes."""
         sources, targets = list[Tensor](), list[Tensor]()
-        read_targets = name not in _WRITES
+        read_targets = name not in WRITES
         values = [*args, *(kwargs[a.name] for a in func._schema.arguments if a.name in kwargs)]
         given = [a for i, a in enumerate(func._schema.arguments) if i < len(args)]
         given += [a for a in func._schema.arguments[len(args) :] if a.name in kwargs]
         for argument, value in zip(given, values, strict=True):
-            tensors = [x for x in _all(value) if self._counts(x)]
+            tensors = [x for x in tensors_in(value) if self._counts(x)]
             is_target = argument.alias_info is not None and argument.alias_info.is_write
             (targets if is_target else sources).extend(tensors)
             read_targets &= not argument.is_out
         known = {id(x) for x in targets}
-        results = [x for x in _all(out) if self._counts(x) and id(x) not in known]
+        results = [x for x in tensors_in(out) if self._counts(x) and id(x) not in known]
         written = [*targets, *results]
-        if name in _TRAFFIC:
-            return _TRAFFIC[name](args, out), written
-        if name in _FILLS:
-            return Traffic(0, _sum(written)), written
-        read = _sum(sources) + (_sum(targets) if read_targets else 0)
-        kernels = _KERNELS.get(name, 1)
+        if name in TRAFFIC:
+            return TRAFFIC[name](args, out), written
+        if name in FILLS:
+            return Traffic(0, total_bytes(written)), written
+        read = total_bytes(sources) + (total_bytes(targets) if read_targets else 0)
+        kernels = KERNELS.get(name, 1)
         if name.startswith("_foreach_"):
-            kernels = _foreach_kernels(list(_all(args[0])))
-        return Traffic(read, _sum(written), kernels), written
+            kernels = foreach_kernels(list(tensors_in(args[0])))
+        return Traffic(read, total_bytes(written), kernels), written
 
     def _note(self, name: str, traffic: Traffic, flops: float, width: int) -> None:
         node = torch._C._current_autograd_node()
@@ -354,19 +262,23 @@ class Recorder(TorchDispatchMode):
         finally:
             self._operation = before
             launches = self.recording.launches
-            if name in _OUR_FLOPS and len(launches) > first:
-                launches[first] = replace(launches[first], flops=_OUR_FLOPS[name](args))
+            if name in OUR_FLOPS and len(launches) > first:
+                launches[first] = replace(launches[first], flops=OUR_FLOPS[name](args))
 
     def _triton(self) -> Callable[..., None]:
         """Return what stands in for ``JITFunction.run``: it records the launch of a kernel."""
 
         def run(function: JITFunction, *args: Any, **kwargs: Any) -> None:
-            tensors = {_key(x): x for x in _all([args, list(kwargs.values())]) if self._counts(x)}
+            tensors = {
+                _key(x): x for x in tensors_in([args, list(kwargs.values())]) if self._counts(x)
+            }
             written = [x for key, x in tensors.items() if key in self._unwritten]
             read = [x for key, x in tensors.items() if key not in self._unwritten]
             self._unwritten.difference_update(tensors)
             width = max((x.numel() for x in written), default=0)
-            self._note(function.__name__, Traffic(_sum(read), _sum(written)), 0, width)
+            self._note(
+                function.__name__, Traffic(total_bytes(read), total_bytes(written)), 0, width
+            )
 
         return run
 
@@ -380,7 +292,7 @@ class Recorder(TorchDispatchMode):
             self.wait("a value is read")
             dtype = args[0].dtype
             return True, False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        if name in _HOST_READS:
+        if name in HOST_READS:
             self.wait(f"the size of the result of {name} is read")
             count = args[0].numel()
             if name == "nonzero":
