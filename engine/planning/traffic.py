@@ -42,6 +42,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def total_bytes(*values: Any) -> int:
+    """Sum :func:`touched` over the tensors of nested lists and tuples."""
     return sum(map(touched, tensors_in(values)))
 
 
@@ -74,6 +75,7 @@ def _fused_adam(args: Sequence[Any], out: Any) -> Traffic:
 
 
 def foreach_kernels(tensors: Sequence[Tensor]) -> int:
+    """Return the launches of an operation on a list of tensors."""
     return max(1, math.ceil(sum(math.ceil(x.numel() / _CHUNK) for x in tensors) / _BLOCKS))
 
 
