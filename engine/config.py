@@ -36,6 +36,7 @@ from ssast.pipelines.text import read_text
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
+OVERRIDE = "on the command line"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,10 @@ class Config:
     profile: Profile = field(default_factory=Profile)
     finetune: Finetune | None = None
     """Settings of fine-tuning, which ignores ``objective``; null in pretraining."""
+
+    stated: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
+    """Keys ``section.key`` that were set, and where: the name of the file, or :data:`OVERRIDE`;
+    None if the configuration was not loaded from a file. No setting itself."""
 
     def __post_init__(self) -> None:
         """Check what depends on more than one key."""
@@ -76,6 +81,8 @@ class Config:
                 "place for filterbanks is enough, and a crop is used once"
             )
         if self.finetune is not None:
+            if self.train.checkpoint is not None:
+                raise ConfigError("train.checkpoint is for pretraining: set finetune.checkpoint")
             if data.mix is not None:
                 raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")
             if self.train.spike_factor is not None:
@@ -133,9 +140,15 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
         run = _mapping(raw.get("run") or {}, "run")
         if not (run.get("folder") and path.parent.resolve() == Path(run["folder"]).resolve()):
             raw["run"] = run | {"folder": str(path.parent)}
+    stated = dict.fromkeys(_leaves(raw), path.name)
     for override in overrides:
         _override(raw, override)
-    config = _build(Config, raw, "")
+        key = override.partition("=")[0].strip()
+        named = [name for name in _leaves(raw) if f"{name}.".startswith(f"{key}.")]
+        stated |= dict.fromkeys(named, OVERRIDE)
+    if "objective.num_masked" not in stated and "finetune" not in raw:
+        raw["objective"] = (raw.get("objective") or {}) | {"num_masked": _default_masked(raw)}
+    config = dataclasses.replace(_build(Config, raw, ""), stated=stated)
     if config.run.folder is None:
         stem = path.parent.name if path.name == "config.yaml" else path.stem
         run = dataclasses.replace(config.run, folder=str(Path("runs") / stem))
@@ -154,7 +167,7 @@ def to_plain(config: Any) -> dict[str, Any]:
     """Convert a configuration to nested dicts and lists, as YAML and JSON hold them."""
     plain: dict[str, Any] = {}
     for key, value in vars(config).items():
-        if value is None and isinstance(config, Config):
+        if isinstance(config, Config) and (value is None or key == "stated"):
             continue  # a pretraining run has no section finetune
         if dataclasses.is_dataclass(value):
             plain[key] = to_plain(value)
@@ -163,9 +176,9 @@ def to_plain(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_plain(raw: dict[str, Any]) -> Config:
+def from_plain(raw: dict[str, Any], stated: Mapping[str, str] | None = None) -> Config:
     """Convert nested dicts and lists to a configuration, with every check."""
-    return _build(Config, raw, "")
+    return dataclasses.replace(_build(Config, raw, ""), stated=stated)
 
 
 def check_paths(config: Config) -> None:
@@ -233,6 +246,23 @@ def _override(raw: dict[str, Any], override: str) -> None:
     node[key] = value
 
 
+def _default_masked(raw: Mapping[str, Any]) -> int:
+    """Return the published share of masked patches, 400 of 512, of the grid of a configuration."""
+    audio = _build(Audio, raw.get("audio") or {}, "audio.")
+    model = _build(Model, raw.get("model") or {}, "model.")
+    patches = (audio.n_mels // model.patch[0]) * (audio.num_frames // model.patch[1])
+    return max(2, round(Objective().num_masked / 512 * patches))
+
+
+def _leaves(raw: Mapping[str, Any]) -> list[str]:
+    """Return the keys ``section.key`` of a mapping of sections."""
+    return [
+        f"{section}.{key}"
+        for section, values in raw.items()
+        for key in (values if isinstance(values, dict) else ())
+    ]
+
+
 def _takes_text(dotted: str) -> bool:
     """Return whether the value of a key ``section.key`` is text, such as a path."""
     section, _, key = dotted.partition(".")
@@ -243,7 +273,7 @@ def _takes_text(dotted: str) -> bool:
 
 def _build(cls: Any, raw: Any, prefix: str) -> Any:
     raw = _mapping(raw, prefix.rstrip(".") or "the configuration")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "stated"}
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in raw.items():
@@ -307,7 +337,8 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _sections() -> dict[str, Any]:
-    return typing.get_type_hints(Config) | {"finetune": Finetune}
+    hints = typing.get_type_hints(Config) | {"finetune": Finetune}
+    return {name: hint for name, hint in hints.items() if name != "stated"}
 
 
 def _all_keys() -> list[str]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ssast.engine.checkpoints.classifier import check_fits, with_model_of
-from ssast.engine.config import Config, check_paths, finetune_settings, load_config
+from ssast.engine.checkpoints.adopt import adopt
+from ssast.engine.config import OVERRIDE, Config, check_paths, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.predict import Prediction, predict
@@ -55,21 +55,26 @@ def finetune(
         TrainingError: Training diverged.
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
+    from ssast.engine.data.statistics import with_measured_stats
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
     from ssast.engine.train.run import run_training
     from ssast.engine.train.task import run_folder
 
     run_folder(config)  # must be set, before anything is read
-    config = _with_checkpoint(config, checkpoint, resume)
+    config, notes = without_recipe_data(_with_checkpoint(config, checkpoint, resume))
     check_paths(config)
     settings = finetune_settings(config)
     pretrained = None
     if settings.checkpoint is not None:
         pretrained = checkpoint if isinstance(checkpoint, LoadedModel) else None
         pretrained = pretrained or open_encoder(settings.checkpoint, metadata)
-        check_fits(config, pretrained.config, settings.checkpoint)
+        config, lines = adopt_from(config, pretrained)
+        notes += lines
     splits = find_splits(config, num_classes)
+    config, lines = with_measured_stats(config, splits.train.paths, resume=resume)
+    notes += lines
+    settings = finetune_settings(config)
     each, steps = steps_of_epochs(config, len(splits.train))
     train = replace(
         config.train,
@@ -91,7 +96,37 @@ def finetune(
         inputs=of_splits(config, splits, pretrained.model if pretrained else None),
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
+        notes=notes,
     )
+
+
+def adopt_from(config: Config, pretrained: LoadedModel) -> tuple[Config, list[str]]:
+    """Take the settings that nobody set from a loaded model; see :func:`adopt`."""
+    return adopt(config, pretrained.config, str(pretrained.path), assumed=pretrained.assumed)
+
+
+def without_recipe_data(config: Config) -> tuple[Config, list[str]]:
+    """Leave out other clips of a recipe where the user gave ``data.train``.
+
+    Its folds, and validation and test clips that are not there.
+
+    Returns:
+        The configuration, and lines for the log.
+    """
+    stated, notes = config.stated or {}, list[str]()
+    if stated.get("data.train") != OVERRIDE:
+        return config, notes
+    for name in ("data.valid", "finetune.test", "finetune.folds"):
+        section, _, key = name.partition(".")
+        path, origin = getattr(getattr(config, section), key), stated.get(name, OVERRIDE)
+        if path is None or origin == OVERRIDE:
+            continue
+        if name == "finetune.folds" or not Path(path).exists():
+            changed = {section: replace(getattr(config, section), **{key: None})}
+            config = replace(config, **changed)
+            why = "data.train is given" if name == "finetune.folds" else "it is not there"
+            notes.append(f"{name} {path} of {origin} is left out: {why}")
+    return config, notes
 
 
 def _with_checkpoint(
@@ -153,8 +188,8 @@ class FinetuneEngine:
         Args:
             path: Whatever :func:`~ssast.engine.formats.open.open_model` opens.
             num_classes: Expected number of classes; any if None.
-            config: Configuration of the training: a YAML file, or the name of a recipe. Its model
-                is replaced by that of the checkpoint.
+            config: Configuration of the training: a YAML file, or the name of a recipe. What it
+                does not set of the model and its input is the checkpoint's.
             overrides: Settings that override the file's, ``section.key=value``.
             metadata: What the published file of a fine-tuned classifier does not say.
 
@@ -170,13 +205,7 @@ class FinetuneEngine:
                     f"{path}: has {trained.num_classes} classes, expected {num_classes}"
                 )
             return cls(trained.config, trained=trained)
-        model = loaded.config.model
-        depth = "null" if model.depth is None else model.depth
-        fitting = [
-            f"model={{size: {model.size}, patch: {list(model.patch)}, depth: {depth}}}",
-            f"audio.n_mels={loaded.audio.n_mels}",
-        ]
-        settings = with_model_of(load_config(config, [*fitting, *overrides]), loaded.config)
+        settings, _ = adopt_from(load_config(config, overrides), loaded)
         return cls(settings, checkpoint=loaded, num_classes=num_classes)
 
     def fit(

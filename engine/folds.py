@@ -7,7 +7,7 @@ runs/esc50_patch/
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN
-from ssast.engine.config import Config, check_paths, finetune_settings, load_config
+from ssast.engine.config import OVERRIDE, Config, check_paths, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.metrics import COUNTS
@@ -27,7 +27,7 @@ from ssast.engine.evaluation.report import (
     draw_confusion,
     read_predictions,
 )
-from ssast.engine.finetune import finetune, initial_checkpoint
+from ssast.engine.finetune import adopt_from, finetune, initial_checkpoint
 from ssast.engine.formats.open import MissingMetadata, open_encoder
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.ranks import init_world, run_on_main
@@ -69,23 +69,22 @@ def find_folds(folder: str | Path) -> list[Fold]:
     return [Fold(n, paths[f"train_{n}"], paths[f"eval_{n}"]) for n in sorted(numbers)]
 
 
-def uses_folds(config: Config, overrides: Iterable[str] = ()) -> bool:
+def uses_folds(config: Config) -> bool:
     """Return whether a configuration asks for cross-validation, not for a single run.
 
     Args:
-        config: Configuration; if it has both, ``data.train`` overrides the folds of a recipe.
-        overrides: Settings of the command line, ``section.key=value``, whose folds are not
-            overridden.
+        config: Configuration; if it has both, ``data.train`` overrides the folds of a recipe, but
+            not those of the command line.
 
     Raises:
         ConfigError: Both were named there.
     """
     if finetune_settings(config).folds is None:
         return False
-    named = {override.partition("=")[0].strip() for override in overrides}
-    if "finetune.folds" not in named:
+    stated = config.stated or {}
+    if stated.get("finetune.folds") != OVERRIDE:
         return config.data.train is None
-    if "data.train" in named and config.data.train is not None:
+    if stated.get("data.train") == OVERRIDE and config.data.train is not None:
         raise ConfigError("finetune.folds and data.train exclude each other: set one of them")
     return True
 
@@ -125,15 +124,16 @@ def cross_validate(
     if checkpoint is None and settings.checkpoint is None and resume:
         # Folds that have not begun start from the weights that the first did.
         checkpoint = initial_checkpoint(fold_folder(run, folds[0].number))
+    checkpoint = settings.checkpoint if checkpoint is None else checkpoint
+    # Read once for all folds.
+    pretrained = None if checkpoint is None else open_encoder(checkpoint, metadata)
+    adopted = config if pretrained is None else adopt_from(config, pretrained)[0]
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     world = init_world()
     if not resume:
         run_on_main(lambda: _check_free(run, folds), world)
     for fold in folds:
-        find_splits(configs[fold.number])  # so that a mistake in the last fold is reported at once
-    checkpoint = settings.checkpoint if checkpoint is None else checkpoint
-    # Read once for all folds.
-    pretrained = None if checkpoint is None else open_encoder(checkpoint, metadata)
+        find_splits(fold_config(adopted, fold))  # so that a mistake in the last is reported at once
     for fold in folds:
         if world.is_main:
             say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")

@@ -54,6 +54,10 @@ class Audio:
     std: float = setting(4.5689974, 1e-6)
     """Standard deviation of the same; the model sees (fbank - mean) / (2 std)."""
 
+    stats: Literal["given", "measure"] = "given"
+    """`measure`: measure `mean` and `std` on the training clips before the run, as
+    `ssast data stats` does."""
+
     ignore_padding: bool = False
     """Use a padding mask: masking, attention, losses and pooling leave out the patches beyond the
     end of a clip that is shorter than `num_frames`, with the same result as without padding. The
@@ -84,7 +88,8 @@ class Objective:
     weighted sum."""
 
     num_masked: int = setting(400, 2)
-    """Number of masked patches in each clip."""
+    """Number of masked patches in each clip. Where a configuration file does not set it, the
+    published share: 400 of 512 patches."""
 
     mask: Literal["official", "uniform", "random"] = "official"
     """How masked patches are drawn: clusters as in the published code, clusters at uniformly
@@ -186,8 +191,8 @@ class Optim:
     schedule: Literal["plateau", "cosine", "multistep", "constant"] = "plateau"
     """Learning-rate schedule after the warm-up; multistep is for fine-tuning."""
 
-    warmup_steps: int = setting(1000, 0)
-    """Optimizer steps of linear warm-up."""
+    warmup_steps: float = setting(1000, 0)
+    """Optimizer steps of linear warm-up; a number below 1 is a fraction of the run's steps."""
 
     decay_start: int = setting(10, 1)
     """multistep: number of epochs before the first decay."""
@@ -214,6 +219,10 @@ class Optim:
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """The training loop."""
+
+    checkpoint: str | None = None
+    """Weights that pretraining continues from: a run, or a published model; null: from scratch.
+    Fine-tuning has `finetune.checkpoint`."""
 
     steps: int = setting(800_000, 1)
     """Total number of optimizer steps; fine-tuning has `finetune.epochs` instead."""

@@ -1,7 +1,6 @@
 """Build classifiers, fill them with pretrained weights, and save them in run folders."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN, WEIGHT
 from ssast.engine.config import Config, finetune_settings, to_plain
-from ssast.engine.errors import CheckpointError
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
 from ssast.engine.settings import SIZES, Model
@@ -54,24 +52,6 @@ def build_classifier(
     return classifier
 
 
-def check_fits(config: Config, pretrained: Config, source: str | Path) -> None:
-    """Check that a configuration has the model that was pretrained.
-
-    Raises:
-        CheckpointError: Size, patch, depth or mel bins differ.
-    """
-    for section, keys in (("model", ("size", "patch", "depth")), ("audio", ("n_mels",))):
-        for key in keys:
-            wanted = to_plain(config)[section][key]
-            found = to_plain(pretrained)[section][key]
-            if wanted != found:
-                shown = str(found).replace(" ", "") if found is not None else "null"
-                raise CheckpointError(
-                    f"{source}: has {section}.{key} {found!r}, the configuration {wanted!r}: "
-                    f"set {section}.{key}={shown}, or use another checkpoint"
-                )
-
-
 @torch.no_grad()
 def fill_encoder(encoder: SpectrogramTransformer, pretrained: SpectrogramTransformer) -> None:
     """Copy pretrained weights into an encoder.
@@ -112,9 +92,3 @@ def save_chosen(
     weights = {name: value for name, value in tensors.items() if name.startswith(WEIGHT)}
     meta = {"config": to_plain(config), "classes": list(classes), **facts}
     return Checkpoints(run / CHOSEN, keep=1).save(weights, meta, step=step)
-
-
-def with_model_of(config: Config, pretrained: Config) -> Config:
-    """Return a configuration with the model and the mel bins of a pretrained one."""
-    audio = replace(config.audio, n_mels=pretrained.audio.n_mels)
-    return replace(config, model=pretrained.model, audio=audio)

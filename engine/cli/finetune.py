@@ -134,7 +134,7 @@ def _finetune(options: argparse.Namespace) -> int:
     from ssast.engine.folds import cross_validate, uses_folds
 
     config = load_config(options.config, options.overrides)
-    train = cross_validate if uses_folds(config, options.overrides) else finetune
+    train = cross_validate if uses_folds(config) else finetune
     stopped = train(
         config, options.checkpoint, resume=options.resume, metadata=missing_metadata(options)
     )

@@ -118,6 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="recipes: " + ", ".join(_recipes()),
     )
     add_config(command)
+    command.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="CKPT",
+        help="weights to continue from: folder of a run, a published .pth or a transformers "
+        "folder; heads that it lacks are fresh (default: from scratch)",
+    )
     add_resume(command)
     command.set_defaults(run=_pretrain)
 
@@ -169,8 +176,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
     from ssast.engine.pretrain import pretrain
 
-    stopped = pretrain(load_config(options.config, options.overrides), resume=options.resume)
-    return _status(stopped)
+    config = load_config(options.config, options.overrides)
+    return _status(pretrain(config, options.checkpoint, resume=options.resume))
 
 
 def _status(stopped: int) -> int:

@@ -97,6 +97,9 @@ class LoadedModel:
     step: int | None = None
     """Optimizer steps it was trained for in a run of ours."""
 
+    assumed: tuple[str, ...] = ()
+    """Settings ``section.key`` that the file does not say, and that have the published values."""
+
     @property
     def audio(self) -> Audio:
         """Settings of the model's input."""
@@ -196,7 +199,7 @@ def as_classifier(model: LoadedModel | str | Path) -> LoadedModel:
 def open_encoder(path: str | Path, metadata: MissingMetadata | None = None) -> LoadedModel:
     """Open a model that a fine-tuning begins from: pretrained, or fine-tuned already.
 
-    Only its encoder counts: the head of a classifier, and the mean and std of its input, do not.
+    The head of a classifier does not count.
 
     Args:
         path: See :func:`open_model`.
@@ -278,13 +281,15 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     audio = dict(stored.get("audio", {}))
     given = {"mean": metadata.mean, "std": metadata.std, "num_frames": metadata.num_frames}
     audio |= {key: value for key, value in given.items() if value is not None}
+    keys = ("sample_rate_hz", "mean", "std", "ignore_padding")
+    assumed = tuple(f"audio.{key}" for key in keys if key not in audio)
     if layout.num_classes is None or purpose == "pretrained":
         if metadata.num_frames is not None or metadata.stride is not None:
             raise ConfigError(f"{path} is pretrained and knows its frames and its stride")
         if metadata.labels is not None:
             raise ConfigError(f"{path} is pretrained and has no classes: leave out the labels")
         model, config = build_pretrained(state, layout, path, **audio)
-        return LoadedModel(model, config, path, "published")
+        return LoadedModel(model, config, path, "published", assumed=assumed)
     stride = metadata.stride or stored.get("stride")
     if "num_frames" not in audio or stride is None:
         raise ConfigError(
@@ -308,7 +313,9 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     classes, names = (tuple(map(str, stored.get(key, ()))) for key in ("classes", "names"))
     if len(classes) != layout.num_classes:
         classes = names = ()
-    loaded = LoadedModel(classifier, config, path, "published", classes, names or classes)
+    loaded = LoadedModel(
+        classifier, config, path, "published", classes, names or classes, assumed=assumed
+    )
     return _with_labels(loaded, metadata.labels)
 
 

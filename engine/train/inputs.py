@@ -27,15 +27,20 @@ NOT_TRAINED_ON = ("test clips", "labels of the test clips", "pretrained weights"
 
 
 def of_clips(
-    config: Config, train: ClipPaths, held_out: ClipPaths, drawn: ClipPaths
+    config: Config,
+    train: ClipPaths,
+    held_out: ClipPaths,
+    drawn: ClipPaths,
+    pretrained: nn.Module | None,
 ) -> Fingerprints:
-    """Return the fingerprints of the validation clips and of the sampling weights.
+    """Return the fingerprints of the validation clips, sampling and pretrained weights.
 
     Args:
         config: The configuration.
         train: The training clips.
         held_out: The held-out clips.
         drawn: Those of them that validations use.
+        pretrained: Model whose weights the run begins with, if any.
 
     Raises:
         DataError: The file of the sampling weights is wrong.
@@ -47,16 +52,20 @@ def of_clips(
         read_weights(config.data.sample_weights, len(train))
         content = Path(config.data.sample_weights).read_bytes()
         found["sampling weights (data.sample_weights)"] = _digest([content])
+    if pretrained is not None:
+        tensors = sorted(pretrained.state_dict().items())
+        found["pretrained weights"] = _digest(_bytes(value) for _, value in tensors)
     return found
 
 
 def of_splits(config: Config, splits: Splits, pretrained: nn.Module | None) -> Fingerprints:
-    """Return those of :func:`of_clips`, and of classes, labels and pretrained weights.
+    """Return those of :func:`of_clips`, and of classes and labels.
 
     Raises:
         DataError: The file of the sampling weights is wrong.
     """
-    found = of_clips(config, splits.train.paths, splits.valid.paths, splits.valid_drawn.paths)
+    valid = splits.valid.paths
+    found = of_clips(config, splits.train.paths, valid, splits.valid_drawn.paths, pretrained)
     found["order of the classes"] = _digest(
         name.encode(errors=NAME_BYTES) + b"\0" for name in splits.classes
     )
@@ -67,9 +76,6 @@ def of_splits(config: Config, splits: Splits, pretrained: nn.Module | None) -> F
         found["labels of the test clips"] = _labels(splits.test)
     if splits.class_weights is not None:
         found["class weights (finetune.class_weights)"] = _digest([splits.class_weights.tobytes()])
-    if pretrained is not None:
-        tensors = sorted(pretrained.state_dict().items())
-        found["pretrained weights"] = _digest(_bytes(value) for _, value in tensors)
     return found
 
 

@@ -62,6 +62,12 @@ class Plateau:
             self.scale, self.num_bad = self.scale * optim.plateau_factor, 0
 
 
+def warmup_steps(optim: Optim, steps: int) -> int:
+    """Return the optimizer steps of the warm-up in a run of so many steps."""
+    warmup = optim.warmup_steps
+    return round(warmup * steps if warmup < 1 else warmup)
+
+
 def learning_rate(
     step: int, optim: Optim, *, steps: int, plateau_scale: float = 1.0, steps_per_epoch: int = 1
 ) -> float:
@@ -74,10 +80,11 @@ def learning_rate(
         plateau_scale: Factor of the plateau schedule.
         steps_per_epoch: Steps by which the multistep schedule counts epochs.
     """
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
+    warmup = warmup_steps(optim, steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
     if optim.schedule == "cosine":
-        progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+        progress = (step - warmup) / max(1, steps - warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return optim.min_lr + (optim.lr - optim.min_lr) * cosine
     if optim.schedule == "multistep":

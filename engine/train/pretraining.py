@@ -4,13 +4,40 @@ from typing import Any
 
 from torch import Tensor
 
+from ssast.engine.checkpoints.classifier import fill_encoder
 from ssast.engine.data.clips import describe_clips, draw_valid
+from ssast.engine.formats.open import LoadedModel
+from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM, mean_losses, with_masks
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.step import evaluate
 from ssast.engine.train.task import RunContext, Task
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.stream.batch import Batch
+
+
+def continue_from(module: MSPM, pretrained: MSPM | Classifier | SpectrogramTransformer) -> str:
+    """Copy the weights of a model into one to be pretrained; return what was taken.
+
+    Args:
+        module: Model with fresh weights, of the same size and patch.
+        pretrained: Model whose encoder is taken, and its pretraining heads, if it has them.
+    """
+    encoder = pretrained if isinstance(pretrained, SpectrogramTransformer) else pretrained.encoder
+    fill_encoder(module.encoder, encoder)
+    taken = ["encoder"]
+    if isinstance(pretrained, MSPM):
+        for name in ("discriminative_head", "generative_head"):
+            getattr(module, name).load_state_dict(getattr(pretrained, name).state_dict())
+        taken += ["heads"]
+    else:
+        taken += ["fresh heads"]
+    old, new = encoder.embed.grid, module.encoder.embed.grid
+    if old != new:
+        resized = f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
+        taken += [resized]
+    return ", ".join(taken)
 
 
 class Pretraining(Task):
@@ -20,15 +47,25 @@ class Pretraining(Task):
         context: What the run offers.
         train_paths: The training clips.
         held_out: The held-out clips, of which ``data.valid_clips`` are validated on.
+        pretrained: Model that pretraining continues from; None: from scratch.
     """
 
     module: MSPM
 
-    def __init__(self, context: RunContext, train_paths: ClipPaths, held_out: ClipPaths):
+    def __init__(
+        self,
+        context: RunContext,
+        train_paths: ClipPaths,
+        held_out: ClipPaths,
+        pretrained: LoadedModel | None = None,
+    ):
         module = MSPM(context.config)
         self.valid_paths = draw_valid(context.config, held_out)
         self.num_valid = len(self.valid_paths)
         summary = describe_clips(len(train_paths), self.num_valid, len(held_out))
+        if pretrained is not None:
+            taken = continue_from(module, pretrained.model)
+            summary += f", continued from {pretrained.path} ({taken})"
         super().__init__(context, module, module.encoder, train_paths, summary)
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:

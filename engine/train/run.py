@@ -20,6 +20,7 @@ from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
 from ssast.engine.train.memory import keep_freed_memory
+from ssast.engine.train.optim import warmup_steps
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.task import RunContext, Task, run_folder
 from ssast.engine.train.trainer import Trainer
@@ -44,6 +45,7 @@ def run_training(
     inputs: Mapping[str, str],
     fixed: Sequence[tuple[str, str]],
     resume: bool,
+    notes: Sequence[str] = (),
 ) -> int:
     """Train, or resume training.
 
@@ -54,6 +56,7 @@ def run_training(
         inputs: Fingerprints of what else must be, see :mod:`ssast.engine.train.inputs`.
         fixed: Sections and keys of the configuration that must be the same then.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
+        notes: First lines of the log: which settings are from where.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -92,7 +95,7 @@ def run_training(
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
-        trainer = Trainer(state, checkpoints, _open_monitor(state, found), lock)
+        trainer = Trainer(state, checkpoints, _open_monitor(state, found, notes), lock)
         try:
             with watchdog:
                 stopped = trainer.train()
@@ -114,7 +117,7 @@ def run_training(
         return stopped
 
 
-def _open_monitor(state: TrainState, found: Path | None) -> Monitor:
+def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -> Monitor:
     """Open the logs; their first lines say what was chosen, and why."""
     context, step = state.task.context, state.progress.step
     config, world, run = context.config, context.world, context.folder
@@ -146,6 +149,14 @@ def _open_monitor(state: TrainState, found: Path | None) -> Monitor:
         f"{world.world_size} x {facts['device']}, {context.precision}, "
         f"{matmul}attention {facts['attention']}, ZeRO stage {config.train.zero_stage}"
     )
+    warmup = warmup_steps(config.optim, config.train.steps)
+    if warmup >= config.train.steps:
+        monitor.say(
+            f"warning: the warm-up takes {warmup} steps, the run {config.train.steps}: the "
+            f"learning rate does not stay at optim.lr; set optim.warmup_steps (0.1: 10 %)"
+        )
+    for note in notes:
+        monitor.say(note)
     for backend, reason in attention_trials(world.device, dtype).items():
         if reason:
             monitor.say(f"attention {backend} is not used: {reason}")

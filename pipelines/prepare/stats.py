@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.manifest import read_clips
+from ssast.pipelines.clips.mix import MixedClips
+from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import write_atomically
@@ -104,6 +106,7 @@ def estimate(
 def measure(
     path: str | Path,
     *,
+    clips: ClipPaths | None = None,
     spec: FbankSpec | None = None,
     padding: bool = True,
     share: float = 1.0,
@@ -118,6 +121,7 @@ def measure(
 
     Args:
         path: Data set, as ``data.train`` takes it.
+        clips: Clips of the data set; all that it lists if None.
         spec: Filterbank settings; those of the published models by default.
         padding: Count the frames after a clip's end, as the published get_norm_stats does: zeros,
             which the model sees too.
@@ -141,7 +145,7 @@ def measure(
         if not low <= value <= high:
             raise DataError(f"--{name} is {value:g}, expected a number in [{low:g}, {high:g}]")
     spec = spec or FbankSpec()
-    paths = read_clips(path)
+    paths = read_clips(path) if clips is None else clips
     wanted = min(math.ceil(share * len(paths)), max_clips or len(paths))
     found = np.zeros((wanted, 3))  # values, sum and sum of squares of each clip
     frames = np.zeros(wanted)
@@ -158,6 +162,7 @@ def measure(
             device=torch.device("cpu"),
             num_threads=num_threads,
             max_rejected=1.0,
+            weights=paths.weights() if isinstance(paths, MixedClips) else None,
         ) as stream,
         tqdm(total=wanted, desc="stats", unit=" clips", disable=None if progress else True) as bar,
     ):

@@ -144,10 +144,10 @@ def test_folds_or_a_single_run(recipe, folds, tmp_path):
         (single, [], False),
         (single, [f"finetune.folds={folds}"], True),
     ):
-        assert uses_folds(load_config(path, given), given) == many
+        assert uses_folds(load_config(path, given)) == many
     both = [f"finetune.folds={folds}", "data.train=a.json"]
     with pytest.raises(ConfigError, match=r"finetune\.folds and data\.train exclude each other"):
-        uses_folds(load_config(single, both), both)
+        uses_folds(load_config(single, both))
 
 
 def test_the_published_recipes_have_five_folds():
