@@ -39,6 +39,14 @@ NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
 OVERRIDE = "on the command line"
 
 
+PUBLISHED_SHARE = 400 / 512  # of the patches that are masked
+
+
+def masked_patches(share: float, patches: int) -> int:
+    """Return how many patches a share is; the published generator leaves out two at least."""
+    return max(2, min(round(share * patches), patches - 2))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration; each run stores it in its folder as config.yaml."""
@@ -247,11 +255,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _default_masked(raw: Mapping[str, Any]) -> int:
-    """Return the published share of masked patches, 400 of 512, of the grid of a configuration."""
     audio = _build(Audio, raw.get("audio") or {}, "audio.")
     model = _build(Model, raw.get("model") or {}, "model.")
     patches = (audio.n_mels // model.patch[0]) * (audio.num_frames // model.patch[1])
-    return max(2, round(Objective().num_masked / 512 * patches))
+    return masked_patches(PUBLISHED_SHARE, patches)
 
 
 def _leaves(raw: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ The command line comes first, then the configuration file, then the checkpoint, 
 from collections.abc import Mapping
 from typing import Any
 
-from ssast.engine.config import OVERRIDE, Config, from_plain, to_plain
+from ssast.engine.config import OVERRIDE, Config, from_plain, masked_patches, to_plain
 from ssast.engine.errors import CheckpointError
 from ssast.engine.settings import Audio, Finetune, Model, Objective
 
@@ -57,7 +57,7 @@ def adopt(
             kept.append(f"{name} {_text(ours)} {origin}, the checkpoint has {_text(value)}")
     if "objective.num_masked" in taken:
         share = pretrained.objective.num_masked / _patches(theirs)
-        plain["objective"]["num_masked"] = max(2, round(share * _patches(plain)))
+        plain["objective"]["num_masked"] = masked_patches(share, _patches(plain))
     adopted = from_plain(plain, config.stated)
     return adopted, _lines(plain, taken, kept, source, assumed)
 
@@ -95,7 +95,7 @@ def _check(name: str, ours: Any, theirs: Any, origin: str, source: str, *, resiz
     fixed = name in SHAPES or (name == "audio.n_mels" and not resizable)
     if fixed or (name == "audio.sample_rate_hz" and origin.startswith("from ")):
         raise CheckpointError(
-            f"{source}: has {name} {_text(theirs)}, the configuration {_text(ours)}: "
+            f"{source}: has {name} {theirs!r}, the configuration {ours!r}: "
             f"set {name}={_text(theirs)}, or use another checkpoint"
         )
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.config import Config, from_plain
+from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.weight_files import read_state, write_state
 from ssast.engine.model.classifier import Classifier
@@ -39,7 +39,6 @@ _IGNORED = ("v.head.", "v.head_dist.", "p_input_fdim", "p_input_tdim")
 _IMAGENET_CLASSES = 1000
 # A fine-tuned model of the published code has none.
 _MASK_EMBED = "encoder.embed.mask_embed"
-_SHARE_MASKED = 400 / 512  # published
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def build_pretrained(
             "model": layout.model,
             "audio": {**audio, "n_mels": n_mels, "num_frames": num_frames},
             "objective": {
-                "num_masked": max(2, round(_SHARE_MASKED * layout.num_patches)),
+                "num_masked": masked_patches(PUBLISHED_SHARE, layout.num_patches),
                 "mask": "random" if layout.patch[0] == n_mels else "official",
             },
         }
