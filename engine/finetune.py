@@ -205,7 +205,9 @@ class FinetuneEngine:
                     f"{path}: has {trained.num_classes} classes, expected {num_classes}"
                 )
             return cls(trained.config, trained=trained)
-        settings, _ = adopt_from(load_config(config, overrides), loaded)
+        settings = load_config(config, overrides)
+        finetune_settings(settings)  # before anything of it is compared
+        settings, _ = adopt_from(settings, loaded)
         return cls(settings, checkpoint=loaded, num_classes=num_classes)
 
     def fit(
