@@ -55,10 +55,10 @@ def finetune(
         TrainingError: Training diverged.
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
-    from ssast.engine.data.statistics import with_measured_stats
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
     from ssast.engine.train.run import run_training
+    from ssast.engine.train.statistics import with_measured_stats
     from ssast.engine.train.task import run_folder
 
     run_folder(config)  # must be set, before anything is read

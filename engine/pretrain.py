@@ -6,12 +6,12 @@ from pathlib import Path
 from ssast.engine.checkpoints.adopt import adopt
 from ssast.engine.config import Config, check_paths, load_config
 from ssast.engine.data.clips import draw_valid, find_clips
-from ssast.engine.data.statistics import with_measured_stats
 from ssast.engine.errors import ConfigError
 from ssast.engine.formats.open import LoadedModel, open_encoder
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
+from ssast.engine.train.statistics import with_measured_stats
 from ssast.engine.train.task import run_folder
 
 
