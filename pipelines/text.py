@@ -6,17 +6,22 @@ those bytes back, JSON and what is shown get escapes.
 """
 
 import codecs
+import contextlib
 import csv
 import io
 import json
+import logging
 import re
 import sys
 import unicodedata
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ssast.pipelines.errors import DataError
+
+log = logging.getLogger(__name__)
 
 BYTE_ORDER_MARKS = (  # that of UTF-32 begins as that of UTF-16 does
     (codecs.BOM_UTF8, "utf-8-sig", "UTF-8"),
@@ -106,6 +111,27 @@ def markdown(text: object) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line at once; what the terminal's encoding lacks is escaped, never an error."""
+    """Print a line at once; what the terminal's encoding lacks is escaped, never an error.
+
+    Nor is a full disk or a closed pipe, which is warned of once.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        _warn_of_lost_lines(str(error))
+        # What is left in its buffer would be an error again, at the latest when Python ends.
+        sys.stdout = open(  # noqa: SIM115
+            sys.stdout.fileno(), "w", encoding=encoding, errors="backslashreplace", closefd=False
+        )
+
+
+@cache
+def _warn_of_lost_lines(reason: str) -> None:
+    log.warning("standard output: %s: lines are lost", reason)
+
+
+def print_error(text: str) -> None:
+    """Print a line to standard error at once; never an error, as a status follows that counts."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

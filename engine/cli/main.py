@@ -1,6 +1,7 @@
 """The ``ssast`` command."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import json
@@ -18,7 +19,7 @@ from ssast.engine.cli.status import USER_ERROR
 from ssast.engine.config import CONFIGS
 from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, ReportError, TrainingError
 from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
-from ssast.pipelines.text import printable
+from ssast.pipelines.text import print_error, printable
 
 DESCRIPTION = (
     "Pretrain audio spectrogram transformers on unlabelled audio and fine-tune them as classifiers."
@@ -53,7 +54,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "kernels": "operations.kernels",
     "step": "training.step",
     "data": "loading.data",
-    "faults": "faults",
+    "faults": "faults.run",
     "reproduce": "study.reproduce",
     "results": "study.page",
     "release": "study.release",
@@ -79,14 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (LostPeer, StorageError) as error:
-        sys.stdout.flush()
-        print(f"ssast: error: {printable(error)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        print_error(f"ssast: error: {printable(error)}")
         os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
     except FolderInUse as error:
         print(f"ssast: error: {printable(error)}", file=sys.stderr)
         return EX_TEMPFAIL
     except (ConfigError, DataError, CheckpointError, TrainingError, ReportError, OSError) as error:
-        print(f"ssast: error: {printable(error)}", file=sys.stderr)
+        print_error(f"ssast: error: {printable(error)}")
         return USER_ERROR
     except KeyboardInterrupt:
         return 130

@@ -27,7 +27,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class Monitor:
         self._path, self._world, self._steps = folder / "metrics.jsonl", world, steps
         self._batch_size, self._flops, self._peak = batch_size, flops_per_clip, peak_flops
         self._begin, self._waited, self._since = time.perf_counter(), 0.0, step
+        self._unwritten: list[dict[str, Any]] = []  # lines that the disk has refused so far
         self._bar: tqdm | None = None
         self._board: Any = None
         if not world.is_main:
@@ -91,19 +92,29 @@ class Monitor:
 
     def _open(self, step: int) -> None:
         """Open the logs to append after a step; drop the lines of later steps."""
-        lines = read_metrics(self._path)
-        kept = [line for line in lines if line["step"] <= step]
-        if len(kept) < len(lines) or step == 0:
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = _lines(line for line in read_metrics(self._path) if line["step"] <= step)
+        # What else is there: later lines, or half of one, to which the next would be appended.
+        if not self._path.exists() or self._path.read_bytes() != kept:
+            write_atomically(self._path, kept)
+        self._open_board(step)
+
+    def _open_board(self, step: int) -> None:
         # Imported here: it takes a second, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
 
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with suppress(OSError):  # what could not be written was told of
+                board.close()
+
     def rewind(self, step: int) -> None:
         """Go back to a step: remove the lines of later ones."""
-        if self._board is not None:
-            self._board.close()
+        if self._world.is_main:
+            self._close_board()
+            self._unwritten = [line for line in self._unwritten if line["step"] <= step]
             self._open(step)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -173,20 +184,47 @@ class Monitor:
         """Finish the bar and the logs."""
         if self._bar is not None:
             self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_board()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        if self._board is None:
+        """Log metrics; a full disk must not end the training."""
+        if not self._world.is_main:
             return
-        line = {"step": step, "time": round(time.time(), 3), **metrics}
+        self._unwritten.append({"step": step, "time": round(time.time(), 3), **metrics})
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            _append(self._path, _lines(self._unwritten))
+            self._unwritten.clear()
+        except OSError as error:
+            self.say(f"step {step} is not logged yet: {error}")
+        try:
+            if self._board is None:
+                self._open_board(step - 1)
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
-        except OSError as error:  # a full disk must not end the training
-            self.say(f"step {step} is not logged: {error}")
+        except OSError as error:
+            self.say(f"step {step} is missing in TensorBoard: {error}")
+            self._close_board()  # after an error it takes nothing more
+
+
+def _lines(contents: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(content) + "\n" for content in contents).encode()
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Append all of these bytes to a file, or none.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            written = file.write(lines)
+            if written < len(lines):  # the disk is full: the next write says why
+                file.write(lines[written:])
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
+
+from ssast.pipelines.text import print_error
 
 EX_TEMPFAIL = os.EX_TEMPFAIL  # 75
 """Exit status of a run that hung or lost a process: run it again with --resume."""
@@ -54,10 +55,8 @@ class Watchdog:
             where = f"stack traces are in {self._report}"
         except OSError as error:
             where = str(error)
-        print(
+        print_error(
             f"ssast: error: {self._name}: {self._doing} took longer than train.timeout_s "
-            f"({self._timeout_s:g} s); {where}; run the same command again with --resume",
-            file=sys.stderr,
-            flush=True,
+            f"({self._timeout_s:g} s); {where}; run the same command again with --resume"
         )
         os._exit(EX_TEMPFAIL)  # the thread that hangs cannot clean up

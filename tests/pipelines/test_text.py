@@ -103,6 +103,16 @@ def test_print_never_raises(monkeypatch: pytest.MonkeyPatch, encoding: str) -> N
     assert out.getvalue().decode(encoding).count("x" * 200) == 1
 
 
+def test_print_outlives_a_full_disk() -> None:
+    code = "from ssast.pipelines.text import print_error, say; say('a'); say('b'); print_error('c')"
+    command = [sys.executable, "-c", code]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=True)
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, check=True)
+    lost = b"standard output: [Errno 28] No space left on device: lines are lost\n"
+    assert done.stderr == lost + b"c\n"
+
+
 def test_the_command_prints_any_name_to_any_terminal(tmp_path: Path) -> None:
     for name in ("a\udce9\n.wav", "\U0001f600.wav"):
         (tmp_path / name).write_bytes(b"no sound")

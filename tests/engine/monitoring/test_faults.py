@@ -14,7 +14,7 @@ import torch
 from rank_jobs import small_files
 from runs import environment, lines, overrides, two_ranks
 
-from ssast.benchmarks import faults
+from ssast.benchmarks.faults import run as faults
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, LostPeer, TrainingError
@@ -218,6 +218,9 @@ def test_a_hang_ends_with_its_place(tmp_path):
     )
     assert len(done.stderr.splitlines()) == 1
     assert "in stuck" in report.read_text()
+    with open("/dev/full", "w") as full:  # a message that cannot be printed
+        done = subprocess.run([sys.executable, "-c", HANG, report], stderr=full, check=False)
+    assert done.returncode == 75
 
 
 def test_who_differs_is_named():
@@ -283,13 +286,15 @@ def test_torchrun_resumes_after_a_rank_is_killed(config_file, data, losses, tmp_
 
 
 @pytest.mark.slow
-def test_the_trial_with_random_kills(tmp_path, capsys):
-    assert faults.main(["--kills", "1", "--ranks", "1", "--out", str(tmp_path / "f.json")]) == 0
-    figures = json.loads((tmp_path / "f.json").read_text())
-    assert figures["kills"] == 1
-    assert figures["lost_checkpoints"] == 0
-    assert figures["identical_losses"] == figures["losses"] > 60
-    assert len(capsys.readouterr().out.splitlines()) > 10
+def test_small_trial_of_faults(tmp_path, capsys):
+    """Each kind that is quick, once, on one rank."""
+    kinds = ["kill", "full-disk", "torn", "output", "clip"]
+    arguments = ["--kinds", *kinds, "--count", "5", "--ranks", "1", "--steps", "80"]
+    assert faults.main([*arguments, "--json", str(tmp_path / "f.json")]) == 0
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert {fault["kind"] for fault in found["faults"]} == set(kinds)
+    assert all(fault["lost"] == 0 for fault in found["faults"])
+    assert "5 faults in " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 import json
+import time
 
 import pytest
 import torch
+from rank_jobs import small_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssast.engine.config import from_plain, load_config
@@ -89,6 +91,37 @@ def test_resuming_drops_the_lines_of_steps_that_are_taken_again(tmp_path):
     assert read_metrics(path) == kept[:3]
     monitor(tmp_path, step=0).close()
     assert read_metrics(path) == []
+
+
+def test_nothing_is_appended_to_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra')  # killed while it wrote
+    log = monitor(tmp_path, step=1)
+    log.log_train(2, {"loss": 0.5, "lr": 1e-4})
+    log.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path, capsys):
+    log = monitor(tmp_path)
+    values = {"loss": 1.5, "lr": 1e-4}
+    log.log_train(1, values)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with small_files(size + 20):  # the next line fits in part
+        log.log_train(2, values)
+        log.log_valid(2, {"loss": 1.25})
+        time.sleep(0.1)  # TensorBoard writes in a thread
+        log.log_train(3, values)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    log.log_train(4, values)
+    log.log_train(5, values)
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3, 4, 5]
+    said = capsys.readouterr().out
+    assert all(f"step {step} is not logged yet: [Errno 27]" in said for step in (2, 3))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert {event.step for event in events} >= {1, 5}
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
