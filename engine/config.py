@@ -73,6 +73,11 @@ class Config:
                 "train.zero_stage must be 1, 2 or 3, got 0: DeepSpeed's stage 0 starts bf16 runs "
                 "with a false step and lets one NaN poison the weights; stage 1 costs no more"
             )
+        if self.train.zero_stage == 3 and self.train.cuda_graphs is True:
+            raise ConfigError(
+                "train.cuda_graphs: true needs train.zero_stage 1 or 2: stage 3 gathers weights "
+                "during the pass"
+            )
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise ConfigError(
@@ -299,9 +304,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     if typing.get_origin(hint) is Literal:
-        if value not in args:
-            near = _nearest(str(value), args)
-            raise ConfigError(f"{key} must be one of {', '.join(args)}, got {value!r}{near}")
+        if not any(value == arg and type(value) is type(arg) for arg in args):
+            known = [arg if isinstance(arg, str) else str(arg).lower() for arg in args]
+            near = _nearest(str(value), known)
+            raise ConfigError(f"{key} must be one of {', '.join(known)}, got {value!r}{near}")
         return value
     if isinstance(hint, types.UnionType):  # every union in the settings is "X | None"
         inner = next(a for a in args if a is not type(None))

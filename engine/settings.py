@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Switch = Literal["auto", True, False]  # auto: where a trial shows that it is right and faster
+
 
 def setting(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
     """Return a field whose number, or whose numbers, must lie in [low, high]."""
@@ -250,8 +252,15 @@ class Train:
     """Activation checkpointing of every n-th transformer block: its activations are recomputed in
     the backward pass, which saves memory and costs time. 1: all blocks; null: none."""
 
-    compile: bool = False
-    """Compile each transformer block with torch.compile (on a CPU it needs a C++ compiler)."""
+    compile: Switch = "auto"
+    """Compile each transformer block with torch.compile. auto: on a GPU, where a trial at the start
+    gives the gradients of the eager pass in less time and the run is long enough to repay it; not
+    on a CPU (there, true needs a C++ compiler)."""
+
+    cuda_graphs: Switch = "auto"
+    """Launch the forward and the backward pass of a micro-batch as CUDA graphs, instead of kernel
+    by kernel. auto: on a GPU, where a trial gives the gradients of the eager pass in less time;
+    true: it is an error where that does not work."""
 
     timeout_s: float = setting(600.0, 1.0)
     """Time limit in s for one training step, validation batch or checkpoint, and for waiting for

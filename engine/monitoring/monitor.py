@@ -164,6 +164,14 @@ class Monitor:
             self.say(f"{self._at(step)}  {text}  ETA {eta}")
         self.restart_clock(step)
 
+    def log_environment(self, **facts: Any) -> None:
+        """Write facts about the run to ``environment.json``, besides those that are there."""
+        if not self._world.is_main:
+            return
+        path = self._path.with_name("environment.json")
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_atomically(path, json.dumps(known | facts, indent=1) + "\n")
+
     def log_valid(self, step: int, values: dict[str, float]) -> None:
         """Log the metrics of a validation, named without their prefix."""
         self._write(step, {f"valid/{name}": value for name, value in values.items()})

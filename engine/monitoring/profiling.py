@@ -23,6 +23,7 @@ from ssast.engine.parallel.ranks import World
 PARTS = {
     "data": "waiting for the next batch",
     "inputs": "masks, or targets and augmentations",
+    "forward": "forward pass as one CUDA graph",
     "embed": "patch embedding",
     "attention": "attention of all blocks, including projections",
     "mlp": "MLP of all blocks",
@@ -33,7 +34,7 @@ PARTS = {
     "other": "metrics",
 }
 WARMUP_STEPS = 5  # caches, compilers and allocators settle in the first steps
-_FORWARD = {"inputs", "embed", "attention", "mlp", "encoder", "loss"}
+_FORWARD = {"inputs", "forward", "embed", "attention", "mlp", "encoder", "loss"}
 _PART_OF: dict[type[nn.Module], str] = {Attention: "attention", Mlp: "mlp"}
 _COMMUNICATION = ("nccl", "gloo:")
 
@@ -151,6 +152,7 @@ class StepProfiler:
 
     def _watch_module(self) -> None:
         encoder = next(m for m in self._module.modules() if isinstance(m, SpectrogramTransformer))
+        self._watch(self._module, "forward", then="loss")  # all that a graph calls
         self._watch(encoder, "encoder", then="loss")
         self._watch(encoder.embed, "embed", then="encoder")
         for block in encoder.blocks:
@@ -165,7 +167,7 @@ class StepProfiler:
                 self._stamp(part)
 
         def leave(*_: Any) -> None:
-            if self._part in _FORWARD:
+            if self._part in _FORWARD and self._part != then:
                 self._stamp(then)
 
         self._hooks += [module.register_forward_pre_hook(enter)]

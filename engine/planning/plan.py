@@ -286,7 +286,7 @@ def step_time(
     D, depth = size.embed_dim, config.model.depth or size.depth
     L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
     e, clips = element_bytes(gpu), batch * micro_steps
-    mode = "compiled" if config.train.compile else "eager"
+    mode = "compiled" if config.train.compile is True else "eager"
     # A block that is computed again costs one more forward pass.
     again = math.ceil(depth / every) / depth if every else 0.0
     two = config.finetune is None and config.objective.two_pass

@@ -95,7 +95,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
         stage=choice.stage,
         every=choice.every,
     )
-    if not train.compile and gpu.precision == "bf16":
+    if train.compile is not True and gpu.precision == "bf16":
         compiled = replace(config, train=replace(train, compile=True))
         rate = _facts(compiled, gpu, parameters, W, choice)["clips_per_s"]
         gain = rate / facts["clips_per_s"] - 1
@@ -216,7 +216,7 @@ def _scaling(
 
 def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> list[str]:
     D_share = f"{gpu.gemm_share:.0%} x D / (D + {gpu.half_width:g})" if gpu.half_width else ""
-    mode = "compiled" if config.train.compile else "eager"
+    mode = "compiled" if config.train.compile is True else "eager"
     return [
         f"{gpu.name}: {gpu.peak_tflops:.4g} TFLOP/s {gpu.precision}, {gpu.memory_gib:.4g} GiB, "
         f"{gpu.bandwidth_gb_s:.4g} GB/s; {gpu.per_node} to a machine, {gpu.link_gb_s:g} GB/s "

@@ -19,6 +19,7 @@ from ssast.engine.parallel.ranks import World, init_world
 from ssast.engine.planning.synthetic import SyntheticContext, noise, synthetic_task
 from ssast.engine.planning.trial import Trial
 from ssast.engine.train.building import build_engine
+from ssast.engine.train.execution import start_execution
 from ssast.engine.train.finetuning import Finetuning
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.pretraining import Pretraining
@@ -84,7 +85,10 @@ def measure(task: Task, seconds: float, max_steps: int) -> Trial:
     with task.train_batches(0) as stream:
         first = next(stream)  # opens files and starts threads, which no step should wait for
         base_gib = peak_memory_gib(device)
-        engine, batches = build_engine(task), itertools.chain([first], stream)
+        engine = build_engine(task)
+        _, batches = start_execution(
+            task, itertools.chain([first], stream), steps=config.train.steps
+        )
         steps_s: list[float] = []
         least_s = deadline = float("inf")
         start = time.perf_counter()

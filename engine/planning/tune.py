@@ -162,7 +162,7 @@ def format_line(candidate: Candidate) -> str:
     if candidate.config.data.train is not None:
         settings += f", {candidate.config.data.num_threads or 'default'} DALI threads"
     settings += f", attention {candidate.attention}" if candidate.attention else ""
-    settings += ", compiled" if train.compile else ""
+    settings += ", compiled" if train.compile is True else ""
     settings += f", every {train.activation_checkpoint_every}. block recomputed" * bool(
         train.activation_checkpoint_every
     )
@@ -232,7 +232,7 @@ def _loaders(best: Candidate) -> Iterator[Candidate]:
 
 def _compiled(best: Candidate) -> Iterator[Candidate]:
     if torch.cuda.is_available() or shutil.which("g++"):
-        train = replace(best.config.train, compile=not best.config.train.compile)
+        train = replace(best.config.train, compile=best.config.train.compile is not True)
         yield replace(best, config=replace(best.config, train=train))
 
 

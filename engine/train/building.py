@@ -1,6 +1,7 @@
 """The training engine of a task."""
 
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.train.execution import check_execution
 from ssast.engine.train.task import Task
 
 
@@ -9,9 +10,13 @@ def build_engine(task: Task) -> TrainEngine:
 
     Args:
         task: Module, optimizer, and the run's configuration and processes.
+
+    Raises:
+        ConfigError: ``train.cuda_graphs`` is true, and the device is no GPU.
     """
     context, encoder = task.context, task.encoder
     config, train = context.config, context.config.train
+    check_execution(config, context.world.device)
     task.module.to(context.world.device)
     encoder.activation_checkpoint_every = train.activation_checkpoint_every
     engine = TrainEngine(
@@ -26,7 +31,7 @@ def build_engine(task: Task) -> TrainEngine:
         offload=train.offload,
         reduce_dtype=train.reduce_dtype,
     )
-    if train.compile:
+    if train.compile is True:
         for block in encoder.blocks:
             block.compile()
     return engine

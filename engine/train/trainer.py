@@ -10,6 +10,7 @@ from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
 from ssast.engine.monitoring.monitor import Monitor
 from ssast.engine.monitoring.profiling import StepProfiler
 from ssast.engine.parallel.ranks import reduce_sum, run_on_main
+from ssast.engine.train.execution import start_execution
 from ssast.engine.train.optim import learning_rate
 from ssast.engine.train.saving import Saver
 from ssast.engine.train.state import TrainState
@@ -79,6 +80,7 @@ class Trainer:
                 self._validate()
             elif progress.validation_due:  # the run was stopped in it
                 self._save(self._validate())
+            batches = self._start_execution(batches)
             while not self._finished():
                 lr = learning_rate(
                     progress.step,
@@ -129,6 +131,19 @@ class Trainer:
                 batch = next(stream)
             self.context.heartbeat("a training step")
             yield batch
+
+    def _start_execution(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Choose how the training pass is executed; return the same batches. Collective."""
+        if self._finished():
+            return batches
+        left = self.context.config.train.steps - self.state.progress.step
+        self.context.heartbeat("a trial of the training pass")
+        execution, batches = start_execution(self.state.task, batches, steps=left)
+        self.monitor.log_environment(execution=execution.facts())
+        for line in execution.lines():
+            self.monitor.say(line)
+        self.monitor.restart_clock(self.state.progress.step)
+        return batches
 
     def _finished(self) -> bool:
         progress, patience = self.state.progress, self.state.task.patience

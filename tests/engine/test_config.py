@@ -90,7 +90,15 @@ def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
         ("train.steps=many", "train.steps must be a whole number, got 'many'"),
         ("train.steps=1.5", "train.steps must be a whole number, got 1.5"),
         ("train.steps=true", "train.steps must be a whole number, got True"),
-        ("train.compile=1", "train.compile must be true or false, got 1"),
+        ("train.compile=1", "train.compile must be one of auto, true, false, got 1"),
+        (
+            "train.compile=ture",
+            "train.compile must be one of auto, true, false, got 'ture'",
+        ),
+        (
+            "train={zero_stage: 3, cuda_graphs: true}",
+            "train.cuda_graphs: true needs train.zero_stage 1 or 2",
+        ),
         ("train.steps=0", "train.steps must be at least 1, got 0"),
         ("train.steps=", "train.steps must be a whole number, got None"),
         ("optim.lr=-1", "optim.lr must be at least 0, got -1.0"),
