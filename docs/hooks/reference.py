@@ -100,7 +100,7 @@ def _kind(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if typing.get_origin(hint) is Literal:
-        return " or ".join(f"`{a}`" for a in args)
+        return " or ".join(f"`{str(a).lower() if isinstance(a, bool) else a}`" for a in args)
     if isinstance(hint, types.UnionType):
         return " or ".join(_kind(a) for a in args if a is not type(None)) + " or null"
     if typing.get_origin(hint) is tuple:
