@@ -228,6 +228,29 @@ def close_world() -> None:
     _environment.clear()
 
 
+@contextmanager
+def imagined_world(world: World) -> Iterator[World]:
+    """Take the part of one rank whose collectives do nothing, for tensors without data.
+
+    Raises:
+        RuntimeError: This process is in a world already.
+    """
+    global _world
+    if _world is not None:
+        raise RuntimeError("this process takes part in a run")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _set_environment(
+        RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank)
+    )
+    dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.world_size)
+    _world = world
+    try:
+        yield world
+    finally:
+        close_world()
+
+
 def _set_environment(**variables: str) -> None:
     for key, value in variables.items():
         _environment[key] = os.environ.get(key)

@@ -1,30 +1,33 @@
 """The ledger of a training step: launches, bytes and FLOPs of each group of operations.
 
-One step of the engine's own modules is taken on tensors without data, with the kernels that a GPU
-would run (recorder.py). So what a change to a module or a kernel saves can be read off before there
-is a GPU to measure it on. The least time of a group on a GPU is its roofline (Williams et al.
-2009), operation by operation:
+One step of the engine's own modules and of DeepSpeed is taken on tensors without data, with the
+kernels that a GPU would run (recorder.py). So what a change to a module or a kernel saves can be
+read off before there is a GPU to measure it on. The least time of a group on a GPU is its roofline
+(Williams et al. 2009), operation by operation:
 
     time = sum of max(bytes / bandwidth, FLOPs / peak)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssast.engine.config import Config
 from ssast.engine.monitoring.gpus import Gpu
-from ssast.engine.parallel.ranks import World
+from ssast.engine.parallel.meta_accelerator import meta_accelerator
+from ssast.engine.parallel.ranks import World, imagined_world
 from ssast.engine.planning.recorder import META, Launch, Recorder, Recording
 from ssast.engine.planning.synthetic import SyntheticContext, synthetic_task
+from ssast.engine.train.building import build_engine
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import Task
 
 DATA, INPUTS, FORWARD, LOSS, BACKWARD, STEP = (
     "data", "inputs", "forward", "loss", "backward", "optimizer",
 )  # fmt: skip
+SCALARS = 4096  # elements at most of what is computed of norms
 PHASES = (INPUTS, FORWARD, LOSS, BACKWARD, STEP)
 """Parts of a step; loading data is none, as that goes on beside it."""
 # The part that begins at a mark of a step, see train_step.
@@ -68,7 +71,7 @@ GROUPS = {
 }
 ORDER = (
     "matmul", "attention", "GELU, ReLU", "LayerNorm", "residual", "bias gradients", "cat, copies",
-    "gather, scatter", "embedding", "masks, targets", "losses", "gradient copies", "gradient norm",
+    "gather, scatter", "embedding", "masks, targets", "losses", "flat copies", "gradient norm",
     "optimizer", "other",
 )  # fmt: skip
 
@@ -83,7 +86,12 @@ def group_of(launch: Launch) -> str:
     if launch.phase == LOSS or any(n in launch.node for n in ("info_nce", "mse")):
         return "losses"
     if launch.phase == STEP:
-        return "optimizer"
+        if launch.name.startswith(("_fused_adam", "_foreach_add")):
+            return "optimizer"
+        is_norm = launch.width <= SCALARS or "norm" in launch.name
+        return "gradient norm" if is_norm else "flat copies"
+    if launch.name in ("copy_", "div_") and launch.node in ("", "torch::autograd::AccumulateGrad"):
+        return "flat copies"  # of gradients, by DeepSpeed
     if "attention" in launch.name:
         return "attention"
     if launch.name == "sum" and launch.phase == BACKWARD:
@@ -164,75 +172,62 @@ class Ledger:
         return Row("", launch.kernels, launch.read, launch.written, launch.flops, seconds)
 
 
-class _MetaEngine:
-    """What a step needs of a :class:`TrainEngine`, on tensors without data."""
+def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Ledger:
+    """Record one training step of one rank.
 
-    def __init__(self, task: Task, recorder: Recorder):
-        train = task.context.config.train
-        self.world, self.accumulate = task.context.world, train.accumulation_steps
-        self._module, self._recorder = task.module, recorder
-
-    def __call__(self, *args: Any) -> Any:
-        self._recorder.phase = FORWARD
-        outputs = self._module(*args)
-        self._recorder.phase = LOSS
-        return outputs
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def sum_over_ranks(self, count: Tensor) -> "_Sum":
-        return _Sum(count)
-
-    def step(self, lr: float, grad_scale: float = 1.0) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class _Sum:
-    total: Tensor
-
-    def wait(self) -> Tensor:
-        return self.total
-
-    def read(self) -> int:
-        return 1
-
-
-def make_ledger(config: Config, gpu: Gpu, batch: int) -> Ledger:
-    """Record one training step.
+    The step before it is not recorded: in that, the optimizer's state is made.
 
     Args:
         config: Configuration of the run, pretraining or fine-tuning.
         gpu: The GPU.
         batch: Clips of one micro-batch.
+        world_size: GPUs.
+
+    Raises:
+        RuntimeError: This process takes part in a run.
     """
-    world = World(0, 0, 1, "single", META)
-    clips = batch * config.train.accumulation_steps
-    config = replace(config, train=replace(config.train, batch_size=clips))
-    audio = config.audio
-    fbank = torch.empty(batch, audio.num_frames, audio.n_mels, device=META)
-    with torch.device(META):
-        task = synthetic_task(SyntheticContext(config, world, fbank=fbank))
-    dtype = torch.bfloat16 if gpu.precision == "bf16" else torch.float32
-    task.module.to(META)
-    for parameter in task.module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    task.encoder.activation_checkpoint_every = config.train.activation_checkpoint_every
-    recorder = Recorder()
-    with recorder:
-        recorder.hold("weights", list(task.module.parameters()))
+    train = config.train
+    clips = batch * train.accumulation_steps * world_size
+    precision = "auto" if gpu.precision == "bf16" else "fp32"
+    config = replace(
+        config, train=replace(train, batch_size=clips, compile=False, precision=precision)
+    )
+    audio, recorder = config.audio, Recorder()
+    with (
+        imagined_world(World(0, 0, world_size, "single", META)) as world,
+        meta_accelerator(recorder.wait),
+        recorder,
+    ):
+        fbank = torch.empty(batch, audio.num_frames, audio.n_mels, device=META)
         recorder.hold("batch", fbank)
-        _record(task, recorder)
-    return Ledger(config, gpu, batch, recorder.recording)
+        with torch.device(META):
+            task = synthetic_task(SyntheticContext(config, world, fbank=fbank))
+        recorder.phase = STEP  # whose memory is made here
+        engine = build_engine(task)
+        try:
+            with task.train_batches(0) as batches:
+                train_step(task, engine, batches, config.optim.lr)
+                recorder.hold("weights", list(task.module.parameters()))
+                recorder.restart()
+                train_step(task, engine, batches, config.optim.lr, _mark(task, recorder))
+                recording = recorder.restart()
+        finally:
+            engine.close()
+    return Ledger(config, gpu, batch, recording)
 
 
-def _record(task: Task, recorder: Recorder) -> None:
-    engine: Any = _MetaEngine(task, recorder)
+def _mark(task: Task, recorder: Recorder) -> Callable[[str], None]:
+    """Return what a step calls as its parts begin; the forward pass is the module's own."""
 
     def mark(part: str) -> None:
         recorder.phase = MARKS[part]
 
-    recorder.phase = INPUTS
-    with task.train_batches(0) as batches:
-        train_step(task, engine, batches, task.context.config.optim.lr, mark)
+    def enter(*_: Any) -> None:
+        recorder.phase = FORWARD
+
+    def leave(*_: Any) -> None:
+        recorder.phase = LOSS
+
+    task.module.register_forward_pre_hook(enter)
+    task.module.register_forward_hook(leave)
+    return mark

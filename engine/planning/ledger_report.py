@@ -6,7 +6,7 @@ from ssast.engine.planning.ledger import BACKWARD, PHASES, Ledger, Row
 from ssast.engine.planning.recorder import Wait
 
 GIB = 2**30
-_BEFORE = tuple(phase for phase in PHASES if phase != BACKWARD)
+_REST = tuple(phase for phase in PHASES if phase != BACKWARD)
 
 
 def ledger_json(ledger: Ledger) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def format_ledger(ledger: Ledger) -> str:
         f"{'':18}{'forward':>8}{'backward':>9}{'forward':>9}{'backward':>9}"
         f"{'read':>8}{'written':>8}{'TFLOP':>8}{'forward':>9}{'backward':>9}{'share':>7}",
     ]
-    before, after = ledger.rows(*_BEFORE), ledger.rows(BACKWARD)
+    before, after = ledger.rows(*_REST), ledger.rows(BACKWARD)
     for name, row in [*ledger.rows().items(), ("all", total)]:
         if name == "all":
-            first, second = ledger.total(*_BEFORE), ledger.total(BACKWARD)
+            first, second = ledger.total(*_REST), ledger.total(BACKWARD)
         else:
             first, second = before.get(name, Row(name)), after.get(name, Row(name))
         lines.append(

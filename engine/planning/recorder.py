@@ -162,6 +162,11 @@ class Recorder(TorchDispatchMode):
         if not self._depth:
             self._stack.close()
 
+    def restart(self) -> Recording:
+        """Begin anew, and return what was recorded; memory that is in use stays so."""
+        recording, self.recording = self.recording, Recording()
+        return recording
+
     def hold(self, part: str, tensors: Any) -> None:
         """Count the memory of tensors under a name, in place of the phase they were made in."""
         for x in tensors_in(tensors):
@@ -290,8 +295,8 @@ class Recorder(TorchDispatchMode):
             return False, None
         if name == "_local_scalar_dense":
             self.wait("a value is read")
-            dtype = args[0].dtype
-            return True, False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            # Flags are not set, and counts are not 0.
+            return True, torch.ones((), dtype=args[0].dtype).item() if args[0].itemsize > 1 else 0
         if name in HOST_READS:
             self.wait(f"the size of the result of {name} is read")
             count = args[0].numel()

@@ -128,7 +128,7 @@ class RunContext:
     def precision(self) -> Literal["fp32", "bf16"]:
         """Precision of weights and activations."""
         if self.config.train.precision == "auto":
-            return "bf16" if self.world.device.type == "cuda" else "fp32"
+            return "fp32" if self.world.device.type == "cpu" else "bf16"
         return self.config.train.precision
 
     def stream(

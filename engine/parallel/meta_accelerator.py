@@ -1,0 +1,93 @@
+"""DeepSpeed's view of a GPU on which tensors have no data, to take a step that computes nothing.
+
+The engine then runs the operations that it runs on CUDA, with streams and events that do nothing.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from ssast.kernels.interpret import replaced
+
+
+@contextmanager
+def meta_accelerator(wait: Callable[[str], None]) -> Iterator[None]:
+    """Let DeepSpeed take the device "meta" for a GPU.
+
+    Args:
+        wait: Called where the host would wait for the device.
+    """
+    from ssast.engine.parallel.deepspeed_engine import _import_deepspeed
+
+    _import_deepspeed()
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Nothing:
+        """A stream or an event, on which nothing happens."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def _nothing(self, *args: Any) -> None: ...
+
+        wait_stream = wait_event = record = record_event = wait = _nothing
+
+        def synchronize(self) -> None:
+            wait("a stream or an event is awaited")
+
+        def query(self) -> bool:
+            return True
+
+    class Meta(CPU_Accelerator):
+        """What the accelerator for CUDA says, on the device "meta"."""
+
+        Stream = Event = Nothing
+
+        def device_name(self, device_index: int | None = None) -> str:
+            return "meta"
+
+        def current_device_name(self) -> str:
+            return "meta"
+
+        def device(self, device_index: int | None = None) -> torch.device:
+            return torch.device("meta")
+
+        current_device = device
+
+        def is_synchronized_device(self) -> bool:
+            return False
+
+        def resolves_data_dependency(self) -> bool:
+            return False
+
+        def on_accelerator(self, tensor: torch.Tensor) -> bool:
+            return tensor.is_meta
+
+        def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:
+            return tensor
+
+        def stream(self, stream: Any) -> Any:
+            return nullcontext()
+
+        def current_stream(self, device_index: int | None = None) -> Any:
+            return Nothing()
+
+        default_stream = current_stream
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            wait("all work of the device is awaited")
+
+    before = get_accelerator()
+    set_accelerator(Meta())
+    with (
+        warnings.catch_warnings(),
+        replaced(torch.Tensor, record_stream=lambda tensor, stream: None),
+    ):
+        warnings.filterwarnings("ignore", message="Set timeout is now only supported")
+        try:
+            yield
+        finally:
+            set_accelerator(before)
