@@ -188,10 +188,10 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
     """
     train = config.train
     clips = batch * train.accumulation_steps * world_size
-    precision = "auto" if gpu.precision == "bf16" else "fp32"
-    config = replace(
-        config, train=replace(train, batch_size=clips, compile=False, precision=precision)
-    )
+    train = replace(train, batch_size=clips, compile=False)
+    if gpu.precision == "fp32":
+        train = replace(train, precision="fp32")
+    config = replace(config, train=train)
     audio, recorder = config.audio, Recorder()
     with (
         imagined_world(World(0, 0, world_size, "single", META)) as world,
