@@ -278,7 +278,7 @@ def _leaves(raw: Mapping[str, Any]) -> list[str]:
 def _takes_text(dotted: str) -> bool:
     """Return whether the value of a key ``section.key`` is text, such as a path."""
     section, _, key = dotted.partition(".")
-    cls = _sections().get(section)
+    cls = sections().get(section)
     hint = typing.get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
     return hint is str or str in typing.get_args(hint)
 
@@ -349,13 +349,14 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _sections() -> dict[str, Any]:
+def sections() -> dict[str, Any]:
+    """Return the dataclasses of the sections of a configuration, by name."""
     hints = typing.get_type_hints(Config) | {"finetune": Finetune}
     return {name: hint for name, hint in hints.items() if name != "stated"}
 
 
 def _all_keys() -> list[str]:
-    return [f"{s}.{f.name}" for s, cls in _sections().items() for f in dataclasses.fields(cls)]
+    return [f"{s}.{f.name}" for s, cls in sections().items() for f in dataclasses.fields(cls)]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

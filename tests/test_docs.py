@@ -15,10 +15,9 @@ from paths import ROOT
 
 from ssast.engine import settings
 from ssast.engine.cli import main as cli
-from ssast.engine.config import CONFIGS, Config, load_config
+from ssast.engine.config import CONFIGS, load_config, sections
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring import monitor
-from ssast.engine.settings import Finetune
 
 README = ROOT / "README.md"
 WRITTEN = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +27,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative
 BLOCK = re.compile(r"^```(\w*)\n((?:.*\n)*?)```$|((?:^(?: {4}.*)?\n)+)", re.M)
 CODE = re.compile(r"`([^`\n]+)`")
 STARTS = ("ssast ", ".venv/bin/ssast ", "torchrun ", "make ", "pip install ")
-SECTIONS = "|".join(field.name for field in dataclasses.fields(Config))
+SECTIONS = "|".join(sections())
 KEY = re.compile(rf"^({SECTIONS})\.([a-z_]+)(?:=(.*))?$")
 ENDINGS = ("json", "csv", "py", "yaml")  # of files that are named like a section
 PATTERN = re.compile(r"\b(?:COMMAND|CONFIG|WHAT|CKPT)\b")  # in place of what a user names
@@ -178,8 +177,7 @@ def test_settings_and_files_exist(page):
 
 def known_keys():
     """Every key of a configuration, those of fine-tuning among them."""
-    sections = {**vars(load_config("base_patch")), "finetune": Finetune()}
-    return {f"{name}.{key}" for name, section in sections.items() for key in vars(section)}
+    return {f"{name}.{f.name}" for name, cls in sections().items() for f in dataclasses.fields(cls)}
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))

@@ -62,8 +62,8 @@ This page is generated from `engine/settings.py`.
 def settings_page() -> str:
     """Return the reference of all settings, section by section."""
     docs = field_docs(inspect.getsource(settings))
-    sections = typing.get_type_hints(config.Config) | {"finetune": settings.Finetune}
-    return "\n".join([SETTINGS_INTRO, *(_section(n, cls, docs) for n, cls in sections.items())])
+    sections = config.sections().items()
+    return "\n".join([SETTINGS_INTRO, *(_section(name, cls, docs) for name, cls in sections)])
 
 
 def field_docs(source: str) -> dict[tuple[str, str], str]:
