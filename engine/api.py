@@ -20,6 +20,7 @@ _HOMES = {
     "Config": "ssast.engine.config",
     "load_config": "ssast.engine.config",
     "pretrain": "ssast.engine.pretrain",
+    "PretrainEngine": "ssast.engine.pretrain",
     "finetune": "ssast.engine.finetune",
     "FinetuneEngine": "ssast.engine.finetune",
     "cross_validate": "ssast.engine.folds",
@@ -34,6 +35,7 @@ _HOMES = {
     "Timeline": "ssast.engine.evaluation.timeline",
     "timelines": "ssast.engine.evaluation.timeline",
     "evaluate": "ssast.engine.evaluation.evaluate",
+    "pretext_losses": "ssast.engine.evaluation.pretext",
     "embed": "ssast.engine.evaluation.features",
     "embed_recordings": "ssast.engine.evaluation.embedding",
     # Modules, for loops of your own
@@ -91,6 +93,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.evaluation.evaluate import evaluate
     from ssast.engine.evaluation.features import embed
     from ssast.engine.evaluation.predict import Prediction, predict
+    from ssast.engine.evaluation.pretext import pretext_losses
     from ssast.engine.evaluation.timeline import Timeline, timelines
     from ssast.engine.finetune import FinetuneEngine, finetune
     from ssast.engine.folds import cross_validate
@@ -120,7 +123,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.model.classifier import Classifier
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
-    from ssast.engine.pretrain import pretrain
+    from ssast.engine.pretrain import PretrainEngine, pretrain
     from ssast.kernels.attention import attention
     from ssast.kernels.fbank import fbank
     from ssast.kernels.masking import Masks, draw_masks

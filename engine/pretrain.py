@@ -1,18 +1,31 @@
-"""Pretraining from a configuration."""
+"""Pretrain from a configuration, or continue from a checkpoint.
 
+engine = PretrainEngine.from_checkpoint("checkpoints/tiny_patch")
+engine.fit("/my/recordings")
+engine.evaluate("/other/recordings")
+engine.save("weights")
+"""
+
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ssast.engine.checkpoints.adopt import adopt
+from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.config import Config, check_paths, load_config
 from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
-from ssast.engine.formats.open import LoadedModel, open_encoder
+from ssast.engine.evaluation.pretext import pretext_losses
+from ssast.engine.formats.open import LoadedModel, open_encoder, open_model
+from ssast.engine.model.objective import MSPM
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
 from ssast.engine.train.statistics import with_measured_stats
 from ssast.engine.train.task import run_folder
+from ssast.pipelines.files import check_new
 
 
 def pretrain(
@@ -48,13 +61,7 @@ def pretrain(
     if config.train.checkpoint is not None:
         pretrained = checkpoint if isinstance(checkpoint, LoadedModel) else None
         pretrained = pretrained or open_encoder(config.train.checkpoint)
-        config, notes = adopt(
-            config,
-            pretrained.config,
-            str(pretrained.path),
-            assumed=pretrained.assumed,
-            objective=True,
-        )
+        config, notes = _adopted(config, pretrained)
     train_paths, held_out = find_clips(config)
     config, measured = with_measured_stats(config, train_paths, resume=resume)
     # What the weights, the masks or the data order depend on must not change on the way.
@@ -76,6 +83,11 @@ def pretrain(
     )
 
 
+def _adopted(config: Config, pretrained: LoadedModel) -> tuple[Config, list[str]]:
+    source, assumed = str(pretrained.path), pretrained.assumed
+    return adopt(config, pretrained.config, source, assumed=assumed, objective=True)
+
+
 def _with_checkpoint(
     config: Config, checkpoint: LoadedModel | str | Path | None, resume: bool
 ) -> Config:
@@ -87,3 +99,118 @@ def _with_checkpoint(
     if name is None and resume and stored.is_file():
         name = load_config(stored).train.checkpoint
     return replace(config, train=replace(config.train, checkpoint=name))
+
+
+class PretrainEngine:
+    """A model that is to be pretrained, or has been.
+
+    Args:
+        config: Configuration of the pretraining.
+        checkpoint: Model to continue from, or the path of one; see :func:`pretrain`.
+    """
+
+    def __init__(self, config: Config, *, checkpoint: LoadedModel | str | Path | None = None):
+        self.config, self.checkpoint = config, checkpoint
+        self.trained: LoadedModel | None = None
+
+    @classmethod
+    def from_config(cls, config: str | Path, overrides: Iterable[str] = ()) -> "PretrainEngine":
+        """Pretrain from scratch.
+
+        Args:
+            config: A YAML file, or the name of a recipe.
+            overrides: Settings that override the file's, ``section.key=value``.
+
+        Raises:
+            ConfigError: The configuration is wrong.
+        """
+        return cls(load_config(config, overrides))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        config: str | Path = "continue",
+        overrides: Iterable[str] = (),
+    ) -> "PretrainEngine":
+        """Open a model to continue its pretraining.
+
+        Args:
+            path: Whatever :func:`~ssast.engine.formats.open.open_model` opens.
+            config: A YAML file, or the name of a recipe. What it does not set of the model, its
+                input and the objective is the checkpoint's.
+            overrides: Settings that override the file's, ``section.key=value``.
+
+        Raises:
+            CheckpointError: There is no model, or it does not fit.
+            ConfigError: The configuration is wrong.
+        """
+        loaded = open_encoder(path)
+        settings, _ = _adopted(load_config(config, overrides), loaded)
+        return cls(settings, checkpoint=loaded)
+
+    def fit(
+        self,
+        train: str | Path,
+        valid: str | Path | None = None,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = False,
+    ) -> "PretrainEngine":
+        """Pretrain; afterwards this is the model that did best on the held-out clips.
+
+        Args:
+            train: Training clips, as ``data.train`` takes them: a folder or a manifest.
+            valid: Held-out clips; a share of the training clips if None.
+            folder: Run folder; that of the configuration if None.
+            resume: Resume the run in the folder, if there is one.
+
+        Raises:
+            ConfigError: See :func:`pretrain`, also for the other errors.
+            DataError: Wrong manifests.
+            CheckpointError: The weights do not fit.
+            TrainingError: Training diverged.
+            KeyboardInterrupt: Training was stopped by a signal, after a checkpoint was saved.
+        """
+        data = replace(
+            self.config.data, train=str(train), valid=None if valid is None else str(valid)
+        )
+        run = self.config.run if folder is None else replace(self.config.run, folder=str(folder))
+        self.config = replace(self.config, data=data, run=run)
+        stopped = pretrain(self.config, self.checkpoint, resume=resume)
+        if stopped:
+            raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
+        assert run.folder is not None
+        self.trained = open_model(run.folder)
+        return self
+
+    def evaluate(self, source: str | Path) -> dict[str, float]:
+        """Compute the losses on clips; before :meth:`fit`, those of the checkpoint.
+
+        Args:
+            source: See :func:`~ssast.engine.evaluation.pretext.pretext_losses`, also for the
+                errors.
+
+        Raises:
+            ConfigError: There is no model yet.
+        """
+        return pretext_losses(self._model(), source)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the weights in float16 and their settings, for ``checkpoint``; return the folder.
+
+        Raises:
+            CheckpointError: The folder cannot be written.
+            ConfigError: Nothing was pretrained yet.
+        """
+        if self.trained is None or not isinstance(self.trained.model, MSPM):
+            raise ConfigError("nothing is pretrained yet: call fit first")
+        check_new([Path(folder)], [])
+        model, config = self.trained.model, self.trained.config
+        return export_weights(model, config, self.trained.step or 0, folder, torch.float16)
+
+    def _model(self) -> LoadedModel | str | Path:
+        model = self.trained or self.checkpoint
+        if model is None:
+            raise ConfigError("there is no model yet: call fit first, or begin from a checkpoint")
+        return model

@@ -15,7 +15,7 @@ from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.open import load_pretrained, open_encoder
 from ssast.engine.formats.published import save_published
 from ssast.engine.model.objective import MSPM
-from ssast.engine.pretrain import pretrain
+from ssast.engine.pretrain import PretrainEngine, pretrain
 from ssast.engine.settings import Finetune
 from ssast.engine.train.pretraining import continue_from
 from ssast.pipelines.prepare.stats import measure
@@ -163,3 +163,23 @@ def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_read(pretra
         pretrain(config, pretrained)
     with pytest.raises(ConfigError, match=r"set finetune\.checkpoint"):
         load_config("classifier", ["train.checkpoint=x"])
+
+
+def test_the_engine_continues_evaluates_and_saves(pretrained, data, tmp_path):
+    train, valid = (given.partition("=")[2] for given in data)
+    engine = PretrainEngine.from_checkpoint(pretrained, overrides=QUICK)
+    before = engine.evaluate(valid)
+    assert (before["num_scored"], before["num_clips"]) == (3, 3)
+    last = lines(pretrained, "valid")[-1]
+    for name in ("loss", "infonce_loss", "mse_loss", "pretext_accuracy"):
+        assert before[name] == pytest.approx(last[name], rel=1e-6)
+    with pytest.raises(ConfigError, match="nothing is pretrained yet"):
+        engine.save(tmp_path / "early")
+    engine.fit(train, valid, folder=tmp_path / "run")
+    after = engine.evaluate(valid)
+    assert after["loss"] == pytest.approx(lines(tmp_path / "run", "valid")[-1]["loss"], rel=1e-6)
+    saved = engine.save(tmp_path / "weights")
+    again = PretrainEngine.from_checkpoint(saved)
+    assert again.evaluate(valid)["loss"] == pytest.approx(after["loss"], rel=1e-3)  # float16
+    with pytest.raises(ConfigError, match="there is no model yet"):
+        PretrainEngine.from_config("tiny_patch").evaluate(valid)

@@ -1,0 +1,59 @@
+"""Losses of a pretrained model on clips that it was not trained on."""
+
+from pathlib import Path
+
+import torch
+
+from ssast.engine.data.clips import fbank_spec
+from ssast.engine.errors import CheckpointError
+from ssast.engine.evaluation.predict import BATCH, default_device
+from ssast.engine.formats.open import LoadedModel, open_model
+from ssast.engine.model.objective import MSPM, mean_losses, with_masks
+from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.clips.manifest import read_clips
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.stream.stream import AudioStream
+
+
+@fast_matmul()
+@torch.inference_mode()
+def pretext_losses(model: LoadedModel | str | Path, source: str | Path) -> dict[str, float]:
+    """Compute the losses of a pretrained model as a validation of its run does.
+
+    Args:
+        model: A model with its pretraining heads, or the path of one.
+        source: Clips, as ``data.valid`` takes them.
+
+    Returns:
+        Means over the clips that can be read: ``loss`` and those of
+        :meth:`~ssast.engine.model.objective.MSPM.forward`; and ``num_scored`` of ``num_clips``.
+
+    Raises:
+        CheckpointError: There is no model at the path, or it has no pretraining heads.
+        DataError: The list of clips is wrong, or none can be read.
+    """
+    loaded = model if isinstance(model, LoadedModel) else open_model(model)
+    if not isinstance(loaded.model, MSPM):
+        raise CheckpointError(f"{loaded.path}: expected a model with its pretraining heads")
+    paths, device = read_clips(source), default_device()
+    module, totals, scored = loaded.model.to(device).eval(), dict[str, float](), 0
+    with AudioStream(
+        paths,
+        fbank_spec(loaded.audio),
+        batch_size=min(BATCH, len(paths)),
+        epochs=1,
+        device=device,
+        max_rejected=1.0,
+    ) as batches:
+        for batch in batches:
+            masks = module.held_out_masks(batch.clip_ids, batch.num_frames)
+            valid = with_masks(batch.valid, masks)
+            means = mean_losses(module(batch.fbank, *masks), valid, module.objective.mse_weight)
+            count = int(valid.sum())
+            scored += count
+            for name, value in means.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * count
+    if not scored:
+        raise DataError(f"{source}: none of {len(paths)} clips can be used, see ssast data check")
+    values = {name: total / scored for name, total in totals.items()}
+    return {"num_scored": scored, "num_clips": len(paths), **values}
