@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssast.kernels.launch import architecture, on_its_device
+from ssast.kernels.partial_sums import MULTIPROCESSORS, sum_parts
 
 
 class Blocks(NamedTuple):
@@ -40,7 +41,6 @@ _PROJECT_SM80 = {2: Blocks(64, 64, 64, 8, 2), 4: Blocks(32, 64, 64, 4, 2)}
 # One stage for float32: a pipeline would copy the transposed gradient word by word.
 _WEIGHT_GRAD = {2: Blocks(64, 128, 64, 8, 3), 4: Blocks(32, 64, 64, 4, 1)}
 _FILL_ROWS, _FILL_TILE = 8, 256
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 @triton.jit
@@ -297,19 +297,6 @@ def _token_grad_kernel(
     tl.store(out + tl.num_programs(0) * D, tl.sum(masked, 0), mask=d < D)
 
 
-@triton.jit
-def _sum_parts(pid, partial, out, parts, size, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Sum [parts, size] over the first axis."""
-    i = pid * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, parts, PARTS):
-        part = (start + tl.arange(0, PARTS)).to(tl.int64)
-        mask = (part < parts)[:, None] & (i < size)[None, :]
-        x = tl.load(partial + part[:, None] * size + i[None, :], mask=mask, other=0.0)
-        total += tl.sum(x, 0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
-
-
 @triton.jit(do_not_specialize=["splits", "parts"])
 def _sum_kernel(
     weight_parts, token_parts, dweight, dbias, dmask_embed, splits, parts,
@@ -318,12 +305,12 @@ def _sum_kernel(
     columns: tl.constexpr = (D + WIDTH - 1) // WIDTH
     pid = tl.program_id(0)
     if pid < columns:
-        _sum_parts(pid, token_parts, dbias, parts, D, PARTS, WIDTH)
+        sum_parts(pid, token_parts, dbias, parts, D, PARTS, WIDTH)
     elif pid < 2 * columns:
         masked = token_parts + parts * D
-        _sum_parts(pid - columns, masked, dmask_embed, parts, D, PARTS, WIDTH)
+        sum_parts(pid - columns, masked, dmask_embed, parts, D, PARTS, WIDTH)
     else:
-        _sum_parts(pid - 2 * columns, weight_parts, dweight, splits, D * P, PARTS, WIDTH)
+        sum_parts(pid - 2 * columns, weight_parts, dweight, splits, D * P, PARTS, WIDTH)
 
 
 def _tile(patch: Sequence[int], size: int) -> tuple[tuple[int, int], int]:
@@ -407,7 +394,7 @@ def backward(
     width = _width(D, blocks.width)
     matmuls = triton.cdiv(D, width) * steps
     # Two programs on a multiprocessor; more would only make more partial results.
-    splits = max(1, 2 * _MULTIPROCESSORS.get(architecture(grad.device), 84) // matmuls)
+    splits = max(1, 2 * MULTIPROCESSORS.get(architecture(grad.device), 84) // matmuls)
     share = max(1, triton.cdiv(triton.cdiv(B * V, splits), blocks.rows)) * blocks.rows
     splits = triton.cdiv(B * V, share)
     weight_parts = grad.new_empty(splits, D, P, dtype=torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssast.engine.settings import SIZES, Audio, Model
+from ssast.kernels.add_norm import add_norm
 from ssast.kernels.attention import PaddingMask, attention, make_padding_mask
 from ssast.kernels.masking import Masks, no_masks, valid_patches
 from ssast.kernels.patch_embed import patch_embed, patch_grid, take
@@ -29,6 +30,42 @@ class SharedTokens(NamedTuple):
     def saves_work(self) -> bool:
         """Whether the batch has more masked patches than there are shared tokens."""
         return self.masks.mask_ids.numel() > len(self.tokens)
+
+
+class Residual(NamedTuple):
+    """The residual stream [B, L, D], and what the next LayerNorm adds to it first."""
+
+    x: Tensor
+    update: tuple[Tensor, Tensor] | None = None  # of a ResidualLinear
+
+    def total(self) -> Tensor:
+        """Add the update."""
+        if self.update is None:
+            return self.x
+        product, bias = self.update
+        return self.x + (product + bias)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm of tokens, or of a residual stream that is to be updated."""
+
+    def forward(  # type: ignore[override]  # a residual stream has two results
+        self, x: Tensor | Residual
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise tokens [B, L, D]; of a residual stream return its total and that normalised."""
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        if x.update is None:
+            return x.x, super().forward(x.x)
+        return add_norm(x.x, *x.update, self.weight, self.bias, self.eps)
+
+
+class ResidualLinear(nn.Linear):
+    """The last linear layer of a residual branch, which leaves its bias to the LayerNorm."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Map [B, L, D'] to the product with the weight [B, L, D], and return the bias [D]."""
+        return nn.functional.linear(x, self.weight), self.bias
 
 
 class PatchEmbed(nn.Module):
@@ -118,7 +155,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = QueryKeyValue(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj = ResidualLinear(embed_dim, embed_dim)
 
     def forward(
         self,
@@ -126,8 +163,8 @@ class Attention(nn.Module):
         queries: Tensor | None = None,
         shared: SharedTokens | None = None,
         padding_mask: PaddingMask | None = None,
-    ) -> Tensor:
-        """Map tokens [B, L, D] to [B, L, D], or to [B, K, D] for ``queries`` alone."""
+    ) -> tuple[Tensor, Tensor]:
+        """Map tokens [B, L, D] to an update [B, L, D] and its bias, or [B, K, D] of ``queries``."""
         q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, shared))
         return self.proj(attention(q, k, v, padding_mask).flatten(2))
 
@@ -138,10 +175,10 @@ class Mlp(nn.Module):
     def __init__(self, embed_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+        self.fc2 = ResidualLinear(4 * embed_dim, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D] to [..., D]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map tokens [B, L, D] to an update [B, L, D] and its bias."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -150,9 +187,9 @@ class Block(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = ResidualNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = ResidualNorm(embed_dim, eps=1e-6)
         self.mlp = Mlp(embed_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -161,32 +198,44 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Residual,
         query_ids: Tensor | None = None,
         shared: SharedTokens | None = None,
         padding_mask: PaddingMask | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Residual:
         """Apply the block.
 
         Args:
-            x: Tokens [B, L, D].
+            x: Tokens [B, L, D], or a residual stream.
             query_ids: [B, K], tokens whose outputs are computed; all if None.
             shared: Tokens of x that are normalised and projected once for all clips.
             padding_mask: Tokens that attention leaves out; none if None.
 
         Returns:
-            [B, L, D], or [B, K, D] with ``query_ids``.
+            [B, L, D], or [B, K, D] with ``query_ids``; a residual stream if x is one.
         """
+        stream = Residual(x) if isinstance(x, Tensor) else x
+        stream = self._updated(stream, query_ids, shared, padding_mask)
+        return stream.total() if isinstance(x, Tensor) else stream
+
+    def _updated(
+        self,
+        stream: Residual,
+        query_ids: Tensor | None,
+        shared: SharedTokens | None,
+        padding_mask: PaddingMask | None,
+    ) -> Residual:
         queries = None
-        if shared is not None:
+        if shared is not None:  # before the first block: there is no update yet
+            x = stream.x
             y = self.norm1(take(x, visible_token_ids(shared.masks, NUM_EXTRA_TOKENS)))
             shared = shared._replace(tokens=self.norm1(shared.tokens))
         else:
-            y = self.norm1(x)
+            x, y = self.norm1(stream)
         if query_ids is not None:  # the other tokens are needed as keys and values only
             x, queries = take(x, query_ids), take(y, query_ids)
-        x = x + self.attn(y, queries, shared, padding_mask)
-        return x + self.mlp(self.norm2(x))
+        x, y = self.norm2(Residual(x, self.attn(y, queries, shared, padding_mask)))
+        return Residual(x, self.mlp(y))
 
 
 class SpectrogramTransformer(nn.Module):
@@ -207,7 +256,7 @@ class SpectrogramTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(size.embed_dim, size.num_heads) for _ in range(model.depth or size.depth)
         )
-        self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
+        self.norm = ResidualNorm(size.embed_dim, eps=1e-6)
         self.activation_checkpoint_every: int | None = None
         """Recompute the activations of every n-th block in the backward pass; None: of no block."""
 
@@ -226,17 +275,17 @@ class SpectrogramTransformer(nn.Module):
             Hidden states [B, 2 + N, D], or with ``masked_only`` those of the masked patches
             [B, M, D], and the normalised masked patches [B, M, P].
         """
-        x, targets, shared = self.embed(fbank, masks)
-        padding_mask = token_padding_mask(masks)
+        tokens, targets, shared = self.embed(fbank, masks)
+        x, padding_mask = Residual(tokens), token_padding_mask(masks)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             query_ids = masks.mask_ids + NUM_EXTRA_TOKENS if masked_only and i == last else None
             # Only before the first block do masked tokens not depend on the clip.
             first = shared if i == 0 and i < last and shared.saves_work else None
             x = self._run(i, block, x, query_ids=query_ids, shared=first, padding_mask=padding_mask)
-        return self.norm(x), targets
+        return self.norm(x)[1], targets
 
-    def _run(self, index: int, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    def _run(self, index: int, block: nn.Module, x: Residual, **kwargs: Any) -> Residual:
         """Run a block, with activation checkpointing where it is set."""
         if (
             not self.training
@@ -244,8 +293,11 @@ class SpectrogramTransformer(nn.Module):
             or index % self.activation_checkpoint_every
         ):
             return block(x, **kwargs)
-        # A block has no dropout: no random state needs to be restored.
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        # Of a block, its tokens are kept alone. It has no dropout: no random state to restore.
+        tokens = checkpoint(
+            block, x.total(), use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+        return Residual(tokens)
 
     def no_masks(self, batch_size: int, num_frames: Tensor | None = None) -> Masks:
         """Return masks with no patch masked; ``num_frames`` [B] are the valid frames of clips."""

@@ -13,7 +13,7 @@ from compare import (
     random_inputs,
     values_and_gradients,
 )
-from on_triton import on_triton
+from on_triton import PLACES, on_triton, running_on
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,20 +45,13 @@ SHAPES = {
     "wide": (2, 8, 8, (4, 4), (4, 4), 300, 1),
     "many": (9, 16, 16, (2, 2), (2, 2), 20, 20),
 }
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 
 
-@pytest.fixture(params=["torch", "interpreted", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=PLACES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the operation runs: in torch or, by the interpreter, in Triton on the CPU; on a GPU."""
-    if request.param == "interpreted":
-        with on_triton(_patch_embed, _patch_embed_backward):
-            yield "cpu"
-    else:
-        yield "cuda" if request.param == "cuda" else "cpu"
+    """Where the operation runs."""
+    with running_on(request.param, _patch_embed, _patch_embed_backward) as device:
+        yield device
 
 
 def random_masks(B: int, N: int, M: int) -> Masks:
@@ -130,7 +123,7 @@ def test_the_block_sizes_of_newer_architectures(shape: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_program_sums_many_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_embed_kernels, "_MULTIPROCESSORS", {80: 1})
+    monkeypatch.setattr(patch_embed_kernels, "MULTIPROCESSORS", {80: 1})
     with on_triton(_patch_embed, _patch_embed_backward):
         check("many", "unit", dtype, "cpu")
 

@@ -3,11 +3,29 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import pytest
 import torch
 from torch.library import CustomOpDef
 
 from ssast.kernels.interpret import interpreter_mode, replaced
 from ssast.kernels.launch import assume_architecture
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# In torch or, by the interpreter, in Triton on the CPU; on a GPU.
+PLACES = ["torch", "interpreted", pytest.param("cuda", marks=needs_gpu)]
+
+
+@contextmanager
+def running_on(place: str, *operations: CustomOpDef) -> Iterator[str]:
+    """Run these operations on one of PLACES in the block; yields the device of the tensors."""
+    if place == "interpreted":
+        with on_triton(*operations):
+            yield "cpu"
+    else:
+        yield "cuda" if place == "cuda" else "cpu"
 
 
 @contextmanager
