@@ -74,6 +74,15 @@ def attention_backward(B: int, L: int, D: int, *, itemsize: int) -> Work:
     return Work(8 * B * L * D * itemsize, 10 * B * L * L * D)
 
 
+def add_norm(B: int, L: int, D: int, *, itemsize: int) -> Work:
+    """Count the forward or the backward pass, which both move four tensors.
+
+    Forward: stream and update in, total and normalised out. Backward: both gradients and the total
+    in, one gradient out. Mean and deviation of each row are float32.
+    """
+    return Work(4 * B * L * D * itemsize + 8 * B * L + 3 * D * itemsize, 0)
+
+
 def fbank(B: int, samples: int, frames: int, n_mels: int, n_fft: int) -> Work:
     """Count waveforms in, features out, and the mel matmul over n_fft / 2 bins.
 

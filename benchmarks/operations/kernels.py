@@ -64,9 +64,13 @@ def _run(provide: Callable[..., Outputs], leaves: list[Tensor], *, backward: boo
         with torch.no_grad():
             provide(*leaves)
         return
-    out = provide(*leaves)
-    out = out if isinstance(out, Tensor) else out[0]
-    torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+    outputs = _differentiable(provide(*leaves))
+    torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+
+def _differentiable(outputs: Outputs) -> list[Tensor]:
+    every = [outputs] if isinstance(outputs, Tensor) else outputs
+    return [output for output in every if output.requires_grad]
 
 
 def check(problem: Problem) -> None:
@@ -81,16 +85,18 @@ def check(problem: Problem) -> None:
     def values(provider: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in problem.leaves]
         out = problem.providers[provider](*leaves)
-        out = out if isinstance(out, Tensor) else out[0]
         if not leaves:
-            return [out]
-        return [out.detach(), *torch.autograd.grad(out.double().sum(), leaves)]
+            return [out] if isinstance(out, Tensor) else list(out)
+        outputs = _differentiable(out)
+        total = torch.stack([output.double().sum() for output in outputs]).sum()
+        return [*torch.autograd.grad(total, leaves), *(output.detach() for output in outputs)]
 
     exact = values("eager", torch.float64)
     for place, (got, want) in enumerate(zip(values("ours", problem.dtype), exact, strict=True)):
         error = ((got.double() - want.double()).abs().max() / want.abs().max()).item()
         if not error <= MAX_ERROR[problem.dtype]:
-            what = "result" if place == 0 else f"gradient {place}"
+            leaves = len(problem.leaves)
+            what = f"gradient {place + 1}" if place < leaves else "result"
             raise WrongResult(
                 f"{problem.operation} in {NAMES[problem.dtype]}: {what} is off by {error:.1e}"
             )

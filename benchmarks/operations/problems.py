@@ -12,6 +12,7 @@ from torch.library import CustomOpDef
 from ssast.benchmarks.training.baseline import draw_published_mask
 from ssast.engine.settings import SIZES
 from ssast.kernels import roofline
+from ssast.kernels.add_norm import _add_norm, _add_norm_backward, add_norm, add_norm_reference
 from ssast.kernels.attention import (
     attention,
     attention_reference,
@@ -248,6 +249,29 @@ def attention_problem(shape: Shape, dtype: torch.dtype, device: torch.device) ->
     )
 
 
+def add_norm_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Build the problem of the residual addition with LayerNorm."""
+    size, D = (shape.batch, shape.num_patches + 2, shape.embed_dim), shape.embed_dim
+    normal = functools.partial(torch.randn, device=device)
+    leaves = [normal(*s).to(dtype) for s in (size, size, (D,), (D,), (D,))]
+    rows = [torch.empty(size[:2], device=device) for _ in range(2)]
+    return Problem(
+        "add_norm",
+        dtype,
+        leaves,
+        {
+            "ours": functools.partial(add_norm, eps=1e-6),
+            "eager": functools.partial(add_norm_reference, eps=1e-6),
+        },
+        roofline.add_norm(*size, itemsize=dtype.itemsize),
+        roofline.add_norm(*size, itemsize=dtype.itemsize),
+        [
+            ("", _add_norm, (*leaves, 1e-6)),
+            ("", _add_norm_backward, (*leaves[:2], leaves[0], *rows, leaves[3])),
+        ],
+    )
+
+
 def fbank_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Build the problem of the filterbank of 16 kHz waveforms, in fp32 for every dtype."""
     spec = FbankSpec(n_mels=shape.n_mels, num_frames=shape.frames)
@@ -273,6 +297,7 @@ PROBLEMS: dict[str, Callable[[Shape, torch.dtype, torch.device], Problem]] = {
     "info_nce": info_nce_problem,
     "mse": mse_problem,
     "attention": attention_problem,
+    "add_norm": add_norm_problem,
     "fbank": fbank_problem,
 }
 # The same for every size of the model.

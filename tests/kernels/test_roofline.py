@@ -40,6 +40,11 @@ def test_attention() -> None:
     assert roofline.attention_backward(B, 10, D, itemsize=2) == Work(8 * 60 * 2, 5 * 2 * 2 * 300)
 
 
+def test_add_norm() -> None:
+    # Four tensors of 2 x 10 x 3, mean and deviation of 20 rows, three vectors.
+    assert roofline.add_norm(B, 10, D, itemsize=2) == Work(4 * 60 * 2 + 40 * 4 + 9 * 2, 0)
+
+
 def test_fbank() -> None:
     # 2 x 1000 samples in, 2 x 4 frames of 3 mels out; 8 frames times 3 mels times 256 bins.
     assert roofline.fbank(2, 1000, 4, 3, 512) == Work(4 * 2024, 2 * 8 * 3 * 256)
