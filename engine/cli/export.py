@@ -1,11 +1,11 @@
-"""``ssast export`` and ``ssast embed``."""
+"""``ssast export``, ``ssast embed`` and ``ssast weights``."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from ssast.engine.cli.options import add_missing_metadata, missing_metadata
+from ssast.engine.cli.options import NAMED, add_missing_metadata, missing_metadata
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.files import check_new
 from ssast.pipelines.text import printable
@@ -30,6 +30,11 @@ def add_export_commands(commands: Any) -> None:
     _add_model(command)
     command.add_argument("--to", required=True, choices=FORMATS, help="output format, see below")
     command.add_argument("out", metavar="OUT", type=Path, help="file or folder to write")
+    command.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="with --to hf: upload the folder as well, as a model on the Hugging Face hub",
+    )
     command.set_defaults(run=_export)
 
     command = commands.add_parser(
@@ -56,12 +61,52 @@ def add_export_commands(commands: Any) -> None:
     command.set_defaults(run=_embed)
 
 
+def add_weights_command(commands: Any) -> None:
+    """Add ``ssast weights`` to the subparsers of ``ssast``."""
+    command = commands.add_parser(
+        "weights", help="list the weights that can be had by name, or fetch some"
+    )
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="weights to fetch; their paths are printed"
+    )
+    command.add_argument(
+        "--mirror",
+        metavar="URL",
+        help="address of a folder that holds NAME.pth (default: $SSAST_MIRROR, else the authors')",
+    )
+    command.set_defaults(run=_weights)
+
+
+def _weights(options: argparse.Namespace) -> int:
+    from ssast.engine.errors import ConfigError
+    from ssast.engine.formats.fetch import cache_folder, fetch_published
+    from ssast.engine.formats.known_weights import PUBLISHED, ours
+
+    known, own = PUBLISHED, ours()
+    for name in options.names:
+        if name not in known and name not in own:
+            raise ConfigError(f"{name}: no weights of this name; ssast weights lists them")
+    for name in options.names:
+        print(own[name] if name in own else fetch_published(name, options.mirror))
+    if options.names:
+        return 0
+    print(f"{'name':24} {'size':6} {'patch':6} {'masked':6} {'audio':6} {'speech':6} where")
+    for name, path in own.items():
+        print(f"{name:24} {'tiny':6} {'':6} {'':6} {'':6} {'':6} {path}")
+    for name, weights in known.items():
+        path = cache_folder() / f"{name}.pth"
+        where = path if path.is_file() else weights.url
+        shown = (weights.size, weights.patch, weights.num_masked, weights.audio, weights.speech)
+        print(f"{name:24} {' '.join(f'{value!s:6}' for value in shown)} {where}")
+    print("audio, speech: mean accuracy of fine-tuned models on the paper's tasks, in %")
+    return 0
+
+
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         metavar="CKPT",
-        type=Path,
-        help="folder of a run, a checkpoint, a published .pth, or a transformers folder",
+        help=f"folder of a run, a checkpoint, a published .pth, a transformers folder, {NAMED}",
     )
     add_missing_metadata(command)
 
@@ -85,6 +130,8 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
 
+    if options.push and options.to != "hf":
+        raise ConfigError("--push is for --to hf")
     check_new([options.out], [options.model])
     loaded, out = _open(options), options.out
     if options.to == "weights":
@@ -111,6 +158,12 @@ def _export(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(out)
+    if options.push:
+        from ssast.engine.formats.hub import push_to_hub
+
+        classes = loaded.num_classes if loaded.is_classifier else None
+        own_code = (out / "modeling_ssast.py").is_file()
+        print(push_to_hub(out, options.push, loaded.audio, num_classes=classes, own_code=own_code))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssast.engine.cli.options import (
+    NAMED,
     add_config,
     add_input_metadata,
     add_missing_metadata,
@@ -45,10 +46,9 @@ def add_finetune_commands(commands: Any) -> None:
     add_config(command)
     command.add_argument(
         "--checkpoint",
-        type=Path,
         metavar="CKPT",
-        help="weights to begin from: folder of a run, a published .pth or a transformers folder; "
-        "of a fine-tuned model the head is left out (default: none)",
+        help="weights to begin from: folder of a run, a published .pth, a transformers folder, "
+        f"{NAMED}; of a fine-tuned model the head is left out (default: none)",
     )
     add_resume(command)
     add_input_metadata(command)
@@ -122,8 +122,8 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "checkpoint",
         metavar="RUN",
-        type=Path,
-        help="folder of a fine-tuning run, a published fine-tuned .pth, or a transformers folder",
+        help="folder of a fine-tuning run, a published fine-tuned .pth, a transformers folder, "
+        f"{NAMED}",
     )
     add_missing_metadata(command, classifier=True)
 

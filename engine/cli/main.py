@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssast.engine.cli.data import PACKAGE_CACHE, add_data_commands
-from ssast.engine.cli.export import add_export_commands
+from ssast.engine.cli.export import add_export_commands, add_weights_command
 from ssast.engine.cli.finetune import add_finetune_commands
-from ssast.engine.cli.options import add_config, add_overrides, add_resume
+from ssast.engine.cli.options import NAMED, add_config, add_overrides, add_resume
 from ssast.engine.cli.plan import add_plan_commands
 from ssast.engine.cli.status import USER_ERROR
 from ssast.engine.config import CONFIGS
@@ -122,15 +122,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_config(command)
     command.add_argument(
         "--checkpoint",
-        type=Path,
         metavar="CKPT",
-        help="weights to continue from: folder of a run, a published .pth or a transformers "
-        "folder; heads that it lacks are fresh (default: from scratch)",
+        help="weights to continue from: folder of a run, a published .pth, a transformers "
+        f"folder, {NAMED}; heads that it lacks are fresh (default: from scratch)",
     )
     add_resume(command)
     command.set_defaults(run=_pretrain)
 
     add_finetune_commands(commands)
+    add_weights_command(commands)
 
     command = commands.add_parser("probe", help="evaluate frozen features on labelled tasks")
     command.add_argument(

@@ -21,6 +21,9 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
+NAMED = "or a name of ssast weights, hf:owner/name, or an address"
+
+
 def add_resume(command: argparse.ArgumentParser) -> None:
     """Add ``--resume``."""
     command.add_argument(

@@ -18,6 +18,7 @@ from ssast.engine.checkpoints.weights import read_weights
 from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.fetch import local_path
 from ssast.engine.formats.huggingface import CONFIG, import_huggingface
 from ssast.engine.formats.published import (
     build_pretrained,
@@ -149,7 +150,8 @@ def open_model(path: str | Path, metadata: MissingMetadata | None = None) -> Loa
 
     Args:
         path: Folder of a run of ours, one of its checkpoints or exported weights; a published file;
-            a folder of transformers.
+            a folder of transformers; or what is fetched: a name that ``ssast weights`` lists,
+            ``hf:owner/name@revision``, an address.
         metadata: What a published file does not say.
 
     Raises:
@@ -158,7 +160,7 @@ def open_model(path: str | Path, metadata: MissingMetadata | None = None) -> Loa
             metadata of a model that knows its own.
         DataError: The table of classes is wrong, or has another number of classes.
     """
-    return _open(Path(path), metadata or MissingMetadata())
+    return _open(path, metadata or MissingMetadata())
 
 
 def open_classifier(
@@ -209,7 +211,7 @@ def open_encoder(path: str | Path, metadata: MissingMetadata | None = None) -> L
         CheckpointError: See :func:`open_model`.
         ConfigError: See :func:`open_model`.
     """
-    return _open(Path(path), metadata or MissingMetadata(), purpose="encoder")
+    return _open(path, metadata or MissingMetadata(), purpose="encoder")
 
 
 def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
@@ -224,7 +226,7 @@ def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
     Raises:
         CheckpointError: See :func:`open_model`; or the model is fine-tuned, or an encoder alone.
     """
-    loaded = _open(Path(path), MissingMetadata(), purpose="pretrained")
+    loaded = _open(path, MissingMetadata(), purpose="pretrained")
     if not isinstance(loaded.model, MSPM):
         raise CheckpointError(f"{path}: expected a model with its pretraining heads, found none")
     return loaded.model, loaded.config
@@ -241,13 +243,15 @@ def published_metadata(loaded: LoadedModel) -> dict[str, Any]:
     return found
 
 
-def _open(path: Path, metadata: MissingMetadata, purpose: Purpose = "model") -> LoadedModel:
+def _open(source: str | Path, metadata: MissingMetadata, purpose: Purpose = "model") -> LoadedModel:
+    path = local_path(source)
     if path.is_file():
         return _open_published(path, metadata, purpose)
     if not path.is_dir():
         where = "" if path.is_absolute() else f" in the working directory {Path.cwd()}"
         raise CheckpointError(
-            f"{path}: expected a run, a checkpoint or a model, found nothing{where}"
+            f"{path}: expected a run, a checkpoint or a model, found nothing{where}; "
+            "ssast weights lists what has a name"
         )
     if (path / CONFIG).is_file():
         return _open_transformers(path, metadata)
