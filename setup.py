@@ -53,7 +53,14 @@ setup(
         "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "parquet": ["pyarrow>=17"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "types-pyyaml", "types-requests"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-pyyaml",
+            "types-requests",
+        ],
     },
     entry_points={"console_scripts": ["ssast = ssast.engine.cli.main:main"]},
 )
