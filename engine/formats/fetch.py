@@ -168,7 +168,7 @@ class _Resuming:
                 if status < 500 and status not in (408, 429):
                     raise CheckpointError(f"{url}: the server answers {status}") from error
                 reason = f"the server answers {status}"
-            except (requests.RequestException, _BrokenOff) as error:
+            except requests.RequestException as error:
                 reason = _reason(error)
         else:
             raise CheckpointError(f"{url}: cannot be fetched, {TRIES} times: {reason}")
@@ -184,7 +184,7 @@ class _Resuming:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
             if answer.status_code == 416:  # the part is as long as the file, or longer
                 self._part.unlink()
-                raise _BrokenOff("the file has another length than the part that was there")
+                raise requests.ConnectionError("the file is shorter than its part was")
             answer.raise_for_status()
             if answer.status_code != 206:
                 have = 0  # the server sends all of it
@@ -206,11 +206,7 @@ class _Resuming:
                     bar.update(len(piece))
                 found = file.tell()
         if total is not None and found != total:
-            raise _BrokenOff(f"{found} of {total} bytes came")
-
-
-class _BrokenOff(Exception):
-    """A download that ended early."""
+            raise requests.ConnectionError(f"{found} of {total} bytes came")
 
 
 def _reason(error: Exception) -> str:
