@@ -13,6 +13,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the reason."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that cannot be written since storage fails, which may work again later."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message gives the step and the reason."""
 

@@ -290,6 +290,14 @@ class Train:
     keep_checkpoints: int = setting(3, 1)
     """Number of latest checkpoints to keep, besides the best."""
 
+    max_failed_saves: int = setting(3, 1)
+    """Number of consecutive checkpoints that cannot be written after which the run ends."""
+
+    fallback_folder: str | None = None
+    """A folder on another disk, to which the state is written when a run ends since its checkpoint
+    cannot be written to the run folder; `--resume` with the same setting takes it up; null:
+    none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

@@ -22,7 +22,8 @@ MAX_RESTARTS=100
 srun --kill-on-bad-exit=1 ssast pretrain "$@" --resume
 status=$?
 
-# 75: a process hung or was lost, storage failed, or the run before still lives. 137: SIGKILL. 138, 143: SIGUSR1 or SIGTERM, after saving.
+# 75: a process hung or was lost, storage failed, or the run before still lives. 137: SIGKILL.
+# 138, 143: SIGUSR1 or SIGTERM, after saving.
 case $status in
   75 | 137 | 138 | 143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then

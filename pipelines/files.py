@@ -1,4 +1,4 @@
-"""Atomic writes, and the number of usable cores."""
+"""Atomic writes, appending, and the number of usable cores."""
 
 import contextlib
 import hashlib
@@ -29,7 +29,9 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
         shared: Whether several processes or machines may write ``path`` at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = uuid.uuid4().hex if shared else path.name
+    name = path.name
+    if shared or path.with_name(TEMPORARY + name).is_dir():  # which could not be removed
+        name = uuid.uuid4().hex
     if len(os.fsencode(name)) > NAME_MAX - len(TEMPORARY):
         name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
     temporary = path.with_name(TEMPORARY + name)
@@ -56,6 +58,25 @@ def write_atomically(
     data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     with replacing(path, durable=durable, shared=shared) as temporary:
         temporary.write_bytes(data)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append to a file, which several processes may do: a full disk leaves no part of the data.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    descriptor, written = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 0
+    try:
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        end = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if written and os.fstat(descriptor).st_size == end:  # nothing of others after it
+            os.ftruncate(descriptor, end - written)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def use_default_mode(path: Path) -> None:

@@ -176,7 +176,7 @@ class FolderLock:
             return
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(GRACE_S)  # it may hang with its disk
         with contextlib.suppress(OSError):
             owner = self._read()
             if owner is not None and owner.token == self._token:

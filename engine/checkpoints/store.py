@@ -14,17 +14,23 @@ its place in one atomic operation; only then is anything older removed. Nothing 
 A checkpoint is damaged only where its bytes were read and differ from the manifest. One that cannot
 be read (permissions, an I/O error, a mount that is gone) is an error, as it may be whole; it is
 never removed, nor is a damaged one, nor one of other clips or of another model.
+
+What cannot be removed (NFS keeps open files as ``.nfs*``) is no reason for a save to fail: it is
+left, named once in a warning, and tried again at each later save.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -36,6 +42,7 @@ from ssast.pipelines.files import flush, replacing, use_default_mode, write_atom
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -60,6 +67,7 @@ class Checkpoints:
         self.damaged: dict[str, str] = {}
         self._verified: set[str] = set()  # names of those written or verified by this object
         self._spared: set[str] = set()  # names of those that may not be removed
+        self._failed: set[str] = set()  # names of what could not be cleaned up, told of once
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, step: int) -> Path:
         """Write a checkpoint, make it the latest, and remove those no longer kept.
@@ -86,18 +94,22 @@ class Checkpoints:
                 work.mkdir()
                 write_files(work, tensors, {**meta, "step": step})
                 if replaced:  # never without a whole checkpoint, not even for a moment
-                    os.rename(target, self.folder / f"{target.name}.old")
+                    old = self.folder / f"{target.name}.old"
+                    os.rename(target, self._trash(target) if old.exists() else old)
                 elif target.exists():
                     self._set_aside(target)
             self._verified.add(target.name)
             self.damaged.pop(target.name, None)
-            write_atomically(self.folder / "latest", f"{target.name}\n", durable=True)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
+        # From here on the new one is whole: no reason to fail.
+        self._name_latest(target)
         try:
             self._prune(meta)
-        except (OSError, CheckpointError) as error:  # the new one is whole: no reason to fail
+        except (OSError, CheckpointError) as error:
             _log.warning("older checkpoints in %s are not removed: %s", self.folder, error)
+        if "latest" in self._failed:  # there may be space now
+            self._name_latest(target)
         return target
 
     def latest(self) -> Path | None:
@@ -141,6 +153,30 @@ class Checkpoints:
             write_atomically(self.folder / "best.json", text, durable=True)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.folder / 'best.json'}: {error}") from error
+
+    def best_value(self) -> float:
+        """Return the value of the best checkpoint; infinity if none is marked, or it is not whole.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        found = self.best()
+        if found is None or found.name in self.damaged or find_damage(found, content=False):
+            return math.inf
+        value = _read_optional(self.folder / "best.json", lambda text: json.loads(text)["value"])
+        return math.inf if value is None else float(value)
+
+    def discard(self, step: int) -> None:
+        """Remove the whole checkpoints up to a step, as another folder has a newer one."""
+        found = self._all()
+        if all(int(path.stem[4:]) <= step for path in found):  # then none is missed
+            with self._tolerating(self.folder / "latest"):
+                (self.folder / "latest").unlink(missing_ok=True)
+        for path in found:
+            if int(path.stem[4:]) <= step:
+                with self._tolerating(path):
+                    if self._is_whole(path):
+                        self._remove(path)
 
     def best(self) -> Path | None:
         """Return the checkpoint marked last as the best; None if there is none."""
@@ -216,15 +252,33 @@ class Checkpoints:
         """Remove what a killed save left behind."""
         for pattern in (".tmp-*", ".trash-*"):
             for path in self.folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                with self._tolerating(path):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.folder.glob("step*.old"):
             target = self.folder / path.stem
-            if target.exists() and not self._is_whole(target):
-                self._set_aside(target)
-            if target.exists():
-                self._remove(path)
-            else:  # killed between its two renames
-                os.rename(path, target)
+            with self._tolerating(path):
+                if target.exists() and not self._is_whole(target):
+                    self._set_aside(target)
+                if target.exists():
+                    self._remove(path)
+                else:  # killed between its two renames
+                    os.rename(path, target)
+
+    @contextlib.contextmanager
+    def _tolerating(self, path: Path, what: str = "removed") -> Iterator[None]:
+        """Go on after an error of the body, which cleans up; name the path, once."""
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            if path.name not in self._failed:
+                _log.warning("%s is not %s, until a later save: %s", path, what, error)
+            self._failed.add(path.name)
+        else:
+            self._failed.discard(path.name)
+
+    def _name_latest(self, path: Path) -> None:
+        with self._tolerating(self.folder / "latest", "written"):
+            write_atomically(self.folder / "latest", f"{path.name}\n", durable=True)
 
     def _prune(self, meta: Mapping[str, Any]) -> None:
         """Remove the oldest checkpoints, but for the best; only whole ones of this run."""
@@ -233,7 +287,8 @@ class Checkpoints:
         counted = [path for path in self._all() if path.name not in spared]
         for path in counted[self.keep :]:
             if path.stem != best and self._may_remove(path, meta):
-                self._remove(path)
+                with self._tolerating(path):
+                    self._remove(path)
 
     def _may_remove(self, path: Path, meta: Mapping[str, Any]) -> bool:
         """Return whether a checkpoint is whole and of the run that wrote ``meta``."""
@@ -259,10 +314,16 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         # Renamed first, which is atomic: half a checkpoint is never seen.
-        trash = self.folder / f".trash-{path.name}"
+        trash = self._trash(path)
         os.rename(path, trash)
-        shutil.rmtree(trash)
         self._verified.discard(path.name)
+        with self._tolerating(trash):
+            shutil.rmtree(trash)
+
+    def _trash(self, path: Path) -> Path:
+        """Return a free name for a checkpoint that is to be removed."""
+        trash = self.folder / f".trash-{path.name}"
+        return trash.with_name(f"{trash.name}-{uuid.uuid4().hex}") if trash.exists() else trash
 
 
 def find_damage(path: Path, *, content: bool = True) -> str | None:
@@ -331,7 +392,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read: {part}{error.strerror or error}")
 
 
-def _read_optional(path: Path, parse: Callable[[str], str | None]) -> str | None:
+def _read_optional(path: Path, parse: Callable[[str], T | None]) -> T | None:
     """Read a small file that is only ever replaced as a whole; None if there is none."""
     try:
         return parse(path.read_text(encoding="utf-8"))

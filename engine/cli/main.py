@@ -17,7 +17,14 @@ from ssast.engine.cli.options import NAMED, add_config, add_overrides, add_resum
 from ssast.engine.cli.plan import add_plan_commands
 from ssast.engine.cli.status import USER_ERROR
 from ssast.engine.config import CONFIGS
-from ssast.engine.errors import CheckpointError, ConfigError, LostPeer, ReportError, TrainingError
+from ssast.engine.errors import (
+    CheckpointError,
+    ConfigError,
+    LostPeer,
+    ReportError,
+    SaveError,
+    TrainingError,
+)
 from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
 from ssast.pipelines.text import print_error, printable
 
@@ -84,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         print_error(f"ssast: error: {printable(error)}")
         os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
-    except FolderInUse as error:
-        print(f"ssast: error: {printable(error)}", file=sys.stderr)
+    except (FolderInUse, SaveError) as error:
+        print_error(f"ssast: error: {printable(error)}")
         return EX_TEMPFAIL
     except (ConfigError, DataError, CheckpointError, TrainingError, ReportError, OSError) as error:
         print_error(f"ssast: error: {printable(error)}")

@@ -1,5 +1,7 @@
 """Detection of training problems: non-finite gradients and loss spikes."""
 
+import json
+import logging
 import math
 import statistics
 from collections import deque
@@ -9,10 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssast.pipelines.files import append
 from ssast.pipelines.text import json_line
 
 WINDOW = 20  # last logged losses that a loss is compared with
 MIN_LOSSES = 5  # no detection before there are that many
+
+_log = logging.getLogger(__name__)
 
 
 def non_finite_clips(
@@ -66,8 +71,10 @@ class SkipLog:
             "certain": certain,
             "clips": [self._name_of(clip) for clip in clips],
         }
-        with self.path.open("ab") as file:
-            file.write(json_line(line))
+        try:
+            append(self.path, json_line(line))
+        except OSError as error:  # a full disk must not end the training
+            _log.warning("%s is not written: %s: %s", self.path, error, json.dumps(line))
 
 
 class SpikeGuard:

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from ssast.engine.parallel.ranks import World
-from ssast.pipelines.files import usable_cores, write_atomically
+from ssast.pipelines.files import append, usable_cores, write_atomically
 from ssast.pipelines.text import say
 
 # Columns of a training line on the terminal: metric, label, format.
@@ -115,7 +115,10 @@ class Monitor:
         if self._world.is_main:
             self._close_board()
             self._unwritten = [line for line in self._unwritten if line["step"] <= step]
-            self._open(step)
+            try:
+                self._open(step)
+            except OSError as error:  # a full disk
+                self.say(f"lines after step {step} stay in the logs: {error}")
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         self.restart_clock(step)
@@ -200,7 +203,7 @@ class Monitor:
             return
         self._unwritten.append({"step": step, "time": round(time.time(), 3), **metrics})
         try:
-            _append(self._path, _lines(self._unwritten))
+            append(self._path, _lines(self._unwritten))
             self._unwritten.clear()
         except OSError as error:
             self.say(f"step {step} is not logged yet: {error}")
@@ -216,23 +219,6 @@ class Monitor:
 
 def _lines(contents: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(content) + "\n" for content in contents).encode()
-
-
-def _append(path: Path, lines: bytes) -> None:
-    """Append all of these bytes to a file, or none.
-
-    Raises:
-        OSError: They cannot be written.
-    """
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            written = file.write(lines)
-            if written < len(lines):  # the disk is full: the next write says why
-                file.write(lines[written:])
-        except OSError:
-            file.truncate(size)
-            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from ssast.engine.config import Config
 from ssast.engine.model.encoder import Attention, Mlp, SpectrogramTransformer
 from ssast.engine.parallel.ranks import World
+from ssast.pipelines.files import write_atomically
 
 PARTS = {
     "data": "waiting for the next batch",
@@ -185,6 +186,12 @@ class StepProfiler:
         found = self._profile
         assert found is not None
         self._stop()
+        try:
+            self._write(found, recorded)
+        except (OSError, RuntimeError, ValueError) as error:  # a full disk: training goes on
+            self._say(f"profile.steps: the profile cannot be written: {error}")
+
+    def _write(self, found: profile, recorded: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / "trace.json"
         found.export_chrome_trace(str(trace))
@@ -196,7 +203,7 @@ class StepProfiler:
             "parts_ms": parts,
             "communication_ms": communication_ms(trace) / recorded,
         }
-        (self._folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        write_atomically(self._folder / "table.json", json.dumps(table, indent=1) + "\n")
         self._say(format_profile(table) + f"\n  {trace}")
 
     def _parts_ms(self, recorded: int) -> dict[str, float]:

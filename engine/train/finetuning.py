@@ -35,6 +35,7 @@ from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.text import say
 
 Evaluation = tuple[dict[str, float], np.ndarray, np.ndarray]
 """Metrics, logits [n, C], and which clips could be read, [n] bool."""
@@ -285,19 +286,21 @@ class Finetuning(Task):
         run, world, step = self.context.folder, self.context.world, progress.step
         whole: dict[str, Tensor] = {}  # on rank 0
 
-        def read_best() -> int:
-            best = Checkpoints(run / "checkpoints").best()
+        def read_best() -> tuple[int, float]:
+            checkpoints = Checkpoints(run / "checkpoints")
+            best = checkpoints.best()
             if best is None:
                 raise CheckpointError(f"{run / 'checkpoints'}: the best checkpoint is gone")
             whole.update(Checkpoints.load(best)[0])
-            return int(best.stem[4:])
+            return int(best.stem[4:]), checkpoints.best_value()
 
-        chosen = f"step {run_on_main(read_best, world)}"
+        best_step, best_criterion = run_on_main(read_best, world)
+        chosen = f"step {best_step}"
         if self._num_averaged:
             average = {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}
             averaged = self._load_weights(engine, average, step)
             values, _, _ = self._evaluate(engine, self.splits.valid_drawn, "valid")
-            if self.criterion(values) <= progress.best_loss:
+            if self.criterion(values) <= best_criterion:
                 chosen, whole = f"average of {self._num_averaged} epochs", averaged
         engine.load_state(whole, step)
         valid = self._evaluate(engine, self.splits.valid, "valid")
@@ -338,7 +341,7 @@ class Finetuning(Task):
         for split, (values, _, read) in results.items():
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             clips = f"{read.sum()} of {len(read)} clips"
-            print(f"{split} ({chosen}), {clips}: {shown}", flush=True)
+            say(f"{split} ({chosen}), {clips}: {shown}")
         with reporting(safe):
             for split, (values, logits, read) in results.items():
                 write_split(run / split, splits[split], logits, read, values, self.settings.loss)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from ssast.engine.train.building import build_engine
 from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.optim import warmup_steps
+from ssast.engine.train.saving import check_fallback, fallback_checkpoints
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.task import RunContext, Task, run_folder
 from ssast.engine.train.trainer import Trainer
@@ -78,6 +80,7 @@ def run_training(
         watchdog = Watchdog(config.train.timeout_s, report, f"rank {world.rank}")
         context = RunContext(config, world, watchdog.heartbeat)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints)
+        fallback = fallback_checkpoints(config)
         described: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
         facts = {"version": versions(), "training clips": described, **inputs}
         check_agreement(to_plain(config) | facts, world)
@@ -85,7 +88,9 @@ def run_training(
         while not run_on_main(lambda: _acquire(lock, 0.3 * world.timeout_s), world):
             pass
         found = run_on_main(
-            lambda: _open_folder(folder, config, checkpoints, described, inputs, fixed, resume),
+            lambda: _open_folder(
+                folder, config, checkpoints, fallback, described, inputs, fixed, resume
+            ),
             world,
         )
         if world.device.type == "cpu":
@@ -95,7 +100,7 @@ def run_training(
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
-        trainer = Trainer(state, checkpoints, _open_monitor(state, found, notes), lock)
+        trainer = Trainer(state, checkpoints, _open_monitor(state, found, notes), lock, fallback)
         try:
             with watchdog:
                 stopped = trainer.train()
@@ -132,7 +137,7 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
     )
     if world.is_main:
         for name, content in (("environment", facts), ("deepspeed", state.engine.settings)):
-            (run / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+            write_atomically(run / f"{name}.json", json.dumps(content, indent=1) + "\n")
     monitor = Monitor(
         run,
         world=world,
@@ -177,18 +182,21 @@ def _open_folder(
     run: Path,
     config: Config,
     checkpoints: Checkpoints,
+    fallback: Checkpoints | None,
     clips: Mapping[str, int | str],
     inputs: Mapping[str, str],
     fixed: Sequence[tuple[str, str]],
     resume: bool,
 ) -> Path | None:
     """Check the run's folder, which is locked; return the checkpoint to resume from, if any."""
-    found = checkpoints.latest()
+    if fallback is not None:
+        check_fallback(fallback, run)
+    found = _newest(checkpoints, fallback)
     if found is None:
         _check_new(run, checkpoints.folder, config)
     if found is not None and not resume:
         raise ConfigError(
-            f"{run} holds a run ({found.name}): add --resume to go on with it, "
+            f"{found.parents[1]} holds a run ({found.name}): add --resume to go on with it, "
             "or choose another run.folder"
         )
     if found is not None:
@@ -215,11 +223,30 @@ def _open_folder(
             raise ConfigError(
                 f"{' and '.join(others)} changed since {run} began: choose another run.folder"
             )
+        _finish_mark(checkpoints, found, meta)
     try:
         write_atomically(run / "config.yaml", dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.folder {run}: cannot be written to: {error.strerror}") from error
     return found
+
+
+def _newest(checkpoints: Checkpoints, fallback: Checkpoints | None) -> Path | None:
+    """Return the newest checkpoint, of the run or of the fallback folder."""
+    found = [path for c in (checkpoints, fallback) if c is not None and (path := c.latest())]
+    return max(found, key=lambda path: int(path.stem[4:]), default=None)
+
+
+def _finish_mark(checkpoints: Checkpoints, found: Path, meta: Mapping[str, Any]) -> None:
+    """Mark a checkpoint as the best if the run was killed after writing it and before the mark."""
+    best = meta.get("best")
+    if best is None or found.parent != checkpoints.folder:
+        return
+    try:
+        if best < checkpoints.best_value():
+            checkpoints.mark_best(meta["step"], best)
+    except CheckpointError as error:  # a full disk: training can go on
+        _log.warning("%s", error)
 
 
 def _check_new(run: Path, checkpoints: Path, config: Config) -> None:

@@ -27,6 +27,8 @@ class TrainState:
 
     Attributes:
         changes: Names of what has changed since the checkpoint that was restored, and may.
+        restored: The checkpoint that was restored last, if any.
+        best: Its criterion, if no checkpoint before it had a lower one.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class TrainState:
         self.task, self.engine, self.clips, self.inputs = task, engine, clips, inputs
         self.progress = Progress()
         self.changes: list[str] = []
+        self.restored: Path | None = None
+        self.best: float | None = None
 
     def gather(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors (on rank 0) and the JSON values of a checkpoint. Collective."""
@@ -77,5 +81,6 @@ class TrainState:
         before = meta.get("versions", now)  # an older checkpoint does not know
         self.changes = changed(meta.get("inputs", self.inputs), self.inputs)
         self.changes += [f"{n} ({before.get(n)}, now {now.get(n)})" for n in changed(before, now)]
+        self.restored, self.best = path, meta.get("best")
         plateau = Plateau(**meta["progress"].pop("plateau"))
         vars(self.progress).update(meta["progress"], plateau=plateau)

@@ -1,6 +1,8 @@
 """What is trained (:class:`Task`), and what its run offers it (:class:`RunContext`)."""
 
 import itertools
+import json
+import logging
 import math
 import os
 from abc import ABC, abstractmethod
@@ -26,10 +28,13 @@ from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.order import Weights, read_weights
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import append
 from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.stream import AudioStream
 from ssast.pipelines.text import json_line
+
+_log = logging.getLogger(__name__)
 
 
 def run_folder(config: Config) -> Path:
@@ -67,7 +72,7 @@ class Progress:
 
     plateau: Plateau = field(default_factory=Plateau)
     best_loss: float = math.inf
-    """Lowest criterion (see :meth:`Task.criterion`) of all validations."""
+    """Lowest criterion (see :meth:`Task.criterion`) of all validations, saved or not."""
 
     since_best: int = 0
     """Validations since that one."""
@@ -75,13 +80,12 @@ class Progress:
     validation_due: bool = False
     """Whether the run was stopped in the validation at this step."""
 
-    def update(self, criterion: float, score: float, optim: Optim) -> bool:
-        """Take the result of a validation; return whether it is the best so far."""
+    def update(self, criterion: float, score: float, optim: Optim) -> None:
+        """Take the result of a validation."""
         self.plateau.update(score, optim)
         self.since_best += 1
         if criterion < self.best_loss:
             self.best_loss, self.since_best = criterion, 0
-        return self.since_best == 0
 
 
 @dataclass(frozen=True)
@@ -290,12 +294,17 @@ class RejectLog:
     def __call__(self, clip_id: int, path: str, reason: str) -> None:
         """Log a clip: its row in the manifest, its path, and why it could not be read."""
         line = {"split": self._split, "clip": clip_id, "path": path, "reason": reason}
-        text = json_line(line)
+        try:
+            self._append(json_line(line))
+        except OSError as error:  # a full disk must not end the training
+            _log.warning("%s is not written: %s: %s", self._path, error, json.dumps(line))
+
+    def _append(self, text: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it yet
         with self._path.open("a+b") as file:
             # Other ranks write here as well: only what has come since is read.
             file.seek(self._read_to)
             self._known.update(file)
             self._read_to = file.tell()
-            if text not in self._known:
-                file.write(text)
+        if text not in self._known:
+            append(self._path, text)

@@ -29,16 +29,29 @@ class Trainer:
         checkpoints: Where the state is saved.
         monitor: Logs of the run.
         lock: Lock of the run's folder.
+        fallback: Where the state is saved if it cannot be saved there.
     """
 
     def __init__(
-        self, state: TrainState, checkpoints: Checkpoints, monitor: Monitor, lock: FolderLock
+        self,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        monitor: Monitor,
+        lock: FolderLock,
+        fallback: Checkpoints | None = None,
     ):
         self.state, self.checkpoints, self.monitor = state, checkpoints, monitor
         task = state.task
         self.context = context = task.context
         world = context.world
-        self.saver = Saver(checkpoints, world, monitor.say, lock)
+        self.saver = Saver(
+            checkpoints,
+            world,
+            monitor.say,
+            lock,
+            max_failed=context.config.train.max_failed_saves,
+            fallback=fallback,
+        )
         self.totals = Totals(world.device)
         self.skip_log = SkipLog(
             context.folder / "skipped.jsonl", world.rank, lambda row: str(task.train_paths[row])
@@ -58,6 +71,7 @@ class Trainer:
         Raises:
             TrainingError: ``train.max_skipped_steps`` steps in a row gave no finite gradient (the
                 state before them was saved), or the loss jumped again and again.
+            CheckpointError: ``train.max_failed_saves`` checkpoints in a row could not be written.
             FolderInUse: Another process has taken over the run's folder.
         """
         with self.stop.listening():
@@ -65,7 +79,7 @@ class Trainer:
                 return self._train()
             except Stopped:  # in a validation, which is made up for when the run is resumed
                 self.saver.check()
-                self._save(False)
+                self._save(None, last=True)
                 return self.stop.signal
 
     def _train(self) -> int:
@@ -76,6 +90,9 @@ class Trainer:
             StepProfiler(config, world, task.module, self.monitor.say) as profiler,
         ):
             batches = self._watch(stream)
+            restored = self.state.restored
+            if restored is not None and restored.parent != self.checkpoints.folder:  # the fallback
+                self._save(self.state.best, last=self._finished())
             if progress.step == 0:
                 self._validate()
             elif progress.validation_due:  # the run was stopped in it
@@ -101,9 +118,9 @@ class Trainer:
                     loss = self._log(lr)
                     if self.spike_guard.spiked(loss) and self._roll_back():
                         continue
-                improved = False
+                best = None
                 if step % settings.validate_every == 0 or step == settings.steps:
-                    improved = self._validate()
+                    best = self._validate()
                 # Asking other ranks waits for the device: only where logging does so anyway.
                 ask = log or world.world_size == 1 or world.device.type == "cpu"
                 stopped = ask and self.stop.requested(world)
@@ -111,8 +128,9 @@ class Trainer:
                     self.context.check_rejected("train")
                 if stopped:
                     self.saver.check()
-                if improved or stopped or self._finished() or step % settings.save_every == 0:
-                    self._save(improved)
+                last = stopped or self._finished()
+                if best is not None or last or step % settings.save_every == 0:
+                    self._save(best, last=last)
                 if stopped:
                     return self.stop.signal
         return 0
@@ -186,8 +204,11 @@ class Trainer:
         self.num_skipped = 0
         return values["loss"]
 
-    def _validate(self) -> bool:
-        """Validate; return whether the result is the best so far, but for that of the start.
+    def _validate(self) -> float | None:
+        """Validate; return the criterion if no checkpoint on the disk has a lower one.
+
+        None at the start, whose weights need not be kept. That a validation before was better is
+        not enough: its checkpoint may not have been written. Collective.
 
         Raises:
             Stopped: The run was asked to stop.
@@ -199,22 +220,22 @@ class Trainer:
         self.monitor.log_valid(progress.step, values)
         self.monitor.restart_clock(progress.step)
         if progress.step == 0:
-            return False
-        return progress.update(
-            task.criterion(values), task.score(values), self.context.config.optim
-        )
+            return None
+        criterion = task.criterion(values)
+        self.context.heartbeat("writing a checkpoint")
+        progress.update(criterion, task.score(values), self.context.config.optim)
+        return criterion if criterion < self.saver.best_value() else None
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: float | None, *, last: bool = False) -> None:
         self.context.heartbeat("gathering a checkpoint")
         progress = self.state.progress
         tensors, meta = self.state.gather()
-        criterion = progress.best_loss if best else None
-        self.saver.save(tensors, meta, step=progress.step, best=criterion)
+        self.saver.save(tensors, meta, step=progress.step, best=best, last=last)
         self.monitor.restart_clock(progress.step)
 
     def _diverged(self) -> None:
         """End the run after too many skipped steps."""
-        self._save(False)  # the weights before them: skipped steps change none
+        self._save(None, last=True)  # the weights before them: skipped steps change none
         step, consecutive = self.state.progress.step, self.skip_log.consecutive
         raise TrainingError(
             f"no step from {step - consecutive + 1} to {step} "

@@ -4,9 +4,16 @@ import contextlib
 import os
 
 import pytest
+from rank_jobs import small_files
 
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import check_new, replacing, use_default_mode, write_atomically
+from ssast.pipelines.files import (
+    append,
+    check_new,
+    replacing,
+    use_default_mode,
+    write_atomically,
+)
 
 
 def names(folder):
@@ -82,6 +89,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
                 raise OSError
         assert names(tmp_path) == ([] if fails else ["out"])
     assert (tmp_path / "out/file").read_text() == "text"
+
+
+def test_lines_are_appended_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "lines"
+    append(path, b"one\n")
+    with small_files(6), pytest.raises(OSError, match="too large"):
+        append(path, b"two\n")
+    append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"
+    with pytest.raises(NotADirectoryError):
+        append(path / "file", b"")
 
 
 def test_writers_of_a_shared_file_do_not_meet(tmp_path):

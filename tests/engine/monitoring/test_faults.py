@@ -24,6 +24,7 @@ from ssast.engine.parallel.ranks import World, expecting_peers
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.saving import Saver
+from ssast.engine.train.task import RejectLog
 from ssast.pipelines.locks import FolderLock
 
 
@@ -66,6 +67,20 @@ def test_skips_in_a_row_are_counted(tmp_path):
     first, second = map(json.loads, text.splitlines())
     assert first == {"step": 7, "rank": 3, "certain": True, "clips": ["clip-\udcff1.wav"]}
     assert second["step"] == 8
+
+
+def test_a_full_disk_ends_no_run_where_clips_are_listed(tmp_path, caplog):
+    skips = SkipLog(tmp_path / "skipped.jsonl", 0, lambda row: f"clip{row}.wav")
+    rejects = RejectLog(tmp_path / "rejected.jsonl", "train")
+    with small_files(10):
+        skips.skipped(7, [(torch.tensor([1]), {"loss": torch.tensor([math.nan])})])
+        rejects(2, "clip2.wav", "it is empty")
+    assert "skipped.jsonl is not written: [Errno 27] File too large: " in caplog.text
+    assert "clip1.wav" in caplog.text and "clip2.wav" in caplog.text
+    for name in ("skipped.jsonl", "rejected.jsonl"):
+        assert (tmp_path / name).read_bytes() == b"", "no part of a line"
+    rejects(2, "clip2.wav", "it is empty")
+    assert json.loads((tmp_path / "rejected.jsonl").read_text())["path"] == "clip2.wav"
 
 
 def test_a_jump_is_told_from_noise_and_from_falling():
@@ -165,7 +180,7 @@ def test_a_saver_that_fails_says_so_once_and_raises_at_the_end(tmp_path):
     world, said = World(0, 0, 1, "single", torch.device("cpu")), []
     (tmp_path / "file").write_text("")
     lock = FolderLock(tmp_path, "a test is writing")
-    saver = Saver(Checkpoints(tmp_path / "file" / "c"), world, said.append, lock)
+    saver = Saver(Checkpoints(tmp_path / "file" / "c"), world, said.append, lock, max_failed=3)
     saver.save({"a": torch.zeros(2)}, {}, step=1, best=None)
     saver.save({"a": torch.zeros(2)}, {}, step=2, best=0.5)
     with pytest.raises(CheckpointError, match="step000000002"):
@@ -181,7 +196,8 @@ def test_a_saver_without_memory_says_so(tmp_path, monkeypatch):
         raise MemoryError
 
     world, said = World(0, 0, 1, "single", torch.device("cpu")), []
-    saver = Saver(Checkpoints(tmp_path), world, said.append, FolderLock(tmp_path, "a test writes"))
+    lock = FolderLock(tmp_path, "a test is writing")
+    saver = Saver(Checkpoints(tmp_path), world, said.append, lock, max_failed=3)
     monkeypatch.setattr(Checkpoints, "save", fail)
     saver.save({"a": torch.zeros(2)}, {}, step=7, best=None)
     saver.settle()

@@ -15,6 +15,7 @@ from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.finetune import finetune
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.monitoring.profiling import (
     PARTS,
     WARMUP_STEPS,
@@ -86,6 +87,18 @@ def test_a_run_too_short_for_a_profile_says_so(tmp_path, world):
             profiler.end_step()
     assert said == ["profile.steps: no profile, the run ended within 5 steps"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, world):
+    (tmp_path / "profile").touch()  # no folder
+    config = load_config("tiny_patch", ["profile.steps=1", f"run.folder={tmp_path}"])
+    said, model = [], SpectrogramTransformer(config.model, config.audio)
+    with StepProfiler(config, world, model, said.append, warmup_steps=1) as profiler:
+        for _ in range(3):
+            profiler.mark("data")
+            profiler.end_step()
+    assert len(said) == 1
+    assert said[0].startswith("profile.steps: the profile cannot be written: [Errno 17] File exis")
 
 
 def test_fine_tuning_has_profiles_too(tmp_path):
