@@ -172,8 +172,11 @@ class Monitor:
         if not self._world.is_main:
             return
         path = self._path.with_name("environment.json")
-        known = json.loads(path.read_text()) if path.exists() else {}
-        write_atomically(path, json.dumps(known | facts, indent=1) + "\n")
+        try:
+            known = json.loads(path.read_text()) if path.exists() else {}
+            write_atomically(path, json.dumps(known | facts, indent=1) + "\n")
+        except (OSError, ValueError) as error:  # the training goes on without
+            self.say(f"{path} is not written: {error}")
 
     def log_valid(self, step: int, values: dict[str, float]) -> None:
         """Log the metrics of a validation, named without their prefix."""
