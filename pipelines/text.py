@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def read_text(path: Path) -> str:
         OSError: It cannot be read.
     """
     data = path.read_bytes()
-    codec, name = next((c for mark, *c in BYTE_ORDER_MARKS if data.startswith(mark)), ("utf-8", ""))
+    codec, name = _encoding(data)
     try:
         text = data.decode(codec)
     except UnicodeDecodeError as error:
@@ -55,11 +55,42 @@ def read_text(path: Path) -> str:
     return text
 
 
-def csv_rows(text: str, source: object, **settings: Any) -> Iterator[tuple[int, list[str]]]:
+def read_lines(path: Path) -> Iterator[str]:
+    """Read the lines of a text file, with any line ends, without holding all of it.
+
+    Raises:
+        DataError: See :func:`read_text`.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        codec, _ = _encoding(file.read(4))
+    try:
+        with path.open(encoding=codec, newline="") as lines:
+            for line in lines:
+                if "\0" in line:
+                    break
+                yield line
+            else:
+                return
+    except UnicodeDecodeError:
+        pass
+    read_text(path)  # says what is wrong
+    raise DataError(f"{path}: was changed while it was read")
+
+
+def _encoding(data: bytes) -> tuple[str, str]:
+    """Return codec and name of the encoding that a byte order mark states."""
+    marks = ((codec, name) for mark, codec, name in BYTE_ORDER_MARKS if data.startswith(mark))
+    return next(marks, ("utf-8", ""))
+
+
+def csv_rows(
+    text: str | Iterable[str], source: object, **settings: Any
+) -> Iterator[tuple[int, list[str]]]:
     """Read the rows of a CSV text that are not blank.
 
     Args:
-        text: The text, with any line ends.
+        text: The text, or its lines, with any line ends.
         source: Path of the file, for messages.
         settings: Arguments of :func:`csv.reader`.
 
@@ -69,7 +100,8 @@ def csv_rows(text: str, source: object, **settings: Any) -> Iterator[tuple[int, 
     Raises:
         DataError: A quote is not closed, or is followed by other text.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **settings)
+    lines = io.StringIO(text, newline="") if isinstance(text, str) else text
+    reader = csv.reader(lines, strict=True, **settings)
     while True:
         line = reader.line_num + 1
         try:

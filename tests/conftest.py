@@ -5,6 +5,15 @@ from rank_pool import RankPool
 from runs import make_data, write_config
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The folder of the caches of this session, also for the programs that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSAST_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def two_ranks():
     """Two processes of one world; they start with the first job."""

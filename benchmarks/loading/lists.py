@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ssast.pipelines.clips.shared import SETTLED_S
+
 KINDS = ("shards", "json", "csv", "folder")
 STAGES = ("open", "hold out", "fingerprint", "order")
 MIB = 2**20
@@ -143,7 +145,7 @@ def _rank(source: str, barrier: threading.Barrier, pipe: Connection) -> None:
     from ssast.engine.config import Config
     from ssast.engine.data.clips import find_clips
     from ssast.engine.settings import Data
-    from ssast.pipelines.clips.manifest import read_manifest
+    from ssast.pipelines.clips.manifest import read_clips
     from ssast.pipelines.clips.mix import fingerprint
     from ssast.pipelines.clips.order import clips_at
 
@@ -160,7 +162,7 @@ def _rank(source: str, barrier: threading.Barrier, pipe: Connection) -> None:
     barrier.wait()
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     times = [time.perf_counter()]
-    read_manifest(source)
+    read_clips(source)
     times.append(time.perf_counter())
     train, valid = find_clips(Config(data=Data(train=source)))
     times.append(time.perf_counter())
@@ -218,9 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
     starts = []
     for kind in options.kinds:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+            os.environ["SSAST_CACHE"] = f"{folder}/cache"
             (Path(folder) / "list").mkdir()
             source = write_list(Path(folder) / "list", kind, options.clips)
+            time.sleep(2 * SETTLED_S)  # a file that has just been written is not trusted
             starts += [measure(source, options.ranks, what) for what in ("first", "later")]
     print(*table(starts), sep="\n")
 

@@ -2,14 +2,12 @@
 
 import logging
 
-import numpy as np
-
 from ssast.engine.config import Config
 from ssast.engine.data.leakage import check_disjoint
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import Audio
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.clips.holdout import hold_out_clips
+from ssast.pipelines.clips.holdout import split_clips
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.mix import MixedClips, select
 from ssast.pipelines.clips.shards import ClipPaths
@@ -83,7 +81,7 @@ def describe_clips(train: int, valid: int, held_out: int) -> str:
 def _split(name: str, paths: ClipPaths, valid_share: float) -> tuple[ClipPaths, ClipPaths]:
     """Return the training and the held-out clips of one data set."""
     try:
-        held = hold_out_clips(paths, valid_share)
+        train, held = split_clips(paths, valid_share)
     except TooFewRecordings as error:
         raise DataError(f"{name}: {error}; set data.valid") from error
-    return select(paths, np.flatnonzero(~held)), select(paths, np.flatnonzero(held))
+    return select(paths, train), select(paths, held)

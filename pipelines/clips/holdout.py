@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.mix import MixedClips
-from ssast.pipelines.clips.order import permutation
+from ssast.pipelines.clips.order import permutation, row_type
 from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
+from ssast.pipelines.clips.shared import MANY, ArrayWriter, shared_arrays
 from ssast.pipelines.errors import TooFewRecordings
 
 SEED = 0  # fixed: a run that is resumed, and every rank of it, must hold out the same clips
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def recordings_of(paths: ClipPaths) -> np.ndarray:
-    """Return the number of the recording that each clip was cut from, [n] int64.
+    """Return the number of the recording that each clip was cut from, [n] integers.
 
     Prepared shards know it. Any other file is taken for a recording of its own; files are numbered
     in the order of their paths.
@@ -40,10 +42,36 @@ def recordings_of(paths: ClipPaths) -> np.ndarray:
         counts = [int(part.max(initial=-1)) + 1 for part in parts]
         starts = itertools.accumulate(counts[:-1], initial=0)
         return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
-    names = [str(path) for path in paths]
-    numbers = np.empty(len(names), np.int64)
-    numbers[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
-    return numbers
+    files = paths if isinstance(paths, FileList) else FileList.of(map(str, paths))
+    return files.numbers()
+
+
+def split_clips(paths: ClipPaths, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to train on and those to hold out, [n] integers; see :func:`hold_out_clips`.
+
+    Those of a list of many clips are found once on a machine.
+
+    Raises:
+        TooFewRecordings: See there.
+        DataError: See there.
+    """
+
+    def rows() -> tuple[np.ndarray, np.ndarray]:
+        held = hold_out_clips(paths, share)
+        kind = row_type(len(held))
+        return np.flatnonzero(~held).astype(kind), np.flatnonzero(held).astype(kind)
+
+    def build(writer: ArrayWriter) -> None:
+        train, held = rows()
+        writer.write("train", train)
+        writer.write("held", held)
+
+    identity = paths.identity if isinstance(paths, FileList | ShardIndex) else None
+    if identity is None or len(paths) < MANY:
+        return rows()
+    what, state = identity
+    found = shared_arrays(("held out", share, what), (SEED, np.__version__, state), build)
+    return found["train"], found["held"]
 
 
 def hold_out_clips(paths: ClipPaths, share: float, labels: Labels | None = None) -> np.ndarray:
@@ -204,8 +232,8 @@ class _Classes:
 
 def _from_zero(keys: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the place of each key among the sorted different ones, and their number."""
-    if keys.dtype == np.int64 and len(keys) and keys.min() >= 0 and keys.max() < 4 * len(keys):
-        places = np.zeros(keys.max() + 1, np.int32 if len(keys) < 2**31 else np.int64)
+    if keys.dtype.kind == "i" and len(keys) and keys.min() >= 0 and keys.max() < 4 * len(keys):
+        places = np.zeros(keys.max() + 1, row_type(len(keys)))
         places[keys] = 1
         count = int(places.sum())
         np.cumsum(places, out=places)

@@ -1,12 +1,91 @@
 """The labels of a clip as text: one name, several with commas between them, or a JSON list."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, TypeGuard
 
+from ssast.pipelines.clips.entries import LABEL_KEYS, Entries
+from ssast.pipelines.errors import DataError
+
+log = logging.getLogger(__name__)
+
 Names = tuple[str, ...]
+
+
+class LabelReader:
+    """The labels of the clips of a manifest, part by part.
+
+    Args:
+        source: The manifest, for messages.
+        classes: Known names; see :func:`parse_labels`.
+    """
+
+    def __init__(self, source: str, classes: Collection[str] | None) -> None:
+        self._source, self._classes = source, classes
+        self._key: str | None = None
+        self._labels: list[Names] = []
+        self._given: list[Any] = []  # what is parsed into them
+        self._parsed: dict[str, tuple[str, Names]] = {}  # equal texts are kept once
+
+    def add(self, part: Entries) -> None:
+        """Read the labels of more clips.
+
+        Raises:
+            DataError: A label is wrong, or some clips have labels and others have none.
+        """
+        if not self._labels and part.columns:
+            self._key = _label_key(part.columns[0])
+        for row, entry in enumerate(part.columns):
+            if _label_key(entry) != self._key:
+                raise DataError(
+                    f"{self._source}: {part.where(row)}: expected all entries to have labels, or "
+                    "none"
+                )
+            given: Any = None
+            names: Names = ()
+            if self._key is not None:
+                try:
+                    given, names = self._parse(entry[self._key])
+                except ValueError as error:
+                    raise DataError(
+                        f"{self._source}: {part.where(row)}: {error}, found "
+                        f"{entry[self._key]!r:.60}"
+                    ) from error
+            self._given.append(given)
+            self._labels.append(names)
+
+    def finish(self) -> tuple[Names, ...] | None:
+        """Return the labels of all clips, None if they have none; warn of doubtful ones."""
+        if self._key is None:
+            return None
+        if self._classes is None:
+            found = doubtful(self._given, several=self._several)
+            if found is not None:
+                message, count = found
+                log.warning(
+                    "%s: %d of %d clips: %s", self._source, count, len(self._given), message
+                )
+        return tuple(self._labels)
+
+    @property
+    def _several(self) -> bool:
+        return self._key == LABEL_KEYS[0]
+
+    def _parse(self, given: Any) -> tuple[Any, Names]:
+        classes = self._classes or ()
+        if not isinstance(given, str):
+            return given, parse_labels(given, several=self._several, classes=classes)
+        if given not in self._parsed:
+            names = parse_labels(given, several=self._several, classes=classes)
+            self._parsed[given] = given, names
+        return self._parsed[given]
+
+
+def _label_key(entry: dict[str, Any]) -> str | None:
+    return next((key for key in LABEL_KEYS if key in entry), None)
 
 
 def parse_labels(given: Any, *, several: bool = True, classes: Collection[str] = ()) -> Names:

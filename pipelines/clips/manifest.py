@@ -8,18 +8,30 @@ Whether the audio files exist is not checked here: the pipeline replaces and rep
 import json
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssast.pipelines.clips.labels import doubtful, format_labels, is_name, parse_labels
+import numpy as np
+
+from ssast.pipelines.clips.entries import (
+    CLIP_KEY,
+    PATH_KEYS,
+    PREPARED_KEY,
+    Entries,
+    csv_entries,
+    json_entries,
+)
+from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
+from ssast.pipelines.clips.listed import FileList, write_files
 from ssast.pipelines.clips.remote import as_path, is_url
 from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex, is_prepared, read_labels
+from ssast.pipelines.clips.shared import ArrayWriter, shared_arrays, state_of
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
-from ssast.pipelines.text import csv_rows, read_text
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +49,9 @@ FFMPEG_SUFFIXES = frozenset(  # of what ffmpeg reads and libsndfile does not
         *("ac3", "eac3", "dts", "ape", "wv", "tta", "tak", "amr", "spx", "ra", "rm", "avi", "flv"),
     )
 )
-PATH_KEYS = ("wav", "path")
-PREPARED_KEY, CLIP_KEY = "prepared", "clip"
-LABEL_KEYS = ("labels", "label")  # several with commas between them, or one
+LARGE_BYTES = 2**22  # of a manifest whose list of clips is kept for other processes
+# What os.path.normpath would change; names that hold line breaks may match as well.
+UNUSUAL = re.compile(r"//|/\.{0,2}$|/\.{1,2}/|^\.{1,2}(?:/|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -86,34 +98,19 @@ def read_manifest(path: str | Path, classes: Collection[str] | None = None) -> M
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
     path = as_path(path)
-    if is_url(path) and not is_prepared(path):
-        raise DataError(f"{path}: not there, or no prepared shards: ssast data prepare makes some")
-    if path.is_dir():
-        if is_prepared(path):
-            clips = ShardIndex(path)
-            return Manifest(clips, read_labels(path, len(clips)), str(path))
-        return Manifest(tuple(audio_files(path)), None, str(path))
-    if path.suffix.lower() not in (".json", ".csv"):
-        found = "this file" if path.exists() else "nothing"
-        raise DataError(f"{path}: expected a folder, a .json or a .csv manifest, found {found}")
-    index: ShardIndex | None = None
-    try:
-        if path.suffix.lower() == ".csv":
-            entries = csv_entries(path)
-        else:
-            content = json_content(path)
-            entries = json_entries(path, content)
-            if PREPARED_KEY in content:
-                index = prepared_index(path, content[PREPARED_KEY])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if not entries:
-        raise DataError(f"{path}: lists no clips")
-    return parse_entries(path, entries, index, classes)
+    clips = _clips_of_folder(path)
+    if clips is not None:
+        labels = read_labels(path, len(clips)) if isinstance(clips, ShardIndex) else None
+        return Manifest(clips, labels, str(path))
+    reader = LabelReader(str(path), classes)
+    clips = _listed_clips(path, reader)
+    return Manifest(clips, reader.finish(), str(path))
 
 
 def read_clips(path: str | Path) -> ClipPaths:
     """Read the clips of a manifest or of a folder without their labels.
+
+    The processes of a machine share the list of a large manifest: one of them reads it, once.
 
     Args:
         path: See :func:`read_manifest`, also for the errors.
@@ -122,9 +119,66 @@ def read_clips(path: str | Path) -> ClipPaths:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
     path = as_path(path)
-    if path.is_dir() and is_prepared(path):
-        return ShardIndex(path)
-    return read_manifest(path).paths
+    clips = _clips_of_folder(path)
+    return _listed_clips(path) if clips is None else clips
+
+
+def _clips_of_folder(path: Path) -> ClipPaths | None:
+    if is_url(path) and not is_prepared(path):
+        raise DataError(f"{path}: not there, or no prepared shards: ssast data prepare makes some")
+    if not path.is_dir():
+        return None
+    return ShardIndex(path) if is_prepared(path) else FileList.of(audio_files(path))
+
+
+def _listed_clips(path: Path, labels: LabelReader | None = None) -> ClipPaths:
+    """Return the clips of a JSON or CSV manifest; read the labels as well, if they are wanted."""
+    if path.suffix.lower() not in (".json", ".csv"):
+        found = "this file" if path.exists() else "nothing"
+        raise DataError(f"{path}: expected a folder, a .json or a .csv manifest, found {found}")
+    what = ("clips of a manifest", os.path.abspath(path))
+    try:
+        before = os.stat(path)
+        state = state_of(path) if labels is None and before.st_size >= LARGE_BYTES else None
+        arrays = shared_arrays(what, state, lambda writer: _write_clips(path, writer, labels))
+        after = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DataError(f"{path}: was changed while it was read: start again")
+    clips = FileList(arrays, None if state is None else (what, state))
+    if not len(clips):
+        raise DataError(f"{path}: lists no clips")
+    prepared = arrays["prepared"].tobytes()
+    if not prepared:
+        return clips
+    index = prepared_index(path, json.loads(prepared))
+    try:
+        return index.named(clips)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _write_clips(path: Path, writer: ArrayWriter, labels: LabelReader | None) -> None:
+    """Write the arrays of a :class:`FileList`, and what the manifest says of a prepared folder."""
+    besides, parts = _entries(path)
+    is_file = PREPARED_KEY not in besides
+
+    def names() -> Iterator[list[str]]:
+        for part in parts:
+            yield _names(path, part, is_file)
+            if labels is not None:
+                labels.add(part)
+
+    repeated = write_files(writer, names())
+    if len(repeated):
+        _check_unique(path, set(repeated.tolist()))
+    prepared = b"" if is_file else json.dumps(besides[PREPARED_KEY]).encode()
+    writer.write("prepared", np.frombuffer(prepared, np.uint8))
+
+
+def _entries(path: Path) -> tuple[dict[str, Any], Iterator[Entries]]:
+    return ({}, csv_entries(path)) if path.suffix.lower() == ".csv" else json_entries(path)
 
 
 def prepared_index(path: Path, prepared: Any) -> ShardIndex:
@@ -148,120 +202,69 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     return ShardIndex(folder)
 
 
-def parse_entries(
-    path: Path,
-    entries: Sequence[tuple[str, dict[str, Any]]],
-    index: ShardIndex | None,
-    classes: Collection[str] | None,
-) -> Manifest:
-    """Check the entries of a manifest.
-
-    Args:
-        path: Path of the manifest.
-        entries: Location for messages and columns of each clip.
-        index: The prepared folder whose clips are listed by name; None if files are listed.
-        classes: See :func:`read_manifest`.
+def _names(path: Path, part: Entries, is_file: bool) -> list[str]:
+    """Return the absolute paths of entries, or the names of clips in shards.
 
     Raises:
-        DataError: A path or label is missing or not text, or a clip is listed twice, or is not in
-            the prepared folder.
+        DataError: One is missing or not text.
     """
-    folder = os.path.abspath(path.parent)
-    keys = PATH_KEYS if index is None else (CLIP_KEY,)
-    clips: dict[str, str] = {}
-    labels: list[tuple[str, ...]] = []
-    label_key = next((k for k in LABEL_KEYS if k in entries[0][1]), None)
-    several = label_key == LABEL_KEYS[0]
-    for location, entry in entries:
-        where = f"{path}: {location}"
-        given = next((entry[key] for key in keys if key in entry), None)
-        if not is_name(given):
-            what = "path" if index is None else "name"
+    keys = PATH_KEYS if is_file else (CLIP_KEY,)
+    folder = os.path.join(os.path.abspath(path.parent), "")
+    given = _plain_names(part.columns, keys)
+    if given is not None:
+        return [n if n[0] == "/" else folder + n for n in given] if is_file else given
+    names = []
+    for row, entry in enumerate(part.columns):
+        name = _given(entry, keys)
+        if not is_name(name):
+            what = "path" if is_file else "name"
             raise DataError(
-                f"{where}: expected the {what} of a clip under {keys[0]!r}, found {given!r}"
+                f"{path}: {part.where(row)}: expected the {what} of a clip under {keys[0]!r}, "
+                f"found {name!r}"
             )
-        clip = os.path.normpath(os.path.join(folder, given)) if index is None else given
-        if clip in clips:
-            raise DataError(f"{where}: {given} is listed already at {clips[clip]}")
-        clips[clip] = location
-        if next((k for k in LABEL_KEYS if k in entry), None) != label_key:
-            raise DataError(f"{where}: expected all entries to have labels, or none")
-        if label_key is not None:
-            try:
-                names = parse_labels(entry[label_key], several=several, classes=classes or ())
-            except ValueError as error:
-                raise DataError(f"{where}: {error}, found {entry[label_key]!r:.60}") from error
-            labels.append(names)
-    if label_key is not None and classes is None:
-        found = doubtful([entry[label_key] for _, entry in entries], several=several)
-        if found is not None:
-            message, count = found
-            log.warning("%s: %d of %d clips: %s", path, count, len(entries), message)
-    paths: ClipPaths = tuple(clips)
-    if index is not None:
-        try:
-            paths = index.named(tuple(clips))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-    return Manifest(paths, tuple(labels) if label_key else None, str(path))
+        names.append(os.path.normpath(os.path.join(folder, name)) if is_file else name)
+    return names
 
 
-def json_content(path: Path) -> dict[str, Any]:
-    """Read ``{"data": [...], ...}``.
+def _given(entry: dict[str, Any], keys: Sequence[str]) -> Any:
+    return next((entry[key] for key in keys if key in entry), None)
 
-    Raises:
-        DataError: Not JSON, or not of this form.
-    """
-    text = read_text(path)
+
+def _plain_names(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str] | None:
+    """Return what is given in entries, looked at together; None if one needs a closer look."""
+    key = next((key for key in keys if entries and key in entries[0]), None)
+    if key is None or (key != keys[0] and any(keys[0] in entry for entry in entries)):
+        return None
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
-    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-        raise DataError(f"{path}: not JSON of a manifest: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
-    return content
+        given = [entry[key] for entry in entries]
+        text = "\n".join(given)
+        text.encode(errors="surrogateescape")
+    except (KeyError, TypeError, UnicodeEncodeError):
+        return None
+    if "" in map(str.strip, given) or "\0" in text or UNUSUAL.search(text):
+        return None
+    return given
 
 
-def json_entries(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return location (``entry 0``, ``entry 1``, ...) and columns of each clip of a JSON manifest.
-
-    Raises:
-        DataError: An entry is not an object.
-    """
-    key = CLIP_KEY if PREPARED_KEY in content else PATH_KEYS[0]
-    for number, entry in enumerate(content["data"]):
-        if not isinstance(entry, dict):
-            raise DataError(
-                f'{path}: entry {number}: expected {{"{key}": ...}}, found {entry!r:.60}'
-            )
-    return [(f"entry {number}", entry) for number, entry in enumerate(content["data"])]
-
-
-def csv_entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read location (``line 2``, ``line 3``, ...) and columns of each clip of a CSV manifest.
+def _check_unique(path: Path, hashes: set[int]) -> None:
+    """Check that no clip whose name has one of these hashes is listed twice.
 
     Raises:
-        DataError: Not CSV, the header names no path column or one twice, or a line has more or
-            fewer columns.
+        DataError: One is; the message says where.
     """
-    rows = csv_rows(read_text(path), path)
-    header = [name.strip().lower() for name in next(rows, (1, []))[1]]
-    if not set(header) & set(PATH_KEYS):
-        raise DataError(f"{path}: expected a header with 'wav' or 'path', found {header!s:.200}")
-    for name in PATH_KEYS + LABEL_KEYS:
-        if header.count(name) > 1:
-            raise DataError(f"{path}: expected one column {name!r}, found {header.count(name)}")
-    entries = []
-    for line, cells in rows:
-        if len(cells) != len(header):
-            hint = "; a cell that holds a comma is quoted" if len(cells) > len(header) else ""
-            raise DataError(
-                f"{path}: line {line}: expected {len(header)} columns, found {len(cells)}{hint}"
-            )
-        entries.append((f"line {line}", dict(zip(header, cells, strict=True))))
-    return entries
+    besides, parts = _entries(path)
+    is_file = PREPARED_KEY not in besides
+    found: dict[str, str] = {}
+    for part in parts:
+        for row, name in enumerate(_names(path, part, is_file)):
+            if hash(name) not in hashes:
+                continue
+            if name in found:
+                given = _given(part.columns[row], PATH_KEYS if is_file else (CLIP_KEY,))
+                raise DataError(
+                    f"{path}: {part.where(row)}: {given} is listed already at {found[name]}"
+                )
+            found[name] = part.where(row)
 
 
 def audio_files(

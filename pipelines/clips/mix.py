@@ -9,6 +9,7 @@ from typing import overload
 
 import numpy as np
 
+from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.order import Weights
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths, ShardIndex
@@ -62,7 +63,7 @@ def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
         paths: All clips.
         rows: Rows of the clips to return, [n] int64; ascending for a mix.
     """
-    if isinstance(paths, ShardIndex):
+    if isinstance(paths, ShardIndex | FileList):
         return paths.subset(rows)
     if not isinstance(paths, MixedClips):
         return [paths[row] for row in rows]
@@ -90,7 +91,7 @@ def fingerprint(paths: ClipPaths) -> str:
     It covers the names of files without their folders, the positions of clips in shards, and the
     shares of a mix: a data set may be moved to another folder.
     """
-    if isinstance(paths, ShardIndex):
+    if isinstance(paths, ShardIndex | FileList):
         return paths.fingerprint()
     if isinstance(paths, MixedClips):
         text = "\n".join(map(fingerprint, paths.parts)) + f"\n{paths.shares}"

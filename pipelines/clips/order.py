@@ -9,12 +9,15 @@ With weights, an epoch of n clips holds each clip in proportion to its weight, r
 random, in a seeded order.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ssast.pipelines.clips.shared import MANY, ArrayWriter, forget, shared_arrays
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import read_text
 
@@ -26,7 +29,11 @@ def generator(seed: int, number: int, epoch: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-@lru_cache(maxsize=4)  # a batch touches one or two epochs, read-ahead perhaps a third
+def row_type(num_clips: int) -> np.dtype:
+    """Return the smaller type of integers that hold the rows of so many clips."""
+    return np.dtype(np.int32 if num_clips < 2**31 else np.int64)
+
+
 def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
     """Return the order of the clips in one epoch.
 
@@ -36,13 +43,33 @@ def permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
         num_clips: Number of clips, n.
 
     Returns:
-        A permutation of 0 .. n - 1, [n] int32 (int64 beyond 2**31 clips), read-only.
+        A permutation of 0 .. n - 1, [n] int32 (int64 beyond 2**31 clips).
     """
     # The draws do not depend on the type: half of the memory for the same order.
-    rows = np.arange(num_clips, dtype=np.int32 if num_clips < 2**31 else np.int64)
-    order = generator(seed, epoch).permutation(rows)
-    order.setflags(write=False)
-    return order
+    return generator(seed, epoch).permutation(np.arange(num_clips, dtype=row_type(num_clips)))
+
+
+@lru_cache(maxsize=4)  # a batch touches one or two epochs, read-ahead perhaps a third
+def epoch_order(seed: int, epoch: int, num_clips: int) -> np.ndarray:
+    """Return the permutation of an epoch, read-only; see :func:`permutation`."""
+    what = ("order", int(seed), num_clips)
+    return _drawn_once(what, epoch, num_clips, lambda: permutation(seed, epoch, num_clips))
+
+
+def _drawn_once(
+    what: tuple[Any, ...], epoch: int, num_clips: int, draw: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """Return the order of an epoch, read-only; that of many clips is drawn once on a machine."""
+    if num_clips < MANY:
+        order = draw()
+        order.setflags(write=False)
+        return order
+
+    def build(writer: ArrayWriter) -> None:
+        forget((*what, epoch - 2))  # a batch may need the last one
+        writer.write("order", draw())
+
+    return shared_arrays((*what, epoch), (np.__version__,), build)["order"]
 
 
 class Weights:
@@ -62,30 +89,32 @@ class Weights:
         if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
             raise ValueError("weights must be finite, 0 or more, and not all 0")
         self._values = values
-        rows = np.flatnonzero(values)
+        rows = np.flatnonzero(values).astype(row_type(len(values)))
         self._sets = np.split(rows, np.searchsorted(rows, np.cumsum(sizes[:-1])))
+        self._name = ("weighted order", tuple(sizes), hashlib.sha256(values.tobytes()).hexdigest())
 
     def __len__(self) -> int:
         return len(self._values)
 
     @lru_cache(maxsize=4)  # noqa: B019  # lives as long as the stream
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Draw the clips of one epoch, [n] int64, read-only.
+        """Draw the clips of one epoch, [n] integers, read-only.
 
         Systematic sampling in an order that is drawn anew: n equally spaced points, all shifted by
         one random number, fall into the cumulative weights of the clips, shuffled within each set.
         So a clip of share s is drawn floor(n s) or ceil(n s) times, whatever its neighbours in the
         manifest are, and independently of other epochs.
         """
-        count, random = len(self), generator(seed, epoch)
+        what = (*self._name, int(seed))
+        return _drawn_once(what, epoch, len(self), lambda: self._draw(generator(seed, epoch)))
+
+    def _draw(self, random: np.random.Generator) -> np.ndarray:
         shuffled = np.concatenate([random.permutation(rows) for rows in self._sets])
         sums = np.cumsum(self._values[shuffled])
-        points = (np.arange(count) + random.random()) * (sums[-1] / count)
+        points = (np.arange(len(self)) + random.random()) * (sums[-1] / len(self))
         # The last point may be rounded up to the whole sum, behind the last clip.
         drawn = np.minimum(np.searchsorted(sums, points, side="right"), len(shuffled) - 1)
-        order = random.permutation(shuffled[drawn])
-        order.setflags(write=False)
-        return order
+        return random.permutation(shuffled[drawn])
 
 
 def read_weights(path: str | Path, num_clips: int) -> Weights:
@@ -141,7 +170,7 @@ def clips_at(
     for epoch in np.unique(epochs):
         here = epochs == epoch
         if weights is None:
-            order = permutation(seed, int(epoch), num_clips)
+            order = epoch_order(seed, int(epoch), num_clips)
         else:
             order = weights.order(seed, int(epoch))
         clip_ids[here] = order[offsets[here]]

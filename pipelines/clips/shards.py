@@ -15,6 +15,7 @@ A prepared folder holds::
 The index is memory-mapped, so opening millions of clips takes neither time nor memory.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ from typing import Any, overload
 import numpy as np
 
 from ssast.pipelines.clips.remote import as_path, is_url, read_range
+from ssast.pipelines.clips.shared import Identity, state_of
 from ssast.pipelines.errors import DataError
 
 BLOCK = 512  # bytes of a tar header; members begin at multiples of it
@@ -199,7 +201,7 @@ class ShardIndex(Sequence[ShardClip]):
 
     Args:
         folder: The prepared folder.
-        rows: Rows of the index, [n] int64; None for all of them.
+        rows: Rows of the index, [n] integers; None for all of them.
 
     Raises:
         DataError: The index cannot be read, or has another form.
@@ -229,6 +231,25 @@ class ShardIndex(Sequence[ShardClip]):
         shard, offset, size = self._index[row if self.rows is None else self.rows[row]].tolist()
         return ShardClip(self._shard.format(shard), offset, size)
 
+    @property
+    def identity(self) -> Identity | None:
+        """What the clips and their recordings were read from; None for some of the clips.
+
+        Also None where the rule of :func:`~.holdout.hold_out_clips` depends on more than these:
+        for one recording alone, and for a folder behind a URL.
+        """
+        if self.rows is not None or is_url(self.folder) or not len(self):
+            return None
+        recordings = self.recordings()
+        if recordings[0] == recordings[-1]:
+            return None
+        files = [self.folder / INDEX, self.folder / RECORDINGS]
+        try:
+            state = state_of(*files)
+        except OSError:
+            return None
+        return None if state is None else (("shards", os.path.realpath(self.folder)), state)
+
     def table(self) -> np.ndarray:
         """Return shard, offset and size of each clip, [n, 3] int64."""
         return self._index[:] if self.rows is None else self._index[self.rows]
@@ -237,9 +258,11 @@ class ShardIndex(Sequence[ShardClip]):
         """Return some of the clips.
 
         Args:
-            rows: Rows of this sequence, [n] int64.
+            rows: Rows of this sequence, [n] integers.
         """
-        return ShardIndex(self.folder, rows if self.rows is None else self.rows[rows])
+        part = copy.copy(self)  # of the same index, which may have been fetched
+        part.rows = rows if self.rows is None else self.rows[rows]
+        return part
 
     def recordings(self) -> np.ndarray:
         """Return the number of the recording that each clip was cut from, [n] int64.

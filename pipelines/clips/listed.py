@@ -1,0 +1,207 @@
+"""A list of audio files as a block of bytes and where each path begins in it, not as objects.
+
+So that 20 million paths take 1.5 GB, which the processes of a machine share, and their order and
+fingerprint are computed without making them.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from ssast.pipelines.clips.order import row_type
+from ssast.pipelines.clips.shared import Arrays, ArrayWriter, Identity, private_arrays
+from ssast.pipelines.text import NAME_BYTES
+
+CHUNK = 2**16  # paths that are made at once
+WORD = 8  # bytes that are compared at once
+
+
+class FileList(Sequence[str]):
+    """Paths of audio files.
+
+    Args:
+        arrays: ``names``, the bytes of all paths, one after the other, and :data:`WORD` more;
+            ``begins``, where each begins in there, and where the last ends, [n + 1] int64;
+            ``utf8``, whether they are all valid text, [1] bool.
+        identity: What the list was read from, if it does not change with each call.
+        rows: Rows of the paths, [n] integers; None for all of them.
+    """
+
+    def __init__(
+        self, arrays: Arrays, identity: Identity | None = None, rows: np.ndarray | None = None
+    ) -> None:
+        self._arrays, self.identity, self._rows = arrays, identity, rows
+        self._names, self._begins = arrays["names"], arrays["begins"]
+
+    @staticmethod
+    def of(paths: Iterable[str]) -> "FileList":
+        """Return a list of these paths, in the memory of this process."""
+        chunks = [list(paths)]
+
+        def build(writer: ArrayWriter) -> None:
+            write_files(writer, chunks)
+
+        return FileList(private_arrays(build))
+
+    def __len__(self) -> int:
+        """Return the number of paths."""
+        return len(self._begins) - 1 if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> "FileList": ...
+
+    def __getitem__(self, row: int | slice) -> "str | FileList":
+        """Return a path, or a list of some."""
+        if isinstance(row, slice):
+            return self.subset(np.arange(len(self))[row])
+        row = range(len(self))[row]
+        place = row if self._rows is None else int(self._rows[row])
+        return _text(self._names[self._begins[place] : self._begins[place + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        """Make the paths in turn."""
+        return itertools.chain.from_iterable(map(_text, part) for part in self._parts())
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether another sequence holds the same paths."""
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def subset(self, rows: np.ndarray) -> "FileList":
+        """Return some of the paths.
+
+        Args:
+            rows: Rows of this list, [n] integers.
+        """
+        return FileList(self._arrays, None, rows if self._rows is None else self._rows[rows])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names of the files, without their folders."""
+        digest = hashlib.sha256()
+        for number, part in enumerate(self._parts()):
+            names = b"\n".join([path[path.rfind(b"/") + 1 :] for path in part])
+            digest.update(b"\n" + names if number else names)
+        return digest.hexdigest()
+
+    def numbers(self) -> np.ndarray:
+        """Return the place of each path when all of them are sorted, [n] integers."""
+        count = len(self)
+        kind = row_type(count)
+        if self._arrays["utf8"][0]:  # bytes are then in the order of the characters
+            order = self._sorted(kind)
+        else:
+            names = list(self)
+            order = np.array(sorted(range(count), key=names.__getitem__), kind)
+        places = np.empty(count, kind)
+        places[order] = np.arange(count, dtype=kind)
+        return places
+
+    def _parts(self) -> Iterator[list[bytes]]:
+        """Yield the bytes of the paths, many at a time."""
+        for start in range(0, len(self), CHUNK):
+            end = min(start + CHUNK, len(self))
+            if self._rows is None:
+                begins = self._begins[start : end + 1]
+                block = self._names[begins[0] : begins[-1]].tobytes()
+                places = itertools.pairwise((begins - begins[0]).tolist())
+                yield [block[first:last] for first, last in places]
+            else:
+                rows = self._rows[start:end]
+                ends = zip(
+                    self._begins[rows].tolist(), self._begins[rows + 1].tolist(), strict=True
+                )
+                yield [self._names[first:last].tobytes() for first, last in ends]
+
+    def _sorted(self, kind: np.dtype) -> np.ndarray:
+        """Return the rows in the order of their bytes: by words, each for those still tied."""
+        begins, ends = self._begins[:-1], self._begins[1:]
+        if self._rows is not None:
+            begins, ends = begins[self._rows], ends[self._rows]
+        lengths = (ends - begins).astype(kind)
+        words = np.ndarray(
+            (len(self._names) - WORD + 1,), ">u8", buffer=self._names.data, strides=(1,)
+        )
+        masks = np.array([(2**64 - 1) << (64 - 8 * n) & (2**64 - 1) for n in range(WORD + 1)], "u8")
+        order = np.arange(len(begins), dtype=kind)
+        places = order.copy()  # in `order`, of the paths that are tied
+        groups = np.zeros(len(begins), kind)  # of paths that are equal so far
+        for done in range(0, int(lengths.max(initial=0)), WORD):
+            tied = order[places]
+            left = np.clip(lengths[tied] - done, 0, WORD)
+            at = np.minimum(begins[tied] + done, len(words) - 1)
+            word = words[at].astype(np.uint64) & masks[left]
+            by_word = np.lexsort((word, groups))
+            order[places] = tied[by_word]
+            word = word[by_word]
+            new = np.ones(len(places), bool)
+            new[1:] = (groups[1:] != groups[:-1]) | (word[1:] != word[:-1])
+            groups = np.cumsum(new, dtype=kind)
+            again = ~new
+            again[:-1] |= again[1:]  # the first of each group as well
+            places, groups = places[again], groups[again]
+            if not len(places):
+                break
+        return order
+
+
+def write_files(writer: ArrayWriter, chunks: Iterable[list[str]]) -> np.ndarray:
+    """Write the arrays of a list of files.
+
+    Args:
+        writer: Where to.
+        chunks: The paths, many at a time.
+
+    Returns:
+        Numbers of paths that may be listed twice: the ``hash`` of each such path.
+    """
+    lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
+    hashes: list[np.ndarray] = [np.zeros(0, np.int64)]
+    utf8 = True
+
+    def parts() -> Iterator[bytes]:
+        nonlocal utf8
+        for names in chunks:
+            text = "".join(names)
+            if text.isascii():
+                block, sizes = text.encode(), map(len, names)
+            else:
+                encoded = [name.encode(errors=NAME_BYTES) for name in names]
+                block, sizes = b"".join(encoded), map(len, encoded)
+                utf8 = utf8 and is_text(text)
+            lengths.append(np.fromiter(sizes, np.int64, len(names)))
+            hashes.append(np.fromiter(map(hash, names), np.int64, len(names)))
+            yield block
+        yield bytes(WORD)
+
+    writer.write_parts("names", parts())
+    begins = np.concatenate(lengths)
+    lengths.clear()
+    np.cumsum(begins, out=begins)
+    writer.write("begins", begins)
+    writer.write("utf8", np.array([utf8]))
+    found = np.concatenate(hashes)
+    hashes.clear()
+    found.sort()
+    return np.unique(found[1:][found[1:] == found[:-1]])
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors=NAME_BYTES)
+
+
+def is_text(text: str) -> bool:
+    """Return whether all bytes of the names are valid UTF-8: no lone surrogates stand for them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
