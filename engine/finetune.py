@@ -8,6 +8,7 @@ engine.predict(["dog.wav"])
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ssast.engine.checkpoints.adopt import adopt
@@ -55,6 +56,7 @@ def finetune(
         TrainingError: Training diverged.
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
+    from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_machines
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
     from ssast.engine.train.run import run_training
@@ -71,7 +73,10 @@ def finetune(
         pretrained = pretrained or open_encoder(settings.checkpoint, metadata)
         config, lines = adopt_from(config, pretrained)
         notes += lines
-    splits = find_splits(config, num_classes)
+    world = init_world(config.train.timeout_s)
+    with expecting_peers(world):
+        splits = find_splits(config, num_classes, partial(run_on_machines, world=world))
+    notes += [splits.compared] if splits.compared else []
     config, lines = with_measured_stats(config, splits.train.paths, resume=resume)
     notes += lines
     settings = finetune_settings(config)

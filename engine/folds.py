@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ssast.engine.evaluation.report import (
 from ssast.engine.finetune import adopt_from, finetune, initial_checkpoint
 from ssast.engine.formats.open import MissingMetadata, open_encoder
 from ssast.engine.monitoring.reporting import reporting
-from ssast.engine.parallel.ranks import init_world, run_on_main
+from ssast.engine.parallel.ranks import init_world, run_on_machines, run_on_main
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import markdown, say
@@ -132,8 +133,9 @@ def cross_validate(
     world = init_world()
     if not resume:
         run_on_main(lambda: _check_free(run, folds), world)
-    for fold in folds:
-        find_splits(fold_config(adopted, fold))  # so that a mistake in the last is reported at once
+    once = partial(run_on_machines, world=world)
+    for fold in folds:  # so that a mistake in the last one is reported at once
+        find_splits(fold_config(adopted, fold), run_once=once)
     for fold in folds:
         if world.is_main:
             say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.mix import select
-from ssast.pipelines.clips.overlap import size_of
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
@@ -242,23 +241,3 @@ def check_read(source: str, paths: Sequence[Any], read: np.ndarray, share: float
             f"{source}: {missing} of {total} clips cannot be read, expected at most "
             f"{share:.0%} (data.max_rejected): {paths[int(np.flatnonzero(~read)[0])]}"
         )
-
-
-def check_files_exist(splits: dict[str, LabelledClips], share: float) -> None:
-    """Check that few of the clips of each split are missing or empty.
-
-    Args:
-        splits: Clips by the name of their split.
-        share: Largest share of the clips of a split that may be.
-
-    Raises:
-        DataError: More are missing or empty.
-    """
-    for name, clips in splits.items():
-        gone = [clip for clip in clips.paths if not size_of(clip)]
-        if len(gone) > share * len(clips):
-            what = "is missing" if size_of(gone[0]) is None else "is an empty file"
-            raise DataError(
-                f"{name} ({clips.source}): {len(gone)} of {len(clips)} clips are missing or empty, "
-                f"expected at most {share:.0%} (data.max_rejected): {gone[0]} {what}"
-            )

@@ -1,6 +1,7 @@
 """The labelled clips of a fine-tuning run, checked before training starts."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,20 +9,27 @@ import numpy as np
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data.labels import (
     LabelledClips,
-    check_files_exist,
     class_names,
     class_weights,
     find_classes,
     read_labelled,
     warn_of_empty_classes,
 )
-from ssast.engine.data.leakage import check_no_leakage
+from ssast.engine.data.leakage import check_files_exist, check_no_leakage
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.clips.holdout import hold_out_clips
+from ssast.pipelines.clips.overlap import Contents
 from ssast.pipelines.clips.subset import draw_clips
 from ssast.pipelines.errors import DataError, TooFewRecordings
 
 log = logging.getLogger(__name__)
+
+Work = Callable[[Callable[[], None]], str]  # what it is given, it calls often
+
+
+def run_here(work: Work) -> str:
+    """Do work in this process, whatever the others do."""
+    return work(lambda: None)
 
 
 @dataclass(frozen=True)
@@ -40,18 +48,25 @@ class Splits:
     names: tuple[str, ...] = ()
     """Display names of the classes."""
 
+    compared: str = ""
+    """What was read to compare the splits; empty if nothing was."""
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in their order."""
         return self.train.classes
 
 
-def find_splits(config: Config, num_classes: int | None = None) -> Splits:
+def find_splits(
+    config: Config, num_classes: int | None = None, run_once: Callable[[Work], str] = run_here
+) -> Splits:
     """Read and check the training, held-out and test clips of a configuration.
 
     Args:
         config: The configuration, with a section ``finetune``.
         num_classes: Expected number of classes; any number if None.
+        run_once: Runs the checks that look at every file, which one process of a machine may do for
+            all; see :func:`~ssast.engine.parallel.ranks.run_on_machines`.
 
     Raises:
         ConfigError: No training data is named, or settings contradict each other.
@@ -84,12 +99,19 @@ def find_splits(config: Config, num_classes: int | None = None) -> Splits:
     splits = {"data.train": train, "data.valid": valid}
     if test is not None:
         splits["finetune.test"] = test
-    check_files_exist(splits, config.data.max_rejected)
     _check_classes(valid, f"{len(valid)} held-out clips")
     drawn = _draw(valid, config.data.valid_clips)
-    if not settings.allow_leakage:
-        check_no_leakage(splits)
-    return Splits(train, valid, drawn, test, weights, class_names(classes, settings.labels))
+
+    def check_files(tick: Callable[[], None]) -> str:
+        contents = Contents(tick)
+        check_files_exist(splits, config.data.max_rejected, contents)
+        if not settings.allow_leakage:
+            check_no_leakage(splits, contents)
+        return contents.summary()
+
+    compared = run_once(check_files)
+    names = class_names(classes, settings.labels)
+    return Splits(train, valid, drawn, test, weights, names, compared)
 
 
 def _check_settings(config: Config) -> None:

@@ -9,6 +9,7 @@ import atexit
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from ssast.engine.errors import ConfigError, LostPeer
 from ssast.pipelines.files import usable_cores
+
+MEET_S = 5.0  # between two meetings of ranks that wait for one of them
 
 T = TypeVar("T")
 
@@ -381,3 +384,45 @@ def run_on_main(function: Callable[[], T], world: World) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def run_on_machines(work: Callable[[Callable[[], None]], T], world: World) -> T:
+    """Call the function on one rank of each machine; what it says reaches every rank.
+
+    It may take longer than the timeout of a collective, if it calls what it is given often: then
+    the ranks meet every few seconds. Collective.
+
+    Args:
+        work: Called on the ranks with local rank 0; its result is small and picklable.
+        world: This process's world.
+
+    Returns:
+        The result of rank 0.
+
+    Raises:
+        ValueError: The function raised it (or a subclass) on some machine.
+        OSError: Likewise.
+    """
+    if world.world_size == 1:
+        return work(lambda: None)
+    outcome: tuple[T | None, ValueError | OSError | None] = (None, None)
+    met = time.monotonic()
+
+    def tick() -> None:
+        nonlocal met
+        if time.monotonic() - met > MEET_S:
+            reduce_max([1.0], world)  # not done yet
+            met = time.monotonic()
+
+    if world.local_rank == 0:
+        try:
+            outcome = (work(tick), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, error)
+    while reduce_max([0.0], world)[0]:
+        pass
+    outcomes = gather_objects(outcome, world)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return outcomes[0][0]  # type: ignore[return-value]

@@ -3,6 +3,8 @@
 import math
 import resource
 from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from toy import build_adam, build_engine, build_toy, train
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import CheckpointError
+from ssast.engine.parallel import ranks
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, reduce_max, reduce_sum, run_on_main
 
@@ -23,6 +26,26 @@ def exchange(world):
         "object": broadcast_object({"from": world.rank}, world),
         "main": run_on_main(lambda: world.rank, world),
     }
+
+
+def once_a_machine(world, fails):
+    """What run_on_machines returns or raises on this rank, and how often it ran here."""
+    calls = []
+
+    def work(tick):
+        for _ in range(3):
+            calls.append(world.rank)
+            tick()
+        if fails:
+            raise CheckpointError("no space")
+        return "done"
+
+    world = replace(world, local_rank=world.rank)
+    with mock.patch.object(ranks, "MEET_S", 0.0):
+        try:
+            return ranks.run_on_machines(work, world), calls
+        except CheckpointError as error:
+            return str(error), calls
 
 
 def fail_on_main(world):

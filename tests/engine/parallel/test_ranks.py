@@ -175,6 +175,13 @@ def test_collectives_agree_on_every_rank(two_ranks):
         assert result["main"] == 0, rank
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_rank_of_a_machine_works_for_all(two_ranks, fails):
+    """However long it takes: the others meet it while it works."""
+    said = "no space" if fails else "done"
+    assert two_ranks.run(rank_jobs.once_a_machine, fails) == [(said, [0, 0, 0]), (said, [])]
+
+
 def test_an_error_on_rank_0_reaches_every_rank(two_ranks):
     assert two_ranks.run(rank_jobs.fail_on_main) == [("no space", [2.0])] * 2
 

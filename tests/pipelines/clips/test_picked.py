@@ -18,6 +18,7 @@ from ssast.engine.settings import Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.overlap import Contents
 from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.check import check_data
@@ -162,10 +163,10 @@ def test_a_copy_in_another_split_is_found(index: ShardIndex, tmp_path: Path) -> 
     other = pick(index, tmp_path / "data/other.json", [4, 5, 6, 7])
     both = pick(index, tmp_path / "data/both.json", [3, 8])
     sets = {p.stem: read_labelled(str(p), ("even", "odd"), one_label=True) for p in (one, other)}
-    check_no_leakage(sets)
+    check_no_leakage(sets, Contents())
     sets["both"] = read_labelled(str(both), ("even", "odd"), one_label=True)
     with pytest.raises(DataError, match=f"of one .* in both .*{index[3].name}"):
-        check_no_leakage(sets)
+        check_no_leakage(sets, Contents())
 
 
 def test_data_sets_of_one_folder_may_be_mixed(index: ShardIndex, tmp_path: Path) -> None:
