@@ -1,8 +1,9 @@
-"""Measure the start of a run: opening a list of clips, holding out, fingerprints, first order.
+"""Measure the start of a run: opening a list of clips, hold-out, fingerprint, order, leakage check.
 
 The lists are made up and no clip is read, so millions of clips take no space. Every rank is a
-process; all of them start at once, as in training. Memory is that of the machine: what the
-ranks hold for themselves, and what they share (files mapped into memory, counted once).
+process; all of them start at once, as in training. Memory is that of the machine: the largest that
+the ranks held for themselves, summed, and what they share (files mapped into memory, counted once).
+The leakage check compares two sets of files of equal size that differ in the middle.
 """
 
 import argparse
@@ -14,17 +15,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
-from ssast.pipelines.clips.shared import SETTLED_S
-
 KINDS = ("shards", "json", "csv", "folder")
 STAGES = ("open", "hold out", "fingerprint", "order")
 MIB = 2**20
+VALID_SHARE = 0.02
+OLD = (1, 1)  # times of files, in s: one that has just been written is not trusted
+FILE_BYTES = 320_044  # 10 s of 16 kHz and 16 bits, as WAV
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,8 @@ def write_list(folder: Path, kind: str, clips: int) -> Path:
     Returns:
         What ``data.train`` would name.
     """
-    names = (
-        f"{row * 2654435761 % 2**32:08x}/Y{row:010d}_000030" for row in range(clips)
-    )  # in no order
+    # In no order.
+    names = (f"{row * 2654435761 % 2**32:08x}/Y{row:010d}_000030" for row in range(clips))
     labels = (f"/m/0{row % 500:03d},/m/0{row % 7:03d}" for row in range(clips))
     if kind == "shards":
         _write_index(folder, clips)
@@ -92,6 +94,7 @@ def write_list(folder: Path, kind: str, clips: int) -> Path:
             file.write('{"data": [\n' + next(entries))
             file.writelines(f",\n{entry}" for entry in entries)
             file.write("\n]}\n")
+    os.utime(path, OLD)
     return path
 
 
@@ -103,6 +106,8 @@ def _write_index(folder: Path, clips: int) -> None:
     index = np.stack([rows // 4096, rows % 4096 * 204_800 + 512, size], 1)
     np.save(folder / "index.npy", index)
     np.save(folder / "recordings.npy", rows // 3)
+    for name in ("index.npy", "recordings.npy"):
+        os.utime(folder / name, OLD)
     names = [f"class {number}" for number in range(500)]
     with open(folder / "labels.json", "w", encoding="utf-8") as file:
         file.write(f'{{"names": {json.dumps(names)}, "clips": [[0]')
@@ -142,11 +147,9 @@ def measure(source: Path, ranks: int, what: str) -> Start:
 
 def _rank(source: str, barrier: threading.Barrier, pipe: Connection) -> None:
     """Do what a rank does before training begins, and send what it took."""
-    from ssast.engine.config import Config
-    from ssast.engine.data.clips import find_clips
-    from ssast.engine.settings import Data
+    from ssast.pipelines.clips.holdout import split_clips
     from ssast.pipelines.clips.manifest import read_clips
-    from ssast.pipelines.clips.mix import fingerprint
+    from ssast.pipelines.clips.mix import fingerprint, select
     from ssast.pipelines.clips.order import clips_at
 
     before = _memory("status", "RssAnon")
@@ -162,9 +165,9 @@ def _rank(source: str, barrier: threading.Barrier, pipe: Connection) -> None:
     barrier.wait()
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     times = [time.perf_counter()]
-    read_clips(source)
+    clips = read_clips(source)
     times.append(time.perf_counter())
-    train, valid = find_clips(Config(data=Data(train=source)))
+    train, valid = (select(clips, rows) for rows in split_clips(clips, VALID_SHARE))
     times.append(time.perf_counter())
     fingerprint(train), fingerprint(valid)
     times.append(time.perf_counter())
@@ -196,6 +199,32 @@ def _memory(file: str, key: str) -> int:
     return 0
 
 
+def compare_files(folder: Path, count: int) -> Iterator[str]:
+    """Compare two sets of so many files; yield a line for the first and for a later start."""
+    from ssast.pipelines.clips.overlap import Contents
+
+    sets: list[list[str]] = [[], []]
+    for row in range(2 * count):
+        path = folder / str(row // 1000) / f"{row}.wav"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "wb") as file:  # takes no more than a block on a disk
+            file.seek(FILE_BYTES // 2)
+            file.write(row.to_bytes(8, "little"))
+            file.truncate(FILE_BYTES)
+        os.utime(path, OLD)
+        sets[row // count].append(str(path))
+    for what in ("first", "later"):
+        contents, begun, cpu = Contents(), time.perf_counter(), time.process_time()
+        assert not contents.copies(*sets)
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        yield (
+            f"leakage check of 2 x {count:,} files, {what} start: {seconds:.1f} s, "
+            f"{cpu:.1f} CPU s, {contents.num_read:,} read, {contents.bytes_read / 1e6:,.1f} MB of "
+            f"{2 * count * FILE_BYTES / 1e6:,.0f} MB; a million files: "
+            f"{cpu / 2 / count * 1e6:.0f} CPU s, {contents.bytes_read / 2 / count / 1e3:.1f} GB"
+        )
+
+
 def table(starts: list[Start]) -> Iterator[str]:
     """Format starts as the lines of a Markdown table."""
     yield "| list | clips | ranks | start | seconds | " + " | ".join(STAGES) + " | CPU s | MiB |"
@@ -212,20 +241,36 @@ def table(starts: list[Start]) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="ssast bench lists", description=__doc__)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--clips", type=int, default=2_000_000)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--clips", type=int, default=2_000_000, help="clips of each list")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--files", type=int, default=10_000, help="of each set to compare")
     parser.add_argument("--folder", type=Path, help="folder for the lists; a temporary one")
     options = parser.parse_args(arguments)
     starts = []
     for kind in options.kinds:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            os.environ["SSAST_CACHE"] = f"{folder}/cache"
-            (Path(folder) / "list").mkdir()
-            source = write_list(Path(folder) / "list", kind, options.clips)
-            time.sleep(2 * SETTLED_S)  # a file that has just been written is not trusted
+        with _folder(options.folder) as folder:
+            source = write_list(folder, kind, options.clips)
             starts += [measure(source, options.ranks, what) for what in ("first", "later")]
     print(*table(starts), sep="\n")
+    if options.files:
+        with _folder(options.folder) as folder:
+            print(*compare_files(folder, options.files), sep="\n")
+
+
+@contextmanager
+def _folder(parent: Path | None) -> Iterator[Path]:
+    """Make a folder, and an empty cache beside it."""
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        before = os.environ.get("SSAST_CACHE")
+        os.environ["SSAST_CACHE"] = f"{folder}/cache"
+        (Path(folder) / "list").mkdir()
+        try:
+            yield Path(folder) / "list"
+        finally:
+            del os.environ["SSAST_CACHE"]
+            if before is not None:
+                os.environ["SSAST_CACHE"] = before
 
 
 if __name__ == "__main__":

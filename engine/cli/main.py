@@ -61,6 +61,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "kernels": "operations.kernels",
     "step": "training.step",
     "data": "loading.data",
+    "lists": "loading.lists",
     "faults": "faults.run",
     "reproduce": "study.reproduce",
     "results": "study.page",
