@@ -19,6 +19,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,10 +41,8 @@ Identity = tuple[tuple[Any, ...], tuple[Any, ...]]  # what arrays are about, and
 
 
 def cache_folder() -> Path:
-    """Return the folder of the files: ``lists`` in ``$SSAST_CACHE``, by default ~/.cache/ssast."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    folder = os.environ.get("SSAST_CACHE") or os.path.join(base, "ssast")
-    return Path(folder).expanduser() / "lists"
+    """Return the folder of the files: ``lists`` in ``SSAST_CACHE``, or in the user's cache."""
+    return Path(os.environ.get("SSAST_CACHE") or "~/.cache/ssast").expanduser() / "lists"
 
 
 def state_of(*paths: str | Path) -> tuple[Any, ...] | None:
@@ -122,8 +121,17 @@ def shared_arrays(
                     found = _make(path, about, build)
         return found
     except OSError as error:
-        log.debug("%s: %s: each process reads for itself", path, error)
-        return private_arrays(build)  # which raises again what the source is to blame for
+        found = private_arrays(build)  # which raises again what the source is to blame for
+        _warn_once(path.parent, error.strerror or str(error))
+        return found
+
+
+@cache
+def _warn_once(folder: Path, reason: str) -> None:
+    log.warning(
+        "%s: %s: each process reads lists of clips for itself; SSAST_CACHE names another folder",
+        folder, reason,
+    )  # fmt: skip
 
 
 def forget(what: tuple[Any, ...]) -> None:
