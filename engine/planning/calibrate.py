@@ -53,7 +53,7 @@ def plain_cpu() -> Gpu:
         name="cpu",
         peak_tflops=flops / min(seconds) / 1e12,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
-        bandwidth_gb_s=15.0,
+        bandwidth_gb_s=12.5,
         per_node=1,
         precision="fp32",
         gemm_share=0.95,

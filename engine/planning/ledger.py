@@ -188,7 +188,7 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
     """
     train = config.train
     clips = batch * train.accumulation_steps * world_size
-    train = replace(train, batch_size=clips, compile=False)
+    train = replace(train, batch_size=clips, compile=False, cuda_graphs=False)
     if gpu.precision == "fp32":
         train = replace(train, precision="fp32")
     config = replace(config, train=train)
@@ -202,8 +202,11 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
         recorder.hold("batch", fbank)
         with torch.device(META):
             task = synthetic_task(SyntheticContext(config, world, fbank=fbank))
+        recorder.count = clips  # valid ones: all
         recorder.phase = STEP  # whose memory is made here
         engine = build_engine(task)
+        # The shapes of flat weights, which DeepSpeed keeps as tensors of this very kind.
+        recorder.forget(getattr(engine._zero, "round_robin_bit16_meta", []))
         try:
             with task.train_batches(0) as batches:
                 train_step(task, engine, batches, config.optim.lr)
@@ -214,6 +217,36 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
         finally:
             engine.close()
     return Ledger(config, gpu, batch, recording)
+
+
+def record_passes(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> Recording:
+    """Record the forward and the backward pass of one micro-batch alone, without DeepSpeed.
+
+    Args:
+        config: Configuration of the run.
+        batch: Clips.
+        every: As ``train.activation_checkpoint_every``.
+        dtype: Of weights and activations.
+    """
+    config = replace(config, train=replace(config.train, batch_size=batch, accumulation_steps=1))
+    audio, recorder = config.audio, Recorder()
+    world = World(0, 0, 1, "single", META)
+    with torch.device(META):
+        fbank = torch.empty(batch, audio.num_frames, audio.n_mels)
+        task = synthetic_task(SyntheticContext(config, world, fbank=fbank))
+    task.encoder.activation_checkpoint_every = every
+    for parameter in task.module.to(META).parameters():
+        parameter.data = parameter.data.to(dtype)
+    with recorder, task.train_batches(0) as batches:
+        mark = _mark(task, recorder)
+        mark("data")
+        micro_batch = next(batches)
+        mark("inputs")
+        inputs, valid = task.inputs(micro_batch, training=True)
+        loss = task.means(task.module(*inputs), valid)["loss"]
+        mark("backward")
+        loss.backward()
+    return recorder.recording
 
 
 def _mark(task: Task, recorder: Recorder) -> Callable[[str], None]:

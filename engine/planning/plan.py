@@ -6,11 +6,11 @@
 
     weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
     optimizer          12 P / W
-    gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the fp32 copy of the step;
-                                                       ZeRO 1 accumulating in bf16: + 4 P
+    gradients          e P; ZeRO 2, 3: e P / W         + (e + 4) P / W, flat copies of the step;
+                                                       accumulating: + 4 P, ZeRO 2, 3: 4 P / W
     activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
                                                        dropout and with attention in tiles
-    FLOPs              see flops.py
+    FLOPs, bytes       of a step's operations: the ledger of a few layers, work.py
     time               matmul / (their share of the peak) + attention / (its share)
                        + bytes of norms, activations, residuals / (share of the bandwidth)
     collectives        volume (W - 1) / W / bus bandwidth + latency       nccl-tests, PERFORMANCE.md
@@ -29,20 +29,25 @@ from ssast.engine.checkpoints.classifier import build_classifier
 from ssast.engine.config import Config
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
 from ssast.engine.model.objective import MSPM
-from ssast.engine.monitoring.flops import attention_flops, forward_flops, step_flops_per_clip
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
+from ssast.engine.planning.work import work
 from ssast.engine.settings import SIZES
 
 GIB = 2**30
-NUM_CLASSES = 527  # of a classifier whose labels are not known: AudioSet's
-# Elements that pass through memory in a block, per token and unit of width, forward and backward.
-TRAFFIC = {"eager": 75.0, "compiled": 40.0}
-LAUNCHES = {"eager": 90, "compiled": 40}  # operations of a block, forward and backward
-ENGINE_S = {1: 0.017, 2: 0.017, 3: 0.053}  # DeepSpeed's own host time of a step
+# Of a compiled block, at a guess: elements that pass through memory besides matmuls and attention,
+# per token and unit of width, and operations.
+COMPILED_TRAFFIC, COMPILED_LAUNCHES = 40.0, 40
+ENGINE_S = {1: 0.007, 2: 0.007, 3: 0.050}  # DeepSpeed's own host time of a step, besides launches
+GRAPHS = 3  # launches where masks, forward and backward pass are CUDA graphs
+STEP_LAUNCHES = 57  # of the norm and the optimizer, and of the mean over valid clips
+COPIES = 2  # of each parameter's gradient, to DeepSpeed's bucket and to its flat gradient
 HOP_S = 6e-6  # of a ring, from machine to machine
 LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
-ADAM_BYTES = 32  # read and written for a parameter
+# Read and written for a parameter. Of a micro-batch: DeepSpeed's copies of the gradient, in bf16, and
+# its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient in bf16
+# and in fp32, Adam, weight in bf16.
+COPIED_BYTES, STEP_BYTES = 16, 46
 MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
 HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
 
@@ -52,8 +57,11 @@ class Memory:
     """Bytes of one device in a step."""
 
     weights: float
+    accumulated: float
+    """Gradients that are kept from one micro-batch to the next."""
+
     gradients: float
-    """With the fp32 copy that the step is taken from."""
+    """Of the step, with the flat copies, in their precision and in fp32, that it is taken from."""
 
     optimizer: float
     buckets: float
@@ -62,8 +70,9 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all parts: allocators hardly reuse the memory of activations for gradients."""
-        return sum(vars(self).values())
+        """The most at a time: activations make room for gradients as the backward pass goes on."""
+        kept = self.weights + self.accumulated + self.optimizer + self.buckets + self.base
+        return kept + max(self.activations, self.gradients)
 
 
 @dataclass(frozen=True)
@@ -94,18 +103,22 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights: all, and those that are trained."""
+    """Numbers of weights: all, those that are trained, and the tensors of those."""
 
     total: int
     trained: int
+    tensors: int = 0
 
 
 def count_parameters(config: Config) -> Parameters:
     """Count the configured model's parameters, without allocating them."""
+    from ssast.engine.planning.synthetic import NUM_CLASSES
+
     with torch.device("meta"):
         model = build_classifier(config, NUM_CLASSES) if config.finetune else MSPM(config)
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return Parameters(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
+    trained = [n for n, is_trained in counts if is_trained]
+    return Parameters(sum(n for n, _ in counts), sum(trained), len(trained))
 
 
 def element_bytes(gpu: Gpu) -> int:
@@ -144,7 +157,7 @@ def block_activations(config: Config, batch: int, e: int) -> list[float]:
 
 
 def activations(config: Config, batch: int, e: int, every: int | None) -> float:
-    """Return the bytes that a forward pass keeps for the backward pass.
+    """Return the most bytes of activations, at the end of the forward pass or in the backward pass.
 
     Args:
         config: Configuration of the run.
@@ -158,18 +171,22 @@ def activations(config: Config, batch: int, e: int, every: int | None) -> float:
     if config.finetune is not None and config.finetune.freeze == "encoder":
         return fbank + batch * e * L * D * 16  # one block's at a time, of which nothing is kept
     blocks = block_activations(config, batch, e)
-    recomputed = [b for i, b in enumerate(blocks) if every and i % every == 0]
-    kept = sum(blocks) - sum(recomputed) + len(recomputed) * batch * L * D * e
-    kept += max(recomputed, default=0.0)  # of the one that is computed again
+    kept = [batch * L * D * e if every and i % every == 0 else b for i, b in enumerate(blocks)]
+    before = [sum(kept[:i]) for i in range(len(kept))]
+    last = L if config.finetune is not None else objective.num_masked
+    # A block in its backward pass has the gradient of its output, and of the MLP's hidden layer.
+    gradients = [5.0 * batch * D * e * rows for rows in [*[L] * (len(blocks) - 1), last]]
+    at_work = max(map(sum, zip(before, blocks, gradients, strict=True)))
     if config.finetune is not None:
-        return fbank + kept + batch * (2.0 * L * D * e + 8 * L)
+        return fbank + max(at_work, sum(kept) + batch * (2.0 * L * D * e + 8 * L))
     P, M = config.model.patch[0] * config.model.patch[1], objective.num_masked
     heads = 2 if objective.kind == "joint" else 1
     passes = 2 if objective.two_pass else 1
     # Input and output of the last norm; of each head its hidden layer and the loss's gradient;
     # targets, and the predictions of one head.
     tail = passes * 2 * M * D + heads * (M * D + M * P) + (passes + 1) * M * P
-    return passes * kept + fbank + batch * (tail * e + 8.0 * M * passes)
+    end = passes * sum(kept) + batch * (tail * e + 8.0 * M * passes)
+    return fbank + max(end, (passes - 1) * sum(kept) + at_work)
 
 
 def memory(
@@ -207,11 +224,12 @@ def memory(
     bucket = 2 * e * min(zero["reduce_bucket_size"], T) if W > 1 else 0
     weights = e * P / W + e * min(P, LIVE_ELEMENTS) * (W > 1) if stage == 3 else e * P
     gradients = e * T / W if stage > 1 else e * T
-    if stage == 1 and config.train.accumulation_steps > 1 and gpu.precision == "bf16":
-        gradients += 4 * T  # the sum over micro-batches, whole on every rank
+    flat = (e + 4) * T / W if e == 2 else 0
+    accumulates = config.train.accumulation_steps > 1
     return Memory(
         weights=weights,
-        gradients=gradients + 4 * T / W,
+        accumulated=accumulates * 4 * (T / W if stage > 1 else T),
+        gradients=gradients + flat,
         optimizer=(0 if config.train.offload == "cpu" else 12) * T / W,
         buckets=bucket,
         activations=gpu.fragmentation * activations(config, batch, e, every),
@@ -284,24 +302,22 @@ def step_time(
     """Return the time of one optimizer step; arguments as in :func:`memory`."""
     size, micro_steps = SIZES[config.model.size], config.train.accumulation_steps
     D, depth = size.embed_dim, config.model.depth or size.depth
-    L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
-    e, clips = element_bytes(gpu), batch * micro_steps
-    mode = "compiled" if config.train.compile is True else "eager"
-    # A block that is computed again costs one more forward pass.
-    again = math.ceil(depth / every) / depth if every else 0.0
-    two = config.finetune is None and config.objective.two_pass
-    frozen = config.finetune is not None and config.finetune.freeze == "encoder"
-    factor = (1 if frozen else 3) * (2 if two else 1)  # forward passes' worth of work
-    attended = factor * attention_flops(config)
-    linear = forward_flops(config) - attention_flops(config)
-    matmul = step_flops_per_clip(config) - attended + again * factor / 3 * linear
-    attended *= 1 + again / 3
+    e = element_bytes(gpu)
+    passes = work(config, batch, every, torch.bfloat16 if e == 2 else torch.float32)
+    launches, moved = passes.launches, micro_steps * passes.moved
+    if config.train.compile is True:
+        tokens = batch * (config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS)
+        moved = min(moved, micro_steps * tokens * D * depth * e * COMPILED_TRAFFIC)
+        launches = min(launches, depth * COMPILED_LAUNCHES)
+    if config.train.cuda_graphs is not False:
+        launches = GRAPHS
+    launches += COPIES * parameters.tensors
     peak = gpu.peak_tflops * 1e12
-    matmul_s = clips * matmul / peak / (gpu.gemm_share * D / (D + gpu.half_width))
-    attention_s = clips * attended / peak / gpu.attention_share
-    moved = clips * L * D * depth * e * TRAFFIC[mode] * (factor / 3) * (1 + again / 3)
+    matmul_s = micro_steps * passes.matmul / peak / (gpu.gemm_share * D / (D + gpu.half_width))
+    attention_s = micro_steps * passes.attention / peak / gpu.attention_share
     bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
-    optimizer_s = ADAM_BYTES * parameters.trained / world_size / bandwidth
+    step_bytes = micro_steps * COPIED_BYTES + STEP_BYTES / world_size
+    optimizer_s = step_bytes * parameters.trained / bandwidth
     if config.train.offload == "cpu":
         optimizer_s += 16 * parameters.trained / world_size / 20e9  # over PCIe, and on the host
     reduced, gathered = wire_elements(parameters, stage, micro_steps)
@@ -313,7 +329,8 @@ def step_time(
         exposed = max(0.0, reduce_s + gather_s - 1.5 * backward_s) if world_size > 1 else 0.0
     else:
         exposed = max(reduce_s - backward_s, reduce_s / 5) + gather_s
-    host_s = micro_steps * depth * LAUNCHES[mode] * gpu.launch_us * 1e-6 + ENGINE_S[stage]
+    launches = micro_steps * launches + STEP_LAUNCHES
+    host_s = launches * gpu.launch_us * 1e-6 + ENGINE_S[stage]
     return StepTime(
         matmul=matmul_s,
         attention=attention_s,

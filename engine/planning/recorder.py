@@ -131,6 +131,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         phase: Part of the step that operations count to; to be set.
+        count: What the host finds where it reads a number; to be set.
         recording: What has been seen.
     """
 
@@ -138,7 +139,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.recording = Recording()
         self._device, self._architecture = device, architecture
-        self.phase, self._operation = "", ""
+        self.phase, self.count, self._operation = "", 1, ""
         self._held: dict[int, tuple[int, str]] = {}  # bytes and part of each storage
         self._in_use: dict[str, int] = {}
         self._unwritten: set[int] = set()
@@ -171,6 +172,13 @@ class Recorder(TorchDispatchMode):
         """Count the memory of tensors under a name, in place of the phase they were made in."""
         for x in tensors_in(tensors):
             self._keep(x, part)
+
+    def forget(self, tensors: Any) -> None:
+        """Do not count the memory of tensors."""
+        for x in tensors_in(tensors):
+            if _key(x) in self._held:
+                self._in_use[self._held[_key(x)][1]] -= self._held[_key(x)][0]
+                self._held[_key(x)] = 0, self._held[_key(x)][1]
 
     def wait(self, what: str) -> None:
         """Note that the host waits for the device."""
@@ -295,8 +303,8 @@ class Recorder(TorchDispatchMode):
             return False, None
         if name == "_local_scalar_dense":
             self.wait("a value is read")
-            # Flags are not set, and counts are not 0.
-            return True, torch.ones((), dtype=args[0].dtype).item() if args[0].itemsize > 1 else 0
+            value = self.count if args[0].itemsize > 1 else 0  # flags are not set
+            return True, float(value) if args[0].dtype.is_floating_point else value
         if name in HOST_READS:
             self.wait(f"the size of the result of {name} is read")
             count = args[0].numel()

@@ -16,7 +16,6 @@ from ssast.engine.planning.plan import (
     HIDDEN,
     HOP_S,
     LIVE_ELEMENTS,
-    TRAFFIC,
     Choice,
     Parameters,
     bus_bandwidth,
@@ -216,14 +215,13 @@ def _scaling(
 
 def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> list[str]:
     D_share = f"{gpu.gemm_share:.0%} x D / (D + {gpu.half_width:g})" if gpu.half_width else ""
-    mode = "compiled" if config.train.compile is True else "eager"
     return [
         f"{gpu.name}: {gpu.peak_tflops:.4g} TFLOP/s {gpu.precision}, {gpu.memory_gib:.4g} GiB, "
         f"{gpu.bandwidth_gb_s:.4g} GB/s; {gpu.per_node} to a machine, {gpu.link_gb_s:g} GB/s "
         f"within, {gpu.network_gb_s:g} GB/s a device between machines",
         f"reached: {D_share or f'{gpu.gemm_share:.0%}'} of the peak in matmul, "
         f"{gpu.attention_share:.0%} in attention, {gpu.bandwidth_share:.0%} of the bandwidth; "
-        f"{TRAFFIC[mode]:g} elements moved per token, width and block ({mode})",
+        "launches, bytes and FLOPs of the operations as --ledger lists them",
         f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
         f"{HIDDEN:.0%} of the backward pass, gathering after the step in the open (ZeRO 1, 2)",
         f"{gpu.base_gib:.3g} GiB for driver and libraries, allocations "

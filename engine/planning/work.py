@@ -1,0 +1,84 @@
+"""The work of a step for any depth and batch, read off the ledger of a few layers.
+
+The blocks between the first and the last are alike, and what depends on the batch is proportional to
+it. So two depths and two batches give launches, bytes and FLOPs of any other.
+"""
+
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+
+import torch
+
+from ssast.engine.config import Config
+from ssast.engine.settings import SIZES
+
+FEW = (2, 4)  # clips of a micro-batch
+
+
+@dataclass(frozen=True)
+class Work:
+    """Forward and backward pass of one micro-batch.
+
+    Attributes:
+        launches: Kernels.
+        moved: Bytes read and written besides matmuls and attention.
+        matmul: FLOPs of matmuls besides attention.
+        attention: FLOPs of attention.
+    """
+
+    launches: float
+    moved: float
+    matmul: float
+    attention: float
+
+
+def work(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> Work:
+    """Return the work of one micro-batch.
+
+    Args:
+        config: Configuration of the run.
+        batch: Clips.
+        every: As ``train.activation_checkpoint_every``.
+        dtype: Of weights and activations.
+    """
+    depth = config.model.depth or SIZES[config.model.size].depth
+    step = every or 1
+    few = depth % step + 2 * step if depth % step else 2 * step
+    few = max(few, 3 + (3 - depth) % step)
+    if depth <= few + step:
+        return _at_depth(config, depth, batch, every, dtype)
+    first, second = (_at_depth(config, d, batch, every, dtype) for d in (few, few + step))
+    return _between(first, second, (depth - few) / step)
+
+
+def _at_depth(
+    config: Config, depth: int, batch: int, every: int | None, dtype: torch.dtype
+) -> Work:
+    config = replace(config, model=replace(config.model, depth=depth))
+    if batch < FEW[0]:  # one clip shares no tokens with another
+        return _measure(config, batch, every, dtype)
+    first, second = (_measure(config, b, every, dtype) for b in FEW)
+    return _between(first, second, (batch - FEW[0]) / (FEW[1] - FEW[0]))
+
+
+def _between(first: Work, second: Work, share: float) -> Work:
+    pairs = zip(astuple(first), astuple(second), strict=True)
+    return Work(*(a + share * (b - a) for a, b in pairs))
+
+
+@cache
+def _measure(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> Work:
+    # Imported here: only plans of steps, not of memory alone, need the modules of training.
+    from ssast.engine.planning.ledger import group_of, record_passes
+
+    launches = record_passes(config, batch, every, dtype).launches
+    products = {"matmul": 0.0, "attention": 0.0}
+    moved = 0
+    for launch in launches:
+        group = group_of(launch)
+        if group in products:
+            products[group] += launch.flops
+        else:
+            moved += launch.read + launch.written
+            products["matmul"] += launch.flops
+    return Work(sum(launch.kernels for launch in launches), moved, **products)
