@@ -35,8 +35,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.flops import PEAK_SHAPE, step_flops_per_clip
-from ssast.engine.planning.synthetic import NUM_CLASSES
-from ssast.engine.planning.synthetic import noise
+from ssast.engine.planning.synthetic import NUM_CLASSES, noise
 from ssast.engine.settings import SIZES
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.kernels.matmul import fast_matmul

@@ -35,6 +35,7 @@ MARKS = {"data": DATA, "inputs": INPUTS, "backward": BACKWARD, "optimizer": STEP
 # Groups of operations of our own, by the beginning of their names, the longest first.
 OURS = {
     "draw_masks": "masks, targets",
+    "add_norm": "residual, LayerNorm",
     "patch_embed": "embedding",
     "scatter_tokens": "gather, scatter",
     "info_nce": "losses",
@@ -70,7 +71,8 @@ GROUPS = {
     "add_": "residual",
 }
 ORDER = (
-    "matmul", "attention", "GELU, ReLU", "LayerNorm", "residual", "bias gradients", "cat, copies",
+    "matmul", "attention", "GELU, ReLU", "LayerNorm", "residual",
+    "residual, LayerNorm", "bias gradients", "cat, copies",
     "gather, scatter", "embedding", "masks, targets", "losses", "flat copies", "gradient norm",
     "optimizer", "other",
 )  # fmt: skip

@@ -44,9 +44,9 @@ STEP_LAUNCHES = 57  # of the norm and the optimizer, and of the mean over valid 
 COPIES = 2  # of each parameter's gradient, to DeepSpeed's bucket and to its flat gradient
 HOP_S = 6e-6  # of a ring, from machine to machine
 LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
-# Read and written for a parameter. Of a micro-batch: DeepSpeed's copies of the gradient, in bf16, and
-# its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient in bf16
-# and in fp32, Adam, weight in bf16.
+# Read and written for a parameter. Of a micro-batch: DeepSpeed's copies of the gradient, in bf16,
+# and its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient
+# in bf16 and in fp32, Adam, weight in bf16.
 COPIED_BYTES, STEP_BYTES = 16, 46
 MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
 HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
@@ -221,7 +221,7 @@ def memory(
         num_params=P,
         cuda=True,
     )["zero_optimization"]
-    bucket = 2 * e * min(zero["reduce_bucket_size"], T) if W > 1 else 0
+    bucket = (2 if zero["overlap_comm"] else 1) * e * min(zero["reduce_bucket_size"], T)
     weights = e * P / W + e * min(P, LIVE_ELEMENTS) * (W > 1) if stage == 3 else e * P
     gradients = e * T / W if stage > 1 else e * T
     flat = (e + 4) * T / W if e == 2 else 0

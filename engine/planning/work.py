@@ -1,7 +1,7 @@
 """The work of a step for any depth and batch, read off the ledger of a few layers.
 
-The blocks between the first and the last are alike, and what depends on the batch is proportional to
-it. So two depths and two batches give launches, bytes and FLOPs of any other.
+The blocks between the first and the last are alike, and of many clips each costs as much as the
+next. So two depths and two batches give launches, bytes and FLOPs of any other.
 """
 
 from dataclasses import astuple, dataclass, replace
@@ -12,7 +12,7 @@ import torch
 from ssast.engine.config import Config
 from ssast.engine.settings import SIZES
 
-FEW = (2, 4)  # clips of a micro-batch
+MANY = (32, 64)  # clips from which on kernels have no more programs, and partial sums, for more
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def _at_depth(
     config: Config, depth: int, batch: int, every: int | None, dtype: torch.dtype
 ) -> Work:
     config = replace(config, model=replace(config.model, depth=depth))
-    if batch < FEW[0]:  # one clip shares no tokens with another
+    if batch <= MANY[1]:
         return _measure(config, batch, every, dtype)
-    first, second = (_measure(config, b, every, dtype) for b in FEW)
-    return _between(first, second, (batch - FEW[0]) / (FEW[1] - FEW[0]))
+    first, second = (_measure(config, b, every, dtype) for b in MANY)
+    return _between(first, second, (batch - MANY[0]) / (MANY[1] - MANY[0]))
 
 
 def _between(first: Work, second: Work, share: float) -> Work:

@@ -79,9 +79,14 @@ def test_of_a_block_that_is_computed_again_only_the_input_is_kept():
     config = load_config(
         "tiny_patch", [*SMALL, "model.depth=6", "train.activation_checkpoint_every=2"]
     )
-    block = 3 * 130 * (16 * 192 * 4 + 12 + 16)  # one is at work while the others are not there
-    P_M = 4 * 3 * 256 * 90 * 2
-    want = saved_bytes(config, 3) + block + P_M
+    # That of the fifth block, when the passes of the last one and of the heads are over.
+    row = 3 * 130 * 192 * 4
+    masked = 3 * 90
+    last = 4 * 192 * (4 * 3 * 130 + 13 * masked) + 12 * masked + 8 * (3 * 130 + masked)
+    tail = 4 * masked * (4 * 192 + 4 * 256) + 8 * masked
+    alive = 2 * 4 * masked * 256  # targets and predictions, until the losses
+    recomputed = saved_bytes(config, 3) - last - tail + alive - row
+    want = recomputed + (16 + 5) * row + 3 * 130 * (12 + 16)
     assert activations(config, 3, 4, 2) == pytest.approx(want, rel=0.02)
     whole = activations(config, 3, 4, None)
     assert activations(config, 3, 4, 1) < activations(config, 3, 4, 2) < 0.8 * whole
@@ -123,9 +128,10 @@ def test_sharding_divides_what_its_stage_says():
     one, two, three = (memory(config, gpu, parameters, stage=s, **shape) for s in (1, 2, 3))
     P = parameters.total
     assert one.weights == 2 * P and one.optimizer == 12 * P / 64
-    assert one.gradients == 2 * P + 4 * P / 64 and two.gradients == 6 * P / 64
+    assert one.gradients == 2 * P + 6 * P / 64 and two.gradients == 8 * P / 64
     twice = replace(config, train=replace(config.train, accumulation_steps=2))
-    assert memory(twice, gpu, parameters, stage=1, **shape).gradients == one.gradients + 4 * P
+    kept = [memory(twice, gpu, parameters, stage=s, **shape).accumulated for s in (1, 2)]
+    assert kept == [4 * P, 4 * P / 64] and one.accumulated == 0
     assert three.weights < two.weights == one.weights
     offloaded = replace(config, train=replace(config.train, offload="cpu"))
     assert memory(offloaded, gpu, parameters, stage=1, **shape).optimizer == 0
@@ -151,8 +157,8 @@ def test_what_is_recommended_is_no_more_than_is_needed():
     assert (choice.stage, choice.every) == (1, None)
     choice, reasons = choose(config, replace(gpu, memory_gib=4.0), parameters, 64)
     assert choice.every is not None and "activation_checkpoint_every" in " ".join(reasons)
-    choice, _ = choose(config, replace(gpu, memory_gib=14.0), parameters, 64, batch=16)
-    assert (choice.stage, choice.batch) == (2, 16)
+    choice, _ = choose(config, replace(gpu, memory_gib=6.5), parameters, 64, batch=1)
+    assert (choice.stage, choice.every, choice.batch) == (2, None, 1)
     assert choose(config, replace(gpu, memory_gib=2.2), parameters, 64) is None
 
 
@@ -174,7 +180,9 @@ def test_computing_blocks_again_costs_a_forward_pass():
     parameters = count_parameters(config)
     plain = step_time(config, gpu, parameters, **shape)
     again = step_time(config, gpu, parameters, every=1, **shape)
-    assert again.device / plain.device == pytest.approx(4 / 3, rel=0.02)
+    # But for the last product of each block, of which only the inputs are kept.
+    assert 1.2 < again.device / plain.device < 1.3
+    assert 1.2 < (again.matmul + again.attention) / (plain.matmul + plain.attention) < 1.27
 
 
 def test_shares_are_found_again_from_trials():

@@ -8,7 +8,7 @@ from runs import overrides
 from ssast.engine.config import load_config
 from ssast.engine.data import augment
 from ssast.engine.finetune import finetune
-from ssast.engine.planning.plan import NUM_CLASSES
+from ssast.engine.planning.synthetic import NUM_CLASSES
 from ssast.engine.planning.trial_process import WARM_UP, measure, trial_task
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.finetuning import Finetuning
