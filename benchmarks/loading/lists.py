@@ -99,7 +99,7 @@ def write_list(folder: Path, kind: str, clips: int) -> Path:
 
 
 def _write_index(folder: Path, clips: int) -> None:
-    """Write index, recordings and labels of a prepared folder, without its shards."""
+    """Write index and recordings of a prepared folder, without its shards."""
     (folder / "shards").mkdir()
     rows = np.arange(clips, dtype=np.int64)
     size = 150_000 + rows * 7919 % 50_000
@@ -108,11 +108,6 @@ def _write_index(folder: Path, clips: int) -> None:
     np.save(folder / "recordings.npy", rows // 3)
     for name in ("index.npy", "recordings.npy"):
         os.utime(folder / name, OLD)
-    names = [f"class {number}" for number in range(500)]
-    with open(folder / "labels.json", "w", encoding="utf-8") as file:
-        file.write(f'{{"names": {json.dumps(names)}, "clips": [[0]')
-        file.writelines(f", [{row % 500}, {row % 7}]" for row in range(1, clips))
-        file.write("]}")
     settings = {"recipe": {"hop_s": None, "clip_s": 10.0}, "drop_duplicates": False}
     report = {"clips": clips, "duplicates": 0, "settings": settings}
     (folder / "report.json").write_text(json.dumps(report))

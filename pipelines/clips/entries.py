@@ -15,7 +15,7 @@ from ssast.pipelines.text import csv_rows, read_lines, read_text
 PATH_KEYS = ("wav", "path")
 PREPARED_KEY, CLIP_KEY = "prepared", "clip"
 LABEL_KEYS = ("labels", "label")  # several with commas between them, or one
-BLOCK_BYTES, BLOCK_ROWS = 2**22, 2**14
+BLOCK_BYTES, BLOCK_ROWS = 2**18, 2**10
 HEAD = re.compile(
     rb'\s*\{\s*(?:"%s"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*)?"data"\s*:\s*\[' % PREPARED_KEY.encode()
 )
@@ -152,6 +152,7 @@ def csv_entries(path: Path) -> Iterator[Entries]:
     for name in PATH_KEYS + LABEL_KEYS:
         if header.count(name) > 1:
             raise DataError(f"{path}: expected one column {name!r}, found {header.count(name)}")
+    used = [(name, header.index(name)) for name in PATH_KEYS + LABEL_KEYS if name in header]
     while block := list(islice(rows, BLOCK_ROWS)):
         for line, cells in block:
             if len(cells) != len(header):
@@ -159,5 +160,5 @@ def csv_entries(path: Path) -> Iterator[Entries]:
                 raise DataError(
                     f"{path}: line {line}: expected {len(header)} columns, found {len(cells)}{hint}"
                 )
-        columns = [dict(zip(header, cells, strict=True)) for _, cells in block]
+        columns = [{name: cells[place] for name, place in used} for _, cells in block]
         yield Entries(columns, [line for line, _ in block], "line")
