@@ -18,7 +18,7 @@ from ssast.engine.settings import Data
 from ssast.pipelines.clips import entries
 from ssast.pipelines.clips.holdout import hold_out
 from ssast.pipelines.clips.listed import FileList
-from ssast.pipelines.clips.manifest import read_clips, read_manifest
+from ssast.pipelines.clips.manifest import read_clips, read_manifest, write_manifest
 from ssast.pipelines.clips.mix import fingerprint, select
 from ssast.pipelines.errors import DataError
 
@@ -47,6 +47,14 @@ def test_it_is_a_sequence_of_the_paths(names: list[str], random: Any) -> None:
         digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
         assert fingerprint(found) == fingerprint(expected) == digest
     assert files != names[1:] and files != [*names[:-1], "other"]
+
+
+def test_names_that_begin_with_others() -> None:
+    """What follows a name in memory does not count."""
+    names = [f"{'ab' * length}{end}" for length in range(20) for end in ("", "a", "zz")]
+    names = [names[row] for row in np.random.default_rng(0).permutation(len(names))]
+    names = list(dict.fromkeys(filter(None, names)))
+    assert sorted(names) == [names[row] for row in np.argsort(FileList.of(names).numbers())]
 
 
 def test_more_than_are_made_at_once() -> None:
@@ -86,6 +94,17 @@ def test_json_is_read_in_blocks(
             read = [part for part in parts if part.columns]
             assert found == besides and [e for part in read for e in part.columns] == data
             assert [n for part in read for n in part.numbers] == list(range(len(data)))
+
+
+def test_what_is_written_here_is_never_decoded_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(entries, "json_content", pytest.fail)
+    names = [f"{row}.wav" for row in range(50)]
+    for labels in (None, [["a, b", "c"]] * 50):
+        write_manifest(tmp_path / "m.json", names, labels)
+        assert read_clips(tmp_path / "m.json") == [str(tmp_path / name) for name in names]
 
 
 def write(path: Path, names: list[str], labels: str = "x") -> Path:
