@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from names import CLASSES, FILES
 
@@ -162,6 +162,7 @@ def test_relative_path_of_the_manifest(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_manifest("m.json").paths == (str(tmp_path / "a.wav"),)
 
 
+@settings(deadline=None)
 @given(
     st.lists(FILES, min_size=1, max_size=9, unique=True),
     st.lists(CLASSES, max_size=4),
