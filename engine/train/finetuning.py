@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -188,8 +189,10 @@ class Finetuning(Task):
         return {name: (outputs[name].where(valid, 0) * weights).sum() for name in names}
 
     def criterion(self, values: dict[str, float]) -> float:
-        """Return the negative metric."""
-        return -values[self.metric]
+        """Return the negative metric; of equal ones that with the lower loss is lower."""
+        loss = values["loss"]
+        # In [0, 1e-9]: less than any two metrics that differ in one clip are apart.
+        return -values[self.metric] + 1e-9 * (loss / (1 + loss) if math.isfinite(loss) else 1.0)
 
     def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
         """Return loss and metrics of held-out clips; include late weights in the average."""

@@ -1,6 +1,7 @@
 """The fine-tuning job: what it learns, every setting of it, and its batches."""
 
 import json
+import math
 import random
 
 import pytest
@@ -165,3 +166,11 @@ def test_early_stopping(splits, checkpoint, tmp_path):
     assert steps == [0, 3, 6, 9]
     assert finetune(config, checkpoint, resume=True) == 0
     assert [line["step"] for line in lines(tmp_path / "run", "valid")] == steps
+
+
+def test_of_equal_metrics_the_lower_loss_is_better(world, splits, checkpoint, tmp_path):
+    config = load(plain_file(tmp_path), splits, tmp_path / "run")
+    task = Finetuning(RunContext(config, world), find_splits(config), open_encoder(checkpoint), 3)
+    ranked = [(0.75, 0.3), (0.75, 0.4), (0.75, math.inf), (0.75 - 1e-7, 0.0), (0.5, 0.1)]
+    values = [task.criterion({"accuracy": metric, "loss": loss}) for metric, loss in ranked]
+    assert values == sorted(values) and len(set(values)) == len(values)
