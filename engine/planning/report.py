@@ -11,6 +11,7 @@ from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.gpus import Gpu
+from ssast.engine.planning.advice import advise
 from ssast.engine.planning.plan import (
     GIB,
     HIDDEN,
@@ -32,6 +33,7 @@ from ssast.pipelines.figures import save_figure, subplots
 # Of `ssast bench data --threads 1`, 10 s FLAC, on a Xeon with AVX-512: 640 and 300; see --loader.
 CLIPS_PER_CORE = {"decoded": 600.0, "filterbank": 300.0}
 FEW_STEPS = 10_000
+SMALL_GAIN = 0.02  # not worth naming
 FLAC_SHARE = 0.6  # of 16-bit samples
 SCALES = [2**k for k in range(13)]  # 1 to 4096
 BATCHES = (1, 8, 32, 128)
@@ -94,11 +96,17 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
         stage=choice.stage,
         every=choice.every,
     )
+    advice = advise(config, gpu, parameters, W, choice)
+    if advice is not None:
+        reasons.append(str(advice))
     if train.compile is not True and gpu.precision == "bf16":
         compiled = replace(config, train=replace(train, compile=True))
         rate = _facts(compiled, gpu, parameters, W, choice)["clips_per_s"]
         gain = rate / facts["clips_per_s"] - 1
-        reasons.append(f"train.compile=true would be {gain:.0%} faster after minutes of compiling")
+        if gain > SMALL_GAIN:
+            reasons.append(
+                f"train.compile=true would be {gain:.0%} faster after minutes of compiling"
+            )
     clips = request.clips or float(train.steps) * train.batch_size
     global_batch = choice.batch * parts
     hours = clips / facts["clips_per_s"] / 3600
@@ -129,6 +137,15 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
             "batch_per_gpu": choice.batch,
         },
         "reasons": batch_reasons + reasons,
+        "not_filled": None
+        if advice is None
+        else {
+            "host_seconds": advice.time.host,
+            "device_seconds": advice.time.device,
+            "batch_per_gpu": advice.batch,
+            "train.batch_size": advice.batch_size if advice.batch else None,
+            "optim.lr": advice.learning_rates if advice.batch else None,
+        },
         **facts,
         "step": {**vars(time), "total": time.total},
         "communication": {
@@ -222,6 +239,7 @@ def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> l
         f"reached: {D_share or f'{gpu.gemm_share:.0%}'} of the peak in matmul, "
         f"{gpu.attention_share:.0%} in attention, {gpu.bandwidth_share:.0%} of the bandwidth; "
         "launches, bytes and FLOPs of the operations as --ledger lists them",
+        _launching(config, gpu),
         f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
         f"{HIDDEN:.0%} of the backward pass, gathering after the step in the open (ZeRO 1, 2)",
         f"{gpu.base_gib:.3g} GiB for driver and libraries, allocations "
@@ -233,6 +251,15 @@ def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> l
         "times without faults, validations and checkpoints; expect 30 % either way before "
         "--calibrate on the machine",
     ]
+
+
+def _launching(config: Config, gpu: Gpu) -> str:
+    if config.train.cuda_graphs is False:
+        return f"each kernel launched by itself, in {gpu.launch_us:g} us"
+    return (
+        "masks, forward and backward pass launched as CUDA graphs (train.cuda_graphs), all else "
+        f"in {gpu.launch_us:g} us each"
+    )
 
 
 def clips_per_core(path: Path, gpu: Gpu) -> float:

@@ -333,3 +333,43 @@ def test_an_order_that_leaves_clips_out_is_noticed(monkeypatch):
     monkeypatch.setattr(plan_order, "rank_positions", off_by_one)
     order = plan_order.work_out_order(512, 64, 8, seed=3)
     assert not order["partition"] and "NOT" in plan_order.format_order(order)
+
+
+def test_a_batch_that_leaves_the_gpu_waiting_is_not_recommended_in_silence():
+    config, gpu = load_config("base_patch"), load_gpu("h100")
+    plan = make_plan(config, PlanRequest(gpus=8, gpu=gpu))
+    found, text = plan["not_filled"], " ".join(plan["reasons"])
+    assert found["host_seconds"] > found["device_seconds"]
+    assert found["train.batch_size"] == 8 * found["batch_per_gpu"]
+    growth = found["train.batch_size"] / 24
+    assert found["optim.lr"]["linear"] == pytest.approx(1e-4 * growth)
+    assert found["optim.lr"]["square root"] == pytest.approx(1e-4 * growth**0.5)
+    for word in (
+        "the GPU is not filled",
+        f"train.batch_size={found['train.batch_size']}",
+        "square",
+    ):
+        assert word in text
+    filled = make_plan(config, PlanRequest(gpus=8, gpu=gpu, batch=found["batch_per_gpu"]))
+    assert filled["not_filled"] is None and "not filled" not in " ".join(filled["reasons"])
+    small = replace(gpu, memory_gib=3.0)
+    assert "no batch that fits fills it" in str(
+        make_plan(config, PlanRequest(gpus=8, gpu=small))["reasons"]
+    )
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100"])
+@pytest.mark.parametrize("name", ["tiny_throughput", "small_throughput", "base_throughput"])
+def test_throughput_recipes_fill_one_gpu_and_eight(name, gpu):
+    published = load_config(name.replace("throughput", "patch"))
+    for gpus, overrides in ((8, []), (1, ["train.accumulation_steps=8"])):
+        config = load_config(name, overrides)
+        plan = make_plan(config, PlanRequest(gpus=gpus, gpu=load_gpu(gpu)))
+        assert plan["not_filled"] is None
+        assert plan["choice"]["train.batch_size"] == config.train.batch_size
+        assert plan["choice"]["train.activation_checkpoint_every"] is None
+        assert plan["memory_per_gpu"] < 0.5 * load_gpu(gpu).memory_gib
+    growth = config.train.batch_size / published.train.batch_size
+    assert config.optim.lr == pytest.approx(published.optim.lr * growth**0.5, rel=0.01)
+    clips = [c.train.steps * c.train.batch_size for c in (config, published)]
+    assert clips[0] == clips[1]
