@@ -164,7 +164,9 @@ class Data:
     otherwise on their beginning."""
 
     cache_gib: float = setting(0.0, 0.0)
-    """Size in GiB of a cache in memory for the features of training clips."""
+    """Size in GiB, on each machine, of a cache in memory for the features of training clips, which
+    its ranks share. On one machine a clip is computed once; of M machines, each has computed
+    1 - (1 - 1/M)^(e - 1) of the clips before epoch e."""
 
     cache_folder: str | None = None
     """A folder on a fast disk where the features of all clips are cached, 0.5 MiB per 10 s; later

@@ -16,7 +16,9 @@ NAME_MAX = 255  # bytes in the name of a file, on every file system in use
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+def replacing(
+    path: Path, *, durable: bool = False, shared: bool = False, inside: Path | None = None
+) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` at the end, or is removed if the body raises.
 
     Readers see the old file or the whole new one, never a part. The body may make a folder instead,
@@ -26,7 +28,9 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
     Args:
         path: Path of the file; its folder is created.
         durable: Whether the content, then the new name, survive a loss of power once this returns.
-        shared: Whether several processes or machines may write ``path`` at the same time.
+        shared: Whether several processes or machines may write ``path`` at the same time; what a
+            killed one leaves behind then stays.
+        inside: Folder of the temporary path, on the same file system; that of ``path`` if None.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name
@@ -34,7 +38,7 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
         name = uuid.uuid4().hex
     if len(os.fsencode(name)) > NAME_MAX - len(TEMPORARY):
         name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    temporary = path.with_name(TEMPORARY + name)
+    temporary = (path.parent if inside is None else inside) / (TEMPORARY + name)
     try:
         yield temporary
         if durable:
@@ -49,14 +53,19 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 
 
 def write_atomically(
-    path: Path, content: str | bytes, *, durable: bool = False, shared: bool = False
+    path: Path,
+    content: str | bytes,
+    *,
+    durable: bool = False,
+    shared: bool = False,
+    inside: Path | None = None,
 ) -> None:
     """Write a file, text as UTF-8, whole or not at all; see :func:`replacing`.
 
     The bytes of names in the text that are not UTF-8 are written as they are.
     """
     data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    with replacing(path, durable=durable, shared=shared) as temporary:
+    with replacing(path, durable=durable, shared=shared, inside=inside) as temporary:
         temporary.write_bytes(data)
 
 

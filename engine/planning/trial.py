@@ -11,15 +11,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from ssast.engine.config import Config, to_plain
+from ssast.engine.parallel.machine import available_gib
 from ssast.engine.settings import Run
 
-CGROUP = Path("/sys/fs/cgroup")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError")
 
 
@@ -108,12 +105,3 @@ def _run(request: dict[str, Any], num_threads: int | None, timeout_s: float) -> 
     if any(sign in err for sign in _OUT_OF_MEMORY) or process.returncode == -signal.SIGKILL:
         return Trial("out of memory", lines[-1])
     return Trial("failed", lines[-1] or f"exit status {process.returncode}")
-
-
-def available_gib() -> float:
-    """Return the main memory that this process and its children may still take."""
-    left = psutil.virtual_memory().available
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and limit.read_text().strip() != "max":  # psutil knows the machine alone
-        left = min(left, int(limit.read_text()) - int(used.read_text()))
-    return left / 2**30

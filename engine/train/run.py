@@ -19,6 +19,7 @@ from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
+from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.optim import warmup_steps
@@ -84,6 +85,7 @@ def run_training(
         described: dict[str, int | str] = {"count": len(clips), "sha256": fingerprint(clips)}
         facts = {"version": versions(), "training clips": described, **inputs}
         check_agreement(to_plain(config) | facts, world)
+        check_memory(config, world, len(clips))
         # In short turns: other ranks wait in a collective meanwhile, which ends at train.timeout_s.
         while not run_on_main(lambda: _acquire(lock, 0.3 * world.timeout_s), world):
             pass
@@ -165,6 +167,10 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
     for backend, reason in attention_trials(world.device, dtype).items():
         if reason:
             monitor.say(f"attention {backend} is not used: {reason}")
+    position = state.progress.position
+    cached = describe_cache(config, world, len(state.task.train_paths), position)
+    if cached is not None:
+        monitor.say(cached)
     between = config.train.validate_every * config.train.batch_size
     if state.task.num_valid > max(between, FEW_CLIPS):
         monitor.say(

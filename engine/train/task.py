@@ -22,6 +22,7 @@ from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import World, gather_objects, reduce_max, reduce_sum
 from ssast.engine.settings import Optim
+from ssast.engine.train.caching import open_cache
 from ssast.engine.train.optim import Plateau, build_optimizer
 from ssast.engine.train.stop import Stop
 from ssast.pipelines.clips.mix import MixedClips
@@ -147,6 +148,8 @@ class RunContext:
     ) -> AbstractContextManager[Iterator[Batch]]:
         """Open a stream of clips, read as the configuration says; see :class:`AudioStream`.
 
+        Collective where clips are trained on and ``data.cache_gib`` is set.
+
         Args:
             paths: The clips.
             split: Under which clips that cannot be read are logged, and counted for
@@ -181,7 +184,7 @@ class RunContext:
             weights=weights,
             random_crop=config.data.random_crop
             and (training if random_crop is None else random_crop),
-            cache_gib=config.data.cache_gib if training else 0.0,
+            cache=open_cache(config, world, len(paths), weights) if training else None,
             cache_folder=config.data.cache_folder,
             on_reject=RejectLog(self.folder / "rejected.jsonl", split) if split else None,
         )

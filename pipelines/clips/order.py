@@ -96,6 +96,10 @@ class Weights:
     def __len__(self) -> int:
         return len(self._values)
 
+    def most_frequent(self, count: int) -> np.ndarray:
+        """Return the clips that are drawn most often, [count] int64."""
+        return np.argsort(-self._values, kind="stable")[:count]
+
     @lru_cache(maxsize=4)  # noqa: B019  # lives as long as the stream
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Draw the clips of one epoch, [n] integers, read-only.

@@ -3,7 +3,8 @@
 Each file holds one clip and is named by a hash of everything that its content depends on: path,
 size and mtime of the audio file (or the shard), filterbank settings, and the code that computes
 them, so an entry is never stale. Files are written atomically and end with a checksum: a run may be
-killed at any time, and any number of processes may share the folder.
+killed at any time, and any number of processes may share the folder. What killed ones have begun to
+write is removed by the next run.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import shutil
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -23,12 +25,13 @@ from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.clips.remote import is_url, version
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths, ShardClip
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.files import TEMPORARY, write_atomically
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # to be raised when the filterbank of the same clip changes
 TAIL = struct.Struct("<QI")  # samples of the clip, checksum of the filterbank
+ABANDONED_S = 3600.0  # age of a file that nobody can still be writing
 FREE_SHARE = 0.05  # of the disk that stays free, for checkpoints
 
 
@@ -56,7 +59,10 @@ class DiskCache:
         self._full = False
         try:
             write_atomically(folder / "probe", b"", shared=True)
-            (folder / "probe").unlink(missing_ok=True)  # another rank may have removed it
+            with suppress(FileNotFoundError):  # another rank may have removed it
+                now = (folder / "probe").stat().st_mtime  # by the clock of the file system
+                (folder / "probe").unlink()
+                _remove_abandoned(folder, now - ABANDONED_S)
         except OSError as error:
             raise DataError(f"{folder}: cannot be written to: {error.strerror}") from error
 
@@ -76,7 +82,7 @@ class DiskCache:
         return found is not None
 
     def put(self, clip_ids: list[int], features: Tensor, lengths: list[int]) -> None:
-        """Write clips that were not cached; the arguments are those of :class:`FbankCache`."""
+        """Write clips that were not cached; the arguments are those of :class:`MemoryCache`'s."""
         for row, (clip_id, samples) in enumerate(zip(clip_ids, lengths, strict=True)):
             with self._lock:
                 name = self._missing.pop(clip_id, None)
@@ -90,7 +96,7 @@ class DiskCache:
                     raise OSError(0, f"less than {FREE_SHARE:.0%} of the disk is free")
                 path = self._folder / name[:2] / name
                 content = data + TAIL.pack(samples, zlib.crc32(data))
-                write_atomically(path, content, shared=True)
+                write_atomically(path, content, shared=True, inside=self._folder)
             except OSError as error:
                 self._full = True
                 reason = error.strerror or str(error)
@@ -104,6 +110,10 @@ class DiskCache:
                 del self._ready[clip_id]
         features, lengths = zip(*found, strict=True)
         return torch.stack(features), list(lengths)
+
+    def close(self) -> None:
+        """Forget the clips that were read and not asked for."""
+        self._ready.clear()
 
     def _read(self, path: Path) -> tuple[Tensor, int] | None:
         """Read a filterbank [T, F] and the samples; None if the file is missing or damaged."""
@@ -119,6 +129,14 @@ class DiskCache:
         features = torch.zeros(self._spec.num_frames, self._spec.n_mels)
         features[:count] = torch.tensor(np.frombuffer(sound, "<f4")).view(count, self._spec.n_mels)
         return features, samples
+
+
+def _remove_abandoned(folder: Path, before: float) -> None:
+    """Remove files that were begun before this time, in s, and not finished."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):  # of another user, or removed by another rank
+            if path.stat().st_mtime < before:
+                path.unlink()
 
 
 def _identity(path: ClipPath, made_by: str) -> str:

@@ -15,7 +15,7 @@ from ssast.pipelines.clips.order import Weights
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.batch import Batch
-from ssast.pipelines.stream.cache import Cache, FbankCache
+from ssast.pipelines.stream.cache import Cache, MemoryCache
 from ssast.pipelines.stream.disk_cache import DiskCache
 from ssast.pipelines.stream.graph import PREFETCH, FbankThreads, build_pipeline
 from ssast.pipelines.stream.rejected import Rejections
@@ -61,7 +61,8 @@ class AudioStream:
         retry_s: Time in s for which reading is tried again while storage fails.
         random_crop: Whether to take a different crop of a longer recording in each epoch, drawn
             from (seed, clip, epoch), instead of its start.
-        cache_gib: Memory in GiB for a cache of filterbanks. Not with ``random_crop``.
+        cache: Cache of filterbanks in memory, which is closed with the stream. Not with
+            ``random_crop``.
         cache_folder: Folder for a cache on disk instead, which later runs use as well; see
             :mod:`ssast.pipelines.stream.disk_cache`.
         on_reject: Called with (clip id, path, reason) when a rejected clip first comes up.
@@ -91,7 +92,7 @@ class AudioStream:
         weights: Weights | None = None,
         retry_s: float = 300.0,
         random_crop: bool = False,
-        cache_gib: float = 0.0,
+        cache: MemoryCache | None = None,
         cache_folder: str | Path | None = None,
         on_reject: Callable[[int, str, str], None] | None = None,
     ) -> None:
@@ -100,9 +101,9 @@ class AudioStream:
             raise DataError(
                 f"{len(weights)} weights for {len(paths)} clips; they are for the endless stream"
             )
-        if bool(cache_gib) + (cache_folder is not None) + random_crop > 1:
+        if (cache is not None) + (cache_folder is not None) + random_crop > 1:
             raise DataError(
-                "cache_gib, cache_folder and random_crop exclude each other: one place for "
+                "cache, cache_folder and random_crop exclude each other: one place for "
                 "filterbanks is enough, and a crop is used once"
             )
         if fbank not in ("auto", "torch", "dali"):
@@ -134,10 +135,8 @@ class AudioStream:
         self.rejections = Rejections(len(paths), shuffled=epochs is None)
         self._recoveries, self._recovered_at = 0, -1
         self._closed = False
-        self._cache: Cache | None = None
-        if cache_gib:
-            self._cache = FbankCache(round(cache_gib * 2**30))
-        elif cache_folder is not None:
+        self._cache: Cache | None = cache
+        if cache_folder is not None:
             computed_by = f"{fbank} {device.type}"
             self._cache = DiskCache(Path(cache_folder), paths, spec, computed_by)
         self._source = ClipSource(
@@ -198,6 +197,8 @@ class AudioStream:
         self._closed = True
         self._pipeline = None  # waits for the batches in flight
         self._source.close()
+        if self._cache is not None:
+            self._cache.close()
         if isinstance(self._features, FbankThreads):
             self._features.close()
 
@@ -258,9 +259,12 @@ class AudioStream:
         cache.put(clip_ids[new].tolist(), features[new.to(features.device)], lengths[new].tolist())
         if kept.any():
             stored, counts = cache.get(clip_ids[kept].tolist())
+            stored, known = stored.to(features.device), torch.tensor(counts)
+            if kept.all():
+                return stored, known
             features, lengths = features.clone(), lengths.clone()
-            features[kept.to(features.device)] = stored.to(features.device)
-            lengths[kept] = torch.tensor(counts)
+            features[kept.to(features.device)] = stored
+            lengths[kept] = known
         return features, lengths
 
     def _account(self, labels: Tensor, present: np.ndarray) -> None:

@@ -9,9 +9,9 @@ from runs import overrides, write_config
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
-from ssast.engine.planning import trial as trials
+from ssast.engine.parallel import machine as machines
 from ssast.engine.planning import tune as tuning
-from ssast.engine.planning.trial import Trial, available_gib, try_out
+from ssast.engine.planning.trial import Trial, try_out
 from ssast.engine.planning.tune import fastest, format_results, tune, write_tuned
 
 
@@ -141,9 +141,9 @@ def small(tmp_path):
 def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch, limit, left_gib):
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{1 << 30}\n")
-    monkeypatch.setattr(trials, "CGROUP", tmp_path)
-    monkeypatch.setattr(trials.psutil, "virtual_memory", lambda: Memory(available=5 << 30))
-    assert available_gib() == (left_gib or 5.0)
+    monkeypatch.setattr(machines, "CGROUP", tmp_path)
+    monkeypatch.setattr(machines.psutil, "virtual_memory", lambda: Memory(available=5 << 30))
+    assert machines.available_gib() == (left_gib or 5.0)
 
 
 def test_a_real_trial(small):
@@ -157,7 +157,7 @@ def test_a_real_trial(small):
 def test_a_real_trial_out_of_memory_or_time(small):
     """It is the child that ends; the machine keeps its memory."""
     huge = replace(small, train=replace(small.train, batch_size=20_000_000))
-    trial = try_out(huge, memory_gib=min(4.0, 0.5 * available_gib()))
+    trial = try_out(huge, memory_gib=min(4.0, 0.5 * machines.available_gib()))
     assert trial.outcome == "out of memory", trial
     trial = try_out(small, timeout_s=0.5)
     assert trial.outcome == "too slow" and "0 s" in trial.reason

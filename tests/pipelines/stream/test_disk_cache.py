@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,28 @@ def test_a_killed_run_leaves_nothing_that_is_wrong(tmp_path: Path) -> None:
     assert 4 <= len(files(cache)) < 40
     for _ in range(2):
         assert same(take(clips, 20, cache_folder=cache), take(clips, 20))
+
+
+def test_what_killed_runs_have_begun_is_removed(
+    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it may still be written; the entries stay."""
+    cache, now = tmp_path / "cache", time.time()
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", lambda *names: None)
+        killed.setattr(disk_cache.DiskCache, "_read", lambda *given: None)
+        cache.mkdir()
+        (cache / "probe").touch()
+        take(clips, 3, cache_folder=cache)
+    begun = [path for path in files(cache) if path.parent == cache]
+    assert len(begun) >= 8 and all(path.name.startswith(".tmp-") for path in begun)
+    take(clips, 3, cache_folder=cache)
+    assert set(begun) <= set(files(cache))
+    for path in begun[1:]:
+        os.utime(path, (now - 7200, now - 7200))
+    take(clips, 3, cache_folder=cache)
+    assert [path for path in files(cache) if path.parent == cache] == begun[:1]
+    assert len(files(cache)) == 11
 
 
 def test_wrong_settings(tmp_path: Path, clips: list[Path]) -> None:

@@ -20,6 +20,7 @@ from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.order import Weights, clips_at
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream import source
+from ssast.pipelines.stream.cache import MemoryCache, clip_bytes
 
 
 @pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad])
@@ -156,12 +157,12 @@ def test_a_cache_changes_nothing(
     without = take(clips, 22, **settings)  # 8 epochs
     every_time = len(reads)
     reads.clear()
-    gib = kept * 10 * spec.num_frames * spec.n_mels * 4 / 2**30
-    assert same(take(clips, 22, cache_gib=gib, **settings), without)
+    cache = MemoryCache(len(clips), spec, round(kept * 10 * clip_bytes(spec)))
+    assert same(take(clips, 22, cache=cache, **settings), without)
     # Read ahead, a clip may be asked for before it is there; the others are read every time.
     assert len(reads) < (1 - 0.6 * kept) * every_time
     with pytest.raises(DataError, match="exclude each other"):
-        take(clips, 1, cache_gib=1.0, random_crop=True)
+        take(clips, 1, cache=MemoryCache(11, spec, 1 << 30), random_crop=True)
 
 
 def num_tasks(at_most: int = 0) -> int:
