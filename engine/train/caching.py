@@ -108,7 +108,7 @@ def open_cache(
     machines = machines_of(world)
     first = machines.index(machines[world.rank])
     cache = MemoryCache(num_clips, spec, limit, weights=weights) if first == world.rank else None
-    paths = gather_objects(cache and cache.path, world)
+    paths = gather_objects(None if cache is None else cache.path, world)
     problem = None
     if cache is None:
         try:

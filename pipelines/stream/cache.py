@@ -123,8 +123,9 @@ class MemoryCache:
             if place >= self._places or self._samples(place) is not None:
                 continue
             try:
-                self._write(sound[: num_frames(samples, self._spec)], self._offset(place))
-                self._write(np.int64(samples + 1), NUMBER * place)
+                self._write(sound[: num_frames(samples, self._spec)].data, self._offset(place))
+                number = (samples + 1).to_bytes(NUMBER, "little")
+                self._write(memoryview(number), NUMBER * place)
             except OSError as error:
                 self._full = True
                 log.warning("%s: no more filterbanks are cached in memory", error.strerror)
@@ -139,7 +140,7 @@ class MemoryCache:
             samples = self._samples(place)
             assert samples is not None
             count = num_frames(samples, self._spec)
-            os.preadv(self._file.fileno(), [row[:count]], self._offset(place))
+            os.preadv(self._file.fileno(), [row[:count].data], self._offset(place))
             row[count:] = 0
             lengths.append(samples)
         return torch.from_numpy(features), lengths
@@ -161,6 +162,6 @@ class MemoryCache:
         found = os.pread(self._file.fileno(), NUMBER, NUMBER * place)
         return int.from_bytes(found, "little") - 1 if any(found) else None
 
-    def _write(self, data: np.ndarray | np.int64, offset: int) -> None:
+    def _write(self, data: memoryview, offset: int) -> None:
         if os.pwrite(self._file.fileno(), data, offset) != data.nbytes:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
