@@ -32,7 +32,7 @@ from ssast.engine.settings import (
     Train,
 )
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import read_text
+from ssast.pipelines.text import parse_yaml, read_text, shown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
@@ -143,15 +143,15 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = _find(name)
     try:
-        raw = yaml.safe_load(read_text(path))
+        raw = parse_yaml(read_text(path))
     except DataError as error:
         raise ConfigError(str(error)) from error
-    except (yaml.YAMLError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
     raw = _mapping({} if raw is None else raw, str(path))
     if _is_of_run(path):
         run = _mapping(raw.get("run") or {}, "run")
-        if not (run.get("folder") and path.parent.resolve() == Path(run["folder"]).resolve()):
+        if not _is_folder(run.get("folder"), path.parent):
             raw["run"] = run | {"folder": str(path.parent)}
     stated = dict.fromkeys(_leaves(raw), path.name)
     for override in overrides:
@@ -222,6 +222,12 @@ def _is_of_run(path: Path) -> bool:
     return path.name == "config.yaml" and any((path.parent / name).exists() for name in written)
 
 
+def _is_folder(named: object, folder: Path) -> bool:
+    """Return whether what a configuration names is this folder."""
+    is_path = isinstance(named, str) and named and "\0" not in named
+    return bool(is_path) and folder.resolve() == Path(str(named)).resolve()
+
+
 def _find(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
@@ -242,8 +248,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"expected section.key=value, got {override!r}")
     literal = _takes_text(dotted.strip()) and not text.strip().startswith(("'", '"'))
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         if not literal:
             raise ConfigError(f"{dotted}: {text!r} is not YAML: {_one_line(error)}") from error
         value = text
@@ -290,6 +296,7 @@ def _build(cls: Any, raw: Any, prefix: str) -> Any:
     values = {}
     for key, value in raw.items():
         if key not in fields:
+            key = key if isinstance(key, str) and len(key) < 100 else shown(key)
             known = [f"{prefix}{name}" for name in fields] if prefix else [*fields, *_all_keys()]
             raise ConfigError(f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', known)}")
         if value is None and dataclasses.is_dataclass(hints[key]):
@@ -306,30 +313,41 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
             known = [arg if isinstance(arg, str) else str(arg).lower() for arg in args]
-            near = _nearest(str(value), known)
-            raise ConfigError(f"{key} must be one of {', '.join(known)}, got {value!r}{near}")
+            near = _nearest(value if isinstance(value, str) else shown(value), known)
+            raise ConfigError(f"{key} must be one of {', '.join(known)}, got {shown(value)}{near}")
         return value
     if isinstance(hint, types.UnionType):  # every union in the settings is "X | None"
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _convert(inner, value, key)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ConfigError(f"{key} must be a list of {len(args)}, got {value!r}")
+            raise ConfigError(f"{key} must be a list of {len(args)}, got {shown(value)}")
         return tuple(
             _convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if typing.get_origin(hint) is Mapping:  # its keys are the user's
-        named = {str(name): item for name, item in _mapping(value, key).items()}
+        named = {
+            name if isinstance(name, str) else shown(name): item
+            for name, item in _mapping(value, key).items()
+        }
         return {name: _convert(args[1], item, f"{key}[{name}]") for name, item in named.items()}
     if hint is float and isinstance(value, str):  # YAML 1.1 loads 1e-4, without a dot, as a string
         with contextlib.suppress(ValueError):
             value = float(value)
     if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if type(value) is not hint or not _is_plain(value):
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"{key} must be {names[hint]}, got {value!r}")
+        raise ConfigError(f"{key} must be {names[hint]}, got {shown(value)}")
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can be used: no NaN or infinite number, no text with a NUL."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, str) or "\0" not in value
 
 
 def _check_range(value: Any, f: "dataclasses.Field[Any]", key: str) -> None:
@@ -340,12 +358,12 @@ def _check_range(value: Any, f: "dataclasses.Field[Any]", key: str) -> None:
     for number in numbers if isinstance(value, tuple | dict) else (value,):
         if not low <= number <= high:
             bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{key} must be {bounds}, got {number!r}")
+            raise ConfigError(f"{key} must be {bounds}, got {shown(number)}")
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected a mapping of keys to values, got {value!r}")
+        raise ConfigError(f"{where}: expected a mapping of keys to values, got {shown(value)}")
     return value
 
 

@@ -25,6 +25,8 @@ class Size:
     num_heads: int
 
 
+MOST_FRAMES = 2**20  # of 10 ms: 2.9 hours
+
 # tiny, small and base are those of DeiT; large, huge and giant those of ViT and its followers.
 SIZES = {
     "tiny": Size(192, 12, 3),
@@ -46,7 +48,7 @@ class Audio:
     n_mels: int = setting(128, 1, 1024)
     """Number of mel bins."""
 
-    num_frames: int = setting(1024, 1)
+    num_frames: int = setting(1024, 1, MOST_FRAMES)
     """Input length in frames of 10 ms; longer clips are cut, shorter ones are zero-padded."""
 
     mean: float = -4.2677393
@@ -77,7 +79,7 @@ class Model:
     patch: tuple[int, int] = setting((16, 16), 1)
     """Patch size in mel bins and frames: [16, 16] is the patch model, [128, 2] the frame model."""
 
-    depth: int | None = setting(None, 1)
+    depth: int | None = setting(None, 1, 1000)
     """Number of transformer blocks; null: that of the size."""
 
 

@@ -1,7 +1,9 @@
 """Atomic writes, appending, and the number of usable cores."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
 import shutil
 import stat
@@ -121,6 +123,20 @@ def check_new(outputs: Iterable[str | Path], inputs: Iterable[str | Path] = ()) 
                 if os.path.samefile(source, output):
                     raise DataError(f"{output}: is an input of this command: choose another output")
         raise DataError(f"{output}: exists already: remove it, or choose another output")
+
+
+def open_regular(path: str | bytes | Path) -> io.FileIO:
+    """Open a file for reading, without waiting for the other end of a pipe.
+
+    Raises:
+        OSError: It cannot be opened, or is a folder, a pipe or a device, which may never end.
+    """
+    with contextlib.suppress(IsADirectoryError):
+        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise OSError(errno.EINVAL, "not a regular file", os.fsdecode(path))
 
 
 def flush(path: Path) -> None:

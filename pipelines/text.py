@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import re
+import reprlib
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +35,24 @@ BYTE_ORDER_MARKS = (  # that of UTF-32 begins as that of UTF-16 does
     (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
 )
 NAME_BYTES = "surrogateescape"  # the error handler that turns bytes of a name to text and back
+YAML_DEPTH, YAML_NODES = 50, 100_000  # of a configuration; an alias counts with all it stands for
+YAML_WORD = 10_000  # characters without quotes: a number may take the square of its length
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 60
+_shown.maxlevel = 3
 
 
 def read_text(path: Path) -> str:
     """Read a text file: UTF-8, or what its byte order mark says (Notepad, PowerShell, Excel).
 
     Raises:
-        DataError: It is not text of that encoding, or holds NUL characters.
+        DataError: It is not text of that encoding, or holds NUL characters; or it is no file but a
+            pipe or a device, which might never end.
         OSError: It cannot be read.
     """
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     codec, name = _encoding(data)
     try:
         text = data.decode(codec)
@@ -82,6 +94,73 @@ def _encoding(data: bytes) -> tuple[str, str]:
     """Return codec and name of the encoding that a byte order mark states."""
     marks = ((codec, name) for mark, codec, name in BYTE_ORDER_MARKS if data.startswith(mark))
     return next(marks, ("utf-8", ""))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is none, is nested too deeply, or holds a number that is too long.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML, without objects of Python.
+
+    Raises:
+        ValueError: It is none, is nested too deeply, or holds aliases of aliases without end.
+    """
+    try:
+        _check_yaml(text)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # What its constructors make of a value that does not fit an explicit tag.
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"a value that cannot be read: {error}") from error
+
+
+def _check_yaml(text: str) -> None:
+    """Count what the text stands for, before anything is made of it."""
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor and nodes so far
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None)
+        size = 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((anchor, 1))
+            if len(open_nodes) > YAML_DEPTH:
+                raise yaml.YAMLError(f"nested more than {YAML_DEPTH} deep")
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            if anchor not in sizes:
+                raise yaml.YAMLError(f"the alias *{anchor} stands for itself, or for nothing")
+            size = sizes[anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            if event.style is None and len(event.value) > YAML_WORD:
+                raise yaml.YAMLError(f"a word of {len(event.value)} characters")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        else:
+            continue
+        if anchor is not None and not isinstance(event, yaml.AliasEvent):
+            sizes[anchor] = size
+        parent, before = open_nodes[-1]
+        open_nodes[-1] = (parent, before + size)
+        if before + size > YAML_NODES:
+            raise yaml.YAMLError(f"it stands for more than {YAML_NODES} values")
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file for a message: short, however deep, wide or long it is."""
+    try:
+        return _shown.repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        return f"a very long {type(value).__name__}"
 
 
 def csv_rows(

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ssast.engine.errors import CheckpointError
 from ssast.pipelines.files import flush, replacing, use_default_mode, write_atomically
+from ssast.pipelines.text import parse_json, read_text, shown
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
@@ -203,9 +204,11 @@ class Checkpoints:
         if problem is not None:
             raise CheckpointError(f"cannot load checkpoint {path}: {problem}")
         try:
-            meta = json.loads((path / META).read_text(encoding="utf-8"))
-            return safetensors.torch.load_file(path / STATE), meta
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            meta = parse_json(read_text(path / META))
+            if not isinstance(meta, dict):
+                raise ValueError(f"{META} holds no settings, but {shown(meta)}")
+            return read_safetensors(path / STATE), meta
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load checkpoint {path}: {error}") from error
 
     def _all(self) -> list[Path]:
@@ -245,7 +248,7 @@ class Checkpoints:
         return _read_optional(self.folder / "latest", lambda text: text.strip() or None)
 
     def _best_name(self) -> str | None:
-        name = _read_optional(self.folder / "best.json", lambda text: json.loads(text)["name"])
+        name = _read_optional(self.folder / "best.json", lambda text: parse_json(text)["name"])
         return name if isinstance(name, str) else None
 
     def _sweep(self) -> None:
@@ -297,7 +300,7 @@ class Checkpoints:
         try:
             if not self._is_whole(path):
                 return False
-            if _same_run(json.loads((path / META).read_text(encoding="utf-8")), meta):
+            if _same_run(parse_json(read_text(path / META)), meta):
                 return True
             reason = "it is of other clips or of another model"
         except (OSError, CheckpointError) as error:
@@ -337,7 +340,7 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
         CheckpointError: It cannot be read, so that nobody can say.
     """
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = parse_json(read_text(path / MANIFEST))["files"]
         for name in (STATE, META):
             size, expected = (path / name).stat().st_size, files[name]
             if size != expected["bytes"]:
@@ -374,6 +377,22 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     _write_json(folder / MANIFEST, {"format": 1, "files": files})
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors file: tensors on the CPU, mapped into memory.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged, or of a type of numbers that PyTorch has not.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    # What a damaged header makes of the reader; none of these is a mistake of ours.
+    except (
+        safetensors.SafetensorError, RuntimeError, LookupError, TypeError, AttributeError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{path.name}: {' '.join(str(error).split()):.200}") from error
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
@@ -395,7 +414,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 def _read_optional(path: Path, parse: Callable[[str], T | None]) -> T | None:
     """Read a small file that is only ever replaced as a whole; None if there is none."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

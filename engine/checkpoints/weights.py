@@ -1,7 +1,8 @@
 """The weights of a model in and out of run folders, without optimizer state."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -13,6 +14,9 @@ from ssast.engine.errors import CheckpointError
 
 CHOSEN = "classifier"  # in a run's folder: the weights that did best on the held-out clips
 WEIGHT = "weight/"  # before the names of weights in a checkpoint
+NAMED = 20  # names in a message
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,6 +52,77 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if (found := checkpoints.latest()) is not None:
         return Checkpoints.load(found, check=False)
     raise CheckpointError(f"{path}: no run with checkpoints and no checkpoint there")
+
+
+def sketch(build: Callable[[], Kind], source: str | Path) -> Kind:
+    """Build a model without memory for its parameters, to compare it with the weights of a file.
+
+    Settings in a file may claim a model of any size: memory is taken once its weights are seen to
+    be there.
+
+    Raises:
+        CheckpointError: No such model can be built.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except (
+        RuntimeError,
+        ArithmeticError,
+        TypeError,
+    ) as error:  # of sizes beyond what can be counted
+        raise CheckpointError(f"{source}: no model has the sizes that it states") from error
+
+
+def check_names(expected: Iterable[str], found: Iterable[str], source: str | Path) -> None:
+    """Check that weights have the names that a model expects.
+
+    Raises:
+        CheckpointError: Some are missing, or were not expected.
+    """
+    wanted, given = dict.fromkeys(expected), dict.fromkeys(found)
+    missing = [name for name in wanted if name not in given]
+    surplus = [name for name in given if name not in wanted]
+    if missing or surplus:
+        raise CheckpointError(
+            f"{source}: missing {_listed(missing)}, unexpected {_listed(surplus)}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{[f'{name:.100}' for name in names[:NAMED]]}{more}" if names else "nothing"
+
+
+def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Check the shapes of tensors, by name, against the parameters of a model.
+
+    Raises:
+        CheckpointError: Shapes that differ.
+    """
+    own = model.state_dict()
+    wrong = [
+        f"{name} {list(value.shape)}, expected {list(own[name].shape)}"
+        for name, value in weights.items()
+        if value.shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise CheckpointError(f"{source}: shapes that do not fit: {'; '.join(wrong[:NAMED])}{more}")
+
+
+def filled(build: Callable[[], Kind], weights: Mapping[str, Tensor], source: str | Path) -> Kind:
+    """Return the model that ``build`` makes, filled with weights that have its own names.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    model = sketch(build, source)
+    check_names(model.state_dict(), weights, source)
+    check_shapes(model, weights, source)
+    model = build()
+    model.load_state_dict(weights)
+    return model
 
 
 def export_weights(

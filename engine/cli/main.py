@@ -63,6 +63,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "data": "loading.data",
     "lists": "loading.lists",
     "faults": "faults.run",
+    "fuzz": "fuzz",
     "reproduce": "study.reproduce",
     "results": "study.page",
     "release": "study.release",

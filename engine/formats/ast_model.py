@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssast.engine.checkpoints.weights import check_names, check_shapes
 from ssast.engine.errors import CheckpointError
-from ssast.engine.formats.published import check_shapes, detect_layout, read_published
+from ssast.engine.formats.published import detect_layout, read_published
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer, resize_pos_embed
 from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.masking import Masks, draw_masks, masks_from_ids
@@ -187,11 +188,7 @@ class ASTModel(nn.Module):
         weights = {n: t for n, t in state.items() if n.startswith("v.")}
         own = {f"v.{name}" for name in self.v.state_dict()}
         optional = {n for n in own if n.startswith(("v.head.", "v.head_dist."))}
-        missing, surplus = sorted(own - optional - set(weights)), sorted(set(weights) - own)
-        if missing or surplus:
-            raise CheckpointError(
-                f"{path}: missing {missing or 'nothing'}, unexpected {surplus or 'nothing'}"
-            )
+        check_names(sorted(own - optional), sorted(set(weights) - optional), path)
         pos_embed = weights["v.pos_embed"].float()
         spare = NUM_EXTRA_TOKENS - self.cls_token_num  # filled up, for a function of two tokens
         pos_embed = nn.functional.pad(pos_embed, (0, 0, spare, 0))

@@ -11,23 +11,23 @@ published. That changes its logits by 4.5e-6 / variance of the pooled hidden sta
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.checkpoints.store import save_tensors
+from ssast.engine.checkpoints.store import read_safetensors, save_tensors
+from ssast.engine.checkpoints.weights import check_names, check_shapes, sketch
+from ssast.engine.config import Config, finetune_settings, from_plain
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.formats.published import check_shapes
 from ssast.engine.formats.weight_files import describe_foreign
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.settings import SIZES, Audio, Model
-from ssast.pipelines.text import read_text
+from ssast.engine.settings import SIZES, Audio
+from ssast.pipelines.text import parse_json, read_text, shown
 
 REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
 Loss = Literal["ce", "bce"]
@@ -137,35 +137,45 @@ def import_huggingface(
     config, preprocessor = (_read_json(folder / name) for name in (CONFIG, _PREPROCESSOR))
     kind = config.get("model_type")
     if kind not in (_STOCK, _OWN):
-        raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, expected {_STOCK!r}")
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type is {shown(kind)}, expected {_STOCK!r}"
+        )
     weights = folder / _WEIGHTS
     if (foreign := describe_foreign(weights)) is not None:
         raise CheckpointError(f"{weights}: {foreign}")
     try:
-        state = safetensors.torch.load_file(weights)
-    except (OSError, safetensors.SafetensorError) as error:
+        state = read_safetensors(weights)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
-    model, audio = _build(config, preprocessor, folder)
     has_head = any(name.startswith(("classifier.", "head.")) for name in state)
-    names = config.get("id2label", {})
-    head_name = "classifier.dense.weight" if kind == _STOCK else "head.1.weight"
-    if not has_head:
-        target: Classifier | SpectrogramTransformer = model
-        labels: tuple[str, ...] = ()
-        loss = None
-    else:
+    settings = _settings(config, preprocessor, folder)
+    eps, head_eps = _epsilons(config, folder)
+    num_classes, loss = 0, None
+    if has_head:
         loss = _loss(config, folder)
-        if head_name not in state:
-            raise CheckpointError(f"{folder / _WEIGHTS}: missing {head_name}")
-        num_classes = len(state[head_name])
-        target = Classifier(model, num_classes, "cls" if kind == _STOCK else config["pooling"])
-        target.head[0].eps = config.get("head_layer_norm_eps", config["layer_norm_eps"])
-        labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(num_classes))
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = config["layer_norm_eps"]
-    _fill(target, state, kind == _STOCK, folder / _WEIGHTS)
-    return target.eval(), audio, labels, loss
+        head = state.get("classifier.dense.weight" if kind == _STOCK else "head.1.weight")
+        if head is None or head.ndim != 2:
+            raise CheckpointError(f"{folder / _WEIGHTS}: missing the weights of the classes")
+        num_classes = len(head)
+    finetune = finetune_settings(settings)
+
+    def build() -> Classifier | SpectrogramTransformer:
+        encoder = SpectrogramTransformer(settings.model, settings.audio, finetune.stride)
+        for module in encoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+        if not num_classes:
+            return encoder
+        classifier = Classifier(encoder, num_classes, finetune.pooling)
+        classifier.head[0].eps = head_eps  # type: ignore[assignment]  # a LayerNorm's
+        return classifier
+
+    model = _filled(build, state, kind == _STOCK, folder / _WEIGHTS)
+    names = config.get("id2label", {})
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{folder / CONFIG}: id2label is {shown(names)}, expected names")
+    labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(num_classes))
+    return model.eval(), settings.audio, labels, loss
 
 
 def _loss(config: dict[str, Any], folder: Path) -> Loss | None:
@@ -177,7 +187,7 @@ def _loss(config: dict[str, Any], folder: Path) -> Loss | None:
         if kind == name:
             return loss
     known = " or ".join(_PROBLEM_TYPES.values())
-    raise CheckpointError(f"{folder / CONFIG}: problem_type is {kind!r}, expected {known}")
+    raise CheckpointError(f"{folder / CONFIG}: problem_type is {shown(kind)}, expected {known}")
 
 
 def _config(
@@ -285,74 +295,92 @@ def _stock_names(name: str, in_classifier: bool) -> tuple[str, ...]:
     return tuple(_PREFIX + n for n in names) if in_classifier else names
 
 
-def _build(
-    config: dict[str, Any], preprocessor: dict[str, Any], folder: Path
-) -> tuple[SpectrogramTransformer, Audio]:
-    """Build the encoder with fresh weights, and the settings of its input."""
+def _epsilons(config: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """Return the epsilons of the encoder's LayerNorms and of the head's."""
+    eps = config.get("layer_norm_eps")
+    found = (eps, config.get("head_layer_norm_eps", eps))
+    if not all(isinstance(value, float) and 0 <= value < 1 for value in found):
+        raise CheckpointError(f"{folder / CONFIG}: layer_norm_eps is {shown(found)}")
+    return found  # type: ignore[return-value]  # floats, as has been checked
+
+
+def _settings(config: dict[str, Any], preprocessor: dict[str, Any], folder: Path) -> Config:
+    """Return the settings that describe the model and its input.
+
+    Raises:
+        CheckpointError: A key is missing, or is none that our model has.
+    """
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         sizes = {(s.embed_dim, s.num_heads): name for name, s in SIZES.items()}
-        if (width, heads) not in sizes:
+        if not all(isinstance(n, int) for n in (width, heads)) or (width, heads) not in sizes:
             known = ", ".join(f"{w} with {h}" for w, h in sizes)
             raise CheckpointError(
-                f"{folder / CONFIG}: hidden_size {width} with {heads} heads, expected {known}"
+                f"{folder / CONFIG}: hidden_size {shown(width)} with {shown(heads)} heads, "
+                f"expected {known}"
             )
         if config["model_type"] == _STOCK:
             expected = {"hidden_act": "gelu", "qkv_bias": True, "intermediate_size": 4 * width}
             for key, value in expected.items():
                 if config[key] != value:
                     raise CheckpointError(
-                        f"{folder / CONFIG}: {key} is {config[key]!r}, expected {value!r}"
+                        f"{folder / CONFIG}: {key} is {shown(config[key])}, expected {value!r}"
                     )
-            patch = (config["patch_size"], config["patch_size"])
-            stride = (config["frequency_stride"], config["time_stride"])
+            patch = [config["patch_size"], config["patch_size"]]
+            stride = [config["frequency_stride"], config["time_stride"]]
+            pooling = "cls"
         else:
-            patch, stride = tuple(config["patch_shape"]), tuple(config["patch_stride"])
-        audio = Audio(
-            sample_rate_hz=preprocessor["sampling_rate"],
-            n_mels=config["num_mel_bins"],
-            num_frames=config["max_length"],
-            mean=preprocessor["mean"] if preprocessor["do_normalize"] else 0.0,
-            std=preprocessor["std"] if preprocessor["do_normalize"] else 0.5,
-        )
+            patch, stride = config["patch_shape"], config["patch_stride"]
+            pooling = config["pooling"]
+        audio = {
+            "sample_rate_hz": preprocessor["sampling_rate"],
+            "n_mels": config["num_mel_bins"],
+            "num_frames": config["max_length"],
+            "mean": preprocessor["mean"] if preprocessor["do_normalize"] else 0.0,
+            "std": preprocessor["std"] if preprocessor["do_normalize"] else 0.5,
+        }
         depth, size = config["num_hidden_layers"], sizes[width, heads]
     except KeyError as error:
         raise CheckpointError(f"{folder}: the key {error} is missing") from error
-    model = Model(size=size, patch=patch, depth=depth)  # type: ignore[arg-type]  # of SIZES
-    return SpectrogramTransformer(model, audio, stride), audio
+    model = {"size": size, "patch": patch, "depth": depth}
+    finetune = {"stride": stride, "pooling": pooling}
+    try:
+        return from_plain({"model": model, "audio": audio, "finetune": finetune})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
-def _fill(
-    model: Classifier | SpectrogramTransformer,
+def _filled(
+    build: Callable[[], Classifier | SpectrogramTransformer],
     state: dict[str, Tensor],
     stock: bool,
     source: Path,
-) -> None:
+) -> Classifier | SpectrogramTransformer:
+    """Return the model that ``build`` makes, with the weights of a folder."""
+    model = sketch(build, source)
     in_classifier = isinstance(model, Classifier)
-    weights: dict[str, Tensor] = {}
-    used: set[str] = set()
-    missing: list[str] = []
-    for name in model.state_dict():
-        if name.endswith(_MASK_EMBED):
-            continue
-        names = _stock_names(name, in_classifier) if stock else (name,)
-        missing += [n for n in names if n not in state]
-        used.update(names)
-        if not missing:
-            parts = [state[n] for n in names]
-            weights[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    surplus = sorted(set(state) - used)
-    if missing or surplus:
-        raise CheckpointError(
-            f"{source}: missing {missing or 'nothing'}, unexpected {surplus or 'nothing'}"
-        )
+    parts_of = {
+        name: _stock_names(name, in_classifier) if stock else (name,)
+        for name in model.state_dict()
+        if not name.endswith(_MASK_EMBED)
+    }
+    check_names((part for parts in parts_of.values() for part in parts), sorted(state), source)
+    try:
+        weights = {
+            name: torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
+            for name, parts in parts_of.items()
+        }
+    except RuntimeError as error:  # parts of qkv of different shapes
+        raise CheckpointError(f"{source}: shapes that do not fit: {error}") from error
     check_shapes(model, weights, source)
+    model = build()
     model.load_state_dict(weights, strict=False)  # but for the mask, every name was checked
+    return model
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
-from ssast.engine.checkpoints.weights import read_weights
+from ssast.engine.checkpoints.weights import filled, read_weights
 from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -32,6 +32,7 @@ from ssast.engine.model.objective import MSPM
 from ssast.engine.settings import Audio, Finetune
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import shown
 
 Origin = Literal["run", "published", "transformers"]
 Purpose = Literal["model", "encoder", "pretrained"]  # any whole model, its encoder, with heads
@@ -264,11 +265,29 @@ def _open(source: str | Path, metadata: MissingMetadata, purpose: Purpose = "mod
 def _open_run(path: Path, metadata: MissingMetadata) -> LoadedModel:
     _check_known(path, metadata)
     weights, meta = read_weights(path)
-    config, classes = from_plain(meta["config"]), tuple(meta.get("classes", ()))
-    model = build_classifier(config, len(classes)) if classes else MSPM(config)
-    model.load_state_dict(weights)
-    names = tuple(meta.get("names", classes))
+    classes = _texts(meta.get("classes", []), path)
+    names = _texts(meta.get("names", list(classes)), path)
+    if not isinstance(meta.get("step"), int) or len(names) != len(classes):
+        raise CheckpointError(f"{path}: its metadata is damaged: {shown(meta)}")
+    try:
+        config = from_plain(meta.get("config", {}))
+        if classes:
+            finetune_settings(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its settings are damaged: {error}") from error
+
+    def build() -> MSPM | Classifier:
+        return build_classifier(config, len(classes)) if classes else MSPM(config)
+
+    model = filled(build, weights, path)
     return LoadedModel(model.eval(), config, path, "run", classes, names, meta["step"])
+
+
+def _texts(found: Any, path: Path) -> tuple[str, ...]:
+    """Return a list of texts in the metadata of a file."""
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise CheckpointError(f"{path}: expected names of classes, found {shown(found)}")
+    return tuple(found)
 
 
 def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
@@ -282,6 +301,8 @@ def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
 def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> LoadedModel:
     state, stored = read_published_state(path)
     layout = detect_layout(state, path)
+    if not isinstance(stored.get("audio", {}), dict):
+        raise CheckpointError(f"{path}: its metadata is damaged: {shown(stored)}")
     audio = dict(stored.get("audio", {}))
     given = {"mean": metadata.mean, "std": metadata.std, "num_frames": metadata.num_frames}
     audio |= {key: value for key, value in given.items() if value is not None}
@@ -301,7 +322,7 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
             "give --frames and --stride, such as --frames 1024 --stride 10 10"
         )
     finetune = {
-        "stride": list(stride),
+        "stride": list(stride) if isinstance(stride, tuple) else stride,
         "pooling": metadata.pooling or stored.get("pooling", "avgtok"),
         "loss": metadata.loss or stored.get("loss", "ce"),
     }
@@ -314,7 +335,7 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     if purpose == "model":
         _report_statistics(path, settings.audio, metadata, stored)
     config = _describe(classifier, settings.audio, replace(metadata, loss=chosen.loss))
-    classes, names = (tuple(map(str, stored.get(key, ()))) for key in ("classes", "names"))
+    classes, names = (_texts(stored.get(key, []), path) for key in ("classes", "names"))
     if len(classes) != layout.num_classes:
         classes = names = ()
     loaded = LoadedModel(

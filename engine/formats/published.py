@@ -6,22 +6,24 @@ timm's names, ``module.cpredlayer.*`` and ``module.gpredlayer.*`` for the two he
 ``p_input_tdim``, in a pretrained model alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssast.engine.checkpoints.weights import check_names, check_shapes, sketch
 from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.weight_files import read_state, write_state
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
-from ssast.engine.settings import SIZES, Audio, Model
+from ssast.engine.settings import MOST_FRAMES, SIZES, Audio, Model
 from ssast.kernels.patch_embed import patch_grid
+from ssast.pipelines.text import shown
 
 # Ours -> published, without its "module."; the first prefix that fits counts.
 _PREFIXES = {
@@ -39,6 +41,9 @@ _IGNORED = ("v.head.", "v.head_dist.", "p_input_fdim", "p_input_tdim")
 _IMAGENET_CLASSES = 1000
 # A fine-tuned model of the published code has none.
 _MASK_EMBED = "encoder.embed.mask_embed"
+
+
+Kind = TypeVar("Kind", MSPM, Classifier)
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,8 @@ def from_published(
     """
     given = {name.removeprefix("module."): value for name, value in state.items()}
     wanted = {published_name(name): name for name in names}
-    missing = [name for name in wanted if name not in given]
-    surplus = [n for n in given if n not in wanted and not n.startswith(_IGNORED)]
-    if missing or surplus:
-        raise CheckpointError(
-            f"{source}: not the state dict of this model: missing {missing or 'nothing'}, "
-            f"unexpected {surplus or 'nothing'}"
-        )
+    names = [name for name in given if not name.startswith(_IGNORED)]
+    check_names(wanted, names, f"{source}: not the state dict of this model")
     return {ours: given[theirs] for theirs, ours in wanted.items()}
 
 
@@ -151,18 +151,26 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
     num_patches = pos_embed.shape[1] - num_extra
     given = None
     if "p_input_fdim" in state and "p_input_tdim" in state:
-        given = (int(state["p_input_fdim"]), int(state["p_input_tdim"]))
+        sizes_given = [state["p_input_fdim"], state["p_input_tdim"]]
+        if any(size.numel() != 1 or not 1 <= float(size) <= MOST_FRAMES for size in sizes_given):
+            raise CheckpointError(f"{source}: p_input_fdim and p_input_tdim are no sizes")
+        given = (int(sizes_given[0]), int(sizes_given[1]))
         rows, columns = patch_grid(*given, patch, patch)
         if rows * columns != num_patches:
             raise CheckpointError(
                 f"{source}: {given[0]} x {given[1]} inputs make {rows} x {columns} patches, "
                 f"but v.pos_embed has {num_patches}"
             )
-    numbers = [name.split(".")[2] for name in state if name.startswith("v.blocks.")]
+    blocks = {name.split(".")[2] for name in state if name.startswith("v.blocks.")}
+    depth = len(blocks)
+    if blocks != set(map(str, range(depth))):
+        raise CheckpointError(f"{source}: its blocks are not numbered from 0: {shown(blocks)}")
     head = state.get("mlp_head.1.weight")
+    if head is not None and head.ndim != 2:
+        raise CheckpointError(f"{source}: mlp_head.1.weight has the shape {list(head.shape)}")
     return Layout(
         size=sizes[width],  # type: ignore[arg-type]  # the keys of SIZES
-        depth=max(int(number) for number in numbers if number.isdecimal()) + 1,
+        depth=depth,
         patch=patch,
         num_patches=num_patches,
         input=given,
@@ -215,9 +223,7 @@ def build_pretrained(
             },
         }
     )
-    model = MSPM(config)
-    _fill(model, state, source)
-    return model.eval(), config
+    return _filled(lambda: MSPM(config), state, source).eval(), config
 
 
 def load_published_classifier(
@@ -285,10 +291,12 @@ def build_published_classifier(
             f"{layout.num_patches}"
         )
     model = Model(size=layout.size, depth=layout.depth, patch=layout.patch)
-    encoder = SpectrogramTransformer(model, audio, stride)
-    classifier = Classifier(encoder, layout.num_classes, pooling)
-    _fill(classifier, state, source)
-    return classifier.eval()
+    num_classes = layout.num_classes
+
+    def build() -> Classifier:
+        return Classifier(SpectrogramTransformer(model, audio, stride), num_classes, pooling)
+
+    return _filled(build, state, source).eval()
 
 
 def published_state(model: MSPM | Classifier, audio: Audio | None = None) -> dict[str, Tensor]:
@@ -346,22 +354,6 @@ def save_published(
     write_state(published_state(model, audio), Path(path), metadata)
 
 
-def check_shapes(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Check the shapes of tensors, by name, against the parameters of a module.
-
-    Raises:
-        CheckpointError: Shapes that differ, all of them.
-    """
-    own = module.state_dict()
-    wrong = [
-        f"{name} {list(value.shape)}, expected {list(own[name].shape)}"
-        for name, value in state.items()
-        if value.shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{source}: shapes that do not fit: {'; '.join(wrong)}")
-
-
 def _check_two_tokens(layout: Layout, path: str | Path) -> None:
     if layout.num_extra != NUM_EXTRA_TOKENS:
         raise CheckpointError(
@@ -370,10 +362,14 @@ def _check_two_tokens(layout: Layout, path: str | Path) -> None:
         )
 
 
-def _fill(model: MSPM | Classifier, state: dict[str, Tensor], path: str | Path) -> None:
+def _filled(build: Callable[[], Kind], state: dict[str, Tensor], path: str | Path) -> Kind:
+    """Return the model that ``build`` makes, with the weights of a published state dict."""
+    model = sketch(build, path)
     names = list(model.state_dict())
     if isinstance(model, Classifier):
         names.remove(_MASK_EMBED)
     weights = from_published(state, names, path)
     check_shapes(model, weights, path)
+    model = build()
     model.load_state_dict(weights, strict=False)  # but for the mask, every name was checked
+    return model

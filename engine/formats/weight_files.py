@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from ssast.engine.checkpoints.store import read_safetensors
 from ssast.engine.errors import CheckpointError
 from ssast.pipelines.files import replacing
+from ssast.pipelines.text import shown
 
 # A key of the attribute ``_metadata`` that PyTorch gives to state dicts (versions of modules by
 # prefix). load_state_dict reads the prefixes of its modules alone, so that strict loading by other
@@ -56,11 +56,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: {foreign}")
     try:
         if path.suffix == ".safetensors" or _is_safetensors(path):
-            state: Any = safetensors.torch.load_file(path)
+            state: Any = read_safetensors(path)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of an unusual pickle protocol
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _load_pickle(path)
     except pickle.UnpicklingError as error:
         # PyTorch's own text goes on to say how to switch the protection off.
         objects = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
@@ -75,11 +73,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    # What a damaged file makes of the readers; none of these is a mistake of ours.
-    except (
-        safetensors.SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
-        AttributeError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a damaged file makes any of them of the readers
         raise CheckpointError(
             f"{path}: not a whole checkpoint file: cut short or damaged: {_AGAIN}"
         ) from error
@@ -87,6 +81,30 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = getattr(state, "_metadata", None)
     stored = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     return dict(state), stored if isinstance(stored, dict) else {}
+
+
+def _load_pickle(path: Path) -> Any:
+    """Load a pickle of tensors without taking memory for sizes that are stated in it alone.
+
+    A ZIP archive is mapped into memory, so that no tensor can be larger than the file. In the form
+    from before PyTorch 1.6 tensors are counted first.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an unusual pickle protocol
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        if not is_zip:
+            from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds
+
+            with FakeTensorMode():  # tensors with shapes, without memory
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            _check_state(state, path)
+            needed = {
+                t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state.values()
+            }
+            if sum(needed.values()) > path.stat().st_size:
+                raise ValueError("tensors larger than the file")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def write_state(
@@ -143,12 +161,15 @@ def describe_foreign(path: Path) -> str | None:
 def _describe_zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return None  # cut short: the reader says so
+            members = archive.infolist()
+    except Exception:
+        return None  # cut short or damaged: the reader says so
+    names = [member.filename for member in members]
     if any(name.endswith("constants.pkl") for name in names):
         return "is a TorchScript program, not a state dict: save model.state_dict()"
     if any(name.endswith("data.pkl") for name in names):
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            return "is a compressed ZIP archive: save it again with torch.save"
         return None  # as torch.save writes it
     shown = ", ".join(names[:2]) or "nothing"
     return f"is a ZIP archive of other things ({shown}): unpack it, and name the file of weights"
@@ -180,13 +201,30 @@ def _check_state(state: Any, path: Path) -> None:
         )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            found = f"expected tensors and nothing else, found {name!r}: {type(value).__name__}"
+            found = (
+                f"expected tensors and nothing else, found {shown(name)}: {type(value).__name__}"
+            )
             raise CheckpointError(f"{path}: {found}{_advice(state)}")
+        if not _is_dense(value):
+            raise CheckpointError(
+                f"{path}: {name:.200} is no plain tensor, or smaller than its shape: save copies "
+                "of the tensors of model.state_dict()"
+            )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor has a number in memory for each of its elements.
+
+    A few bytes may stand for terabytes otherwise, which the first copy would take.
+    """
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _advice(state: Mapping[Any, Any]) -> str:
     """Say below which key of a training checkpoint its weights are."""
     for name, value in state.items():
         if isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values()):
-            return f": save the weights below {name!r} alone, with torch.save"
+            return f": save the weights below {shown(name)} alone, with torch.save"
     return ""

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import read_text
+from ssast.pipelines.text import parse_yaml, read_text, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,26 +114,28 @@ def load_gpu(name: str) -> Gpu:
 
 def _read(path: Path) -> Gpu:
     try:
-        raw = yaml.safe_load(read_text(path))
+        raw = parse_yaml(read_text(path))
     except DataError as error:
         raise ConfigError(str(error)) from error
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {raw!r}")
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {shown(raw)}")
     fields = {f.name: f for f in dataclasses.fields(Gpu)}
     required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
     for problem, keys in (("unknown", raw.keys() - fields), ("missing", required - raw.keys())):
         if keys:
-            raise ConfigError(f"{path}: {problem} key {min(map(str, keys))}; keys: {list(fields)}")
+            raise ConfigError(
+                f"{path}: {problem} key {min(map(shown, keys))}; keys: {list(fields)}"
+            )
     for key, value in raw.items():
         text = key in ("name", "precision")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = isinstance(value, str) if text else number and 0 <= value < math.inf
         if not fits or (key in required | {"per_node"} and not value):
             raise ConfigError(
-                f"{path}: {key} must be {'a text' if text else 'positive'}: {value!r}"
+                f"{path}: {key} must be {'a text' if text else 'positive'}: {shown(value)}"
             )
     if raw.get("precision", "bf16") not in ("bf16", "fp32"):
         raise ConfigError(f"{path}: precision must be bf16 or fp32, got {raw['precision']!r}")

@@ -37,6 +37,7 @@ from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.errors import DataError, UnopenedError, UnusableError
+from ssast.pipelines.files import open_regular
 
 LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # other sample rates mean a damaged header
 SPAN_BUFFER = 2**20  # bytes of a read from an archive
@@ -189,7 +190,9 @@ def reader(descriptor: int, offset: int, size: int) -> Reader:
     """Return a reader of ``size`` bytes of an open file from ``offset`` on."""
 
     def read(at: int, count: int) -> bytes:
-        return os.pread(descriptor, max(0, min(count, size - at)), offset + at)
+        if at >= size:  # a header may lead anywhere, further than the system counts
+            return b""
+        return os.pread(descriptor, min(count, size - at), offset + at)
 
     return read
 
@@ -211,7 +214,7 @@ def examine_item(item: Item) -> tuple[Sound | None, bytes]:
             read, size = (lambda at, count: data[at : at + count]), len(data)
         else:
             path = item.data.path if isinstance(item.data, Span) else item.data
-            file = stack.enter_context(io.FileIO(path))
+            file = stack.enter_context(open_regular(path))
             offset, size = 0, os.fstat(file.fileno()).st_size
             if isinstance(item.data, Span):
                 offset, size = item.data.offset, item.data.size

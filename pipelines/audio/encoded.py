@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import os
-import stat
 import struct
 from io import FileIO
 from pathlib import Path
@@ -36,6 +35,7 @@ from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import open_regular
 
 LOUDEST = 1e9  # full scale is 1; the power of larger samples in a float file overflows
 RATES_HZ = (1000, 1_000_000)
@@ -157,9 +157,7 @@ def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndar
     if isinstance(path, ShardClip):
         data = path.read()
         return _checked(data, len(data), None, spec, verify, crop)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block forever
-        raise DataError("not a regular file")
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise DataError("empty file")

@@ -27,6 +27,7 @@ import numpy as np
 from ssast.pipelines.audio.headers import MISSING_SHARE
 from ssast.pipelines.audio.parts import Span
 from ssast.pipelines.errors import UnusableError
+from ssast.pipelines.files import open_regular
 
 BLOCK_SAMPLES = 2**19  # of all channels together
 MOST_CHANNELS = 1024
@@ -101,7 +102,7 @@ def ffmpeg_blocks(
             file.flush()
         else:
             path = data.path if isinstance(data, Span) else data
-            file = stack.enter_context(io.FileIO(path))
+            file = stack.enter_context(open_regular(path))
         size, number = os.fstat(file.fileno()).st_size, file.fileno()
         # By its number: no name, whatever its characters, is a URL or an option to ffmpeg.
         url = f"file:/dev/fd/{number}"

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssast.pipelines.files import open_regular
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -36,11 +38,13 @@ class SpanFile(io.RawIOBase):
         self.span, self.header, self.position = span, header, 0
         self.size = len(header) + span.size
         self.error: OSError | None = None
-        self.descriptor = os.open(span.path, os.O_RDONLY)
+        self.file = open_regular(span.path)
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Read into the buffer; return the number of bytes, 0 at the end of the file."""
         wanted = min(len(buffer), max(0, self.size - self.position))
+        if not wanted:
+            return 0
         before = self.header[self.position : self.position + wanted]
         if before:
             buffer[: len(before)] = before
@@ -49,7 +53,7 @@ class SpanFile(io.RawIOBase):
         part = memoryview(buffer)[:wanted]
         offset = self.span.offset + self.position - len(self.header)
         try:
-            done = os.preadv(self.descriptor, [part], offset)
+            done = os.preadv(self.file.fileno(), [part], offset)
         except OSError as error:
             self.error = error
             return 0
@@ -72,5 +76,5 @@ class SpanFile(io.RawIOBase):
     def close(self) -> None:
         """Close the archive."""
         if not self.closed:
-            os.close(self.descriptor)
+            self.file.close()
         super().close()

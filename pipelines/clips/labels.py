@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from ssast.pipelines.clips.entries import LABEL_KEYS, Entries
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _listed(text: str) -> list[Any] | None:
     if not text.startswith("["):
         return None
     try:
-        names = json.loads(text)
+        names = parse_json(text)
     except ValueError:  # a class may be called [noise]
         return None
     return names if names and all(map(is_name, names)) else None

@@ -192,7 +192,9 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
         DataError: It is not there, or not prepared.
     """
     if not isinstance(prepared, str) or not prepared or "\0" in prepared:
-        raise DataError(f"{path}: expected a prepared folder under 'prepared', found {prepared!r}")
+        raise DataError(
+            f"{path}: expected a prepared folder under 'prepared', found {shown(prepared)}"
+        )
     # Links are followed before "..", as when the manifest was written.
     folder = as_path(prepared)
     if not is_url(folder):

@@ -18,9 +18,10 @@ The index is memory-mapped, so opening millions of clips takes neither time nor 
 import copy
 import hashlib
 import io
-import json
+import math
 import os
 import tarfile
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from typing import Any, overload
 
 import numpy as np
 
+from ssast.pipelines.clips.labels import is_name
 from ssast.pipelines.clips.remote import as_path, is_url, read_range
 from ssast.pipelines.clips.shared import Identity, state_of
+from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import open_regular
+from ssast.pipelines.text import parse_json
 
-BLOCK = 512  # bytes of a tar header; members begin at multiples of it
 SHARD, SIDECAR = "shards/{:05d}.tar", "shards/{:05d}.jsonl"
 INDEX, RECORDINGS, LABELS, REPORT = "index.npy", "recordings.npy", "labels.json", "report.json"
 REJECTED, WRONG_LENGTHS = "rejected.jsonl", "wrong_lengths.jsonl"
@@ -95,7 +99,7 @@ class ShardClip:
         start = max(0, self.offset - BLOCK)
         if is_url(self.path):
             return read_range(self.path, start, start + BLOCK)
-        with open(self.path, "rb", buffering=0) as file:
+        with open_regular(self.path) as file:
             return os.pread(file.fileno(), BLOCK, start)
 
     def read(self) -> bytes:
@@ -110,7 +114,7 @@ class ShardClip:
             data = read_range(self.path, start, end)
             size = start + len(data) if len(data) < end - start else end
         else:
-            with open(self.path, "rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 data = b""
                 if BLOCK <= self.offset < self.offset + self.size <= size:
@@ -145,55 +149,6 @@ def header_problem(clip: ShardClip, name: str) -> str | None:
     if (member.name, member.size, member.isreg()) != (name, clip.size, True):
         return f"the tar header says {member.size} bytes of {member.name}, expected {clip.size}"
     return None
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """Contents and origin of a shard.
-
-    Attributes:
-        digest: Digest of the settings and the recordings.
-        size: Size of the shard in bytes.
-        clips: ``file``, ``name`` of the recording, ``part``, ``duration_s``, ``digest`` of the
-            samples, ``offset``, ``size``, ``source_hz`` and perhaps ``labels`` of each clip.
-        rejected: ``name`` and ``rejected``, the reason, of each recording without clips.
-        again: Whether storage failed for one of those, which is worth another attempt.
-    """
-
-    digest: str
-    size: int
-    clips: list[dict[str, Any]]
-    rejected: list[dict[str, Any]]
-    again: bool = False
-
-    @staticmethod
-    def read(path: Path) -> "Sidecar":
-        """Read the sidecar of a shard.
-
-        Raises:
-            OSError: It cannot be read.
-            DataError: It is damaged.
-        """
-        try:
-            first, *lines = map(json.loads, path.read_bytes().splitlines())
-            rejected = [line for line in lines if "rejected" in line]
-            clips = [line for line in lines if "rejected" not in line]
-            if not all(clip.keys() >= {"file", "offset", "size", "digest"} for clip in clips):
-                raise KeyError("file")
-            return Sidecar(first["digest"], first["size"], clips, rejected, first["again"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: damaged: prepare the data again") from error
-
-    def is_whole(self) -> bool:
-        """Return whether no clip is missing: the last one ends where the archive does."""
-        last = self.clips[-1]["offset"] + self.clips[-1]["size"] if self.clips else 0
-        return last + -last % BLOCK + 2 * BLOCK == self.size
-
-    def text(self) -> str:
-        """Return the content of the file."""
-        first = {"digest": self.digest, "size": self.size, "again": self.again}
-        lines = [first, *self.clips, *self.rejected]
-        return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 class ShardIndex(Sequence[ShardClip]):
@@ -284,8 +239,10 @@ class ShardIndex(Sequence[ShardClip]):
         Raises:
             DataError: The report cannot be read.
         """
-        recipe = self._report("settings")["recipe"]
-        return (recipe["hop_s"] or recipe["clip_s"]) < recipe["clip_s"]
+        hop_s, clip_s = (self._report("settings", "recipe", key) for key in ("hop_s", "clip_s"))
+        if not isinstance(hop_s, int | float | None) or not isinstance(clip_s, int | float):
+            raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again")
+        return (hop_s or clip_s) < clip_s
 
     def without_duplicates(self) -> bool:
         """Return whether no two clips of the folder have the same samples.
@@ -293,12 +250,16 @@ class ShardIndex(Sequence[ShardClip]):
         Raises:
             DataError: The report cannot be read.
         """
-        return self._report("settings")["drop_duplicates"] or not self._report("duplicates")
+        dropped = self._report("settings", "drop_duplicates")
+        return bool(dropped) or not self._report("duplicates")
 
-    def _report(self, key: str) -> Any:
+    def _report(self, *keys: str) -> Any:
         try:
-            return json.loads((self.folder / REPORT).read_text(encoding="utf-8"))[key]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = parse_json(read_small(self.folder / REPORT))
+            for key in keys:
+                found = found[key]
+            return found
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again") from error
 
     def sidecar_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -353,7 +314,7 @@ class ShardIndex(Sequence[ShardClip]):
         if len(missing):
             raise DataError(
                 f"{self.folder}: {len(missing)} of {len(names)} clips are not there (the first is "
-                f"{names[missing[0]]}): was it prepared anew from other recordings?"
+                f"{names[missing[0]]:.200}): was it prepared anew from other recordings?"
             )
         return self.subset(rows)
 
@@ -396,24 +357,48 @@ def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | N
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names, clips = content["names"], content["clips"]
-        labels = tuple(tuple(names[number] for number in numbers) for numbers in clips)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        content = parse_json(read_small(path))
+        names = content["names"]
+        if not isinstance(names, list) or not all(map(is_name, names)):
+            raise ValueError("names that are none")
+        name_of = dict(enumerate(names))  # unlike a list, it has no number below 0
+        labels = tuple(tuple(name_of[n] for n in numbers) for numbers in content["clips"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: damaged: prepare the data again") from error
     if len(labels) != num_clips:
         raise DataError(f"{path}: expected labels of {num_clips} clips, found {len(labels)}")
     return labels
 
 
+def _array(data: bytes) -> np.ndarray:
+    """Return the array of an .npy file, which must be as long as its header says.
+
+    Raises:
+        ValueError: It is not.
+    """
+    file = io.BytesIO(data)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.itemsize * math.prod(shape) != len(data) - file.tell():
+        raise ValueError(f"its header states {shape} of {dtype}, found {len(data)} bytes")
+    return np.load(io.BytesIO(data))
+
+
 def _load_array(path: Path, dimensions: int) -> np.ndarray:
     try:
         if is_url(path):
-            array = np.load(io.BytesIO(path.read_bytes()))
+            array = _array(path.read_bytes())
         else:
+            open_regular(path).close()
             array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    # What a damaged header makes of numpy's reader, which evaluates it as a literal of Python.
+    except (
+        OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError,
+        tokenize.TokenError,
+    ) as error:  # fmt: skip
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split()):.200}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: expected an array, found an archive")
     if array.dtype != np.int64 or array.ndim != dimensions:
         raise DataError(f"{path}: expected {dimensions} dimensions of int64, found {array.dtype}")
     return array

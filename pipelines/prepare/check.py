@@ -19,7 +19,6 @@ from ssast.pipelines.audio.encoded import LOUDEST, read_clip
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import (
-    BLOCK,
     INDEX,
     REPORT,
     SHARD,
@@ -27,12 +26,13 @@ from ssast.pipelines.clips.shards import (
     ClipPath,
     ShardClip,
     ShardIndex,
-    Sidecar,
     header_problem,
 )
+from ssast.pipelines.clips.sidecar import BLOCK, Sidecar
 from ssast.pipelines.datasets.tables import table
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import usable_cores, write_atomically
+from ssast.pipelines.text import parse_json, read_text
 
 AT_ONCE = 64  # files of a manifest that one thread takes
 
@@ -217,7 +217,7 @@ def check_index(index: ShardIndex) -> list[Problem]:
         problems.append(Problem(where, "its rows are not in order, or one is there twice"))
     try:
         index.recordings()
-        reported = json.loads((index.folder / REPORT).read_text(encoding="utf-8"))["clips"]
+        reported = parse_json(read_text(index.folder / REPORT))["clips"]
         if reported != len(index):
             problems.append(Problem(where, f"has {len(index)} rows, {REPORT} says {reported}"))
     except DataError as error:
@@ -294,7 +294,7 @@ def check_shard(
 def drops_duplicates(folder: Path) -> bool:
     """Return whether the index leaves out duplicates."""
     try:
-        settings = json.loads((folder / REPORT).read_text(encoding="utf-8"))["settings"]
+        settings = parse_json(read_text(folder / REPORT))["settings"]
         return bool(settings["drop_duplicates"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -331,6 +331,6 @@ def is_report(path: Path) -> bool:
     """Return whether a file is the report of an earlier check, which a new one may replace."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return all(set(json.loads(line)) == {"where", "problem"} for line in lines)
+        return all(set(parse_json(line)) == {"where", "problem"} for line in lines)
     except (OSError, ValueError, TypeError):
         return False

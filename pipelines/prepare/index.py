@@ -17,8 +17,8 @@ from ssast.pipelines.clips.shards import (
     REPORT,
     SIDECAR,
     WRONG_LENGTHS,
-    Sidecar,
 )
+from ssast.pipelines.clips.sidecar import Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 

@@ -31,15 +31,8 @@ from ssast.pipelines.audio.decode import Item, length_s, suffix
 from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
 from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.remote import as_path, is_url, on_disk
-from ssast.pipelines.clips.shards import (
-    BLOCK,
-    REJECTED,
-    REPORT,
-    SHARD,
-    SIDECAR,
-    WRONG_LENGTHS,
-    Sidecar,
-)
+from ssast.pipelines.clips.shards import REJECTED, REPORT, SHARD, SIDECAR, WRONG_LENGTHS
+from ssast.pipelines.clips.sidecar import BLOCK, Sidecar
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import replacing, usable_cores, write_atomically
 from ssast.pipelines.locks import exclusive

@@ -1,11 +1,13 @@
 """Finds the recordings of a folder, a manifest or plain tar archives. Nothing is unpacked."""
 
+import io
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from ssast.pipelines.audio.decode import Item, suffix
 from ssast.pipelines.audio.parts import Span
@@ -18,8 +20,10 @@ from ssast.pipelines.clips.manifest import (
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import open_regular
 
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
+LONGEST_HEADER = 2**14  # bytes: tarfile's time for one grows with the square of its length
 PACKED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz")
 
 
@@ -138,10 +142,22 @@ def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
         DataError: The archive is compressed under a plain name.
     """
     try:
-        size, changed = (status := path.stat()).st_size, status.st_mtime_ns
-        with tarfile.open(path, "r:") as archive:
+        with open_regular(path) as file:
+            yield from _members(name, path, file)
+    except OSError as error:
+        yield _problem(name, path, f"cannot be read: {error.strerror}")
+
+
+def _members(name: str, path: Path, file: io.FileIO) -> Iterator[Recording]:
+    size, changed = (status := os.fstat(file.fileno())).st_size, status.st_mtime_ns
+    place = 0
+    try:
+        with cast(Any, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:")) as archive:
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # else all of them stay in memory
+                archive.members = []  # else all of them stay in memory
+                if archive.offset <= place:  # of a size below 0: it would come again and again
+                    raise tarfile.ReadError(f"a member at byte {place} ends before it begins")
+                place = archive.offset
                 inside = PurePosixPath(member.name)
                 if member.isdir() or suffix(member.name) not in SOUNDS or inside.name[0] == ".":
                     continue
@@ -158,20 +174,26 @@ def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
                     problem = f"truncated: the archive ends after {there} of {span.size} bytes"
                 yield Recording(item, signature, span.size, problem)
             place = archive.offset
-        with open(path, "rb") as file:
-            file.seek(place)
-            if any(file.read(tarfile.BLOCKSIZE)):
-                why = f"damaged archive: no header at byte {place} of {size}: what follows is lost"
-                yield _problem(name, path, why)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        with open(path, "rb") as file:
-            magic = file.read(6)
-        if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        file.seek(place)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            why = f"damaged archive: no header at byte {place} of {size}: what follows is lost"
+            yield _problem(name, path, why)
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        file.seek(0)
+        if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
             why = "a compressed archive cannot be read in place: unpack it"
             raise DataError(f"{path}: {why}") from error
         yield _problem(name, path, f"damaged archive: {error}")
-    except OSError as error:
-        yield _problem(name, path, f"cannot be read: {error.strerror}")
+
+
+class _Headers:
+    """A file for ``tarfile``, which reads headers alone: as long as one states, without a bound."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+
+    def read(self, size: int = -1) -> bytes:
+        return self._read(min(size, LONGEST_HEADER) if size >= 0 else LONGEST_HEADER)
 
 
 def file_recording(name: str, path: Path, labels: tuple[str, ...] = ()) -> Recording:

@@ -42,8 +42,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
         ("api",),
     ),
     "benchmarks": (
-        ("training", "loading", "study"),
-        ("operations", "faults"),
+        ("training", "loading", "study", "fuzzing"),
+        ("operations", "faults", "fuzz"),
         ("performance",),
     ),
 }

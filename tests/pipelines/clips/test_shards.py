@@ -26,7 +26,8 @@ from ssast.pipelines.audio.decode import Item
 from ssast.pipelines.audio.encoded import read_clip
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.clips.mix import fingerprint
-from ssast.pipelines.clips.shards import ShardIndex, Sidecar
+from ssast.pipelines.clips.shards import ShardIndex
+from ssast.pipelines.clips.sidecar import Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 

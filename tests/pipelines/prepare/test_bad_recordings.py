@@ -16,7 +16,7 @@ from sounds import bad_files, tone, write
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
-from ssast.pipelines.clips.shards import Sidecar
+from ssast.pipelines.clips.sidecar import Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare import pack
 from ssast.pipelines.stream.stream import AudioStream

@@ -12,7 +12,8 @@ from sounds import bad_files, tone, write
 from ssast.engine.cli.main import main
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import write_manifest
-from ssast.pipelines.clips.shards import ShardIndex, Sidecar
+from ssast.pipelines.clips.shards import ShardIndex
+from ssast.pipelines.clips.sidecar import Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.check import Checked, check_data
 from ssast.pipelines.prepare.pack import Packing, prepare_shards

@@ -1,0 +1,181 @@
+"""Manifests, configurations, data folders and models to be mutated, made from scratch."""
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from ssast.benchmarks.fuzzing.containers import unpacked
+from ssast.benchmarks.fuzzing.mutations import Files
+from ssast.benchmarks.fuzzing.sounds import encoded
+from ssast.engine.checkpoints.store import MANIFEST, Checkpoints
+from ssast.engine.checkpoints.weights import WEIGHT, export_weights
+from ssast.engine.config import CONFIGS, Config, from_plain, to_plain
+from ssast.engine.formats.huggingface import export_huggingface
+from ssast.engine.formats.published import published_name, to_published
+from ssast.engine.formats.weight_files import write_state
+from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.model.objective import MSPM
+from ssast.pipelines.audio.convert import Recipe
+from ssast.pipelines.clips.manifest import write_manifest
+from ssast.pipelines.prepare.pack import Packing, prepare_shards
+
+CLASSES = ("dog", "Male speech, man speaking", "caf\u00e9")
+TABLE = b'index,mid,display_name\n0,/m/1,Dog\n1,/m/2,"Speech, male"\n2,/m/3,Cat\n'
+SMALL = {
+    "model": {"size": "tiny", "depth": 1},
+    "audio": {"n_mels": 32, "num_frames": 48},
+    "objective": {"num_masked": 3, "mask": "uniform"},
+}
+
+
+def tree(folder: Path, files: Callable[[Path], object]) -> Files:
+    """Return the files that a function writes below a folder."""
+    files(folder)
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def within(write: Callable[[Path], object]) -> Files:
+    """Return the files that a function writes into an empty folder."""
+    with tempfile.TemporaryDirectory() as name:
+        return tree(Path(name), write)
+
+
+def manifests() -> list[Files]:
+    """Return lists of clips in each form, with and without labels."""
+    published = {"data": [{"wav": f"{k}.wav", "labels": "dog,cat"} for k in range(4)]}
+    lists = {"data": [{"wav": f"{k}.wav", "labels": ["a, b", "c"]} for k in range(3)]}
+    plain = {"data": [{"path": f"/x/{k}.flac"} for k in range(3)]}
+    csv = 'wav,labels\n1.wav,dog\n2.wav,"cat,dog"\n3.wav,\n'
+    names = 'path,label\na.wav,"Male speech, man"\nb.wav,dog\n'
+    return [
+        {"clips.json": json.dumps(published, indent=1).encode()},
+        {"clips.json": json.dumps(lists).encode()},
+        {"clips.json": json.dumps(plain).encode()},
+        {"clips.csv": csv.encode()},
+        {"clips.csv": names.encode("utf-16")},
+        {"labels.csv": TABLE},
+    ]
+
+
+def configurations() -> list[Files]:
+    """Return the recipes, a configuration with anchors, and an accelerator's description."""
+    recipes = [path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml"))]
+    anchors = b"model: &m {size: tiny, patch: [16, 16]}\naudio:\n  num_frames: &f 48\n"
+    anchors += b"  n_mels: 32\nobjective: {num_masked: 3}\nrun: {<<: {folder: x}}\n"
+    return [{"run.yaml": text} for text in (*recipes, anchors)]
+
+
+def prepared_folders() -> list[Files]:
+    """Return a prepared folder of three recordings with labels, and clips picked from it."""
+
+    def write(folder: Path) -> None:
+        source = folder / "source"
+        source.mkdir()
+        names = []
+        for number in range(3):
+            names.append(source / f"{number}.wav")
+            names[-1].write_bytes(encoded("WAV"))
+        write_manifest(source / "clips.json", names, [["dog"], ["dog", "cat"], []])
+        packing = Packing(Recipe(clip_s=0.1, min_s=0.03), shard_mib=0.01)
+        data = folder / "data"
+        prepare_shards(
+            source / "clips.json", data, packing, jobs=1, progress=False, log=lambda line: None
+        )
+        clip = json.loads((data / "shards/00000.jsonl").read_text().splitlines()[1])["file"]
+        picked = {"prepared": "data", "data": [{"clip": clip, "labels": "dog"}]}
+        (folder / "picked.json").write_text(json.dumps(picked))
+
+    files = {name: d for name, d in within(write).items() if not name.startswith("source/")}
+    shard = next(name for name in sorted(files) if name.endswith(".tar"))
+    others = {name: data for name, data in files.items() if name != shard}
+    return [files, others | unpacked(shard, files[shard])]
+
+
+def small_config(**more: object) -> Config:
+    """Return a configuration of a model that is quick to open."""
+    return from_plain(SMALL | more)
+
+
+def small_models() -> tuple[MSPM, Classifier]:
+    """Return a pretrained model and a classifier; the same weights each time."""
+    torch.manual_seed(0)
+    config = small_config()
+    encoder = SpectrogramTransformer(config.model, config.audio)
+    return MSPM(config), Classifier(encoder, len(CLASSES), "avgtok")
+
+
+def run_folders() -> list[Files]:
+    """Return a run with a checkpoint and exported weights; each with its hashes, and without."""
+    model, classifier = small_models()
+    finetune = small_config(finetune={})
+    meta = {"config": to_plain(finetune), "classes": list(CLASSES), "names": list(CLASSES)}
+    weights = {WEIGHT + name: value for name, value in classifier.state_dict().items()}
+
+    def run(folder: Path) -> None:
+        checkpoints = Checkpoints(folder / "run/checkpoints")
+        checkpoints.save(weights, meta, step=7)
+        checkpoints.mark_best(7, 0.5)
+
+    def exported(folder: Path) -> None:
+        export_weights(model, small_config(), 3, folder / "run", torch.float32)
+
+    found = []
+    for write in (run, exported):
+        files = within(write)
+        state = next(name for name in files if name.endswith(".safetensors"))
+        manifest = next(name for name in files if name.endswith(MANIFEST))
+        parts = {name: data for name, data in files.items() if name != state}
+        found += [files, parts | unpacked(state, files[state]) | {manifest: b""}]
+        found.append(files | {manifest: b""})
+    return found
+
+
+def weight_files() -> list[Files]:
+    """Return published files, pretrained and fine-tuned: pickles of both forms, .safetensors."""
+    model, classifier = small_models()
+    audio = {"audio": SMALL["audio"], "stride": [16, 16], "classes": list(CLASSES)}
+    pretrained = to_published(model.state_dict())
+    frames = {"p_input_fdim": torch.tensor(32), "p_input_tdim": torch.tensor(48)}
+    pretrained |= {f"module.{name}": value for name, value in frames.items()}
+    finetuned = {
+        f"module.{published_name(name)}": value
+        for name, value in classifier.state_dict().items()
+        if not name.endswith("mask_embed")
+    }
+    found = []
+    for state, stored in ((pretrained, None), (finetuned, audio)):
+        files = within(lambda f, s=state, m=stored: write_state(s, f / "a.pth", m))  # type: ignore[misc]
+        found += [files, unpacked("a.pth", files["a.pth"])]
+    old = io.BytesIO()
+    torch.save(pretrained, old, _use_new_zipfile_serialization=False)
+    found.append({"a.pth": old.getvalue()})
+    tensors = {name: value.contiguous() for name, value in pretrained.items()}
+    data = safetensors.torch.save(tensors)
+    return [*found, {"a.safetensors": data}, unpacked("a.safetensors", data)]
+
+
+def transformers_folders() -> list[Files]:
+    """Return folders of transformers: a stock one, one with our own model file, an encoder."""
+    _, classifier = small_models()
+    config = small_config()
+    torch.manual_seed(0)
+    stock = Classifier(SpectrogramTransformer(config.model, config.audio), len(CLASSES), "cls")
+    found = []
+    for model in (stock, classifier, stock.encoder):
+        labels = CLASSES if isinstance(model, Classifier) else None
+        files = within(lambda f, m=model, n=labels: export_huggingface(m, f, config.audio, n))  # type: ignore[misc]
+        files = {name: data for name, data in files.items() if not name.endswith(".py")}
+        state = "model.safetensors"
+        parts = {name: data for name, data in files.items() if name != state}
+        found += [files, parts | unpacked(state, files[state])]
+    return found
