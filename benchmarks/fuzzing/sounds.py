@@ -14,18 +14,20 @@ from ssast.benchmarks.fuzzing.containers import unpacked
 from ssast.benchmarks.fuzzing.mutations import Files
 
 RATE_HZ = 16000
-SUBTYPES = {  # of libsndfile's formats, besides the default one
-    "WAV": ("PCM_24", "FLOAT", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610"),
-    "WAVEX": ("PCM_16",),
-    "RF64": ("PCM_16",),
-    "W64": ("PCM_16", "IMA_ADPCM"),
-    "AIFF": ("FLOAT", "ALAW"),
-    "CAF": ("PCM_24", "ALAC_16"),
-    "AU": ("FLOAT", "ULAW"),
-    "FLAC": ("PCM_24",),
-    "OGG": ("OPUS",),
+FORMATS = {  # suffixes, and subtypes besides the default one
+    "WAV": ("wav", ("PCM_24", "FLOAT", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610")),
+    "WAVEX": ("wav", ("PCM_16",)),
+    "RF64": ("rf64", ("PCM_16",)),
+    "W64": ("w64", ("PCM_16", "IMA_ADPCM")),
+    "AIFF": ("aiff", ("FLOAT", "ALAW")),
+    "CAF": ("caf", ("PCM_24", "ALAC_16")),
+    "AU": ("au", ("FLOAT", "ULAW")),
+    "FLAC": ("flac", ("PCM_24",)),
+    "OGG": ("ogg", ("OPUS",)),
+    "MP3": ("mp3", ()),
+    "NIST": ("sph", ()),
+    "VOC": ("voc", ()),
 }
-SUFFIXES = {"FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "AIFF": "aiff", "AU": "au", "CAF": "caf"}
 CONTAINERS = {  # what ffmpeg alone reads: the encoder and its options by suffix
     "m4a": ("-c:a", "aac"),
     "mp4": ("-c:a", "aac", "-movflags", "+faststart"),
@@ -62,18 +64,14 @@ def encoded(format: str, subtype: str | None = None, channels: int = 1) -> bytes
 
 
 def sound_files() -> list[Files]:
-    """Return a file in each of libsndfile's formats, and some of special form."""
-    formats = sorted(soundfile.available_formats())
-    kinds: list[tuple[str, str | None]] = [(name, None) for name in formats if name != "RAW"]
-    kinds += [(name, subtype) for name, subtypes in SUBTYPES.items() for subtype in subtypes]
-    found = []
-    for format, subtype in kinds:
-        for channels in (1, 2) if subtype is None and format in ("WAV", "FLAC", "AIFF") else (1,):
-            try:
-                data = encoded(format, subtype, channels)
-            except (soundfile.LibsndfileError, ValueError):
-                continue  # this libsndfile does not write it
-            found.append({f"clip.{SUFFIXES.get(format, 'wav')}": data})
+    """Return a file in each format that libsndfile reads here, and some of special form."""
+    found: list[Files] = []
+    for format, (suffix, subtypes) in FORMATS.items():
+        for subtype in (None, *subtypes):
+            found.append({f"clip.{suffix}": encoded(format, subtype)})
+    found += [{"clip.wav": encoded(format, None, 2)} for format in ("WAV", "FLAC", "AIFF")]
+    # What it would guess by the name, or take for the data of another file.
+    found += [{f"clip.{suffix}": encoded("WAV")} for suffix in ("sd2", "vox", "gsm")]
     tag = b"ID3\x04\0\0\0\0\x02\0" + bytes(256)
     return [*found, {"clip.flac": tag + encoded("FLAC")}]
 
@@ -83,10 +81,7 @@ def plain_files() -> list[Files]:
     kinds: list[tuple[str, str | None]] = [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT")]
     kinds += [("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("AIFF", "PCM_16")]
     kinds += [("MP3", None)]
-    return [
-        {f"clip.{SUFFIXES.get(format, 'wav')}": encoded(format, subtype)}
-        for format, subtype in kinds
-    ]
+    return [{f"clip.{FORMATS[format][0]}": encoded(format, subtype)} for format, subtype in kinds]
 
 
 def foreign_files() -> list[Files]:

@@ -151,9 +151,20 @@ def encode(samples: np.ndarray, rate_hz: int, codec: Codec = "flac") -> memoryvi
     return buffer.getbuffer()
 
 
-def sample_digest(samples: np.ndarray) -> str:
-    """Hash samples [S] int16, to find exact duplicates."""
-    return hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest()
+class SampleDigest:
+    """A hash of samples that come in blocks, to find exact duplicates."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, samples: np.ndarray) -> "SampleDigest":
+        """Add samples [S] int16."""
+        self._hash.update(samples.tobytes())
+        return self
+
+    def text(self) -> str:
+        """Return the hash of all samples so far, 32 hexadecimal digits."""
+        return self._hash.hexdigest()
 
 
 class Part(NamedTuple):

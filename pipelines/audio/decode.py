@@ -34,6 +34,7 @@ from ssast.pipelines.audio.headers import (
 from ssast.pipelines.audio.lengths import examine
 from ssast.pipelines.audio.mpeg import FEW_SAMPLES as FEW_OF_MP3
 from ssast.pipelines.audio.parts import Span, SpanFile
+from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.errors import DataError, UnopenedError, UnusableError
@@ -137,7 +138,7 @@ def sndfile_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
         try:
             source, span, known, is_foreign = open_item(item, stack)
             try:
-                sound = stack.enter_context(soundfile.SoundFile(source))
+                sound = stack.enter_context(open_sound(source))
             except (RuntimeError, ValueError, TypeError, OverflowError) as error:
                 if span is not None and span.error is not None:
                     raise span.error from error
@@ -264,7 +265,7 @@ def length_s(item: Item) -> float | None:
     with contextlib.ExitStack() as stack:
         try:
             source, _, _, _ = open_item(item, stack)
-            with soundfile.SoundFile(source) as sound:
+            with open_sound(source) as sound:
                 return sound.frames / sound.samplerate
         except (RuntimeError, ValueError, OSError, ArithmeticError, TypeError):
             return None

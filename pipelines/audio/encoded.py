@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import soundfile
 import soxr
 
 from ssast.kernels.fbank import FbankSpec
@@ -32,6 +31,7 @@ from ssast.pipelines.audio.headers import (
 from ssast.pipelines.audio.lengths import examine
 from ssast.pipelines.audio.mpeg import FEW_SAMPLES as FEW_OF_MP3
 from ssast.pipelines.audio.parts import Span, SpanFile
+from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError
@@ -93,7 +93,7 @@ def decode(file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0) -> n
         DataError: The file cannot be decoded, is truncated, or holds no finite audio.
     """
     try:
-        with soundfile.SoundFile(file, closefd=False) as sound:
+        with open_sound(file, closefd=False) as sound:
             rate_hz, frames = sound.samplerate, sound.frames
             if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
                 raise DataError(f"sample rate of {rate_hz} Hz")

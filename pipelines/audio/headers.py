@@ -101,6 +101,18 @@ def without_tags(read: Reader, size: int) -> int:
     return size
 
 
+def behind_tags(read: Reader) -> tuple[int, bytes]:
+    """Return where a file begins behind its ID3v2 tags, and its first 16 bytes there."""
+    start, head = 0, read(0, 16)
+    while head[:3] == b"ID3" and len(head) >= 10:  # with cover art of any size
+        length = 0
+        for byte in head[6:10]:
+            length = length << 7 | byte & 0x7F
+        start += 10 + length + (10 if head[5] & 0x10 else 0)
+        head = read(start, 16)
+    return start, head
+
+
 def foreign_format(head: bytes) -> str | None:
     """Return the name of a format that ffmpeg reads and libsndfile does not, by its first bytes."""
     for at, magic, name in FOREIGN:

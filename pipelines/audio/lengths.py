@@ -9,7 +9,7 @@ truncated.
 
 from ssast.pipelines.audio.chunks import examine_chunks
 from ssast.pipelines.audio.flac import examine_flac
-from ssast.pipelines.audio.headers import OGG_PAGE, Reader, Sound, check_ogg
+from ssast.pipelines.audio.headers import OGG_PAGE, Reader, Sound, behind_tags, check_ogg
 from ssast.pipelines.audio.mpeg import examine_mp3
 
 
@@ -27,14 +27,7 @@ def examine(read: Reader, size: int) -> Sound | None:
     Raises:
         DataError: The file is truncated, which libsndfile does not always report.
     """
-    start = 0
-    head = read(0, 16)
-    while head[:3] == b"ID3" and len(head) >= 10:  # tags, with cover art of any size
-        length = 0
-        for byte in head[6:10]:
-            length = length << 7 | byte & 0x7F
-        start += 10 + length + (10 if head[5] & 0x10 else 0)
-        head = read(start, 16)
+    start, head = behind_tags(read)
     if head[:4] == b"fLaC":
         return examine_flac(read, start, size)
     if start or head[:1] == b"\xff":

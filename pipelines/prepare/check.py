@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.audio.convert import sample_digest
+from ssast.pipelines.audio.convert import SampleDigest
 from ssast.pipelines.audio.decode import Item, sndfile_blocks, to_mono
 from ssast.pipelines.audio.encoded import LOUDEST, read_clip
+from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES
+from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import (
@@ -318,13 +319,18 @@ def decoded_seconds(clip: ShardClip, expected: dict) -> float:
     if problem is not None:
         raise DataError(problem)
     try:
-        samples, rate_hz = soundfile.read(io.BytesIO(clip.read()), dtype="int16", always_2d=True)
+        with open_sound(io.BytesIO(clip.read())) as sound:
+            num_samples, digest = 0, SampleDigest()
+            for block in sound.blocks(BLOCK_SAMPLES // sound.channels, dtype="int16"):
+                num_samples += len(block)
+                digest.add(block)
+            rate_hz, channels = sound.samplerate, sound.channels
     except (RuntimeError, ValueError) as error:
         why = getattr(error, "error_string", None) or str(error)
         raise DataError(f"cannot be decoded: {' '.join(why.split()).rstrip('.')}") from error
-    if samples.shape[1] != 1 or sample_digest(samples) != expected["digest"]:
+    if channels != 1 or digest.text() != expected["digest"]:
         raise DataError("decodes to other samples than were packed")
-    return len(samples) / rate_hz
+    return num_samples / rate_hz
 
 
 def is_report(path: Path) -> bool:

@@ -25,7 +25,7 @@ from ssast.pipelines.audio.convert import (
     clip_stem,
     cut,
     encode,
-    sample_digest,
+    SampleDigest,
 )
 from ssast.pipelines.audio.decode import Item, length_s, suffix
 from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
@@ -372,7 +372,7 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
             "name": recording.item.name,
             "part": part,
             "duration_s": round(len(samples) / rate_hz, 4),
-            "digest": sample_digest(samples),
+            "digest": SampleDigest().add(samples).text(),
             "offset": offset,
             "size": data.nbytes,
             "source_hz": source_hz,

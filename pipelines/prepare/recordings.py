@@ -155,7 +155,7 @@ def _members(name: str, path: Path, file: io.FileIO) -> Iterator[Recording]:
         with cast(Any, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:")) as archive:
             for member in archive:
                 archive.members = []  # else all of them stay in memory
-                if archive.offset <= place:  # of a size below 0: it would come again and again
+                if member.size < 0 or archive.offset <= place:  # else it comes again and again
                     raise tarfile.ReadError(f"a member at byte {place} ends before it begins")
                 place = archive.offset
                 inside = PurePosixPath(member.name)

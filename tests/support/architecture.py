@@ -18,7 +18,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     "kernels": (("kernels",),),
     "pipelines": (
         ("errors",),
-        ("files", "text"),
+        ("files",),
+        ("text",),
         ("locks", "figures"),
         ("clips",),
         ("audio", "datasets"),
