@@ -22,10 +22,10 @@ from ssast.pipelines.audio.convert import (
     Codec,
     Part,
     Recipe,
+    SampleDigest,
     clip_stem,
     cut,
     encode,
-    SampleDigest,
 )
 from ssast.pipelines.audio.decode import Item, length_s, suffix
 from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
