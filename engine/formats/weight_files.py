@@ -73,11 +73,14 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file makes any of them of the readers
         raise CheckpointError(
             f"{path}: not a whole checkpoint file: cut short or damaged: {_AGAIN}"
         ) from error
-    _check_state(state, path)
+    _check_names(state, path)
+    _check_dense(state, path)
     metadata = getattr(state, "_metadata", None)
     stored = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     return dict(state), stored if isinstance(stored, dict) else {}
@@ -92,17 +95,18 @@ def _load_pickle(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an unusual pickle protocol
         with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+            head = file.read(4)
+        is_zip = head == b"PK\x03\x04"
         if not is_zip:
+            if head[:1] != pickle.PROTO:
+                raise pickle.UnpicklingError("no pickle of PyTorch's")
             from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds
 
             with FakeTensorMode():  # tensors with shapes, without memory
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            _check_state(state, path)
-            needed = {
-                t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state.values()
-            }
-            if sum(needed.values()) > path.stat().st_size:
+            _check_names(state, path)
+            storages = [tensor.untyped_storage() for tensor in state.values()]
+            if sum({s._cdata: s.nbytes() for s in storages}.values()) > path.stat().st_size:
                 raise ValueError("tensors larger than the file")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
@@ -194,7 +198,8 @@ def _is_safetensors(path: Path) -> bool:
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
-def _check_state(state: Any, path: Path) -> None:
+def _check_names(state: Any, path: Path) -> None:
+    """Check that a state is a dict of tensors by name."""
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path}: expected a state dict, names to tensors, found {type(state).__name__}"
@@ -205,6 +210,11 @@ def _check_state(state: Any, path: Path) -> None:
                 f"expected tensors and nothing else, found {shown(name)}: {type(value).__name__}"
             )
             raise CheckpointError(f"{path}: {found}{_advice(state)}")
+
+
+def _check_dense(state: Mapping[str, Tensor], path: Path) -> None:
+    """Check that tensors have a number in memory for each of their elements."""
+    for name, value in state.items():
         if not _is_dense(value):
             raise CheckpointError(
                 f"{path}: {name:.200} is no plain tensor, or smaller than its shape: save copies "
