@@ -136,7 +136,8 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
     if missing:
         raise CheckpointError(f"{source}: no SSAST model: missing {missing}")
     projection, pos_embed = state["v.patch_embed.proj.weight"], state["v.pos_embed"]
-    if projection.ndim != 4 or projection.shape[1] != 1 or pos_embed.ndim != 3:
+    is_patch = projection.ndim == 4 and projection.shape[1] == 1 and projection.numel() > 0
+    if not is_patch or pos_embed.ndim != 3:
         raise CheckpointError(
             f"{source}: expected v.patch_embed.proj.weight [D, 1, f, t] and v.pos_embed "
             f"[1, 2 + N, D], found {list(projection.shape)} and {list(pos_embed.shape)}"
