@@ -344,9 +344,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value can be used: no NaN or infinite number, no text with a NUL."""
-    if isinstance(value, float):
-        return math.isfinite(value)
+    """Return whether a value can be used: no number without bounds, no text with a NUL."""
+    if isinstance(value, float | int):
+        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
     return not isinstance(value, str) or "\0" not in value
 
 

@@ -79,7 +79,7 @@ class Model:
     patch: tuple[int, int] = setting((16, 16), 1)
     """Patch size in mel bins and frames: [16, 16] is the patch model, [128, 2] the frame model."""
 
-    depth: int | None = setting(None, 1, 1000)
+    depth: int | None = setting(None, 1, 256)
     """Number of transformer blocks; null: that of the size."""
 
 

@@ -35,8 +35,11 @@ BYTE_ORDER_MARKS = (  # that of UTF-32 begins as that of UTF-16 does
     (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
 )
 NAME_BYTES = "surrogateescape"  # the error handler that turns bytes of a name to text and back
-YAML_DEPTH, YAML_NODES = 50, 100_000  # of a configuration; an alias counts with all it stands for
+YAML_BYTES, YAML_DEPTH = 2**20, 50  # of a configuration
+YAML_NODES = 10_000  # values; an alias counts with all that it stands for
 YAML_WORD = 10_000  # characters without quotes: a number may take the square of its length
+
+SHOWN = 200  # characters of a value in a message
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 60
@@ -126,6 +129,8 @@ def parse_yaml(text: str) -> Any:
 
 def _check_yaml(text: str) -> None:
     """Count what the text stands for, before anything is made of it."""
+    if len(text) > YAML_BYTES:
+        raise yaml.YAMLError(f"{len(text)} characters, expected at most {YAML_BYTES}")
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor and nodes so far
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -158,9 +163,10 @@ def _check_yaml(text: str) -> None:
 def shown(value: Any) -> str:
     """Return a value from a file for a message: short, however deep, wide or long it is."""
     try:
-        return _shown.repr(value)
+        text = _shown.repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits
         return f"a very long {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def csv_rows(

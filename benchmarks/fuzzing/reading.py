@@ -46,6 +46,8 @@ class Limits:
     """Limits of one input."""
 
     seconds: float = 10.0
+    """Time of its own; a process that is given none, or waits, has six times as long."""
+
     memory_mib: float = 256.0
     """Growth of the process's resident memory at its peak."""
 

@@ -28,6 +28,8 @@ from ssast.benchmarks.fuzzing.reading import (
 )
 
 STARTED_S = 120  # for imports, and to make and read the seeds
+PATIENCE = 6  # times as long by the clock as of its own time
+ENDED_S = 0.5  # for a process that waits for its next input
 LOG, CASE = "worker.log", "case"
 UNLIMITED = Limits(memory_mib=float("inf"))
 
@@ -118,24 +120,18 @@ class Worker:
     def run(self, name: str, wanted: int | Path) -> Result:
         """Give a reader the input of a number, or the files of a folder.
 
-        What took too long is tried a second time: a busy machine is no hang.
-
         Raises:
             RuntimeError: The reader does not read its own seeds.
         """
-        found = self._run(name, wanted)
-        return self._run(name, wanted) if found.outcome == "hang" else found
-
-    def _run(self, name: str, wanted: int | Path) -> Result:
         if name not in self._started:
             self._start(name)
         begin = time.monotonic()
         try:
             self._connection.send((name, wanted))
-            if self._connection.poll(self.limits.seconds):
+            if self._answers():
                 found = self._connection.recv()
                 return replace(found, seconds=time.monotonic() - begin)
-            found = Result("hang", f"no answer in {self.limits.seconds:g} s")
+            found = Result("hang", f"no answer in {time.monotonic() - begin:.0f} s")
         except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode or 0
@@ -145,6 +141,20 @@ class Worker:
         self._launch()
         return replace(found, seconds=time.monotonic() - begin)
 
+    def _answers(self) -> bool:
+        """Wait for an answer, for longer while the machine gives the process no time."""
+        seconds, waited = self.limits.seconds, 0.0
+        process = psutil.Process(self._process.pid)
+        before = sum(process.cpu_times()[:2])
+        while waited < PATIENCE * seconds:
+            if self._connection.poll(seconds / 2):
+                return True
+            waited += seconds / 2
+            with contextlib.suppress(psutil.Error):
+                if sum(process.cpu_times()[:2]) - before > seconds:
+                    return False
+        return False
+
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):
             lines = (self.folder / LOG).read_text(errors="replace").splitlines()
@@ -152,7 +162,10 @@ class Worker:
         return ""
 
     def close(self) -> None:
-        """End the process with all that it has started."""
+        """End the process with all that it has started; what it does now is not waited for."""
+        with contextlib.suppress(OSError, ValueError):
+            self._connection.send(None)
+        self._process.join(ENDED_S)
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self._process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):

@@ -13,7 +13,7 @@ from ssast.benchmarks.fuzzing.reading import FAILURES, Limits, make_input
 from ssast.benchmarks.fuzzing.worker import Worker
 
 READERS = {"bad": bad_readers.BAD, "long": bad_readers.LONG, "none": bad_readers.MISSING}
-SHORT = Limits(seconds=1.0, memory_mib=64.0, address_mib=1024.0)
+SHORT = Limits(seconds=0.5, memory_mib=64.0, address_mib=1024.0)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         ("fine", "accepted", ""),
         ("refused", "refused", "DataError: no such size"),
         ("crash", "crash", "SIGSEGV: Fatal Python error: Segmentation fault"),
-        ("hang", "hang", "no answer in 1 s"),
+        ("hang", "hang", "no answer in 3 s"),
         ("memory", "memory", "MiB more at the peak"),
         ("claim", "memory", "MemoryError"),
         ("foreign", "error", "KeyError: 'size'"),

@@ -53,7 +53,9 @@ YAML = {
     "odd key": ("? [1, 2]\n: 3", "cannot be read as YAML"),
     "long key": (f"? {'x' * 2000}\n: 3", "unknown key 'xxx"),
     "long value": (f"model: {{size: {'x' * 9000}}}", "model.size must be one of"),
-    "wide value": (f"model: {{size: [{'1, ' * 20_000}]}}", "model.size must be one of"),
+    "wide value": (f"model: {{size: [{'1, ' * 2000}]}}", "model.size must be one of"),
+    "too wide": (f"model: {{size: [{'1, ' * 20_000}]}}", f"more than {YAML_NODES} values"),
+    "too long": ("#" * 2**21, "2097152 characters, expected at most 1048576"),
     "bytes": ("\xff\xfe\xfd", "not UTF"),
     "a set": ("!!set {model, audio}", "expected a mapping"),
     "frames of years": (f"audio: {{num_frames: {2**62}}}", "audio.num_frames must be between"),
@@ -180,7 +182,7 @@ GIANT = {"size": "giant", "depth": 40, "patch": [16, 16]}
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "another size": ({"model": GIANT}, "missing .* and 4|shapes that do not fit"),
     "frames": ({"audio": {"n_mels": 32, "num_frames": 2**20}}, "shapes that do not fit"),
-    "blocks": ({"model": {"size": "tiny", "depth": 1000}}, "missing .* more"),
+    "blocks": ({"model": {"size": "tiny", "depth": 256}}, "missing .* more"),
     "no settings": ({"model": 5}, "its settings are damaged"),
     "unknown": ({"modle": {}}, "its settings are damaged: unknown key modle"),
 }
