@@ -14,6 +14,7 @@ import torch
 
 from ssast.benchmarks.fuzzing import seeds
 from ssast.benchmarks.fuzzing.containers import packed, sealed, unpacked
+from ssast.benchmarks.fuzzing.mutations import Files
 from ssast.benchmarks.fuzzing.reading import memory_mib, write_files
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -89,11 +90,6 @@ def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
         load_config(tmp_path / "a.yaml")
 
 
-@pytest.fixture(scope="module")
-def weights() -> dict[str, torch.Tensor]:
-    return {"a": torch.arange(64.0).reshape(8, 8), "b": torch.zeros(4)}
-
-
 def saved(state: Any, **options: bool) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer, **options)
@@ -138,6 +134,10 @@ def tiny_files() -> dict[str, tuple[bytes, str]]:
         "compressed": (gigabyte, "compressed ZIP archive"),
         "stride 0": (saved(zeros), plain),
         "sparse": (saved({"a": torch.eye(3).to_sparse()}), f"{plain}|{damaged}"),
+        "quantised": (
+            saved({"a": torch.quantize_per_tensor(torch.zeros(8), 1.0, 0, torch.qint8)}),
+            f"{plain}|{damaged}|refused",
+        ),
         "meta": (saved({"a": torch.zeros(2**40, device="meta")}), plain),
         "more than is stored": (claiming(whole, 2**10), damaged),
         "terabytes": (claiming(whole, 2**40), damaged),
@@ -178,6 +178,17 @@ def test_views_of_one_tensor_and_the_old_form_are_read(tmp_path: Path) -> None:
         assert all(found[name].equal(value) for name, value in state.items())
 
 
+@pytest.fixture(scope="module")
+def exported() -> Files:
+    """Exported weights of a small model, in parts, without their hashes."""
+    return next(files for files in seeds.run_folders() if files.get("run/manifest.json") == b"")
+
+
+@pytest.fixture(scope="module")
+def stock() -> Files:
+    return seeds.transformers_folders()[0]
+
+
 GIANT = {"size": "giant", "depth": 40, "patch": [16, 16]}
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "another size": ({"model": GIANT}, "missing .* and 4|shapes that do not fit"),
@@ -189,10 +200,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_runs_that_claim_a_larger_model(kind: str, tmp_path: Path) -> None:
+def test_runs_that_claim_a_larger_model(kind: str, exported: Files, tmp_path: Path) -> None:
     """With the right hashes: no memory is taken for what is not there."""
     change, message = SETTINGS[kind]
-    files = next(f for f in seeds.run_folders() if f.get("run/manifest.json") == b"")
+    files = dict(exported)
     meta = json.loads(files["run/meta.json"])
     meta["config"] |= change
     write_files(tmp_path, sealed(files | {"run/meta.json": json.dumps(meta).encode()}))
@@ -206,8 +217,8 @@ def test_runs_that_claim_a_larger_model(kind: str, tmp_path: Path) -> None:
     "meta",
     ["[" * 100_000, "[]", "{}", '{"config": {}, "step": "x"}', '{"step": 1, "classes": "abc"}'],
 )
-def test_metadata_of_a_wrong_shape(meta: str, tmp_path: Path) -> None:
-    files = next(f for f in seeds.run_folders() if f.get("run/manifest.json") == b"")
+def test_metadata_of_a_wrong_shape(meta: str, exported: Files, tmp_path: Path) -> None:
+    files = dict(exported)
     write_files(tmp_path, sealed(files | {"run/meta.json": meta.encode()}))
     with pytest.raises(CheckpointError):
         open_model(tmp_path / "run")
@@ -230,8 +241,8 @@ TRANSFORMERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", TRANSFORMERS)
-def test_folders_of_transformers(key: str, tmp_path: Path) -> None:
-    files = seeds.transformers_folders()[0]
+def test_folders_of_transformers(key: str, stock: Files, tmp_path: Path) -> None:
+    files = dict(stock)
     config = json.loads(files["config.json"]) | {key: TRANSFORMERS[key]}
     write_files(tmp_path, files | {"config.json": json.dumps(config).encode()})
     with pytest.raises(CheckpointError) as caught:
@@ -262,9 +273,9 @@ def test_published_files(name: str, value: torch.Tensor, tmp_path: Path) -> None
     assert memory_mib("VmHWM") - before < 64
 
 
-def test_a_manifest_with_right_hashes_of_other_files(tmp_path: Path) -> None:
+def test_a_manifest_with_right_hashes_of_other_files(exported: Files, tmp_path: Path) -> None:
     """A checkpoint is what its manifest says; a manifest of another shape is damage."""
-    files = sealed(next(f for f in seeds.run_folders() if f.get("run/manifest.json") == b""))
+    files = sealed(exported)
     for text in (
         b"[]",
         b'{"files": 5}',

@@ -152,11 +152,14 @@ def test_sizes_of_chunks_lead_nowhere(format: str, tmp_path: Path) -> None:
     """Any eight bytes of a header may state a size; no exception of Python's comes out."""
     path = tmp_path / "a.wav"
     data = write(path, tone(2000), format=format).read_bytes()
-    for at, value in itertools.product(range(120), (0x7FFFFFFF, 2**63 - 1, 2**64 - 1)):
-        for order in ("<Q", ">Q"):
-            path.write_bytes(data[:at] + struct.pack(order, value) + data[at + 8 :])
-            with open(path, "rb") as file, contextlib.suppress(DataError):
-                examine(reader(file.fileno(), 0, len(data)), len(data))
+    with open(path, "r+b") as file:
+        number = file.fileno()
+        for at, value in itertools.product(range(120), (0x7FFFFFFF, 2**63 - 1, 2**64 - 1)):
+            for order in ("<Q", ">Q"):
+                os.pwrite(number, struct.pack(order, value), at)
+                with contextlib.suppress(DataError):
+                    examine(reader(number, 0, len(data)), len(data))
+            os.pwrite(number, data[at : at + 8], at)
 
 
 def test_nothing_beside_a_recording_is_opened(
@@ -220,7 +223,11 @@ def tar_of(tmp_path: Path, data: bytes) -> list[Recording]:
 
 
 @pytest.mark.parametrize(
-    "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+    "kind",
+    [
+        *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
+        tarfile.GNUTYPE_SPARSE,
+    ],
 )
 def test_members_that_are_no_files(kind: bytes, tmp_path: Path) -> None:
     """Links out of the archive, devices and pipes, which nobody opens or makes."""
