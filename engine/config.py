@@ -345,18 +345,20 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Return whether a value can be used: no number without bounds, no text with a NUL."""
-    if isinstance(value, float | int):
-        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    if isinstance(value, int):
+        return abs(value) < 2**63
     return not isinstance(value, str) or "\0" not in value
 
 
 def _check_range(value: Any, f: "dataclasses.Field[Any]", key: str) -> None:
+    if isinstance(value, float) and not f.metadata and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value!r}")
     if not f.metadata or value is None:
         return
     low, high = f.metadata["low"], f.metadata["high"]
     numbers = value.values() if isinstance(value, dict) else value
     for number in numbers if isinstance(value, tuple | dict) else (value,):
-        if not low <= number <= high:
+        if not low <= number <= high or number == math.inf:
             bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise ConfigError(f"{key} must be {bounds}, got {shown(number)}")
 

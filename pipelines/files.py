@@ -125,6 +125,10 @@ def check_new(outputs: Iterable[str | Path], inputs: Iterable[str | Path] = ()) 
         raise DataError(f"{output}: exists already: remove it, or choose another output")
 
 
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 def open_regular(path: str | bytes | Path) -> io.FileIO:
     """Open a file for reading, without waiting for the other end of a pipe.
 
@@ -132,7 +136,7 @@ def open_regular(path: str | bytes | Path) -> io.FileIO:
         OSError: It cannot be opened, or is a folder, a pipe or a device, which may never end.
     """
     with contextlib.suppress(IsADirectoryError):
-        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file
         file.close()

@@ -77,10 +77,11 @@ def read_lines(path: Path) -> Iterator[str]:
         DataError: See :func:`read_text`.
         OSError: It cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         codec, _ = _encoding(file.read(4))
     try:
-        with path.open(encoding=codec, newline="") as lines:
+        raw = io.BufferedReader(open_regular(path))
+        with io.TextIOWrapper(raw, encoding=codec, newline="") as lines:
             for line in lines:
                 if "\0" in line:
                     break

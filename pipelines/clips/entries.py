@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import csv_rows, read_lines, read_text
+from ssast.pipelines.files import open_regular
+from ssast.pipelines.text import csv_rows, parse_json, read_lines, read_text, shown
 
 PATH_KEYS = ("wav", "path")
 PREPARED_KEY, CLIP_KEY = "prepared", "clip"
@@ -67,7 +68,7 @@ def _numbered(path: Path, blocks: Iterable[list[Any]], key: str) -> Iterator[Ent
         for number, entry in enumerate(entries, done):
             if not isinstance(entry, dict):
                 raise DataError(
-                    f'{path}: entry {number}: expected {{"{key}": ...}}, found {entry!r:.60}'
+                    f'{path}: entry {number}: expected {{"{key}": ...}}, found {shown(entry)}'
                 )
         yield Entries(entries, range(done, done + len(entries)), "entry")
         done += len(entries)
@@ -75,13 +76,13 @@ def _numbered(path: Path, blocks: Iterable[list[Any]], key: str) -> Iterator[Ent
 
 def _head(path: Path) -> tuple[dict[str, Any], int] | None:
     """Return what is before the list, and where it begins; None for a file of another form."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = HEAD.match(file.read(BLOCK_BYTES))
         file.seek(max(0, os.fstat(file.fileno()).st_size - BLOCK_BYTES))
         if head is None or not TAIL.search(file.read()):
             return None
     try:
-        return {PREPARED_KEY: json.loads(head[1].decode())} if head[1] else {}, head.end()
+        return {PREPARED_KEY: parse_json(head[1].decode())} if head[1] else {}, head.end()
     except ValueError:
         return None
 
@@ -94,7 +95,7 @@ def _blocks(path: Path, start: int) -> Iterator[list[Any]]:
     wrong with it.
     """
     done = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(start)
         data = file.read(BLOCK_BYTES)
         while True:
@@ -102,8 +103,8 @@ def _blocks(path: Path, start: int) -> Iterator[list[Any]]:
             tail = None if more else TAIL.search(data)
             cut = data.rfind(b"},") + 1 if more else tail.start() + 1 if tail else 0
             try:
-                entries = json.loads(f"[{data[:cut].decode()}]")
-            except (ValueError, RecursionError):
+                entries = parse_json(f"[{data[:cut].decode()}]")
+            except ValueError:
                 break
             yield entries
             done += len(entries)
@@ -127,10 +128,10 @@ def json_content(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
-    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+    except ValueError as error:  # a number too long, lists too deep
         raise DataError(f"{path}: not JSON of a manifest: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from ssast.pipelines.clips.entries import LABEL_KEYS, Entries
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import parse_json
+from ssast.pipelines.text import parse_json, shown
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class LabelReader:
                 except ValueError as error:
                     raise DataError(
                         f"{self._source}: {part.where(row)}: {error}, found "
-                        f"{entry[self._key]!r:.60}"
+                        f"{shown(entry[self._key])}"
                     ) from error
             self._given.append(given)
             self._labels.append(names)
@@ -149,17 +149,17 @@ def doubtful(texts: Sequence[Any], *, several: bool) -> tuple[str, int] | None:
     counts = Counter(t.strip() for t in texts if isinstance(t, str) and "," in t)
     if several:
         counts = Counter({t: n for t, n in counts.items() if ", " in t and _listed(t) is None})
-        text = "{0!r}, read as {1} labels: a name that holds commas goes into 'label', or in a list"
+        text = "{0}, read as {1} labels: a name that holds commas goes into 'label', or in a list"
     else:
         alone = {t.strip() for t in texts if isinstance(t, str)}
         counts = Counter(
             {t: n for t, n in counts.items() if re.search(r",\S", t) or {*_split(t, ())} <= alone}
         )
-        text = "{0!r}, read as one label: several labels go into 'labels'"
+        text = "{0}, read as one label: several labels go into 'labels'"
     if not counts:
         return None
     first = next(iter(counts))
-    return text.format(first, len(_split(first, ()))), counts.total()
+    return text.format(shown(first), len(_split(first, ()))), counts.total()
 
 
 def _listed(text: str) -> list[Any] | None:

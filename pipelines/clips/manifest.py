@@ -32,6 +32,7 @@ from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex, is_pr
 from ssast.pipelines.clips.shared import ArrayWriter, shared_arrays, state_of
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import shown
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ def _names(path: Path, part: Entries, is_file: bool) -> list[str]:
             what = "path" if is_file else "name"
             raise DataError(
                 f"{path}: {part.where(row)}: expected the {what} of a clip under {keys[0]!r}, "
-                f"found {name!r}"
+                f"found {shown(name)}"
             )
         names.append(os.path.normpath(os.path.join(folder, name)) if is_file else name)
     return names

@@ -47,7 +47,7 @@ YAML = {
     "long number": (f"train: {{steps: {'9' * 5000}}}", "cannot be read as YAML"),
     "long base 16": (f"train: {{steps: 0x{'f' * 9000}}}", "train.steps must be"),
     "long base 60": (f"train: {{steps: {'1:' * 50_000}1}}", "a word of 100001 characters"),
-    "NaN": ("audio: {mean: .nan}", "audio.mean must be a number, got nan"),
+    "NaN": ("audio: {mean: .nan}", "audio.mean must be a finite number, got nan"),
     "infinity": ("optim: {lr: .inf}", "optim.lr must be"),
     "too large for a float": (f"audio: {{mean: {'9' * 400}}}", "audio.mean must be a number"),
     "NUL": ('data: {train: "a\\0b"}', "data.train must be a string"),
