@@ -29,11 +29,11 @@ from ssast.pipelines.clips.shards import (
     ShardIndex,
     header_problem,
 )
-from ssast.pipelines.clips.sidecar import BLOCK, Sidecar
+from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.datasets.tables import table
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import usable_cores, write_atomically
-from ssast.pipelines.text import parse_json, read_text
+from ssast.pipelines.text import parse_json
 
 AT_ONCE = 64  # files of a manifest that one thread takes
 
@@ -218,7 +218,7 @@ def check_index(index: ShardIndex) -> list[Problem]:
         problems.append(Problem(where, "its rows are not in order, or one is there twice"))
     try:
         index.recordings()
-        reported = parse_json(read_text(index.folder / REPORT))["clips"]
+        reported = parse_json(read_small(index.folder / REPORT))["clips"]
         if reported != len(index):
             problems.append(Problem(where, f"has {len(index)} rows, {REPORT} says {reported}"))
     except DataError as error:
@@ -295,7 +295,7 @@ def check_shard(
 def drops_duplicates(folder: Path) -> bool:
     """Return whether the index leaves out duplicates."""
     try:
-        settings = parse_json(read_text(folder / REPORT))["settings"]
+        settings = parse_json(read_small(folder / REPORT))["settings"]
         return bool(settings["drop_duplicates"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
