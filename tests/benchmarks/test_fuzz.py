@@ -89,7 +89,7 @@ def test_no_reader_fails_on_a_few_inputs(
     """All readers in one process; the full number is for the command."""
     worker = Worker(fuzz.READERS, tmp_path, 1, Limits())
     try:
-        for name, count in shares(220, list(fuzz.READERS)).items():
+        for name, count in shares(150, list(fuzz.READERS)).items():
             for number in range(count):
                 found = worker.run(name, number)
                 assert found.outcome not in FAILURES, f"{name} {number}: {found}"
