@@ -18,7 +18,7 @@ from ssast.engine.config import Config, check_paths, load_config
 from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.pretext import pretext_losses
-from ssast.engine.formats.open import LoadedModel, open_encoder, open_model
+from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder, open_model
 from ssast.engine.model.objective import MSPM
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
@@ -29,7 +29,11 @@ from ssast.pipelines.files import check_new
 
 
 def pretrain(
-    config: Config, checkpoint: LoadedModel | str | Path | None = None, *, resume: bool = False
+    config: Config,
+    checkpoint: LoadedModel | str | Path | None = None,
+    *,
+    resume: bool = False,
+    metadata: MissingMetadata | None = None,
 ) -> int:
     """Pretrain, continue the pretraining of a model, or resume a run.
 
@@ -39,6 +43,7 @@ def pretrain(
             neither, a resumed run takes its own, and a new one starts from scratch. Of a model
             without pretraining heads the encoder is taken.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
+        metadata: Frames and stride of a published fine-tuned checkpoint.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -60,7 +65,7 @@ def pretrain(
     pretrained, notes = None, list[str]()
     if config.train.checkpoint is not None:
         pretrained = checkpoint if isinstance(checkpoint, LoadedModel) else None
-        pretrained = pretrained or open_encoder(config.train.checkpoint)
+        pretrained = pretrained or open_encoder(config.train.checkpoint, metadata)
         config, notes = _adopted(config, pretrained)
     train_paths, held_out = find_clips(config)
     config, measured = with_measured_stats(config, train_paths, resume=resume)

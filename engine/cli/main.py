@@ -13,7 +13,14 @@ from pathlib import Path
 from ssast.engine.cli.data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.cli.export import add_export_commands, add_weights_command
 from ssast.engine.cli.finetune import add_finetune_commands
-from ssast.engine.cli.options import NAMED, add_config, add_overrides, add_resume
+from ssast.engine.cli.options import (
+    NAMED,
+    add_config,
+    add_input_metadata,
+    add_overrides,
+    add_resume,
+    missing_metadata,
+)
 from ssast.engine.cli.plan import add_plan_commands
 from ssast.engine.cli.status import USER_ERROR
 from ssast.engine.config import CONFIGS
@@ -136,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"folder, {NAMED}; heads that it lacks are fresh (default: from scratch)",
     )
     add_resume(command)
+    add_input_metadata(command)
     command.set_defaults(run=_pretrain)
 
     add_finetune_commands(commands)
@@ -188,7 +196,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     from ssast.engine.pretrain import pretrain
 
     config = load_config(options.config, options.overrides)
-    return _status(pretrain(config, options.checkpoint, resume=options.resume))
+    metadata = missing_metadata(options)
+    return _status(pretrain(config, options.checkpoint, resume=options.resume, metadata=metadata))
 
 
 def _status(stopped: int) -> int:
