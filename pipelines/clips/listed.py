@@ -136,12 +136,17 @@ class FileList(Sequence[str]):
         groups = np.zeros(len(begins), kind)  # of paths that are equal so far
         for done in range(0, int(lengths.max(initial=0)), WORD):
             tied = order[places]
-            left = np.clip(lengths[tied] - done, 0, WORD)
-            at = np.minimum(begins[tied] + done, len(words) - 1)
-            word = words[at].astype(np.uint64) & masks[left]
-            by_word = np.lexsort((word, groups))
+            word = np.empty(len(tied), np.uint64)
+            for start in range(0, len(tied), CHUNK):
+                part = slice(start, start + CHUNK)
+                at = np.minimum(begins[tied[part]] + done, len(words) - 1)
+                left = np.clip(lengths[tied[part]] - done, 0, WORD)
+                word[part] = words[at].astype(np.uint64) & masks[left]
+            by_word = np.lexsort((word, groups)).astype(kind)
             order[places] = tied[by_word]
+            del tied
             word = word[by_word]
+            del by_word
             new = np.ones(len(places), bool)
             new[1:] = (groups[1:] != groups[:-1]) | (word[1:] != word[:-1])
             groups = np.cumsum(new, dtype=kind)
