@@ -364,12 +364,10 @@ def _vanish(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effec
         told = until(lambda: ranks.ended or (log.exists() and log.stat().st_size > before), RETRY_S)
         until(lambda: ranks.ended, 1.0)
     effect.noticed_s = time.monotonic() - begin if told is not None else None
-    if ranks.ended:
-        _ends(ranks, (USER_ERROR, *NO_PEER), effect)
-        words = "cannot be used|lost another process"
-        effect.expect(trial.finished or said(ranks, words), "it does not say what is gone")
-    else:
-        effect.expect(trial.advances(ranks), f"files have vanished: {ranks.statuses}")
+    if trial.advances(ranks):
+        return
+    _ends(ranks, (USER_ERROR, *NO_PEER), effect)
+    effect.expect(said(ranks, "cannot be used"), "it does not say what is gone")
 
 
 Injector = Callable[[Trial, Ranks | None, Fault, Random, Effect], None]

@@ -43,11 +43,17 @@ class Campaign:
         folder: For everything that is written.
         world_sizes: Numbers of ranks that the runs take in turn.
         settings: Settings of the runs, beside those of all trials.
+
+    Attributes:
+        verbose: Whether to show what the processes print last after each fault.
+        results: What came of each fault.
+        skipped: Kinds that cannot be made here, with the reasons.
     """
 
     def __init__(self, folder: Path, world_sizes: Sequence[int], settings: Sequence[str]) -> None:
         self.folder, self.world_sizes, self.settings = folder, world_sizes, settings
         self.context = fork_server()
+        self.verbose = False
         self.results: list[Result] = []
         self.skipped: dict[str, str] = {}
         self._data: dict[bool, Data] = {}
@@ -115,7 +121,7 @@ class Campaign:
         )
         self.results.append(result)
         print(result.line(), flush=True)
-        if effect.failures and trial.ranks is not None:
+        if trial.ranks is not None and (effect.failures or self.verbose):
             print(trial.ranks.output()[-2000:], flush=True)
         return True
 
@@ -203,6 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage (1)")
     parser.add_argument("--steps", type=int, default=240, help="steps of each run (240)")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what the runs print last after each fault"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
     options = parser.parse_args(arguments)
     plan = draw_plan(options.kinds, options.count, options.seed)
@@ -210,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         settings = [f"train.steps={options.steps}", f"train.zero_stage={options.stage}"]
         campaign = Campaign(Path(name), options.ranks, settings)
+        campaign.verbose = options.verbose
         print(LINE_HEADER)
         campaign.run(plan)
     results = campaign.results

@@ -49,7 +49,7 @@ class Data:
     """The clips of a run.
 
     Attributes:
-        manifest: The training clips.
+        manifest: The training clips: a manifest of audio files, or the folder of the shards.
         valid: Folder of the validation clips.
         files: Audio files or shards that hold the training clips.
     """
@@ -77,10 +77,7 @@ def make_data(folder: Path, *, sharded: bool) -> Data:
     packing = Packing(Recipe(clip_s=1.0, min_s=0.0), "wav", shard_mib=0.06)
     prepare_shards(folder / "train", folder / "shards", packing, progress=False, log=lambda _: None)
     shards = tuple(sorted((folder / "shards").rglob("*.tar")))
-    names = [f"{path.stem}-00000.wav" for path in paths]
-    entries = [{"clip": name} for name in names]
-    manifest.write_text(json.dumps({"prepared": "shards", "data": entries}) + "\n")
-    return Data(manifest, folder / "valid", shards)
+    return Data(folder / "shards", folder / "valid", shards)
 
 
 class Trial:
