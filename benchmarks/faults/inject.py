@@ -28,7 +28,7 @@ from ssast.benchmarks.faults.trial import (
 from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
 
 USER_ERROR = 2
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NO_PEER = (0, EX_TEMPFAIL)  # statuses of a rank that has lost another one
 
 
@@ -84,17 +84,19 @@ def _kill(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect:
 
 def _signal(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:
     assert ranks is not None
-    number, everyone, twice = draw.choice(SIGNALS), draw.random() < 0.7, draw.random() < 0.25
+    number, everyone = draw.choice((*CAUGHT, signal.SIGHUP)), draw.random() < 0.7
+    once = draw.random() < 0.75
     rank = None if everyone else draw.randrange(len(ranks))
     ranks.send(number, rank)
-    if twice:
+    if not once:
         time.sleep(draw.uniform(0.0, 0.3))
         ranks.send(number, rank)
-    _ends(ranks, (128 + number, -number, *NO_PEER), effect)
-    orderly = all(status == 128 + number for status in ranks.statuses)
-    if orderly and fault.moment != "start" and not twice:
+    if once and number in CAUGHT and fault.moment != "start":
+        _ends(ranks, (128 + number, 0), effect)
         saved, step = trial.newest(), trial.last_step()
         effect.expect(saved == step, f"stopped after step {step}, but saved step {saved}")
+    else:
+        _ends(ranks, (128 + number, -number, *NO_PEER), effect)
 
 
 def _stop(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:

@@ -31,7 +31,11 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("kill", "SIGKILL to a rank", ("start", "steps", "save")),
-        Kind("signal", "SIGTERM, SIGINT or SIGUSR1, once or twice", ("start", "steps", "save")),
+        Kind(
+            "signal",
+            "SIGTERM, SIGINT, SIGUSR1, SIGHUP, or twice",
+            ("start", "steps", "save"),
+        ),
         Kind("stop", "SIGSTOP to a rank, shorter or longer than train.timeout_s", ("steps",)),
         Kind("full-disk", "no space on the disk of the run", ("resume", "steps", "save")),
         Kind("read-only", "the run's folder becomes read-only", ("resume", "steps")),

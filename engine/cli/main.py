@@ -22,7 +22,7 @@ from ssast.engine.cli.options import (
     missing_metadata,
 )
 from ssast.engine.cli.plan import add_plan_commands
-from ssast.engine.cli.status import USER_ERROR
+from ssast.engine.cli.status import USER_ERROR, os_error_status, out_of_memory
 from ssast.engine.config import CONFIGS
 from ssast.engine.errors import (
     CheckpointError,
@@ -59,8 +59,8 @@ EXIT_STATUS = """exit status:
   1      ssast data check found problems in the data
   2      user error, or no file could be read; the message says what to change
   3      ssast predict, ssast embed: some files could not be read; the output covers the others
-  75     a process hung or was lost, storage kept failing, or another process uses the folder: run
-         the same command again with --resume
+  75     a process hung or was lost, storage kept failing, memory or open files ran out, or another
+         process uses the folder: run the same command again with --resume
   128+n  stopped by signal n (SIGINT 130, SIGTERM 143, SIGUSR1 138) after a checkpoint was saved:
          run the same command again with --resume
 """
@@ -103,9 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FolderInUse, SaveError) as error:
         print_error(f"ssast: error: {printable(error)}")
         return EX_TEMPFAIL
-    except (ConfigError, DataError, CheckpointError, TrainingError, ReportError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError, ReportError) as error:
         print_error(f"ssast: error: {printable(error)}")
         return USER_ERROR
+    except OSError as error:
+        print_error(f"ssast: error: {printable(error)}")
+        return os_error_status(error)
+    except (MemoryError, RuntimeError) as error:
+        lack = out_of_memory(error)
+        if lack is None:
+            raise
+        message, status = lack
+        print_error(f"ssast: error: {printable(message)}")
+        return status
     except KeyboardInterrupt:
         return 130
 

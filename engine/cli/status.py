@@ -1,6 +1,10 @@
 """Exit statuses of the ``ssast`` command; the module that documents them all is cli/main.py."""
 
+import errno
+import os
 import sys
+
+from ssast.pipelines.clips.retry import TRANSIENT
 
 USER_ERROR = 2
 SOME_UNREADABLE = 3
@@ -18,3 +22,24 @@ def files_status(num_read: int, total: int) -> int:
     sys.stdout.flush()
     print(f"ssast: {total - num_read} of {total} files could not be read", file=sys.stderr)
     return SOME_UNREADABLE if num_read else USER_ERROR
+
+
+def os_error_status(error: OSError) -> int:
+    """Return the exit status for an error of the system that nothing else has handled."""
+    passing = TRANSIENT - {errno.EPIPE} | {errno.ENOMEM}  # a closed pipe will not open again
+    return os.EX_TEMPFAIL if error.errno in passing else USER_ERROR
+
+
+def out_of_memory(error: Exception) -> tuple[str, int] | None:
+    """Return message and exit status for an error that means a lack of memory; else None.
+
+    The same run needs the same memory of a GPU when it is started again, while that of a machine
+    depends on what else runs there.
+    """
+    reason = str(error).strip().partition("\n")[0]
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
+        return f"{reason}: lower train.batch_size or raise train.accumulation_steps", USER_ERROR
+    texts = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    if isinstance(error, MemoryError) or any(text in reason for text in texts):
+        return f"this machine is out of memory ({reason or 'MemoryError'})", os.EX_TEMPFAIL
+    return None

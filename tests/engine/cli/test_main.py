@@ -1,9 +1,11 @@
+import errno
 import json
 import subprocess
 import sys
 from typing import get_args
 
 import pytest
+import torch
 from runs import call
 
 from ssast.engine.cli.main import main
@@ -36,6 +38,37 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert shown.out == ""
     assert shown.err.startswith("ssast: error: ") and shown.err.count("\n") == 1
     assert message in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "a"), 75, "Too many open files: 'a'"),
+        (OSError(errno.ENOSPC, "No space left", "a"), 2, "No space left: 'a'"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "Broken pipe"),
+        (MemoryError(), 75, "this machine is out of memory (MemoryError)"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), 75, "out of memory ("),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), 2, "memory.: lower train.batch_size"),
+    ],
+    ids=str,
+)
+def test_what_the_machine_lacks_is_one_line(error, status, text, capsys, monkeypatch):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("ssast.engine.cli.main._pretrain", fail)
+    assert main(["pretrain", "demo"]) == status
+    said = capsys.readouterr().err
+    assert text in said and len(said.splitlines()) == 1
+
+
+def test_other_errors_of_a_program_keep_their_traceback(monkeypatch):
+    def fail(options):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("ssast.engine.cli.main._pretrain", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["pretrain", "demo"])
 
 
 def test_settings_may_stand_behind_an_option(capsys):

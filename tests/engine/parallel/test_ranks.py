@@ -9,7 +9,7 @@ import rank_jobs
 import torch
 from rank_pool import RankPool, free_port
 
-from ssast.engine.errors import ConfigError
+from ssast.engine.errors import ConfigError, LostPeer
 from ssast.engine.parallel import ranks as distributed
 from ssast.engine.parallel.ranks import (
     Launch,
@@ -254,6 +254,18 @@ def test_srun_without_torchrun(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_starts_is_named(rank, monkeypatch):
+    close_world()
+    port = free_port()
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(LostPeer, match=rf"rank {rank} of 2 has met no other .*127.0.0.1:{port}: "):
+        init_world(timeout_s=1)
+
+
 def test_a_killed_rank_does_not_leave_the_other_one_waiting():
     pool = RankPool(2)
     with pytest.raises(EOFError):
