@@ -13,6 +13,7 @@ import reference
 import roles
 from paths import ROOT
 
+from ssast.benchmarks.faults.plan import KINDS
 from ssast.engine import settings
 from ssast.engine.cli import main as cli
 from ssast.engine.config import CONFIGS, load_config, sections
@@ -20,6 +21,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring import monitor
 
 README = ROOT / "README.md"
+FAULTS = ROOT / "docs/faults.md"
 WRITTEN = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*WRITTEN, *sorted((ROOT / "checkpoints").glob("*/README.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -245,3 +247,14 @@ def test_links_of_the_root_are_those_of_the_site():
 def test_roles_become_code():
     text = "See :class:`~a.b.C` and :func:`d.e`, :meth:`f`; ``x``."
     assert roles.plain(text) == "See `C` and `d.e`, `f`; ``x``."
+
+
+def test_each_fault_was_tried():
+    """The last cell of a row names kinds of ``ssast bench faults``, or files of tests."""
+    rows = [line.split(" | ") for line in FAULTS.read_text().splitlines() if line.startswith("|")]
+    tried = [row[-1] for row in rows if len(row) == 6 and "Tried by" not in row[-1]]
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    named = [CODE.findall(cell) for cell in tried if not cell.startswith(":--")]
+    assert len(named) >= 25
+    assert all(names and set(names) <= KINDS.keys() | tests for names in named)
+    assert {name for names in named for name in names} >= KINDS.keys()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -61,6 +62,8 @@ def inject(trial: Trial, fault: Fault) -> Effect:
     """
     effect = Effect()
     ranks = None if fault.moment == "resume" else trial.ranks
+    if ranks is not None:
+        ranks.forget_output()
     INJECTORS[fault.kind](trial, ranks, fault, fault.draws(), effect)
     assert trial.ranks is not None
     effect.statuses = trial.ranks.statuses
@@ -121,7 +124,7 @@ def _stop(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect:
 
 
 def _full(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:
-    _fail_disk(trial, ranks, effect, trial.disk.full)
+    _fail_disk(trial, ranks, effect, trial.disk.full, lasting=draw.random() < 0.3)
 
 
 def _read_only(
@@ -129,7 +132,8 @@ def _read_only(
 ) -> None:
     folder = trial.checkpoints if ranks and draw.random() < 0.5 else trial.run
     folder.mkdir(parents=True, exist_ok=True)
-    _fail_disk(trial, ranks, effect, lambda _: trial.disk.read_only(folder))
+    lasting = draw.random() < 0.3
+    _fail_disk(trial, ranks, effect, lambda _: trial.disk.read_only(folder), lasting=lasting)
 
 
 def _fail_disk(
@@ -137,8 +141,10 @@ def _fail_disk(
     ranks: Ranks | None,
     effect: Effect,
     failing: Callable[[list[int]], contextlib.AbstractContextManager[None]],
+    *,
+    lasting: bool,
 ) -> None:
-    """Let a disk fail until the run has said so or has ended; start the run on it if none runs."""
+    """Let a disk fail until the run has said so, or has ended; start the run on it if none runs."""
     with contextlib.ExitStack() as stack:
         if trial.disk.mounted:
             stack.enter_context(failing([]))
@@ -149,9 +155,12 @@ def _fail_disk(
         told = until(lambda: ranks.all_ended or said(ranks, words), LIMIT_S)
         effect.noticed_s = time.monotonic() - begin
         effect.expect(told is not None, "a failing disk was not noticed")
+        if lasting:
+            ranks.wait(LIMIT_S)
     if not ranks.ended and trial.advances(ranks):
         return
     ranks.wait(LIMIT_S)
+    trial.unlogged.update(map(int, re.findall(r"step (\d+) is not logged yet", ranks.output())))
     wrong = [status for status in ranks.statuses if status not in (USER_ERROR, *NO_PEER)]
     effect.expect(not wrong, f"exit status {wrong}")
     if not trial.finished:
@@ -220,16 +229,21 @@ def _torn(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect:
     if not newest or not target.exists():
         trial.launch()
         return
-    of_checkpoint = part not in path
-    if of_checkpoint:
-        trial.damaged.add(newest)
+    of_checkpoint, backup = part not in path, trial.folder / "backup"
+    shutil.rmtree(backup, ignore_errors=True)
+    shutil.copytree(folder, backup)
     TORN[part](target, draw)
     if of_checkpoint:
         trial.kept = trial.newest()  # what is left is what may not be lost
     begin = time.monotonic()
     ranks = trial.launch()
-    words = "damaged|is gone|resumed from" if trial.kept else "damaged|is gone"
-    told = until(lambda: ranks.all_ended or said(ranks, words), LIMIT_S)
+    if of_checkpoint and not trial.kept:
+        _ends(ranks, (USER_ERROR, *NO_PEER), effect)
+        effect.expect(said(ranks, "every checkpoint is damaged|is gone"), "no word of the damage")
+        shutil.rmtree(folder, ignore_errors=True)
+        backup.rename(folder)
+        return
+    told = until(lambda: ranks.all_ended or said(ranks, "damaged|is gone|resumed from"), LIMIT_S)
     effect.noticed_s = time.monotonic() - begin
     effect.expect(told is not None, f"{part} was torn and nothing said")
     effect.expect(trial.advances(ranks), f"{part} was torn: {ranks.statuses}")
@@ -307,9 +321,8 @@ def _manifest(
 
 def _memory(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:
     assert ranks is not None
-    pids = ranks.pids()
-    pid = draw.choice(pids)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):  # it may just have ended
+        pid = draw.choice(ranks.pids())
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
         room = draw.choice((0, 1 << 20, 8 << 20))
         with limited([pid], resource.RLIMIT_AS, pages * resource.getpagesize() + room):
@@ -323,8 +336,8 @@ def _open_files(
     trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect
 ) -> None:
     assert ranks is not None
-    pid = draw.choice(ranks.pids())
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):
+        pid = draw.choice(ranks.pids())
         highest = max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
         with limited([pid], resource.RLIMIT_NOFILE, highest + 1):
             begin = time.monotonic()
@@ -355,6 +368,8 @@ def _output(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effec
         until(lambda: bool(trial.last_step()), draw.uniform(1.0, 4.0))
         os.close(reader)
     effect.expect(trial.advances(ranks), f"nothing can be printed: {ranks.statuses}")
+    ranks.send(signal.SIGTERM)
+    _ends(ranks, (128 + signal.SIGTERM, 0), effect)
 
 
 def _vanish(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:

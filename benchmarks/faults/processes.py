@@ -122,6 +122,7 @@ class Ranks:
         }
         first = len(list(logs.iterdir()))
         self._logs = [logs / f"{first + rank:05d}.log" for rank in range(world_size)]
+        self._read_to = [0] * world_size
         self.processes: list[BaseProcess] = []
         for rank, log in enumerate(self._logs):
             log.touch()
@@ -153,8 +154,15 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def output(self) -> str:
-        """Return what all ranks have printed."""
-        return "".join(log.read_text(errors="replace") for log in self._logs)
+        """Return what all ranks have printed since the last call of :meth:`forget_output`."""
+        parts = (
+            log.read_bytes()[begin:] for log, begin in zip(self._logs, self._read_to, strict=True)
+        )
+        return b"".join(parts).decode(errors="replace")
+
+    def forget_output(self) -> None:
+        """Let :meth:`output` return only what is printed from now on."""
+        self._read_to = [log.stat().st_size for log in self._logs]
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
         """Send a signal to a rank, or to all, as far as they run."""

@@ -9,6 +9,7 @@ and permissions stand in for that.
 
 import argparse
 import contextlib
+import itertools
 import json
 import signal
 import sys
@@ -19,21 +20,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ssast.benchmarks.faults.disk import Unavailable
-from ssast.benchmarks.faults.inject import inject
+from ssast.benchmarks.faults.inject import Effect, inject
 from ssast.benchmarks.faults.plan import KINDS, Fault, draw_plan
 from ssast.benchmarks.faults.processes import fork_server, until
 from ssast.benchmarks.faults.report import LINE_HEADER, Result, table
 from ssast.benchmarks.faults.trial import (
     LIMIT_S,
     Data,
+    Losses,
     Trial,
     first_difference,
     make_data,
 )
 
 FINISH_S = 300.0
-
-Losses = dict[tuple[str, int], float]
 
 
 class Campaign:
@@ -62,17 +62,16 @@ class Campaign:
 
     def run(self, plan: Sequence[Fault]) -> None:
         """Inject all faults of a plan, in as many runs as that takes."""
-        left = list(plan)
+        left, world_sizes = list(plan), itertools.cycle(self.world_sizes)
         while left:
-            sharded = left[0].sharded
-            world_size = self.world_sizes[self._num_trials % len(self.world_sizes)]
+            sharded, world_size = left[0].sharded, next(world_sizes)
             first = len(self.results)
             with contextlib.closing(self._trial(sharded, world_size)) as trial:
                 while left and left[0].sharded == sharded and not trial.finished:
                     if left[0].kind in self.skipped or self._disturb(trial, left[0]):
                         left.pop(0)
                 self._finish(trial)
-                self._compare(trial.losses(), self.whole(sharded, world_size), first)
+                self._compare(trial, self.whole(sharded, world_size), self.results[first:])
 
     def whole(self, sharded: bool, world_size: int) -> Losses:
         """Return the losses of an undisturbed run."""
@@ -81,8 +80,6 @@ class Campaign:
             with contextlib.closing(self._trial(sharded, world_size)) as trial:
                 trial.launch()
                 self._finish(trial)
-                if not trial.finished:
-                    raise RuntimeError(f"an undisturbed run fails: {trial.ranks.output()}")  # type: ignore[union-attr]
                 self._whole[key] = trial.losses()
         return self._whole[key]
 
@@ -95,13 +92,14 @@ class Campaign:
         return Trial(folder, self.context, self._data[sharded], world_size, self.settings)
 
     def _disturb(self, trial: Trial, fault: Fault) -> bool:
-        """Inject a fault in its moment; return whether that came before the end of the run."""
-        if not _reach(trial, fault):
+        """Inject a fault in its moment; return False if the run has finished before."""
+        problem = _reach(trial, fault)
+        if trial.finished:
             return False
         step = trial.last_step()
         trial.lost()
         try:
-            effect = inject(trial, fault)
+            effect = Effect(failures=[problem]) if problem else inject(trial, fault)
         except Unavailable as reason:
             self.skipped[fault.kind] = str(reason)
             return True
@@ -139,11 +137,11 @@ class Campaign:
             self.results[-1].failures.append(problem)
             print(f"{problem}\n{trial.ranks.output()[-2000:]}", flush=True)
 
-    def _compare(self, ours: Losses, whole: Losses, first: int) -> None:
+    def _compare(self, trial: Trial, whole: Losses, found: Sequence[Result]) -> None:
         """Compare the losses of a run; the last fault before the first difference is to blame."""
-        found = self.results[first:]
+        ours = trial.losses()
         blamed = None
-        step = first_difference(ours, whole)
+        step = first_difference(ours, whole, trial.unlogged)
         if step is not None:
             blamed = max((r.number for r in found if r.step <= step), default=None)
         for result in found:
@@ -160,33 +158,25 @@ class Campaign:
                 print(f"fault {result.number} ({result.kind}): {result.failures[-1]}", flush=True)
 
 
-def _reach(trial: Trial, fault: Fault) -> bool:
-    """Bring a run to the moment of a fault; return False if it has finished before."""
-    if fault.moment in ("resume", "start"):
+def _reach(trial: Trial, fault: Fault) -> str | None:
+    """Bring a run to the moment of a fault; return what went wrong before."""
+    if fault.moment in ("resume", "start") or not trial.running:
         _end(trial)
-        if trial.finished:
-            return False
-        if fault.moment == "start":
-            ranks = trial.launch()
-            until(lambda: ranks.ended, fault.delay_s)
-        return True
-    if not trial.running:
-        _end(trial)
-        if trial.finished:
-            return False
-        trial.launch()
-    assert trial.ranks is not None
-    ranks, step = trial.ranks, trial.last_step()
+    if fault.moment == "resume" or trial.finished:
+        return None
+    ranks, step = trial.ranks if trial.running else None, trial.last_step()
+    ranks = ranks or trial.launch()
+    if fault.moment == "start":
+        until(lambda: ranks.ended, fault.delay_s)
+        return None
     until(lambda: ranks.ended or trial.last_step() > step, LIMIT_S)
     until(lambda: ranks.ended, fault.delay_s)
     if fault.moment == "save":
         until(lambda: ranks.ended or trial.saving(), LIMIT_S, every_s=0.0005)
     if not ranks.ended:
-        return True
+        return None
     ranks.wait(LIMIT_S)
-    if not trial.finished:
-        raise RuntimeError(f"a run ended by itself: {ranks.statuses}\n{ranks.output()[-2000:]}")
-    return False
+    return None if trial.finished else f"before the fault the run ended: {ranks.statuses}"
 
 
 def _end(trial: Trial) -> None:
@@ -221,13 +211,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         campaign = Campaign(Path(name), options.ranks, settings)
         campaign.verbose = options.verbose
         print(LINE_HEADER)
-        campaign.run(plan)
+        try:
+            campaign.run(plan)
+        finally:
+            failures = _report(campaign, time.monotonic() - begin, options)
+    return 1 if failures else 0
+
+
+def _report(campaign: Campaign, seconds: float, options: argparse.Namespace) -> list[str]:
+    """Print and write what came of the faults; return all failures."""
     results = campaign.results
     failures = [f"{r.number} ({r.kind}): {text}" for r in results for text in r.failures]
     print(f"\n{table(results)}\n")
     for kind, reason in campaign.skipped.items():
         print(f"{kind} cannot be tried here: {reason}")
-    seconds, lost = time.monotonic() - begin, sum(result.lost for result in results)
+    lost = sum(result.lost for result in results)
     print(
         f"{len(results)} faults in {seconds:.0f} s: {lost} checkpoints lost, "
         f"{len(failures)} failures"
@@ -243,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 1 if failures else 0
+    return failures
 
 
 def _kinds() -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -25,6 +25,7 @@ from ssast.pipelines.prepare.pack import Packing, prepare_shards
 TIMEOUT_S, RETRY_S = 10.0, 5.0
 NUM_TRAIN, NUM_VALID = 10, 2
 DISK_MIB = 96
+Losses = dict[tuple[str, int], float]
 LIMIT_S = 60.0  # what has not happened by then never will
 SETTINGS = (
     "model.size=tiny",
@@ -93,8 +94,8 @@ class Trial:
     Attributes:
         run: Folder of the run.
         ranks: Processes of the last attempt; None before the first.
-        damaged: Steps of checkpoints that a fault has damaged.
         kept: Step of the newest whole checkpoint that was seen; 0 if none.
+        unlogged: Steps that could not be logged when a run ended, as it said.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class Trial:
         (folder / "empty.yaml").write_text("{}\n")
         self.switches = Switches(folder / "switches")
         self.ranks: Ranks | None = None
-        self.damaged = set[int]()
         self.kept = 0
+        self.unlogged = set[int]()
 
     def close(self) -> None:
         """End the processes and unmount the disk."""
@@ -134,6 +135,7 @@ class Trial:
             *self.data.arguments,
             *self._settings,
             f"run.folder={self.run}",
+            f"train.fallback_folder={self.folder / 'fallback'}",
             "--resume",
         ]
         return Ranks(
@@ -188,7 +190,7 @@ class Trial:
         self.kept = newest
         return max(0, kept - newest)
 
-    def losses(self) -> dict[tuple[str, int], float]:
+    def losses(self) -> Losses:
         """Return each loss that was logged, by metric and step."""
         lines = read_metrics(self.run / "metrics.jsonl")
         return {
@@ -218,12 +220,17 @@ def said(ranks: Ranks, pattern: str) -> bool:
     return re.search(pattern, ranks.output()) is not None
 
 
-def first_difference(
-    ours: dict[tuple[str, int], float], whole: dict[tuple[str, int], float]
-) -> int | None:
-    """Return the first step at which losses differ or are missing; None if all are the same."""
-    steps = [key[1] for key in ours.keys() | whole.keys() if ours.get(key) != whole.get(key)]
-    return min(steps, default=None)
+def first_difference(ours: Losses, whole: Losses, unlogged: Collection[int]) -> int | None:
+    """Return the first step at which losses differ or are missing; None if all are the same.
+
+    Args:
+        ours: Losses of a disturbed run.
+        whole: Those of an undisturbed one.
+        unlogged: Steps whose losses may be missing.
+    """
+    differ = [key[1] for key in ours.keys() & whole.keys() if ours[key] != whole[key]]
+    missing = [key[1] for key in ours.keys() ^ whole.keys() if key[1] not in unlogged]
+    return min(differ + missing, default=None)
 
 
 @contextlib.contextmanager
