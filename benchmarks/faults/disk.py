@@ -14,10 +14,12 @@ class Unavailable(RuntimeError):
     """A fault that cannot be made on this machine by this user; the message says why."""
 
 
-def _mount(*arguments: object) -> bool:
-    command = ["mount", *map(str, arguments)]
+def _mount(*arguments: object, keep: int | None = None) -> bool:
+    """Mount something, with a file that stays open; return whether that was possible."""
+    command, files = ["mount", *map(str, arguments)], [] if keep is None else [keep]
     try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        done = subprocess.run(command, capture_output=True, check=False, pass_fds=files)
+        return done.returncode == 0
     except OSError:
         return False
 
@@ -92,6 +94,32 @@ class Disk:
             yield
         finally:
             folder.chmod(mode)
+
+
+@contextlib.contextmanager
+def disconnected(folder: Path) -> Iterator[None]:
+    """Let everything in a folder fail with ENOTCONN inside, as a network mount that has died.
+
+    It is a FUSE mount whose server is gone.
+
+    Raises:
+        Unavailable: Nothing can be mounted.
+    """
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        raise Unavailable(f"/dev/fuse: {error.strerror}") from error
+    try:
+        owner = f"user_id={os.geteuid()},group_id={os.getegid()}"
+        options = f"fd={server},rootmode=40000,{owner}"
+        if not _mount("-i", "-t", "fuse", "-o", options, "faults", folder, keep=server):
+            raise Unavailable("mount -t fuse is not allowed")
+    finally:
+        os.close(server)
+    try:
+        yield
+    finally:
+        _unmount(folder)
 
 
 @contextlib.contextmanager

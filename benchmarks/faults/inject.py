@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from ssast.benchmarks.faults.disk import limited
+from ssast.benchmarks.faults.disk import disconnected, limited
 from ssast.benchmarks.faults.plan import Fault
 from ssast.benchmarks.faults.processes import Ranks, until
 from ssast.benchmarks.faults.trial import (
@@ -21,7 +21,6 @@ from ssast.benchmarks.faults.trial import (
     RETRY_S,
     TIMEOUT_S,
     Trial,
-    failing_reads,
     said,
     shuffled_manifests,
     vanished,
@@ -184,7 +183,7 @@ def _slow(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect:
 def _storage(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:
     assert ranks is not None
     long, begin = draw.random() < 0.5, time.monotonic()
-    with failing_reads(trial.data.files):
+    with disconnected(trial.data.files[0].parent):
         if not long:
             until(lambda: ranks.ended, draw.uniform(0.5, RETRY_S / 2))
         else:

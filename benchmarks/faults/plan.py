@@ -40,7 +40,7 @@ KINDS = {
         Kind("full-disk", "no space on the disk of the run", ("resume", "steps", "save")),
         Kind("read-only", "the run's folder becomes read-only", ("resume", "steps")),
         Kind("slow-disk", "each fsync takes seconds, perhaps with SIGKILL meanwhile", ("steps",)),
-        Kind("storage", "reading shards fails with EIO for a while", ("steps",), sharded=True),
+        Kind("storage", "the mount of the clips dies for seconds (ENOTCONN)", ("steps",)),
         Kind("owner", "a second run in the same folder", ("resume", "steps")),
         Kind("torn", "SIGKILL, then a file of the run is cut off, changed or gone", ("save",)),
         Kind("clock", "the clock jumps by hours or decades", ("steps", "save")),

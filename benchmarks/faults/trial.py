@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -234,13 +234,6 @@ def first_difference(ours: Losses, whole: Losses, unlogged: Collection[int]) -> 
 
 
 @contextlib.contextmanager
-def failing_reads(files: Sequence[Path]) -> Iterator[None]:
-    """Let every read of these files fail with EIO inside: address 0 of a process is not mapped."""
-    with _replaced(files, lambda path: os.symlink("/proc/self/mem", path)):
-        yield
-
-
-@contextlib.contextmanager
 def vanished(files: Sequence[Path]) -> Iterator[None]:
     """Let files be gone inside."""
     for path in files:
@@ -250,20 +243,6 @@ def vanished(files: Sequence[Path]) -> Iterator[None]:
     finally:
         for path in files:
             _aside(path).rename(path)
-
-
-@contextlib.contextmanager
-def _replaced(files: Sequence[Path], make: Callable[[Path], None]) -> Iterator[None]:
-    """Put something else in the place of files, each in one moment, and the files back."""
-    for path in files:
-        os.link(path, _aside(path))
-        make(path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
-    try:
-        yield
-    finally:
-        for path in files:
-            os.replace(_aside(path), path)
 
 
 def _aside(path: Path) -> Path:

@@ -24,6 +24,7 @@ What follows ``train/`` or ``valid/`` is the name that the module and the metric
 import importlib.metadata
 import json
 import platform
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -286,8 +287,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the peak memory so far: allocated by PyTorch on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Not getrusage's maxrss: it counts the parent of a forked process as well.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 2**20
-    return 0.0
+    # getrusage counts the parent of a forked process as well, but opens no file.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
