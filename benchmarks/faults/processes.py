@@ -69,14 +69,18 @@ class Switches:
 def _run_rank(
     arguments: Sequence[str],
     variables: dict[str, str],
-    output: tuple[str | int, str],
+    output: tuple[str, str],
     switches: Path,
 ) -> None:
     """Run the ``ssast`` command in a process of the fork server; what it returns is the status."""
     os.environ.update(variables)
     for target, name in enumerate(output, 1):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        os.dup2(os.open(name, flags) if isinstance(name, str) else name, target)
+        os.dup2(os.open(name, flags), target)
+    # The streams and the signals of the fork server are those of whatever started it.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     Switches(switches).obey()
     sys.exit(main(arguments))
 

@@ -211,9 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         campaign = Campaign(Path(name), options.ranks, settings)
         campaign.verbose = options.verbose
         print(LINE_HEADER)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             campaign.run(plan)
-        finally:
+        finally:  # also where it is stopped: nothing stays mounted, and the table is shown
+            signal.signal(signal.SIGTERM, before)
             failures = _report(campaign, time.monotonic() - begin, options)
     return 1 if failures else 0
 
