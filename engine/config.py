@@ -32,7 +32,7 @@ from ssast.engine.settings import (
     Train,
 )
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import parse_yaml, read_text, shown
+from ssast.pipelines.text import YAML_BYTES, parse_yaml, read_text, shown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
@@ -143,7 +143,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = _find(name)
     try:
-        raw = parse_yaml(read_text(path))
+        raw = parse_yaml(read_text(path, YAML_BYTES))
     except DataError as error:
         raise ConfigError(str(error)) from error
     except (ValueError, OSError) as error:

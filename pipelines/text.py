@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 import reprlib
 import sys
@@ -46,15 +47,18 @@ _shown.maxstring = _shown.maxother = 60
 _shown.maxlevel = 3
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most_bytes: float = float("inf")) -> str:
     """Read a text file: UTF-8, or what its byte order mark says (Notepad, PowerShell, Excel).
 
     Raises:
         DataError: It is not text of that encoding, or holds NUL characters; or it is no file but a
-            pipe or a device, which might never end.
+            pipe or a device, which might never end, or longer than ``most_bytes``.
         OSError: It cannot be read.
     """
     with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise DataError(f"{path}: {size} bytes, expected at most {most_bytes}")
         data = file.read()
     codec, name = _encoding(data)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import parse_yaml, read_text, shown
+from ssast.pipelines.text import YAML_BYTES, parse_yaml, read_text, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def load_gpu(name: str) -> Gpu:
 
 def _read(path: Path) -> Gpu:
     try:
-        raw = parse_yaml(read_text(path))
+        raw = parse_yaml(read_text(path, YAML_BYTES))
     except DataError as error:
         raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:

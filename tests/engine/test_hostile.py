@@ -56,7 +56,7 @@ YAML = {
     "long value": (f"model: {{size: {'x' * 9000}}}", "model.size must be one of"),
     "wide value": (f"model: {{size: [{'1, ' * 2000}]}}", "model.size must be one of"),
     "too wide": (f"model: {{size: [{'1, ' * 20_000}]}}", f"more than {YAML_NODES} values"),
-    "too long": ("#" * 2**21, "2097152 characters, expected at most 1048576"),
+    "too long": ("#" * 2**21, "2097152 bytes, expected at most 1048576"),
     "bytes": ("\xff\xfe\xfd", "not UTF"),
     "a set": ("!!set {model, audio}", "expected a mapping"),
     "frames of years": (f"audio: {{num_frames: {2**62}}}", "audio.num_frames must be between"),
