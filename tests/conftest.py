@@ -1,8 +1,33 @@
-"""Worlds of one and of two ranks; clips and a configuration for small runs."""
+"""Devices, worlds of one and of two ranks; clips and a configuration for small runs."""
 
+import devices
 import pytest
+import torch
 from rank_pool import RankPool
 from runs import make_data, write_config
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="see devices.py")
+
+
+def pytest_configure(config):
+    devices.choose(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out, on a GPU, what is not written for one."""
+    if config.getoption("--device") == "cpu":
+        return
+    chosen = [i for i in items if "device" in i.fixturenames or i.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device of the session: a test that takes it holds on a CPU and on a GPU."""
+    return devices.current()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +42,8 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two_ranks():
     """Two processes of one world; they start with the first job."""
+    if devices.current() != devices.CPU and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     pool = RankPool(2)
     yield pool
     pool.close()

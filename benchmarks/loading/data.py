@@ -8,7 +8,8 @@ the CPU does where a GPU computes them. With ``--shards``, the stream also reads
 prepared shards.
 
 CPU time is measured, that of worker processes included, since wall-clock time depends on what else
-runs on the machine. The loaders take turns, and their medians are compared.
+runs on the machine. The loaders take turns, and their medians are compared. On a GPU the stream
+computes its filterbanks there, and wall-clock time is shown as well.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ssast.benchmarks.device import CPU, add_device_option, find_device
 from ssast.benchmarks.loading.loaders import DecodedStream, PlainDataset, plain_loaders
 from ssast.benchmarks.loading.report import Result, plot, table
 from ssast.kernels.fbank import FbankSpec, num_frames
@@ -116,6 +118,7 @@ def measure(
     rounds: int,
     seconds: float = CLIP_S,
     shards: ShardIndex | None = None,
+    device: torch.device = CPU,
 ) -> Result:
     """Measure all loaders on the same clips.
 
@@ -127,6 +130,7 @@ def measure(
         rounds: Number of times that each loader reads all clips.
         seconds: Length of a clip in s, for the report.
         shards: The same clips in shards, to be measured as well.
+        device: Where the stream computes filterbanks.
 
     Returns:
         The medians over the rounds.
@@ -155,11 +159,11 @@ def measure(
                     spec,
                     batch_size=batch_size,
                     epochs=rounds + 1,
-                    device=torch.device("cpu"),
+                    device=device,
                     num_threads=num_threads,
                 )
             )
-            first.append(next(stream).fbank)
+            first.append(next(stream).fbank.cpu())
             for _ in range(num_batches - 1):
                 next(stream)
             passes[name] = partial(_stream_pass, stream, num_batches)
@@ -194,6 +198,7 @@ def measure(
         cpu_ms={name: cpu_ms for name, (cpu_ms, _) in medians.items()},
         wall_ms={name: wall_ms for name, (_, wall_ms) in medians.items()},
         max_difference=max(float((first[0] - other).abs().max()) for other in first[1:]),
+        device=str(device),
     )
 
 
@@ -204,7 +209,8 @@ def _plain_pass(loader: "DataLoader[Tensor]") -> None:
 
 def _stream_pass(stream: AudioStream, num_batches: int) -> None:
     for _ in range(num_batches):
-        next(stream).fbank.sum()
+        total = next(stream).fbank.sum()
+    total.item()  # waits for a GPU
 
 
 def _decode_pass(stream: DecodedStream, num_batches: int) -> None:
@@ -248,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", nargs="+", type=float, default=[CLIP_S], help="(default 10)")
     parser.add_argument("--shards", action="store_true", help="read from prepared shards as well")
     parser.add_argument("--data", type=Path, help="a folder of 16 kHz mono FLAC, not synthetic")
+    add_device_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--plot", type=Path, help="draw the results, PNG")
     args = parser.parse_args(argv)
@@ -256,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in () if args.json else plain_loaders()[1]:
         print(line, flush=True)
     count = args.batch_size * math.ceil(args.clips / args.batch_size)
+    device = find_device(args.device)
     results = []
 
     def add(paths: Sequence[Path], seconds: float) -> None:
@@ -270,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     rounds=args.rounds,
                     seconds=seconds,
                     shards=write_shards(Path(folder), paths, kind) if args.shards else None,
+                    device=device,
                 )
             )
         if not args.json:

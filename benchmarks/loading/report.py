@@ -30,6 +30,7 @@ class Result:
             ("files read").
         wall_ms: Wall-clock time of a clip by loader.
         max_difference: Largest difference between the filterbanks of two loaders (log-mel).
+        device: Where the stream computes filterbanks: "cpu" or "cuda:0".
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Result:
     cpu_ms: dict[str, float]
     wall_ms: dict[str, float]
     max_difference: float
+    device: str = "cpu"
 
     def ratio(self, loader: str) -> float:
         """Return the speed of a loader in clips per CPU second, relative to the plain one."""
@@ -69,13 +71,17 @@ class Result:
 def table(result: Result) -> Iterator[str]:
     """Format a result as the lines of a table."""
     r = result
-    yield f"{r.kind}, {r.seconds:g} s, {r.clips} clips, medians of {r.rounds} rounds"
+    where = "" if r.device == "cpu" else f", the stream's filterbanks on {r.device}"
+    yield f"{r.kind}, {r.seconds:g} s, {r.clips} clips, medians of {r.rounds} rounds{where}"
     yield f"  {'':<42}{'CPU ms/clip':>12}{'clips/CPU s':>12}{'times plain':>12}"
     loaders = {title: name for name, title in TITLES.items() if name in r.cpu_ms}
     loaders |= {f"{TITLES[name]}, decoding alone": f"{name} decode" for name in r.streams()}
     for title, name in loaders.items():
         cpu_ms = r.cpu_ms[name]
         yield f"  {title:<42}{cpu_ms:>12.2f}{1e3 / cpu_ms:>12.0f}{r.ratio(name):>12.2f}"
+    for source in r.streams() if r.device != "cpu" else ():
+        rate = 1e3 / r.wall_ms[source]
+        yield f"  {f'{TITLES[source]}, to {r.device}':<42}{rate:>12.0f} clips/s of wall-clock time"
     for source in r.streams():
         stages = ", ".join(f"{name} {ms:.2f}" for name, ms in r.stages(source).items())
         yield f"  CPU ms by stage, from {source}: {stages}"

@@ -17,12 +17,13 @@ from typing import Any
 import soundfile
 import torch
 
+from ssast.benchmarks.device import timed, use_device
 from ssast.benchmarks.loading.data import measure as measure_loaders
 from ssast.benchmarks.loading.data import spec_of, write_clips
 from ssast.benchmarks.performance.store import Case, Scope
 from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.processes import Sample, in_process, measure, start, take_steps
-from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
+from ssast.benchmarks.training.step import Setting, peak_gflops, product_s
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
@@ -42,7 +43,6 @@ PEAKS = {"fp32": "published", "fp32 by AVX-512": "fast matmul", "bf16": "bf16"}
 KINDS, CLIP_SECONDS = ("flac", "wav", "ogg"), (1.0, 10.0)
 RUN_STEPS = {"demo": 240, "long": 24}
 LOG_LINES, VALID_CLIPS = 6, 16  # of a run
-CPU = torch.device("cpu")
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # else the profiler logs every start and stop
 
 
@@ -75,7 +75,7 @@ def _step(variant: Variant, setting: Setting) -> dict[str, Any]:
 def roofline_cases(scope: Scope) -> dict[str, Case]:
     """Return the peaks of the machine and the profiles of a step."""
     cases: dict[str, Case] = {
-        f"peak {name}": partial(in_process, _peaks, name, scope.threads) for name in PEAKS
+        f"peak {name}": partial(in_process, _peaks, name, scope.setting()) for name in PEAKS
     }
     for size in scope.sizes:
         setting = scope.setting(size)
@@ -83,26 +83,30 @@ def roofline_cases(scope: Scope) -> dict[str, Case]:
     return cases
 
 
-def _peaks(name: str, threads: int) -> dict[str, Any]:
+def _peaks(name: str, setting: Setting) -> dict[str, Any]:
     """Measure the fastest of some large copies and matmuls in wall-clock time."""
-    torch.set_num_threads(threads)
+    device = torch.device(setting.device)
+    use_device(device)
+    torch.set_num_threads(setting.threads)
     variant = VARIANTS[PEAKS[name]] if PEAKS[name] in VARIANTS else OPTIONS[PEAKS[name]]
-    with variant.prepared() as lacking:
+    with variant.prepared(device) as lacking:
         if lacking:
             return {"left_out": lacking}
-        source = torch.ones(1 << 26)
+        source = torch.ones(1 << 26, device=device)
         target = torch.empty_like(source)
-        copy_s = min(timed(lambda: target.copy_(source))[1] for _ in range(PEAK_REPEATS))
+        copy_s = min(timed(lambda: target.copy_(source), device)[1] for _ in range(PEAK_REPEATS))
         return {
             "gb_per_s": 2e-9 * source.nbytes / copy_s,
-            "gflop_per_s": peak_gflops(product_s(variant.dtype, PEAK_REPEATS)[1]),
+            "gflop_per_s": peak_gflops(product_s(variant.dtype, PEAK_REPEATS, device)[1]),
         }
 
 
 def _profile(setting: Setting, steps: int) -> dict[str, Any]:
     """Profile a step: milliseconds of its parts."""
+    device = torch.device(setting.device)
+    use_device(device)
     torch.set_num_threads(setting.threads)
-    with DEFAULT.prepared(), tempfile.TemporaryDirectory() as folder:
+    with DEFAULT.prepared(device), tempfile.TemporaryDirectory() as folder:
         config = replace(
             DEFAULT.config(setting), run=Run(folder=folder), profile=Profile(steps=steps)
         )
@@ -132,7 +136,9 @@ def scaling_cases(scope: Scope) -> dict[str, Case]:
         add(f"frames {frames}", frames=frames)
     for threads in (n for n in (1, 2, 4, 8, 16, scope.threads) if n <= scope.threads):
         add(f"threads {threads}", threads=threads)
-    cases["processes 2"] = partial(_processes, replace(whole, batch=whole.batch // 2, threads=1), 2)
+    if not whole.on_gpu or torch.cuda.device_count() > 1:
+        half = replace(whole, batch=whole.batch // 2, threads=1)
+        cases["processes 2"] = partial(_processes, half, 2)
     return cases
 
 
@@ -158,7 +164,8 @@ def _processes(setting: Setting, count: int) -> dict[str, float]:
     results = []
     for rank in map(str, range(count)):
         env = {**world, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(count)}
-        results.append(start(take_steps, DEFAULT, setting, SCALING_STEPS, env=env))
+        own = replace(setting, device=f"cuda:{rank}") if setting.on_gpu else setting
+        results.append(start(take_steps, DEFAULT, own, SCALING_STEPS, env=env))
     return _clips_per_s(setting, [result() for result in results])
 
 
@@ -180,6 +187,7 @@ def _loaders(scope: Scope, kind: str, seconds: float) -> dict[str, Any]:
             num_threads=scope.threads,
             rounds=3,
             seconds=seconds,
+            device=torch.device(scope.device),
         )
     return asdict(found)
 
@@ -222,6 +230,8 @@ def _run(
         ]
         command = [*("ssast.engine.cli", "pretrain", recipe), *overrides, *settings]
         env = {**os.environ, "OMP_NUM_THREADS": str(scope.threads)}
+        if scope.device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
         done = subprocess.run(
             [sys.executable, "-m", *command], env=env, capture_output=True, text=True
         )

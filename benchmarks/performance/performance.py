@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from ssast.benchmarks.device import add_device_option, find_device, use_device
 from ssast.benchmarks.operations.kernels import machine_facts
-from ssast.benchmarks.performance.cases import CPU, REPEATS, sections
+from ssast.benchmarks.performance.cases import REPEATS, sections
 from ssast.benchmarks.performance.page import write_page
 from ssast.benchmarks.performance.store import OUT, ResultStore, Scope
 from ssast.engine.cli.data import PACKAGE_CACHE
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="threads of PyTorch and the loaders (all cores)")
     add("--clips", type=int, help=f"clips that a loader reads ({scope.clips})")
     add("--data", help=f"folder of ssast data demo ({scope.data}, downloaded)")
+    add_device_option(parser)
     add("--out", type=Path, default=OUT, help=f"folder of the results ({OUT})")
     add("--docs", type=Path, default=DOCS, help=f"folder of the page ({DOCS})")
     add("--page", action="store_true", help="only write the page, from the results")
@@ -70,8 +74,12 @@ def _measure(store: ResultStore, options: argparse.Namespace) -> None:
     known = store.scope() or Scope(threads=usable_cores())
     names = ("repeats", "batch", "frames", "threads", "clips", "data")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    scope = replace(known, sizes=tuple(options.sizes), **changes)
-    machine = machine_facts(CPU)
+    device = torch.device(known.device) if options.device == "auto" and store.scope() else None
+    device = device or find_device(options.device)
+    if device.type == "cpu":
+        use_device(device)  # nor do processes that are started see a GPU
+    scope = replace(known, sizes=tuple(options.sizes), device=str(device), **changes)
+    machine = machine_facts(device)
     for section, cases in sections(scope).items():
         if section.partition("-")[0] in options.sections:
             if section == "runs" and scope.data == Scope().data:

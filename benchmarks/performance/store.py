@@ -32,6 +32,7 @@ class Scope:
         threads: Threads of PyTorch and of the loaders.
         clips: Clips that each loader reads.
         data: Folder written by ``ssast data demo``, or one like it.
+        device: What computes: "cpu" or "cuda:0".
     """
 
     sizes: tuple[str, ...] = ("tiny", "small", "base")
@@ -41,10 +42,13 @@ class Scope:
     threads: int = 2
     clips: int = 64
     data: str = "data/demo"
+    device: str = "cpu"
 
     def setting(self, size: str = "tiny") -> Setting:
         """Return the setting of a step."""
-        return Setting(size, self.batch, self.frames, self.threads, default_memory=False)
+        return Setting(
+            size, self.batch, self.frames, self.threads, default_memory=False, device=self.device
+        )
 
     def case_settings(self) -> dict[str, Any]:
         """Return what the result of a case depends on."""

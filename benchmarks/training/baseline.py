@@ -131,7 +131,7 @@ class Baseline(nn.Module):
         masks = torch.empty(batch_size, self.num_masked, dtype=torch.int64)
         for i in range(batch_size):
             masks[i] = torch.tensor(draw_published_mask(*self.grid, self.num_masked))
-        return masks
+        return masks.to(self.mask_embed.device)
 
     def encode(self, x: Tensor, mask_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states [B, 2 + N, D] and masked patches [B, M, P] of x [B, T, F]."""
@@ -166,7 +166,7 @@ class Baseline(nn.Module):
         nce, correct = hidden.new_zeros(()), hidden.new_zeros(())
         for i in range(B):
             scores = targets[i] @ predictions[i].transpose(0, 1)
-            correct += (scores.softmax(-1).argmax(0) == torch.arange(M)).sum()
+            correct += (scores.softmax(-1).argmax(0) == torch.arange(M, device=scores.device)).sum()
             nce += scores.log_softmax(-1).diag().sum()
         return -nce / (B * M), correct / (B * M)
 
@@ -224,13 +224,21 @@ def published_optimizer(model: nn.Module, lr: float = 1e-4) -> torch.optim.Adam:
 
 
 def train_step(
-    model: Baseline | ClassifierBaseline, optimizer: torch.optim.Optimizer, *batch: Tensor
+    model: Baseline | ClassifierBaseline,
+    optimizer: torch.optim.Optimizer,
+    *batch: Tensor,
+    bf16: bool = False,
 ) -> dict[str, Tensor]:
     """Take one published step; masks are drawn inside.
 
-    The batch is normalised filterbanks [B, T, F], of a classifier also targets [B, C].
+    Args:
+        model: The published model.
+        optimizer: Its optimizer.
+        batch: Normalised filterbanks [B, T, F], of a classifier also targets [B, C].
+        bf16: Compute in bf16 by autocast; the published code does so in fp16.
     """
-    losses = model.losses(*batch)
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
+        losses = model.losses(*batch)
     optimizer.zero_grad()
     losses["loss"].backward()
     optimizer.step()

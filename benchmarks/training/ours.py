@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssast.benchmarks.device import CPU
 from ssast.engine.config import Config
 from ssast.engine.parallel.deepspeed_engine import PendingSum
 from ssast.engine.parallel.ranks import World, init_world
 from ssast.engine.planning.synthetic import SyntheticContext, synthetic_task
 from ssast.engine.train.building import build_engine
+from ssast.engine.train.execution import Execution, start_execution
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import Task
@@ -26,10 +28,13 @@ class OurStep:
         config: Configuration of the run, but for the batch.
         fbank: [B, T, F] filterbanks of this process.
         deepspeed: Take the step with DeepSpeed, as training does; else with plain PyTorch.
+        device: What computes; DeepSpeed takes the GPU of the process, if there is one.
     """
 
-    def __init__(self, config: Config, fbank: Tensor, *, deepspeed: bool = False):
-        world = init_world() if deepspeed else World(0, 0, 1, "single", torch.device("cpu"))
+    def __init__(
+        self, config: Config, fbank: Tensor, *, deepspeed: bool = False, device: torch.device = CPU
+    ):
+        world = init_world() if deepspeed else World(0, 0, 1, "single", device)
         train = replace(config.train, batch_size=len(fbank) * world.world_size)
         context = SyntheticContext(replace(config, train=train), world, fbank=fbank)
         clips = [""] * len(fbank)
@@ -38,9 +43,20 @@ class OurStep:
         self.engine: Any = build_engine(self.task) if deepspeed else _PlainEngine(self.task)
         self.batches = context.batches()
 
+    def start_execution(self, steps: int) -> Execution:
+        """Choose how the training pass is executed, as a run of so many steps would."""
+        execution, self.batches = start_execution(self.task, self.batches, steps=steps)
+        return execution
+
     def __call__(
         self, mask_ids: Tensor | None = None, mark: Callable[[str], None] = lambda part: None
     ) -> float:
+        """Train once; return the loss, for which the host waits. See :meth:`take`."""
+        return self.take(mask_ids, mark).item()
+
+    def take(
+        self, mask_ids: Tensor | None = None, mark: Callable[[str], None] = lambda part: None
+    ) -> Tensor:
         """Train once; return the loss.
 
         Args:
@@ -51,7 +67,7 @@ class OurStep:
             self.task.mask_ids = mask_ids
         lr = self.task.context.config.optim.lr
         _, micro_batches = train_step(self.task, self.engine, self.batches, lr, mark)
-        return micro_batches[0].means["loss"].item()
+        return micro_batches[0].means["loss"].detach()
 
 
 class _GivenMasks(Pretraining):
@@ -72,7 +88,10 @@ class _PlainEngine:
 
     def __init__(self, task: Task):
         self.world = task.context.world
-        self.module, self.optimizer = task.module, task.optimizer()
+        self.module = task.module.to(self.world.device)
+        if task.context.precision == "bf16":
+            self.module.to(torch.bfloat16)
+        self.optimizer = task.optimizer()
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ssast.benchmarks.training.step import Setting, peak_gflops, product_s, timed
+from ssast.benchmarks.device import timed, use_device
+from ssast.benchmarks.training.step import GPU_STEPS, Setting, peak_gflops, product_s
 from ssast.benchmarks.training.variants import Variant, check_mask_ids
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.monitor import peak_memory_gib
@@ -27,12 +28,12 @@ class Sample:
     """Measurements of one process.
 
     Attributes:
-        cpu_s: CPU seconds of each step, over all threads.
-        wall_s: Wall-clock seconds of each step.
+        cpu_s: CPU seconds of each step, over all threads; on a GPU, means over some steps.
+        wall_s: Wall-clock seconds, or seconds of the GPU, likewise.
         loss: Loss of the first step: fresh weights, the masks that all variants are compared on.
         memory_gib: Highest resident memory of the process.
-        peak_gflops: Rate of a large matmul per CPU second, in the precision and by the library
-            of the variant's.
+        peak_gflops: Rate of a large matmul per CPU second (or second of the GPU), in the precision
+            and by the library of the variant's.
     """
 
     cpu_s: list[float]
@@ -63,25 +64,33 @@ def take_steps(
     variant: Variant, setting: Setting, most: int, seconds: float = math.inf
 ) -> Sample | str:
     """Do in this process what :func:`measure` does in a new one."""
+    device = torch.device(setting.device)
+    use_device(device)
     torch.set_num_threads(setting.threads)
     random.seed(0)
-    with variant.prepared() as lacking:
+    with variant.prepared(device) as lacking:
         if lacking:
             return lacking
-        peak = peak_gflops(product_s(variant.dtype)[0])  # first, as it wakes the libraries up
+        # First, as it wakes the libraries up.
+        peak = peak_gflops(product_s(variant.dtype, device=device)[setting.on_gpu])
         step, masks = variant.build(setting), check_mask_ids(setting)
         losses: list[float] = []
 
         def run() -> None:
             losses.append(step(None if losses else masks))
 
-        if variant.keep_memory:
+        count = 1
+        if variant.keep_memory or setting.on_gpu:
             run()
-        times = [timed(run)]
-        while len(times) < most and sum(wall_s for _, wall_s in times) < seconds:
-            times.append(timed(run))
+        if setting.on_gpu:
+            count = GPU_STEPS
+            for _ in range(count):  # libraries and allocators settle
+                run()
+        times = [timed(run, device, count)]
+        while len(times) < most and sum(wall_s for _, wall_s in times) * count < seconds:
+            times.append(timed(run, device, count))
     cpu_s, wall_s = (list(column) for column in zip(*times, strict=True))
-    return Sample(cpu_s, wall_s, losses[0], peak_memory_gib(torch.device("cpu")), peak)
+    return Sample(cpu_s, wall_s, losses[0], peak_memory_gib(device), peak)
 
 
 def in_process(task: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> Any:

@@ -16,9 +16,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from ssast.benchmarks.device import CPU
 from ssast.benchmarks.training.baseline import Baseline, published_optimizer
 from ssast.benchmarks.training.ours import OurStep
-from ssast.benchmarks.training.step import Setting
+from ssast.benchmarks.training.step import STEPS_OF_A_RUN, Setting
 from ssast.engine.config import Config
 from ssast.engine.model.objective import MSPM
 from ssast.engine.train.memory import keep_freed_memory
@@ -61,7 +62,7 @@ class Batched(SharedPass):
     def draw_masks(self, batch_size: int) -> Tensor:
         """Draw a new mask for each clip, [B, M] int64."""
         self.drawn += 1
-        clips = torch.arange(batch_size)
+        clips = torch.arange(batch_size, device=self.mask_embed.device)
         return draw_masks(
             clips,
             torch.full_like(clips, self.drawn),
@@ -75,7 +76,8 @@ class Batched(SharedPass):
         """Encode as the published code does; masked patches are projected too."""
         projection = self.v.patch_embed.proj
         tokens = projection(x.unsqueeze(1).transpose(2, 3)).flatten(2).transpose(1, 2)
-        masked = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter_(1, mask_ids, True)
+        masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device)
+        masked.scatter_(1, mask_ids, True)
         tokens = torch.where(masked[..., None], self.mask_embed, tokens)
         patches = cut_patches(x, projection.kernel_size, projection.stride)
         return self.v.encode(tokens), take(patches, mask_ids)
@@ -108,10 +110,11 @@ class Variant:
         engine: The step is that of ``ssast pretrain``: DeepSpeed's, on one rank.
         compiled: As ``train.compile``.
         precision: As ``train.precision``.
+        tried: Compiled, or launched as CUDA graphs, as trials at the start of a run choose.
     """
 
     title: str
-    needs: Literal["", "oneDNN", "blocked", "compiler", "bf16"] = ""
+    needs: Literal["", "oneDNN", "blocked", "allocator", "compiler", "bf16", "gpu"] = ""
     model: type[Baseline] | type[MSPM] = Baseline
     fused_adam: bool = False
     fused_attention: bool = False
@@ -121,6 +124,7 @@ class Variant:
     engine: bool = False
     compiled: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    tried: bool = False
 
     @property
     def num_passes(self) -> int:
@@ -133,24 +137,29 @@ class Variant:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @contextmanager
-    def prepared(self) -> Iterator[str]:
+    def prepared(self, device: torch.device = CPU) -> Iterator[str]:
         """Apply the settings of the process inside; nothing may have been computed before.
 
-        Yields why this machine cannot run the variant; empty if it can.
+        Yields why the variant cannot run on this device; empty if it can.
         """
-        if self.keep_memory:
+        if self.keep_memory and device == CPU:
             keep_freed_memory()
         with ExitStack() as stack:
             if self.fast_matmul:
                 stack.enter_context(fast_matmul())
-            if not self.blocked_attention:
+            if not self.blocked_attention and device == CPU:
                 stack.enter_context(patch.object(attention, "candidates", _sdpa_alone))
-            yield LACKING[self.needs]() if self.needs else ""
+            yield LACKING[self.needs](device) if self.needs else ""
 
     def config(self, setting: Setting) -> Config:
         """Return the configuration of one process."""
         config = setting.config()
-        train = replace(config.train, compile=self.compiled, precision=self.precision)
+        train = replace(
+            config.train,
+            compile="auto" if self.tried else self.compiled,
+            cuda_graphs="auto" if self.tried else False,
+            precision=self.precision,
+        )
         return replace(config, train=train)
 
     def build(self, setting: Setting) -> Step:
@@ -159,11 +168,16 @@ class Variant:
         config = self.config(setting)
         if issubclass(self.model, Baseline):
             return self._published_step(setting, config, self.model(config, MSPM(config)))
-        step = OurStep(config, setting.fbank(), deepspeed=self.engine)
+        device = torch.device(setting.device)
+        step = OurStep(config, setting.fbank(), deepspeed=self.engine, device=device)
         torch.set_num_threads(setting.threads)  # DeepSpeed sets them as well
+        if self.tried:
+            step.start_execution(STEPS_OF_A_RUN)
         return step
 
     def _published_step(self, setting: Setting, config: Config, model: Baseline) -> Step:
+        device = torch.device(setting.device)
+        model.to(device)
         if self.fused_attention:
             for block in model.v.blocks:
                 block.attn.attend = nn.functional.scaled_dot_product_attention  # type: ignore[union-attr]
@@ -171,7 +185,7 @@ class Variant:
             build_optimizer(model, config.optim) if self.fused_adam else published_optimizer(model)
         )
         # The published data loader normalises before the step.
-        x = (setting.fbank() - config.audio.mean) / (2 * config.audio.std)
+        x = ((setting.fbank() - config.audio.mean) / (2 * config.audio.std)).to(device)
 
         def step(mask_ids: Tensor | None = None, mark: Mark = lambda part: None) -> float:
             masks = [model.draw_masks(len(x)) for _ in range(self.num_passes)]
@@ -189,30 +203,40 @@ class Variant:
 def check_mask_ids(setting: Setting) -> Tensor:
     """Draw the masks that all variants are compared on, [B, M]."""
     model = MSPM(setting.config())
-    clips = torch.arange(setting.batch)
-    return model.draw_masks(clips, torch.zeros_like(clips))[0].mask_ids
+    clips = torch.arange(setting.batch)  # the same on every device
+    masks = model.draw_masks(clips, torch.zeros_like(clips))[0]
+    return masks.mask_ids.to(setting.device)
 
 
 def _sdpa_alone(device: torch.device, dtype: torch.dtype) -> tuple[attention.Backend, ...]:
     return ("sdpa",)
 
 
-CPU = torch.device("cpu")
-LACKING: dict[str, Callable[[], str]] = {
-    "oneDNN": lambda: "" if is_fast() else "no library has a faster matmul here",
-    "blocked": lambda: (
-        ""
-        if attention.candidates(CPU, torch.float32) == ("blocked",)
-        else "scaled_dot_product_attention is as fast here"
+def _lacks_bf16(device: torch.device) -> str:
+    if device != CPU or torch.cpu.get_capabilities().get("avx512_bf16"):
+        return ""
+    return "the CPU has no bf16 matmul (AVX512-BF16)"
+
+
+def _lacks_blocked(device: torch.device) -> str:
+    if device == CPU and attention.candidates(CPU, torch.float32) == ("blocked",):
+        return ""
+    return "scaled_dot_product_attention is as fast here"
+
+
+LACKING: dict[str, Callable[[torch.device], str]] = {
+    "oneDNN": lambda device: (
+        "" if is_fast() and device == CPU else "no library has a faster matmul here"
     ),
-    "compiler": lambda: "" if shutil.which("g++") else "there is no C++ compiler (g++)",
-    "bf16": lambda: (
-        ""
-        if torch.cpu.get_capabilities().get("avx512_bf16")
-        else "the CPU has no bf16 matmul (AVX512-BF16)"
+    "blocked": _lacks_blocked,
+    "allocator": lambda device: "" if device == CPU else "PyTorch keeps the memory of a GPU",
+    "compiler": lambda device: (
+        "" if device != CPU or shutil.which("g++") else "there is no C++ compiler (g++)"
     ),
+    "bf16": _lacks_bf16,
+    "gpu": lambda device: "there is no GPU" if device == CPU else "",
 }
-"""Why this machine lacks something, under a variant's settings; empty if it has it."""
+"""Why a device lacks something, under a variant's settings; empty if it has it."""
 
 
 def _chain() -> dict[str, Variant]:
@@ -224,7 +248,7 @@ def _chain() -> dict[str, Variant]:
         ("fused adam", "fused Adam", {"fused_adam": True}),
         ("sdpa", "scaled_dot_product_attention", {"fused_attention": True}),
         ("flop cuts", "only what the losses need is computed", {"model": MSPM}),
-        ("kept memory", "freed memory kept", {"keep_memory": True}),
+        ("kept memory", "freed memory kept", {"keep_memory": True, "needs": "allocator"}),
         ("fast matmul", "fp32 matmul by AVX-512", {"fast_matmul": True, "needs": "oneDNN"}),
         ("blocked", "blocked attention", {"blocked_attention": True, "needs": "blocked"}),
         ("engine", "DeepSpeed: what ssast pretrain does", {"engine": True}),
@@ -243,6 +267,13 @@ DEFAULT = VARIANTS["engine"]
 OPTIONS = {
     "compiled": replace(DEFAULT, title="train.compile=true", needs="compiler", compiled=True),
     "bf16": replace(DEFAULT, title="train.precision=bf16", needs="bf16", precision="bf16"),
+    "tried": replace(
+        DEFAULT,
+        title="bf16, compiled or as CUDA graphs by trial",
+        needs="gpu",
+        precision="bf16",
+        tried=True,
+    ),
 }
 """Optional settings; each is added to the default."""
 

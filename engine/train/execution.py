@@ -30,6 +30,7 @@ begins."""
 _SMALL = 1e-3  # of the largest norm: gradients below are rounding, such as those of key biases
 _COMPILING_S = 120.0  # what a run must gain by compiling, at a guess of a fifth of its steps
 _COMPILED_GAIN = 0.2
+_MARGIN = 1.05  # compiling rounds otherwise: noise must not decide when a run is resumed
 _STEP_BYTES = 8  # per parameter: what an optimizer step allocates besides the activations
 
 
@@ -101,7 +102,9 @@ class Execution:
 
     def lines(self) -> list[str]:
         """Return lines for the terminal: the choice, and why the others are not used."""
-        lines = [f"{mode} is not used: {reason}" for mode, reason in self.rejected.items()]
+        lines = [
+            f"training pass, {mode}: not used: {reason}" for mode, reason in self.rejected.items()
+        ]
         if self.ms:
             times = ", ".join(f"{mode} {ms:.2f} ms" for mode, ms in self.ms.items())
             lines.append(f"training pass: {self.mode} ({times})")
@@ -132,7 +135,7 @@ def start_execution(
     Args:
         task: What is trained; its engine is built.
         batches: Training batches, of which the first is tried, where there is a choice.
-        steps: Optimizer steps left, which compiling must be worth.
+        steps: Optimizer steps of the whole run, which compiling must be worth.
 
     Returns:
         The choice, and the same batches.
@@ -167,7 +170,7 @@ class _Trials:
         """Try the modes, set the fastest one up and return it. Collective.
 
         Args:
-            passes: Micro-batches of this rank to come.
+            passes: Micro-batches of this rank in the whole run.
         """
         compile_, cuda_graphs = self.train.compile, self.train.cuda_graphs
         plain = Mode(compile_ is True, False)
@@ -191,7 +194,7 @@ class _Trials:
         if not allowed:
             reasons = "; ".join(found.rejected.values())
             raise ConfigError(f"train.cuda_graphs: true does not work here: {reasons}")
-        found.mode = min(allowed, key=lambda mode: found.ms[mode])
+        found.mode = min(allowed, key=lambda mode: found.ms[mode] * _MARGIN**mode.compiled)
         self._set_up(found.mode)
         return found
 

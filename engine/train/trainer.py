@@ -154,9 +154,9 @@ class Trainer:
         """Choose how the training pass is executed; return the same batches. Collective."""
         if self._finished():
             return batches
-        left = self.context.config.train.steps - self.state.progress.step
+        steps = self.context.config.train.steps
         self.context.heartbeat("a trial of the training pass")
-        execution, batches = start_execution(self.state.task, batches, steps=left)
+        execution, batches = start_execution(self.state.task, batches, steps=steps)
         self.monitor.log_environment(execution=execution.facts())
         for line in execution.lines():
             self.monitor.say(line)

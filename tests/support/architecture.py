@@ -43,6 +43,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
         ("api",),
     ),
     "benchmarks": (
+        ("device",),
         ("training", "loading", "study", "fuzzing"),
         ("operations", "faults", "fuzz"),
         ("performance",),

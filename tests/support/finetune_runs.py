@@ -24,6 +24,7 @@ SETTINGS = {
     "optim.warmup_steps": 2,
     "optim.lr": 1e-3,
     "optim.eps": 1e-6,
+    "train.precision": "fp32",  # on a GPU as well
     "train.batch_size": 8,
     "train.log_every": 1,
     "data.num_threads": 1,

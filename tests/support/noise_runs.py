@@ -25,15 +25,20 @@ AUGMENTED = {
 }
 
 
-def build(world, finetune=False, **changed):
-    """The task of a configuration and its engine, with the same weights each time."""
+def configure(finetune=False, **changed):
+    """The configuration of a small task."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.yaml"
         path.write_text("finetune: {}" if finetune else "{}")
         given = runs.overrides(**changed)
         if finetune:
             given = finetune_runs.overrides(**AUGMENTED | changed)
-        config = load_config(path, given)
+        return load_config(path, given)
+
+
+def build(world, finetune=False, **changed):
+    """The task of a configuration and its engine, with the same weights each time."""
+    config = configure(finetune, **changed)
     torch.manual_seed(0)
     batch_size = config.train.batch_size // config.train.accumulation_steps // world.world_size
     task = synthetic_task(SyntheticContext(config, world, fbank=noise(config, batch_size)))

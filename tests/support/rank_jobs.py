@@ -118,7 +118,7 @@ def load(engine, folder):
 
 def accumulated(world, stage, precision, accumulate, offload="none"):
     """The gradient of one step over alike micro-batches of one clip, on rank 0, flat."""
-    module = build_toy()
+    module = build_toy().to(world.device)
     engine = TrainEngine(
         module,
         build_adam(module),
@@ -131,8 +131,8 @@ def accumulated(world, stage, precision, accumulate, offload="none"):
     )
     draws = torch.Generator().manual_seed(world.rank)
     for _ in range(accumulate):
-        x = 1 + 0.3 * torch.randn(1, 5, 7, generator=draws)
-        y = 2 + torch.randn(1, 5, 3, generator=draws)
+        x = (1 + 0.3 * torch.randn(1, 5, 7, generator=draws)).to(world.device)
+        y = (2 + torch.randn(1, 5, 3, generator=draws)).to(world.device)
         engine.backward((engine(x)["logits"] - y).square().mean())
         engine.step(1e-3)
     state, _ = engine.state()

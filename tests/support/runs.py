@@ -22,6 +22,7 @@ SETTINGS = {
     "optim.warmup_steps": 2,
     "optim.lr": 1e-3,
     "optim.eps": 1e-4,  # else Adam makes whole steps out of the rounding noise of zero gradients
+    "train.precision": "fp32",  # on a GPU as well
     "train.steps": 12,
     "train.batch_size": 4,
     "train.log_every": 1,

@@ -102,7 +102,7 @@ def build_engine(
     reduce_dtype="auto",
     **adam,
 ):
-    module = build_toy(seed)
+    module = build_toy(seed).to(world.device)
     return TrainEngine(
         module,
         build_adam(module, **adam),
@@ -133,7 +133,7 @@ def train(engine, steps, *, poison: int | None = None) -> list[float]:
 
     world, losses = engine.world, []
     for step in steps:
-        x, y = (t[world.rank :: world.world_size] for t in clips(step))
+        x, y = (t[world.rank :: world.world_size].to(world.device) for t in clips(step))
         total = 0.0
         for xs, ys in zip(x.chunk(engine.accumulate), y.chunk(engine.accumulate), strict=True):
             loss = loss_of(engine(xs), ys)

@@ -16,7 +16,13 @@ from ssast.benchmarks.performance.performance import main
 from ssast.benchmarks.performance.store import Case, ResultStore, Scope
 from ssast.benchmarks.performance.tables import floor, step_rows
 from ssast.benchmarks.training.step import Setting
-from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, check_mask_ids
+from ssast.benchmarks.training.variants import (
+    DEFAULT,
+    LACKING,
+    OPTIONS,
+    VARIANTS,
+    check_mask_ids,
+)
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.parallel.ranks import close_world
@@ -88,6 +94,14 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "blocked": "scaled_dot_product_attention is as fast here",
         "compiled": "there is no C++ compiler (g++)",
         "bf16": "the CPU has no bf16 matmul (AVX512-BF16)",
+        "tried": "there is no GPU",
+    }
+    gpu, needs = torch.device("cuda", 0), {n: v.needs for n, v in (VARIANTS | OPTIONS).items()}
+    there = {name: LACKING[need](gpu) for name, need in needs.items() if need}
+    assert {name: lacking for name, lacking in there.items() if lacking} == {
+        "kept memory": "PyTorch keeps the memory of a GPU",
+        "fast matmul": "no library has a faster matmul here",
+        "blocked": "scaled_dot_product_attention is as fast here",
     }
 
 

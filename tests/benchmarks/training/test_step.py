@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from ssast.benchmarks.training.step import Quartiles, main
+from ssast.benchmarks.training.groups import GroupTime
+from ssast.benchmarks.training.step import Quartiles, Result, Setting, _mfu, _table, main
+from ssast.engine.monitoring.flops import step_flops_per_clip
+from ssast.engine.monitoring.gpus import load_gpu
 
 ALLOCATE = """
 import resource, sys, torch
@@ -53,3 +56,37 @@ def test_error_message(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--repeats", "1"])
     assert "needs at least 2 repeats and 32 frames" in capsys.readouterr().err
+
+
+def result_on(device: str) -> Result:
+    half, one, two = (Quartiles(s, s, s) for s in (0.005, 0.01, 0.02))
+    setting = Setting("tiny", 64, 1024, 2, False, device=device, precision="bf16")
+    groups = [GroupTime("matmul", 2.0, 100.0, 1.5, 0.5 if device != "cpu" else None)]
+    return Result(
+        setting, two, two, one, half, two, two, 500.0, 1e5, 4e5, 1e-7, 3.0, 1.5,
+        {"baseline": 0.1, "ours": 0.4}, ["training pass: CUDA graphs"], groups,
+    )  # fmt: skip
+
+
+def test_a_gpu_has_rates_memory_mfu_and_its_execution() -> None:
+    text = _table(result_on("cuda:0"))
+    assert "cuda:0, bf16" in text and "GPU s" in text and "wall s" not in text
+    assert "published: 3200.0 clips/s, 3.00 GiB" in text
+    assert "this project: 12800.0 clips/s, 1.50 GiB" in text
+    assert "MFU baseline: 10.0%" in text and "MFU ours: 40.0%" in text
+    assert "training pass: CUDA graphs" in text and "25%" in text.splitlines()[-1]
+
+
+def test_a_cpu_has_none_of_these() -> None:
+    text = _table(result_on("cpu"))
+    assert "GPU" not in text and "MFU" not in text and "clips/s" not in text
+
+
+def test_mfu_is_of_the_data_sheet_and_of_its_own_passes() -> None:
+    setting, times = Setting("tiny", 64, 1024, 2, False, device="cuda:0"), [(1.0, 0.01)] * 3
+    gpu = load_gpu("h100")
+    found = _mfu(setting, gpu, times, times)
+    flops = step_flops_per_clip(setting.config()) * 64
+    assert found["ours"] == pytest.approx(flops / 0.01 / 989e12)
+    assert found["baseline"] > 1.8 * found["ours"]  # two forward passes
+    assert _mfu(setting, None, times, times) == {}

@@ -38,7 +38,7 @@ def wave(seconds: float, *, rate_hz: int = RATE_HZ, seed: int = 0) -> np.ndarray
 
 
 @pytest.mark.parametrize("level", ["clip", "frame"])
-def test_one_line_gives_what_the_command_writes(level, loaded, tmp_path):
+def test_one_line_gives_what_the_command_writes(device, level, loaded, tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, wave(0.4), RATE_HZ, subtype="FLOAT")
     embed_recordings(loaded, path, tmp_path / "a.npy", level=level)
@@ -52,7 +52,7 @@ def test_one_line_gives_what_the_command_writes(level, loaded, tmp_path):
     assert embed(loaded, wave(0.4), level=level).equal(found)
 
 
-def test_a_batch_is_its_rows(loaded):
+def test_a_batch_is_its_rows(device, loaded):
     waves = torch.from_numpy(np.stack([wave(1.5, seed=seed) for seed in range(3)]))
     clips, frames = embed(loaded, waves), embed(loaded, waves, level="frame")
     assert clips.shape == (3, 192) and frames.shape == (3, 10, 192)
@@ -72,7 +72,7 @@ def test_long_waveforms_are_cut_into_windows(loaded, monkeypatch):
     torch.testing.assert_close(found, states, rtol=1e-4, atol=1e-4)
 
 
-def test_another_sample_rate_is_resampled(loaded):
+def test_another_sample_rate_is_resampled(device, loaded):
     at_48 = wave(0.6, rate_hz=48000)
     want = embed(loaded, soxr.resample(at_48, 48000, RATE_HZ))
     torch.testing.assert_close(embed(loaded, at_48, 48000), want, rtol=1e-4, atol=1e-4)

@@ -36,23 +36,26 @@ def plain_training(steps: int, clip: float | None) -> tuple[list[float], list[fl
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_one_rank_trains_like_torch(world, stage, clip):
+def test_one_rank_trains_like_torch(device, world, stage, clip):
     expected, norms, module = plain_training(5, clip)
     engine = build_engine(world, stage=stage, clip=clip)
     losses = train(engine, range(5))
     state, adam_step = engine.state()
-    assert engine.grad_norm == pytest.approx(norms[-1], rel=1e-5)
+    rounding = 1 if device.type == "cpu" else 100  # of a GPU against a CPU
+    assert float(engine.grad_norm) == pytest.approx(norms[-1], rel=1e-5 * rounding)
     engine.close()
     # Not to the last bit: the vector units take a flat buffer in other pieces than its parameters.
-    assert losses == pytest.approx(expected, rel=1e-6)
+    assert losses == pytest.approx(expected, rel=1e-6 * rounding)
     assert adam_step == 5
     for name, param in module.named_parameters():
-        torch.testing.assert_close(state[f"weight/{name}"], param.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            state[f"weight/{name}"], param.detach(), rtol=1e-5 * rounding, atol=1e-6 * rounding
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_accumulated_micro_batches_are_one_batch(world, stage, precision):
+def test_accumulated_micro_batches_are_one_batch(device, world, stage, precision):
     losses = []
     for accumulate in (1, 4):
         engine = build_engine(world, stage=stage, precision=precision, accumulate=accumulate)
@@ -65,7 +68,7 @@ def test_accumulated_micro_batches_are_one_batch(world, stage, precision):
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_sums_the_gradients_of_many_micro_batches_in_fp32(world, stage, offload):
+def test_bf16_sums_the_gradients_of_many_micro_batches_in_fp32(device, world, stage, offload):
     """In bf16 the sum stops growing: at 512 micro-batches its norm is 17 % too small."""
     exact = rank_jobs.accumulated(world, 1, "fp32", 512)
     found = rank_jobs.accumulated(world, stage, "bf16", 512, offload)
@@ -74,15 +77,15 @@ def test_bf16_sums_the_gradients_of_many_micro_batches_in_fp32(world, stage, off
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_sum_micro_batches_in_fp32(two_ranks, stage):
+def test_two_ranks_sum_micro_batches_in_fp32(device, two_ranks, stage):
     exact, _ = two_ranks.run(rank_jobs.accumulated, 1, "fp32", 256)
     found, _ = two_ranks.run(rank_jobs.accumulated, stage, "bf16", 256)
     assert (found - exact).norm() / exact.norm() < 0.015
 
 
-def test_step_says_when_the_weights_change(world):
+def test_step_says_when_the_weights_change(device, world):
     engine = build_engine(world, accumulate=2, clip=None)
-    x, y = clips(0)
+    x, y = (t.to(device) for t in clips(0))
     for expected in (False, True, False, True):
         engine.backward(loss_of(engine(x[:4]), y[:4]))
         assert engine.step(0.1) is expected
@@ -94,10 +97,10 @@ def test_step_says_when_the_weights_change(world):
     engine.close()
 
 
-def test_the_learning_rate_reaches_every_group(world):
+def test_the_learning_rate_reaches_every_group(device, world):
     engine = build_engine(world)
     before, _ = engine.state()
-    x, y = clips(0)
+    x, y = (t.to(device) for t in clips(0))
     engine.backward(loss_of(engine(x), y))
     engine.step(0.0)
     after, _ = engine.state()
@@ -108,14 +111,14 @@ def test_the_learning_rate_reaches_every_group(world):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_starts_from_the_exact_weights(world, stage):
+def test_bf16_starts_from_the_exact_weights(device, world, stage):
     module = build_toy()
     expected = {name: p.detach().clone() for name, p in module.named_parameters()}
     engine = build_engine(world, stage=stage, precision="bf16")
     state, adam_step = engine.state()
     assert adam_step == 0
     assert engine.module.scale.dtype == torch.float32
-    outputs = engine(clips(0)[0])
+    outputs = engine(clips(0)[0].to(device))
     assert torch.isfinite(outputs["logits"]).all()
     engine.close()
     for name, value in expected.items():
@@ -128,7 +131,7 @@ def test_bf16_starts_from_the_exact_weights(world, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_state_holds_everything_once(world, stage):
+def test_state_holds_everything_once(device, world, stage):
     engine = build_engine(world, stage=stage)
     train(engine, range(2))
     state, _ = engine.state()
@@ -148,13 +151,13 @@ def test_state_holds_everything_once(world, stage):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_rank_resumes_bit_for_bit(world, tmp_path, stage, precision):
+def test_one_rank_resumes_bit_for_bit(device, world, tmp_path, stage, precision):
     check_resumed(rank_jobs.resume(world, stage, precision, tmp_path))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_resume_bit_for_bit(two_ranks, tmp_path, stage, precision):
+def test_two_ranks_resume_bit_for_bit(device, two_ranks, tmp_path, stage, precision):
     main, other = two_ranks.run(rank_jobs.resume, stage, precision, tmp_path)
     check_resumed(main)
     assert other["losses"] == main["losses"]
@@ -162,13 +165,17 @@ def test_two_ranks_resume_bit_for_bit(two_ranks, tmp_path, stage, precision):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_offloading_changes_no_number(world, two_ranks, tmp_path, stage):
+def test_offloading_changes_no_number(device, world, tmp_path, stage):
     result = rank_jobs.resume(world, stage, "fp32", tmp_path / "one", offload="cpu")
     check_resumed(result)
     plain = rank_jobs.resume(world, stage, "fp32", tmp_path / "plain")
     # The weights are views of other buffers: BLAS may round by where these begin.
     ours, theirs = (torch.tensor(found["losses"]) for found in (result, plain))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6 if device.type == "cpu" else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_resume_with_offloading(device, two_ranks, tmp_path, stage):
     main, _ = two_ranks.run(rank_jobs.resume, stage, "bf16", tmp_path / "two", "cpu")
     check_resumed(main)
 
@@ -242,7 +249,9 @@ def test_a_load_changes_no_bit_on_any_stage_and_number_of_ranks(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks, stage, precision):
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    device, two_ranks, stage, precision
+):
     for result in two_ranks.run(rank_jobs.skip, stage, precision, 2):
         assert result["changed"] == []
         assert result["adam_step"] == 1
@@ -289,7 +298,7 @@ def test_close_leaves_torch_as_it_was(world):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_either_form_of_adam_resumes(world, fused):
+def test_either_form_of_adam_resumes(device, world, fused):
     engine = build_engine(world, fused=fused)
     train(engine, range(2))
     state = engine.state()
@@ -297,7 +306,7 @@ def test_either_form_of_adam_resumes(world, fused):
     engine.close()
     engine = build_engine(world, fused=not fused, seed=5)
     engine.load_state(*state)
-    assert train(engine, range(2, 4)) == pytest.approx(expected, rel=1e-6)
+    assert train(engine, range(2, 4)) == pytest.approx(expected, rel=1e-5)
     engine.close()
 
 
