@@ -60,6 +60,7 @@ setup(
             "mypy>=1.13",
             "types-pyyaml",
             "types-requests",
+            "accelerate>=1.10",
         ],
     },
     entry_points={"console_scripts": ["ssast = ssast.engine.cli.main:main"]},

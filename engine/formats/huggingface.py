@@ -33,6 +33,7 @@ REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
 Loss = Literal["ce", "bce"]
 CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 _STOCK, _OWN = "audio-spectrogram-transformer", "ssast"
+_FRAMES = {_STOCK: "max_length", _OWN: "num_frames"}  # the keys of the length of the input
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
 
 # Ours -> names in an AST file, of everything but qkv, which AST stores as three.
@@ -201,7 +202,6 @@ def _config(
         "num_hidden_layers": len(encoder.blocks),
         "num_attention_heads": heads[encoder.embed_dim],
         "num_mel_bins": audio.n_mels,
-        "max_length": audio.num_frames,
         "layer_norm_eps": encoder.norm.eps,
         "dtype": "float32",
     }
@@ -211,6 +211,7 @@ def _config(
         config |= {
             "model_type": _STOCK,
             "architectures": ["ASTModel"],
+            _FRAMES[_STOCK]: audio.num_frames,
             "patch_size": patch[0],
             "frequency_stride": stride[0],
             "time_stride": stride[1],
@@ -225,6 +226,7 @@ def _config(
         config |= {
             "model_type": _OWN,
             "architectures": ["SsastModel"],
+            _FRAMES[_OWN]: audio.num_frames,
             "patch_shape": list(patch),
             "patch_stride": list(stride),
             "pooling": pooling,
@@ -335,7 +337,7 @@ def _settings(config: dict[str, Any], preprocessor: dict[str, Any], folder: Path
         audio = {
             "sample_rate_hz": preprocessor["sampling_rate"],
             "n_mels": config["num_mel_bins"],
-            "num_frames": config["max_length"],
+            "num_frames": config[_FRAMES[config["model_type"]]],
             "mean": preprocessor["mean"] if preprocessor["do_normalize"] else 0.0,
             "std": preprocessor["std"] if preprocessor["do_normalize"] else 0.5,
         }

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
 
 
 class SsastConfig(PretrainedConfig):
-    """Sizes of the model; shapes and strides are (mel bins, frames)."""
+    """Sizes of the model; shapes and strides are (mel bins, frames).
+
+    The length is ``num_frames``: transformers takes a ``max_length``, as AST calls it, for a
+    setting of text generation and refuses to save it.
+    """
 
     model_type = "ssast"
 
@@ -27,7 +34,7 @@ class SsastConfig(PretrainedConfig):
         patch_shape: tuple[int, int] = (128, 2),
         patch_stride: tuple[int, int] = (128, 2),
         num_mel_bins: int = 128,
-        max_length: int = 1024,
+        num_frames: int = 1024,
         pooling: str = "avgtok",
         layer_norm_eps: float = 1e-6,
         head_layer_norm_eps: float = 1e-5,
@@ -36,7 +43,7 @@ class SsastConfig(PretrainedConfig):
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.patch_shape, self.patch_stride = list(patch_shape), list(patch_stride)
-        self.num_mel_bins, self.max_length = num_mel_bins, max_length
+        self.num_mel_bins, self.num_frames = num_mel_bins, num_frames
         self.pooling = pooling
         self.layer_norm_eps, self.head_layer_norm_eps = layer_norm_eps, head_layer_norm_eps
         super().__init__(**kwargs)
@@ -47,7 +54,8 @@ class SsastEmbed(nn.Module):
 
     def __init__(self, config: SsastConfig):
         super().__init__()
-        D, sizes = config.hidden_size, (config.num_mel_bins, config.max_length)
+        D, sizes = config.hidden_size, (config.num_mel_bins, config.num_frames)
+        self.input_shape = (config.num_frames, config.num_mel_bins)
         shape, self.stride = config.patch_shape, tuple(config.patch_stride)
         rows, columns = (
             (size - patch) // step + 1
@@ -60,27 +68,63 @@ class SsastEmbed(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + rows * columns, D))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed [B, T, F] to [B, 2 + N, D], cls and dist first."""
+        """Embed [B, T, F] to [B, 2 + N, D], cls and dist first.
+
+        Raises:
+            ValueError: Another number of frames or mel bins than the configuration's.
+        """
+        if tuple(x.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"input_values: expected [batch, {expected}], got {list(x.shape)}")
         image = x.to(self.weight.dtype).transpose(1, 2).unsqueeze(1)
         patches = nn.functional.conv2d(image, self.weight, self.bias, self.stride)
         extra = (token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token))
         return torch.cat((*extra, patches.flatten(2).transpose(1, 2)), 1) + self.pos_embed
 
 
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the output [B, L, H, D / H] and the attention weights [B, H, L, L]."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(-1, dtype=torch.float32)
+    weights = weights.to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class SsastAttention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention, by the implementation that ``attn_implementation`` names."""
+
+    is_causal = False  # read by transformers' implementations
 
     def __init__(self, config: SsastConfig):
         super().__init__()
         D = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        self.config, self.num_heads = config, config.num_attention_heads
+        self.scaling = (D // self.num_heads) ** -0.5
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, L, D] to [B, L, D]."""
-        heads = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = nn.functional.scaled_dot_product_attention(*heads.unbind())
-        return self.proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map [B, L, D] to [B, L, D], and to the weights [B, H, L, L] if eager."""
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        out, weights = attend(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            None,
+            scaling=self.scaling,
+            dropout=0.0,
+        )
+        return self.proj(out.flatten(2)), weights
 
 
 class SsastMlp(nn.Module):
@@ -96,7 +140,7 @@ class SsastMlp(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
-class SsastBlock(nn.Module):
+class SsastBlock(GradientCheckpointingLayer):
     """One pre-norm transformer block."""
 
     def __init__(self, config: SsastConfig):
@@ -106,10 +150,11 @@ class SsastBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = SsastMlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, L, D] to [B, L, D]."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map [B, L, D] to [B, L, D], and to the attention weights."""
+        out, weights = self.attn(self.norm1(x))
+        x = x + out
+        return x + self.mlp(self.norm2(x)), weights
 
 
 class SsastPreTrainedModel(PreTrainedModel):
@@ -118,13 +163,26 @@ class SsastPreTrainedModel(PreTrainedModel):
     config_class = SsastConfig
     base_model_prefix = "encoder"
     main_input_name = "input_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SsastEmbed", "SsastBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers guesses it from words in the source, others in each version
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, SsastEmbed):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+            nn.init.zeros_(module.bias)
             for token in (module.cls_token, module.dist_token, module.pos_embed):
                 nn.init.trunc_normal_(token, std=0.02)
 
@@ -139,27 +197,51 @@ class SsastModel(SsastPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the patch embedding."""
+        return self.embed
+
+    @can_return_tuple
     def forward(
-        self, input_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+        self,
+        input_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Return hidden states, pooled ones, and on request those between the blocks."""
+        """Return hidden states and pooled ones; on request those between the blocks, and weights.
+
+        Raises:
+            ValueError: Attention weights of an implementation that has none, or a wrong shape.
+        """
+        wants_states = _chosen(output_hidden_states, self.config.output_hidden_states)
+        wants_attentions = _chosen(output_attentions, self.config.output_attentions)
+        if wants_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions: expected attn_implementation='eager', found "
+                f"{self.config._attn_implementation!r}, which does not return the weights"
+            )
         x = self.embed(input_values)
-        states = [x]
+        states, attentions = [x], []
         for block in self.blocks:
-            x = block(x)
+            x, weights = block(x)
             states.append(x)
+            attentions.append(weights)
         last = self.norm(x)
         pooled = last[:, 2:].mean(1) if self.config.pooling == "avgtok" else last[:, :2].mean(1)
-        wanted = output_hidden_states or self.config.output_hidden_states
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=pooled,
-            hidden_states=tuple(states) if wanted else None,
+            hidden_states=tuple(states) if wants_states else None,
+            attentions=tuple(attentions) if wants_attentions else None,
         )
 
 
 class SsastForAudioClassification(SsastPreTrainedModel):
     """The encoder with a LayerNorm and a linear layer on its pooled hidden states."""
+
+    # So that Trainer divides the loss by its steps of gradient accumulation, whatever the loss.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: SsastConfig):
         super().__init__(config)
@@ -170,18 +252,37 @@ class SsastForAudioClassification(SsastPreTrainedModel):
         )
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_values: Tensor,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return logits [B, classes], and for labels [B] or [B, classes] the cross entropy."""
-        out = self.encoder(input_values, output_hidden_states=output_hidden_states)
+        """Return logits [B, classes], and the loss of ``problem_type`` where labels are given.
+
+        Labels are class numbers [B], or targets [B, classes]. Without a ``problem_type`` these
+        mean the cross entropy and the binary cross entropy.
+        """
+        out = self.encoder(
+            input_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
         logits, loss = self.head(out.pooler_output), None
-        if labels is not None and labels.ndim == 1:
-            loss = nn.functional.cross_entropy(logits, labels)
-        elif labels is not None:
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        if labels is not None:
+            labels = labels.to(logits.dtype) if labels.ndim == 2 else labels
+            loss = self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+
+def _chosen(given: bool | None, default: bool) -> bool:
+    return default if given is None else given
