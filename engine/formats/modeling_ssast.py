@@ -6,7 +6,7 @@ cannot hold: frame patches, and the mean of the patch tokens. Load such a folder
     AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True)
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class SsastPreTrainedModel(PreTrainedModel):
     base_model_prefix = "encoder"
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SsastEmbed", "SsastBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["SsastEmbed", "SsastBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
