@@ -148,9 +148,12 @@ def _save_gradient(ctx, inputs, output) -> None:
     *values, gradient = output
     ctx.save_for_backward(gradient)
     ctx.mark_non_differentiable(*values[1:], gradient)
+    ctx.set_materialize_grads(False)  # else zeros are made for what has no gradient
 
 
-def _scale_gradient(ctx, upstream: Tensor) -> Tensor:
+def _scale_gradient(ctx, upstream: Tensor | None) -> Tensor | None:
+    if upstream is None:
+        return None
     (gradient,) = ctx.saved_tensors
     return gradient * upstream.to(gradient.dtype)[:, None, None]
 

@@ -158,9 +158,12 @@ def _save(ctx, inputs, output) -> None:
     ctx.num_prefix = prefix.shape[1]
     ctx.save_for_backward(fbank, weight, mask_ids, visible_ids)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are made in the shape of the targets
 
 
-def _backward(ctx, grad: Tensor, _: Tensor | None):
+def _backward(ctx, grad: Tensor | None, _: Tensor | None):
+    if grad is None:
+        return (None,) * 11
     dweight, dbias, dmask_embed, dpos = _patch_embed_backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.mean, ctx.std, ctx.stride
     )

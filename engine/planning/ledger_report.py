@@ -2,11 +2,28 @@
 
 from typing import Any
 
-from ssast.engine.planning.ledger import BACKWARD, PHASES, Ledger, Row
+from ssast.engine.planning.ledger import (
+    BACKWARD,
+    FORWARD,
+    INPUTS,
+    LOSS,
+    PHASES,
+    STEP,
+    Ledger,
+    Row,
+)
 from ssast.engine.planning.recorder import Wait
 
 GIB = 2**30
-_REST = tuple(phase for phase in PHASES if phase != BACKWARD)
+_COLUMNS = ((INPUTS, FORWARD, LOSS), (BACKWARD,), (STEP,))
+_WIDTHS = (8, 9, 8)
+
+
+def _cells(texts: list[str]) -> str:
+    return "".join(f"{text:>{width}}" for text, width in zip(texts, _WIDTHS, strict=True))
+
+
+_HEADER = _cells(["forward", "backward", "step"])
 
 
 def ledger_json(ledger: Ledger) -> dict[str, Any]:
@@ -56,25 +73,25 @@ def format_ledger(ledger: Ledger) -> str:
         + (f", every {every}. block recomputed" if every else ""),
         f"least times at {gpu.peak_tflops:,.0f} TFLOP/s and {gpu.bandwidth_gb_s:,.0f} GB/s",
         "",
-        f"{'':18}{'launches':>16}{'GB moved':>18}{'GB':>16}{'':9}{'least ms':>18}",
-        f"{'':18}{'forward':>8}{'backward':>9}{'forward':>9}{'backward':>9}"
-        f"{'read':>8}{'written':>8}{'TFLOP':>8}{'forward':>9}{'backward':>9}{'share':>7}",
+        f"{'':20}{'launches':^25}{'GB moved':^25}{'GB':^17}{'':8}{'least ms':^25}",
+        f"{'':20}{_HEADER}{_HEADER}{'read':>9}{'written':>8}{'TFLOP':>8}{_HEADER}{'share':>7}",
     ]
-    before, after = ledger.rows(*_REST), ledger.rows(BACKWARD)
+    tables = [ledger.rows(*phases) for phases in _COLUMNS]
     for name, row in [*ledger.rows().items(), ("all", total)]:
         if name == "all":
-            first, second = ledger.total(*_REST), ledger.total(BACKWARD)
+            parts = [ledger.total(*phases) for phases in _COLUMNS]
         else:
-            first, second = before.get(name, Row(name)), after.get(name, Row(name))
+            parts = [table.get(name, Row(name)) for table in tables]
+        kernels = [f"{part.kernels:,}" for part in parts]
+        moved = [f"{part.moved / 1e9:.2f}" for part in parts]
+        times = [f"{1e3 * part.seconds:.2f}" for part in parts]
         lines.append(
-            f"{name:18}{first.kernels:8,}{second.kernels:9,}"
-            f"{first.moved / 1e9:9.2f}{second.moved / 1e9:9.2f}"
-            f"{row.read / 1e9:8.2f}{row.written / 1e9:8.2f}{row.flops / 1e12:8.2f}"
-            f"{1e3 * first.seconds:9.2f}{1e3 * second.seconds:9.2f}"
-            f"{row.seconds / total.seconds:7.1%}"
+            f"{name:20}{_cells(kernels)}{_cells(moved)}"
+            f"{row.read / 1e9:9.2f}{row.written / 1e9:8.2f}{row.flops / 1e12:8.2f}"
+            f"{_cells(times)}{row.seconds / total.seconds:7.1%}"
         )
-    parts = sorted(recording.at_peak.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size >= 0.005 * GIB)
+    held = sorted(recording.at_peak.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held if size >= 0.005 * GIB)
     lines += [
         "",
         f"the host launches for {total.kernels * gpu.launch_us / 1e3:.1f} ms "

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -48,6 +49,7 @@ from ssast.kernels.operation import NAMESPACE, runs_on_cuda
 
 META = torch.device("meta")
 _aten = torch.ops.aten
+_ROOT = str(Path(__file__).parents[2]) + "/"
 _ALIGNMENT = 512  # bytes, of PyTorch's allocator on CUDA
 
 
@@ -372,5 +374,6 @@ def _caller() -> str:
     for frame in reversed(traceback.extract_stack()):
         name = frame.filename
         if name != __file__ and "/torch/" not in name and not name.startswith("<"):
-            return f"{name}:{frame.lineno} {frame.name}"
+            package = name.rpartition("/site-packages/")[2].removeprefix(_ROOT)
+            return f"{package}:{frame.lineno} {frame.name}"
     return "?"
