@@ -364,11 +364,19 @@ def _output(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effec
         os.mkfifo(pipe)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         ranks = trial.launch(stdout=str(pipe))
-        until(lambda: bool(trial.last_step()), draw.uniform(1.0, 4.0))
+        until(lambda: ranks.ended or _readable(reader), LIMIT_S)
+        time.sleep(draw.uniform(0.0, 1.0))
         os.close(reader)
     effect.expect(trial.advances(ranks), f"nothing can be printed: {ranks.statuses}")
     ranks.send(signal.SIGTERM)
     _ends(ranks, (128 + signal.SIGTERM, 0), effect)
+
+
+def _readable(pipe: int) -> bool:
+    """Return whether something was written to a pipe that does not block, and read a part."""
+    with contextlib.suppress(BlockingIOError):
+        return os.read(pipe, 1) != b""
+    return False
 
 
 def _vanish(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:

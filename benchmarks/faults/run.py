@@ -180,9 +180,9 @@ def _reach(trial: Trial, fault: Fault) -> str | None:
 
 
 def _end(trial: Trial) -> None:
-    """Stop the processes of a run, as a batch system does."""
+    """End the processes of a run at once: what they have not saved is trained again."""
     if trial.ranks is not None:
-        trial.ranks.send(signal.SIGTERM)
+        trial.ranks.send(signal.SIGKILL)
         trial.ranks.wait(LIMIT_S)
 
 

@@ -22,7 +22,7 @@ from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
-TIMEOUT_S, RETRY_S = 10.0, 5.0
+TIMEOUT_S, RETRY_S = 10.0, 4.0
 NUM_TRAIN, NUM_VALID = 10, 2
 DISK_MIB = 96
 Losses = dict[tuple[str, int], float]

@@ -304,7 +304,7 @@ def test_torchrun_resumes_after_a_rank_is_killed(config_file, data, losses, tmp_
 @pytest.mark.slow
 def test_small_trial_of_faults(tmp_path, capsys):
     """Each kind that is quick, once, on one rank."""
-    kinds = ["kill", "full-disk", "torn", "output"]
+    kinds = ["full-disk", "torn", "storage", "output"]
     arguments = ["--kinds", *kinds, "--count", "4", "--ranks", "1", "--steps", "60"]
     assert faults.main([*arguments, "--json", str(tmp_path / "f.json")]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
