@@ -140,17 +140,18 @@ def _export(options: argparse.Namespace) -> int:
         print(export_weights(loaded.model, loaded.config, loaded.step, out, torch.float16))
         return 0
     bare = loaded.classifier if loaded.is_classifier else loaded.encoder
+    labels, names = loaded.classes or None, loaded.names or None
     if options.to == "published":
         if isinstance(loaded.model, SpectrogramTransformer):
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
         save_published(loaded.model, out, loaded.audio, published_metadata(loaded))
     elif options.to == "hf":
         loss = loaded.loss if loaded.is_classifier else None
-        export_huggingface(bare, out, loaded.audio, loaded.classes or None, loss)
+        export_huggingface(bare, out, loaded.audio, labels, loss, names)
     else:
         save = save_onnx if options.to == "onnx" else save_program
         activation = ACTIVATIONS[loaded.loss] if loaded.is_classifier else None
-        save(bare, out, loaded.audio, loaded.classes or None, activation)
+        save(bare, out, loaded.audio, labels, activation, names)
     if loaded.audio.ignore_padding:
         print(
             "warning: audio.ignore_padding is not exported: outputs are the same only for clips of "

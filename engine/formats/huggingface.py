@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -21,19 +21,28 @@ from torch import Tensor, nn
 
 from ssast.engine.checkpoints.store import read_safetensors, save_tensors
 from ssast.engine.checkpoints.weights import check_names, check_shapes, sketch
-from ssast.engine.config import Config, finetune_settings, from_plain
+from ssast.engine.config import finetune_settings
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.huggingface_config import (
+    CONFIG,
+    OWN,
+    REMOTE_CODE,
+    STOCK,
+    Loss,
+    class_config,
+    find_classes,
+    find_epsilons,
+    find_loss,
+    find_settings,
+    model_config,
+)
 from ssast.engine.formats.weight_files import describe_foreign
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.settings import SIZES, Audio
+from ssast.engine.settings import Audio
 from ssast.pipelines.text import parse_json, read_text, shown
 
-REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
-Loss = Literal["ce", "bce"]
-CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
-_STOCK, _OWN = "audio-spectrogram-transformer", "ssast"
-_FRAMES = {_STOCK: "max_length", _OWN: "num_frames"}  # the keys of the length of the input
+_PREPROCESSOR, _WEIGHTS = "preprocessor_config.json", "model.safetensors"
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
 
 # Ours -> names in an AST file, of everything but qkv, which AST stores as three.
@@ -52,11 +61,26 @@ _NAMES = {
 _QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(.+)")
 _HEAD = {"head.0.": "classifier.layernorm.", "head.1.": "classifier.dense."}
 _PREFIX = "audio_spectrogram_transformer."
-_PROBLEM_TYPES: dict[Loss, str] = {
-    "ce": "single_label_classification",
-    "bce": "multi_label_classification",
-}
 _MASK_EMBED = "embed.mask_embed"  # of pretraining alone
+
+
+class Imported(NamedTuple):
+    """What a folder of transformers holds."""
+
+    model: Classifier | SpectrogramTransformer
+    """On the CPU; an encoder where the folder holds no head."""
+
+    audio: Audio
+    """Settings of its input."""
+
+    labels: tuple[str, ...]
+    """Labels of the classes, in the order of the logits; () of an encoder."""
+
+    names: tuple[str, ...]
+    """Display names of the classes, likewise; the labels where there are no others."""
+
+    loss: Loss | None
+    """Loss that the folder's ``problem_type`` stands for; None if it names none."""
 
 
 def export_huggingface(
@@ -65,6 +89,7 @@ def export_huggingface(
     audio: Audio,
     labels: Sequence[str] | None = None,
     loss: Loss | None = None,
+    names: Sequence[str] | None = None,
 ) -> Path:
     """Write a folder for ``from_pretrained``: configuration, feature extractor, weights.
 
@@ -72,15 +97,17 @@ def export_huggingface(
         model: A classifier, or an encoder alone.
         folder: Output folder, created if need be.
         audio: Settings of the model's input.
-        labels: Names of the classes, in the order of the logits.
+        labels: Labels of the classes, in the order of the logits.
         loss: Loss that a classifier was trained with, for ``problem_type``: transformers takes the
             softmax of ``ce`` and the sigmoid of ``bce``. None leaves it out.
+        names: Display names of the classes, for ``id2label``; then the labels stand in
+            ``label_ids``, by these names. If None, the labels are the names.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: Labels that do not fit the classes, or audio that is not at 16 kHz.
+        ConfigError: Labels or names that do not fit the classes, or audio that is not at 16 kHz.
         CheckpointError: The folder cannot be written.
     """
     folder = Path(folder)
@@ -89,10 +116,10 @@ def export_huggingface(
             f"audio.sample_rate_hz is {audio.sample_rate_hz}, the feature extractor of "
             f"transformers works at {_SAMPLE_RATE_HZ}"
         )
-    config = _config(model, audio, labels)
-    if isinstance(model, Classifier) and loss is not None:
-        config["problem_type"] = _PROBLEM_TYPES[loss]
-    state = _stock_state(model) if config["model_type"] == _STOCK else _own_state(model)
+    config = model_config(model, audio)
+    if isinstance(model, Classifier):
+        config |= class_config(model, labels, names, loss)
+    state = _stock_state(model) if config["model_type"] == STOCK else _own_state(model)
     # The names of the feature extractor's settings are transformers'.
     preprocessor = {
         "feature_extractor_type": "ASTFeatureExtractor",
@@ -112,23 +139,18 @@ def export_huggingface(
         for name, content in ((CONFIG, config), (_PREPROCESSOR, preprocessor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_tensors(state, folder / _WEIGHTS, {"format": "pt"})
-        if config["model_type"] == _OWN:
+        if config["model_type"] == OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     return folder
 
 
-def import_huggingface(
-    folder: str | Path,
-) -> tuple[Classifier | SpectrogramTransformer, Audio, tuple[str, ...], Loss | None]:
+def import_huggingface(folder: str | Path) -> Imported:
     """Load the model in a folder that transformers' AST or :func:`export_huggingface` has saved.
 
     Returns:
-        A classifier, or an encoder where the folder holds no head, on the CPU; the settings of its
-        input; the names of its classes, () of an encoder; the loss that the folder's
-        ``problem_type`` stands for, None if it names none. The epsilons of its LayerNorms are the
-        folder's.
+        The model and what the folder says of it. The epsilons of its LayerNorms are the folder's.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the model is none that we can hold, such
@@ -137,10 +159,8 @@ def import_huggingface(
     folder = Path(folder)
     config, preprocessor = (_read_json(folder / name) for name in (CONFIG, _PREPROCESSOR))
     kind = config.get("model_type")
-    if kind not in (_STOCK, _OWN):
-        raise CheckpointError(
-            f"{folder / CONFIG}: model_type is {shown(kind)}, expected {_STOCK!r}"
-        )
+    if kind not in (STOCK, OWN):
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {shown(kind)}, expected {STOCK!r}")
     weights = folder / _WEIGHTS
     if (foreign := describe_foreign(weights)) is not None:
         raise CheckpointError(f"{weights}: {foreign}")
@@ -149,12 +169,12 @@ def import_huggingface(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
     has_head = any(name.startswith(("classifier.", "head.")) for name in state)
-    settings = _settings(config, preprocessor, folder)
-    eps, head_eps = _epsilons(config, folder)
+    settings = find_settings(config, preprocessor, folder)
+    eps, head_eps = find_epsilons(config, folder)
     num_classes, loss = 0, None
     if has_head:
-        loss = _loss(config, folder)
-        head = state.get("classifier.dense.weight" if kind == _STOCK else "head.1.weight")
+        loss = find_loss(config, folder)
+        head = state.get("classifier.dense.weight" if kind == STOCK else "head.1.weight")
         if head is None or head.ndim != 2:
             raise CheckpointError(f"{folder / _WEIGHTS}: missing the weights of the classes")
         num_classes = len(head)
@@ -171,89 +191,9 @@ def import_huggingface(
         classifier.head[0].eps = head_eps  # type: ignore[assignment]  # a LayerNorm's
         return classifier
 
-    model = _filled(build, state, kind == _STOCK, folder / _WEIGHTS)
-    names = config.get("id2label", {})
-    if not isinstance(names, dict):
-        raise CheckpointError(f"{folder / CONFIG}: id2label is {shown(names)}, expected names")
-    labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(num_classes))
-    return model.eval(), settings.audio, labels, loss
-
-
-def _loss(config: dict[str, Any], folder: Path) -> Loss | None:
-    """Return the loss that a folder's ``problem_type`` stands for; None if it has none."""
-    kind = config.get("problem_type")
-    if kind is None:
-        return None
-    for loss, name in _PROBLEM_TYPES.items():
-        if kind == name:
-            return loss
-    known = " or ".join(_PROBLEM_TYPES.values())
-    raise CheckpointError(f"{folder / CONFIG}: problem_type is {shown(kind)}, expected {known}")
-
-
-def _config(
-    model: Classifier | SpectrogramTransformer, audio: Audio, labels: Sequence[str] | None
-) -> dict[str, Any]:
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    patch, stride = encoder.embed.patch, encoder.embed.stride
-    heads = {size.embed_dim: size.num_heads for size in SIZES.values()}
-    config: dict[str, Any] = {
-        "hidden_size": encoder.embed_dim,
-        "num_hidden_layers": len(encoder.blocks),
-        "num_attention_heads": heads[encoder.embed_dim],
-        "num_mel_bins": audio.n_mels,
-        "layer_norm_eps": encoder.norm.eps,
-        "dtype": "float32",
-    }
-    pooling = model.pooling if isinstance(model, Classifier) else "cls"
-    stock = patch[0] == patch[1] and pooling == "cls"
-    if stock:
-        config |= {
-            "model_type": _STOCK,
-            "architectures": ["ASTModel"],
-            _FRAMES[_STOCK]: audio.num_frames,
-            "patch_size": patch[0],
-            "frequency_stride": stride[0],
-            "time_stride": stride[1],
-            "intermediate_size": 4 * encoder.embed_dim,
-            "hidden_act": "gelu",
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "initializer_range": 0.02,
-            "qkv_bias": True,
-        }
-    else:
-        config |= {
-            "model_type": _OWN,
-            "architectures": ["SsastModel"],
-            _FRAMES[_OWN]: audio.num_frames,
-            "patch_shape": list(patch),
-            "patch_stride": list(stride),
-            "pooling": pooling,
-            "auto_map": {
-                "AutoConfig": f"{REMOTE_CODE.stem}.SsastConfig",
-                "AutoModel": f"{REMOTE_CODE.stem}.SsastModel",
-                "AutoModelForAudioClassification": (
-                    f"{REMOTE_CODE.stem}.SsastForAudioClassification"
-                ),
-            },
-        }
-    if isinstance(model, Classifier):
-        num_classes = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
-        labels = [f"LABEL_{i}" for i in range(num_classes)] if labels is None else list(labels)
-        if len(labels) != num_classes or len(set(labels)) != num_classes:
-            raise ConfigError(
-                f"labels: expected {num_classes} different names, got {len(labels)}, "
-                f"{len(set(labels))} of them different"
-            )
-        config["architectures"] = [
-            "ASTForAudioClassification" if stock else "SsastForAudioClassification"
-        ]
-        config["id2label"] = {str(i): name for i, name in enumerate(labels)}
-        config["label2id"] = {name: i for i, name in enumerate(labels)}
-        if not stock:
-            config["head_layer_norm_eps"] = model.head[0].eps
-    return config
+    model = _filled(build, state, kind == STOCK, folder / _WEIGHTS)
+    labels, names = find_classes(config, num_classes, folder)
+    return Imported(model.eval(), settings.audio, labels, names, loss)
 
 
 def _to_stock(name: str) -> tuple[str, ...]:
@@ -295,61 +235,6 @@ def _stock_names(name: str, in_classifier: bool) -> tuple[str, ...]:
             return (theirs + name[len(ours) :],)
     names = _to_stock(name.removeprefix("encoder."))
     return tuple(_PREFIX + n for n in names) if in_classifier else names
-
-
-def _epsilons(config: dict[str, Any], folder: Path) -> tuple[float, float]:
-    """Return the epsilons of the encoder's LayerNorms and of the head's."""
-    eps = config.get("layer_norm_eps")
-    found = (eps, config.get("head_layer_norm_eps", eps))
-    if not all(isinstance(value, float) and 0 <= value < 1 for value in found):
-        raise CheckpointError(f"{folder / CONFIG}: layer_norm_eps is {shown(found)}")
-    return found  # type: ignore[return-value]  # floats, as has been checked
-
-
-def _settings(config: dict[str, Any], preprocessor: dict[str, Any], folder: Path) -> Config:
-    """Return the settings that describe the model and its input.
-
-    Raises:
-        CheckpointError: A key is missing, or is none that our model has.
-    """
-    try:
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        sizes = {(s.embed_dim, s.num_heads): name for name, s in SIZES.items()}
-        if not all(isinstance(n, int) for n in (width, heads)) or (width, heads) not in sizes:
-            known = ", ".join(f"{w} with {h}" for w, h in sizes)
-            raise CheckpointError(
-                f"{folder / CONFIG}: hidden_size {shown(width)} with {shown(heads)} heads, "
-                f"expected {known}"
-            )
-        if config["model_type"] == _STOCK:
-            expected = {"hidden_act": "gelu", "qkv_bias": True, "intermediate_size": 4 * width}
-            for key, value in expected.items():
-                if config[key] != value:
-                    raise CheckpointError(
-                        f"{folder / CONFIG}: {key} is {shown(config[key])}, expected {value!r}"
-                    )
-            patch = [config["patch_size"], config["patch_size"]]
-            stride = [config["frequency_stride"], config["time_stride"]]
-            pooling = "cls"
-        else:
-            patch, stride = config["patch_shape"], config["patch_stride"]
-            pooling = config["pooling"]
-        audio = {
-            "sample_rate_hz": preprocessor["sampling_rate"],
-            "n_mels": config["num_mel_bins"],
-            "num_frames": config[_FRAMES[config["model_type"]]],
-            "mean": preprocessor["mean"] if preprocessor["do_normalize"] else 0.0,
-            "std": preprocessor["std"] if preprocessor["do_normalize"] else 0.5,
-        }
-        depth, size = config["num_hidden_layers"], sizes[width, heads]
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: the key {error} is missing") from error
-    model = {"size": size, "patch": patch, "depth": depth}
-    finetune = {"stride": stride, "pooling": pooling}
-    try:
-        return from_plain({"model": model, "audio": audio, "finetune": finetune})
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def _filled(

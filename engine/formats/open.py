@@ -19,7 +19,8 @@ from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.fetch import local_path
-from ssast.engine.formats.huggingface import CONFIG, import_huggingface
+from ssast.engine.formats.huggingface import import_huggingface
+from ssast.engine.formats.huggingface_config import CONFIG
 from ssast.engine.formats.published import (
     build_pretrained,
     build_published_classifier,
@@ -292,9 +293,10 @@ def _texts(found: Any, path: Path) -> tuple[str, ...]:
 
 def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
     _check_known(path, replace(metadata, loss=None, labels=None))
-    model, audio, classes, loss = import_huggingface(path)
-    config = _describe(model, audio, replace(metadata, loss=metadata.loss or loss))
-    loaded = LoadedModel(model, config, path, "transformers", classes, classes)
+    found = import_huggingface(path)
+    given = replace(metadata, loss=metadata.loss or found.loss)
+    config = _describe(found.model, found.audio, given)
+    loaded = LoadedModel(found.model, config, path, "transformers", found.labels, found.names)
     return _with_labels(loaded, metadata.labels)
 
 

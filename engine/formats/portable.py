@@ -1,4 +1,13 @@
-"""Export a model without our operations, by torch.export or to ONNX."""
+"""Export a model without our operations, by torch.export or to ONNX.
+
+Both files say what they are fed and what comes out, as strings by name (JSON but for the
+activation): the extra files of ``torch.export``, the metadata of ONNX.
+
+    audio       settings of the filterbank, the input before normalisation
+    activation  what makes probabilities of the logits: softmax or sigmoid
+    labels      names of the classes as they are shown, in the order of the logits
+    label_ids   their labels, the ids of a table of classes
+"""
 
 import json
 import logging
@@ -9,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.ast_model import Trunk
 from ssast.engine.model.classifier import Classifier, pool
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio
+from ssast.kernels.mel import PREEMPHASIS
 
-INPUT, OUTPUT, LABELS, ACTIVATION = "fbank", "output", "labels", "activation"
+INPUT, OUTPUT = "fbank", "output"
 ONNX_OPSET = 18
 
 
@@ -63,6 +74,7 @@ def save_program(
     audio: Audio,
     labels: Sequence[str] | None = None,
     activation: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> Path:
     """Write a file for ``torch.export.load(path).module()``, usually called .pt2.
 
@@ -70,9 +82,10 @@ def save_program(
         model: Model on the CPU, in float32.
         path: Path of the file.
         audio: Settings of its input.
-        labels: Names of the classes, a JSON list in the extra file ``labels``.
-        activation: What makes probabilities of the logits, in the extra file ``activation``; see
+        labels: Labels of the classes, in the order of the logits.
+        activation: What makes probabilities of the logits; see
             :data:`~ssast.engine.model.classifier.ACTIVATIONS`.
+        names: Display names of the classes; if None, the labels.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -80,7 +93,7 @@ def save_program(
     path = _made(path)
     try:
         with open(path, "wb") as file:
-            extra = _metadata(labels, activation)
+            extra = _metadata(audio, labels, activation, names)
             torch.export.save(export_program(model, audio), file, extra_files=extra)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
@@ -93,6 +106,7 @@ def save_onnx(
     audio: Audio,
     labels: Sequence[str] | None = None,
     activation: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> Path:
     """Write an ONNX file: input ``fbank`` [batch, T, F], output ``output``.
 
@@ -100,8 +114,9 @@ def save_onnx(
         model: Model on the CPU, in float32.
         path: Path of the file; weights above 2 GB go into a second one beside it.
         audio: Settings of its input.
-        labels: Names of the classes, a JSON list in the metadata ``labels``.
-        activation: As for :func:`save_program`, in the metadata ``activation``.
+        labels: As for :func:`save_program`.
+        activation: Likewise.
+        names: Likewise.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -129,7 +144,7 @@ def save_onnx(
             verbose=False,
         )
     assert converted is not None
-    converted.model.metadata_props.update(_metadata(labels, activation))
+    converted.model.metadata_props.update(_metadata(audio, labels, activation, names))
     try:
         converted.save(path, external_data=_bytes(model) > 2 * 10**9)
     except OSError as error:
@@ -137,9 +152,32 @@ def save_onnx(
     return path
 
 
-def _metadata(labels: Sequence[str] | None, activation: str | None) -> dict[str, str]:
-    found = {} if labels is None else {LABELS: json.dumps(list(labels))}
-    return found if activation is None else found | {ACTIVATION: activation}
+def _metadata(
+    audio: Audio,
+    labels: Sequence[str] | None,
+    activation: str | None,
+    names: Sequence[str] | None,
+) -> dict[str, str]:
+    spec = fbank_spec(audio)
+    settings = {
+        "sample_rate_hz": spec.sample_rate_hz,
+        "n_mels": spec.n_mels,
+        "num_frames": spec.num_frames,
+        "window": spec.window,
+        "hop": spec.hop,
+        "n_fft": spec.n_fft,
+        "window_type": "hanning",
+        "preemphasis": PREEMPHASIS,
+        "low_hz": spec.low_hz,
+        "high_hz": spec.sample_rate_hz / 2,
+        "mean": audio.mean,
+        "std": audio.std,
+    }
+    found = {"audio": json.dumps(settings)}
+    if labels is not None:
+        shown = labels if names is None else names
+        found |= {"labels": json.dumps(list(shown)), "label_ids": json.dumps(list(labels))}
+    return found if activation is None else found | {"activation": activation}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -234,6 +234,7 @@ TRANSFORMERS: dict[str, Any] = {
     "num_attention_heads": [3],
     "layer_norm_eps": "1e-6",
     "id2label": [1],
+    "label_ids": [1],
     "hidden_act": ["gelu"] * 10**5,
     "problem_type": ["x"] * 10**5,
     "model_type": [],

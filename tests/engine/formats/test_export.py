@@ -13,7 +13,6 @@ import torch
 from sounds import write_clips
 
 from ssast.engine.api import load_published, load_published_classifier, save_published
-from ssast.engine.checkpoints.classifier import save_chosen
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain, to_plain
@@ -122,41 +121,6 @@ def test_every_door_leads_to_the_same_logits(tuned, tmp_path, capsys):
         found = program(x), torch.from_numpy(session.run(None, {"fbank": x.numpy()})[0])
     for logits in found:
         torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["ce", "bce"])
-@pytest.mark.parametrize("to", ["published", "hf", "onnx", "pt2"])
-def test_a_fine_tuned_run_with_its_labels_and_its_loss(to, loss, tmp_path, capsys):
-    classes, x = ["a", "b", "c", "d", "e"], fbanks()
-    plain = to_plain(CONFIG) | {"finetune": {"stride": [10, 10], "pooling": "cls", "loss": loss}}
-    config = from_plain(plain)
-    classifier = Classifier(make_classifier().encoder, 5, "cls").eval()
-    weights = {f"weight/{name}": value for name, value in classifier.state_dict().items()}
-    save_chosen(tmp_path / "run", weights, step=1, config=config, classes=classes, facts={})
-    assert open_model(tmp_path / "run").classes == tuple(classes)
-    out = tmp_path / "out"
-    call(capsys, "export", tmp_path / "run", "--to", to, out)
-    with torch.no_grad():
-        want = classifier(x)
-        if to == "published":
-            found = load_published_classifier(
-                out, num_frames=64, stride=(10, 10), pooling="cls", mean=-5.0, std=4.0
-            )(x)
-        elif to == "hf":
-            assert open_model(out).classes == tuple(classes) and open_model(out).loss == loss
-            found = open_model(out).model(x)
-        elif to == "pt2":
-            extra = {"labels": "", "activation": ""}
-            found = torch.export.load(out, extra_files=extra).module()(x)
-            assert json.loads(extra["labels"]) == classes
-            assert extra["activation"] == ("softmax" if loss == "ce" else "sigmoid")
-        else:
-            session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
-            metadata = session.get_modelmeta().custom_metadata_map
-            assert json.loads(metadata["labels"]) == classes
-            assert metadata["activation"] == ("softmax" if loss == "ce" else "sigmoid")
-            found = torch.from_numpy(session.run(None, {"fbank": x.numpy()})[0])
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pretrained_run_exports_its_encoder(run, tmp_path, capsys):

@@ -61,16 +61,6 @@ def our_states(encoder: SpectrogramTransformer, x: torch.Tensor) -> list[torch.T
     return [*states, encoder(x, masks)[0]]
 
 
-@pytest.fixture
-def modules(tmp_path, monkeypatch) -> Path:
-    """Where transformers copies model files to, instead of the home folder."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    return tmp_path / "modules"
-
-
 def load(auto: type, folder: Path) -> transformers.PreTrainedModel:
     """What transformers makes of a folder; nothing may be missing or left over."""
     model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -119,8 +109,8 @@ def test_classifiers_have_our_logits_and_hidden_states(shape, pooling, kind, tmp
     want = torch.nn.functional.cross_entropy(out.logits, torch.tensor([1, 3]))
     torch.testing.assert_close(loss, want)
 
-    again, audio, labels, found = import_huggingface(folder)
-    assert found is None
+    again, audio, labels, names, found = import_huggingface(folder)
+    assert found is None and names == labels
     assert audio == AUDIO and list(labels) == LABELS and again.pooling == pooling
     for name, value in ours.state_dict().items():
         if not name.endswith("mask_embed"):
@@ -138,7 +128,7 @@ def test_encoders_alone(shape, tmp_path, modules):
     with torch.no_grad():
         hidden = theirs(ours.embed.normalise(x)).last_hidden_state
     assert_close(our_states(ours, x)[-1], hidden)
-    again, audio, labels, _ = import_huggingface(folder)
+    again, audio, labels, *_ = import_huggingface(folder)
     assert isinstance(again, SpectrogramTransformer) and audio == AUDIO and labels == ()
     assert our_states(again, x)[-1].equal(our_states(ours, x)[-1])
 
@@ -179,7 +169,7 @@ def test_a_model_that_transformers_saved(eps, tmp_path):
             parameter += 0.05 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
     transformers.ASTFeatureExtractor(max_length=96, mean=-5.0, std=4.0).save_pretrained(tmp_path)
-    ours, audio, labels, _ = import_huggingface(tmp_path)
+    ours, audio, labels, *_ = import_huggingface(tmp_path)
     assert list(labels) == LABELS and (audio.mean, audio.std) == (-5.0, 4.0)
     x = filterbanks()
     with torch.no_grad():
@@ -194,6 +184,8 @@ def test_wrong_exports(tmp_path):
     classifier = make_classifier("patch", "cls")
     with pytest.raises(ConfigError, match="labels: expected 5 different names, got 5, 4 of them"):
         export_huggingface(classifier, tmp_path, AUDIO, ["a", "a", "b", "c", "d"])
+    with pytest.raises(ConfigError, match="names: expected 5 different names, got 1, 1 of them"):
+        export_huggingface(classifier, tmp_path, AUDIO, LABELS, names=["a"])
     with pytest.raises(ConfigError, match=r"audio.sample_rate_hz is 8000, .* works at 16000"):
         export_huggingface(classifier, tmp_path, Audio(sample_rate_hz=8000))
     (tmp_path / "file").touch()

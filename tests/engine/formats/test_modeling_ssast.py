@@ -16,6 +16,7 @@ from ssast.engine.settings import Audio, Model
 
 AUDIO = Audio(num_frames=32)
 LABELS = ["dog", "cat", "rain"]
+NAMES = ["Dog", "Cat", "Rain, heavy"]
 
 
 def make_encoder() -> SpectrogramTransformer:
@@ -29,20 +30,15 @@ def make_encoder() -> SpectrogramTransformer:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """Exports of both losses and of the encoder; where transformers copies model files to."""
-    from transformers import dynamic_module_utils
-
+def folders(tmp_path_factory, modules) -> dict[str, Path]:
+    """Exports of both losses and of the encoder."""
     root, encoder = tmp_path_factory.mktemp("hf"), make_encoder()
     classifier = Classifier(encoder, len(LABELS)).eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(root / "modules"))
-        patch.syspath_prepend(str(root / "modules"))
-        yield {
-            "ce": export_huggingface(classifier, root / "ce", AUDIO, LABELS, "ce"),
-            "bce": export_huggingface(classifier, root / "bce", AUDIO, LABELS, "bce"),
-            "encoder": export_huggingface(encoder, root / "encoder", AUDIO),
-        }
+    return {
+        "ce": export_huggingface(classifier, root / "ce", AUDIO, LABELS, "ce"),
+        "bce": export_huggingface(classifier, root / "bce", AUDIO, LABELS, "bce", NAMES),
+        "encoder": export_huggingface(encoder, root / "encoder", AUDIO),
+    }
 
 
 def load(folder: Path, auto: type = AutoModelForAudioClassification, **settings: object):
@@ -106,8 +102,9 @@ def test_trainer_trains_to_a_checkpoint_that_opens_here(loss, folders, tmp_path)
         torch.testing.assert_close(new, want, rtol=1e-4, atol=1e-6, msg=name)
     twice = load(tmp_path / "run" / "checkpoint-2")
     assert_same_weights(twice, model)
-    ours, audio, labels, found = import_huggingface(tmp_path / "run" / "checkpoint-2")
+    ours, audio, labels, names, found = import_huggingface(tmp_path / "run" / "checkpoint-2")
     assert audio == AUDIO and list(labels) == LABELS and found == loss
+    assert list(names) == (LABELS if loss == "ce" else NAMES)
     with torch.no_grad():
         want = twice(ours.encoder.embed.normalise(inputs())).logits
         torch.testing.assert_close(ours(inputs()), want, rtol=1e-4, atol=1e-5)
@@ -220,4 +217,4 @@ def test_the_pipeline_of_a_second_checkpoint(folders, tmp_path):
         )(tone(6_000))
         for folder in (folders["bce"], tmp_path)
     ]
-    assert found[0] == found[1] and {line["label"] for line in found[0]} == set(LABELS)
+    assert found[0] == found[1] and {line["label"] for line in found[0]} == set(NAMES)
