@@ -214,7 +214,8 @@ def test_the_floor_is_at_the_peaks(store: ResultStore) -> None:
     least = floor(store, Scope(), "tiny")
     assert least is not None
     flops = 8 * step_flops_per_clip(Scope().setting().config())
-    assert least.matmul + least.attention == pytest.approx(flops / 200e9)
+    # The default step does less than what FLOPs are counted by, which saves nothing.
+    assert 0.9 < (least.matmul + least.attention) / (flops / 200e9) < 0.99
     assert least.total == least.device > least.matmul + least.attention + least.elementwise
     rows, _ = step_rows(store, Scope(sizes=("tiny",)), "small")
     assert rows == []
