@@ -290,8 +290,8 @@ def test_a_described_gpu(tmp_path):
     path.write_text(good)
     assert load_gpu(str(path)) == Gpu(name="x", peak_tflops=100, memory_gib=40, bandwidth_gb_s=900)
     for text, message in (
-        (good + "peek: 3\n", "unknown key peek"),
-        ("name: x\n", "missing key bandwidth_gb_s"),
+        (good + "peek: 3\n", "unknown key 'peek'"),
+        ("name: x\n", "missing key 'bandwidth_gb_s'"),
         (good.replace("100", "-3"), "peak_tflops must be positive: -3"),
         (good + "precision: fp8\n", "precision must be bf16 or fp32, got 'fp8'"),
         ("- 3\n", "expected a mapping"),
