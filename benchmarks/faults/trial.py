@@ -202,12 +202,13 @@ class Trial:
     def advances(self, ranks: Ranks, limit_s: float = LIMIT_S) -> bool:
         """Wait for another training step and then for a new checkpoint, or the end of the run."""
         step = self.last_step()
-        stepped = until(lambda: ranks.ended or self.last_step() > step, limit_s)
-        if stepped is None or ranks.ended:
-            return self.finished
+        until(lambda: ranks.ended or self.last_step() > step, limit_s)
         newest = self._latest_name()
         saved = until(lambda: ranks.ended or self._latest_name() != newest, limit_s)
-        return saved is not None and (not ranks.ended or self.finished)
+        if ranks.ended:
+            until(lambda: ranks.all_ended, limit_s)
+            return self.finished
+        return saved is not None
 
     def _latest_name(self) -> str:
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ssast.engine.cli.data import PACKAGE_CACHE, add_data_commands
 from ssast.engine.cli.export import add_export_commands, add_weights_command
@@ -96,10 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (LostPeer, StorageError) as error:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        print_error(f"ssast: error: {printable(error)}")
-        os._exit(EX_TEMPFAIL)  # an orderly exit could wait for the lost process
+        _end_at_once(str(error), EX_TEMPFAIL)
     except (FolderInUse, SaveError) as error:
         print_error(f"ssast: error: {printable(error)}")
         return EX_TEMPFAIL
@@ -113,11 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lack = out_of_memory(error)
         if lack is None:
             raise
-        message, status = lack
-        print_error(f"ssast: error: {printable(message)}")
-        return status
+        _end_at_once(*lack)
     except KeyboardInterrupt:
         return 130
+
+
+def _end_at_once(message: str, status: int) -> NoReturn:
+    """End the process: an orderly exit could wait for a lost process, or for memory."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print_error(f"ssast: error: {printable(message)}")
+    os._exit(status)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,7 +39,10 @@ def out_of_memory(error: Exception) -> tuple[str, int] | None:
     reason = str(error).strip().partition("\n")[0]
     if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
         return f"{reason}: lower train.batch_size or raise train.accumulation_steps", USER_ERROR
-    texts = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    texts = (
+        *("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory"),
+        "can't start new thread",
+    )
     if isinstance(error, MemoryError) or any(text in reason for text in texts):
         return f"this machine is out of memory ({reason or 'MemoryError'})", os.EX_TEMPFAIL
     return None

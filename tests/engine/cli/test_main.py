@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import subprocess
 import sys
 from typing import get_args
@@ -56,8 +57,14 @@ def test_what_the_machine_lacks_is_one_line(error, status, text, capsys, monkeyp
     def fail(options):
         raise error
 
+    def end(status):
+        raise SystemExit(status)
+
     monkeypatch.setattr("ssast.engine.cli.main._pretrain", fail)
-    assert main(["pretrain", "demo"]) == status
+    monkeypatch.setattr(os, "_exit", end)  # without memory an orderly exit may hang
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["pretrain", "demo"]))
+    assert ended.value.code == status
     said = capsys.readouterr().err
     assert text in said and len(said.splitlines()) == 1
 
