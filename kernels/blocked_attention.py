@@ -24,7 +24,15 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _by_token(x: Tensor, like: Tensor) -> Tensor:
     B, L, H, width = like.shape
-    return x.view(B, H, L, width).transpose(1, 2).contiguous()
+    return x.view(B, H, L, width).transpose(1, 2)
+
+
+def _gradients(buffer: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """View a buffer as dq, dk and dv, side by side for the layer that q, k and v come from."""
+    if q.shape == k.shape:
+        return buffer.view(*q.shape[:2], 3, *q.shape[2:]).unbind(2)
+    dq, rest = buffer[: q.numel()], buffer[q.numel() :]
+    return dq.view(q.shape), *rest.view(*k.shape[:2], 2, *k.shape[2:]).unbind(2)
 
 
 def _blocks(q: Tensor, k: Tensor) -> list[slice]:
@@ -67,7 +75,7 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> T
     for b in blocks:
         P = _probabilities(q[b], k[b], _rows(padding, b), scores[: b.stop - b.start])
         torch.bmm(P, v[b], out=out[b])
-    return _by_token(out, like)
+    return _by_token(out, like).contiguous()
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -79,7 +87,7 @@ _attention = custom_op("blocked_attention", _attention_torch, fake=_attention_fa
 
 def _attention_backward_torch(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     scale, padding = q.shape[3] ** -0.5, _padding(valid, q.shape[2])
     queries, keys = q, k
     grad, q, k, v = map(_by_head, (grad, q, k, v))
@@ -94,13 +102,14 @@ def _attention_backward_torch(
         torch._softmax_backward_data(dS, P, 2, q.dtype, grad_input=dS)
         torch.baddbmm(dq[b], dS, k[b], beta=0, alpha=scale, out=dq[b])
         torch.baddbmm(dk[b], dS.transpose(1, 2), q[b], beta=0, alpha=scale, out=dk[b])
-    return _by_token(dq, queries), _by_token(dk, keys), _by_token(dv, keys)
+    buffer = queries.new_empty(queries.numel() + 2 * keys.numel())
+    for target, source in zip(_gradients(buffer, queries, keys), (dq, dk, dv), strict=True):
+        target.copy_(_by_token(source, target))
+    return buffer
 
 
-def _attention_backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _attention_backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.numel() + 2 * k.numel())
 
 
 _attention_backward = custom_op(
@@ -113,7 +122,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    return *_attention_backward(grad, *ctx.saved_tensors), None
+    q, k, _, _ = ctx.saved_tensors
+    return *_gradients(_attention_backward(grad, *ctx.saved_tensors), q, k), None
 
 
 _attention.register_autograd(_backward, setup_context=_save)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ssast.engine.settings import SIZES, Audio, Model
 from ssast.kernels.add_norm import add_norm
 from ssast.kernels.attention import PaddingMask, attention, make_padding_mask
+from ssast.kernels.linear import linear_chunks, linear_gelu
 from ssast.kernels.masking import Masks, no_masks, valid_patches
 from ssast.kernels.patch_embed import patch_embed, patch_grid, take
 from ssast.kernels.scatter_tokens import scatter_tokens, visible_token_ids
@@ -142,10 +143,10 @@ class QueryKeyValue(nn.Linear):
             visible, masked = super().forward(x), super().forward(shared.tokens)
             return scatter_tokens(visible, masked, shared.masks).chunk(3, 2)
         if queries is None:
-            return super().forward(x).chunk(3, 2)
+            return linear_chunks(x, self.weight, self.bias, 3)
         D = self.in_features
         q = nn.functional.linear(queries, self.weight[:D], self.bias[:D])
-        return q, *nn.functional.linear(x, self.weight[D:], self.bias[D:]).chunk(2, 2)
+        return q, *linear_chunks(x, self.weight[D:], self.bias[D:], 2)
 
 
 class Attention(nn.Module):
@@ -169,17 +170,25 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v, padding_mask).flatten(2))
 
 
+class GeluLinear(nn.Linear):
+    """A linear layer and a GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D']."""
+        return linear_gelu(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them."""
 
     def __init__(self, embed_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc1 = GeluLinear(embed_dim, 4 * embed_dim)
         self.fc2 = ResidualLinear(4 * embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens [B, L, D] to an update [B, L, D] and its bias."""
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):

@@ -1,0 +1,164 @@
+"""Linear layers whose bias gradient comes from a pass that is made anyway.
+
+    linear_gelu:   h = x W^T + b;  y = gelu(h)                dh = dy * gelu'(h);  db = sum dh
+    linear_chunks: (y_1, ..., y_n) = chunks of x W^T + b      dh = [dy_1, ..., dy_n];  db = sum dh
+    both:          dx = dh W;  dW = dh^T x
+
+gelu(h) = h Phi(h) with the normal distribution's Phi, not its approximation by tanh (Hendrycks and
+Gimpel 2016). PyTorch's operations read dh once more for the sum over all rows, db; here the sum is
+taken where dh is computed or copied together. Gradients of chunks that lie side by side already are
+not copied: attention can write them so.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ssast.kernels import linear_kernels
+from ssast.kernels.operation import custom_op
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2).sum(0)
+
+
+def _gelu_backward_torch(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    dh = torch.ops.aten.gelu_backward(grad, h)
+    return dh, _sum_rows(dh)
+
+
+def _gelu_backward_fake(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(h.shape[-1])
+
+
+_gelu_backward = custom_op(
+    "gelu_backward",
+    _gelu_backward_torch,
+    cuda=linear_kernels.gelu_backward,
+    fake=_gelu_backward_fake,
+)
+
+
+def _join_chunks_torch(
+    first: Tensor, second: Tensor, third: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    joined = torch.cat([x for x in (first, second, third) if x is not None], -1)
+    return joined, _sum_rows(joined)
+
+
+def _join_chunks_fake(first: Tensor, second: Tensor, third: Tensor | None) -> tuple[Tensor, Tensor]:
+    D = first.shape[-1] * (2 if third is None else 3)
+    return first.new_empty(*first.shape[:-1], D), first.new_empty(D)
+
+
+_join_chunks = custom_op(
+    "join_chunks", _join_chunks_torch, cuda=linear_kernels.join_chunks, fake=_join_chunks_fake
+)
+
+
+def joined_view(chunks: Sequence[Tensor]) -> Tensor | None:
+    """Return chunks [..., D] as one tensor [..., n D] where they lie side by side in memory."""
+    first, D = chunks[0], chunks[0].shape[-1]
+    if torch.compiler.is_compiling() or first.numel() == 0:
+        return None
+    for i, x in enumerate(chunks):
+        if (
+            x.shape != first.shape
+            or x.stride() != first.stride()
+            or x.untyped_storage()._cdata != first.untyped_storage()._cdata
+            or x.storage_offset() != first.storage_offset() + i * D
+        ):
+            return None
+    size = (*first.shape[:-1], len(chunks) * D)
+    joined = first.as_strided(size, first.stride())
+    return joined if joined.is_contiguous() else None
+
+
+def _gradients(ctx: Any, dh: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    rows = dh.flatten(0, -2)
+    dx = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
+    dweight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    return dx, dweight
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        h = functional.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, h)
+        return functional.gelu(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h = ctx.saved_tensors
+        dh, dbias = _gelu_backward(grad, h)
+        return *_gradients(ctx, dh, x, weight), dbias
+
+
+class _LinearChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, chunks: int
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight, bias).chunk(chunks, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        joined = joined_view(grads)
+        if joined is not None:
+            dbias = _sum_rows(joined)
+        else:
+            joined, dbias = _join_chunks(*grads, *[None] * (3 - len(grads)))
+        return *_gradients(ctx, joined, *ctx.saved_tensors), dbias, None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute the exact GELU of a linear layer.
+
+    Args:
+        x: [..., D].
+        weight: [D', D].
+        bias: [D'].
+
+    Returns:
+        [..., D'].
+    """
+    if torch.compiler.is_exporting():  # a file for other programs has PyTorch's operations alone
+        return functional.gelu(functional.linear(x, weight, bias))
+    return _LinearGelu.apply(*_autocast(x, weight, bias))
+
+
+def linear_chunks(x: Tensor, weight: Tensor, bias: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """Compute several linear layers of the same width as one.
+
+    Args:
+        x: [..., D].
+        weight: [n D', D].
+        bias: [n D'].
+        chunks: n, 2 or 3.
+
+    Returns:
+        n tensors [..., D'].
+
+    Raises:
+        ValueError: The weight is not for 2 or 3 chunks.
+    """
+    if chunks not in (2, 3) or len(weight) % chunks:
+        raise ValueError(f"linear_chunks: {len(weight)} rows of the weight for {chunks} chunks")
+    if torch.compiler.is_exporting():
+        return functional.linear(x, weight, bias).chunk(chunks, -1)
+    return _LinearChunks.apply(*_autocast(x, weight, bias), chunks)
