@@ -121,7 +121,7 @@ class _LinearChunks(torch.autograd.Function):
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 

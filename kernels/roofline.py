@@ -83,6 +83,29 @@ def add_norm(B: int, L: int, D: int, *, itemsize: int) -> Work:
     return Work(4 * B * L * D * itemsize + 8 * B * L + 3 * D * itemsize, 0)
 
 
+def linear_gelu(B: int, L: int, D: int, *, itemsize: int) -> Work:
+    """Count the forward pass: x in, h and its GELU out; weight [4 D, D]."""
+    return Work((9 * B * L * D + 4 * D * D + 4 * D) * itemsize, 8 * B * L * D * D)
+
+
+def linear_gelu_backward(B: int, L: int, D: int, *, itemsize: int) -> Work:
+    """Count the backward pass: the gradient, h and x in, gradients of x and weight out.
+
+    The gradient of h is written once and read once for each of the two matmuls.
+    """
+    return Work((22 * B * L * D + 8 * D * D + 4 * D) * itemsize, 16 * B * L * D * D)
+
+
+def linear_chunks(B: int, L: int, D: int, *, itemsize: int) -> Work:
+    """Count the forward pass: x in, three chunks out; weight [3 D, D]."""
+    return Work((4 * B * L * D + 3 * D * D + 3 * D) * itemsize, 6 * B * L * D * D)
+
+
+def linear_chunks_backward(B: int, L: int, D: int, *, itemsize: int) -> Work:
+    """Count the backward pass: three gradients side by side, read for each of two matmuls."""
+    return Work((8 * B * L * D + 6 * D * D + 3 * D) * itemsize, 12 * B * L * D * D)
+
+
 def fbank(B: int, samples: int, frames: int, n_mels: int, n_fft: int) -> Work:
     """Count waveforms in, features out, and the mel matmul over n_fft / 2 bins.
 

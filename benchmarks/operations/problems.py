@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
+from torch.nn import functional
 
 from ssast.benchmarks.training.baseline import draw_published_mask
 from ssast.engine.settings import SIZES
@@ -21,6 +22,7 @@ from ssast.kernels.attention import (
     run_backend,
 )
 from ssast.kernels.fbank import FbankSpec, _fbank, fbank, fbank_reference
+from ssast.kernels.linear import _gelu_backward, _join_chunks, linear_chunks, linear_gelu
 from ssast.kernels.masking import Masks, _draw_masks, draw_masks
 from ssast.kernels.mspm_loss import (
     _info_nce,
@@ -272,6 +274,52 @@ def add_norm_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
+def _linear_leaves(
+    shape: Shape, dtype: torch.dtype, device: torch.device, widths: int
+) -> list[Tensor]:
+    D = shape.embed_dim
+    sizes = (shape.batch, shape.num_patches + 2, D), (widths * D, D), (widths * D,)
+    x, weight, bias = (torch.randn(*size, device=device) for size in sizes)
+    return [t.to(dtype) for t in (x, weight * D**-0.5, bias)]
+
+
+def linear_gelu_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Build the problem of the first layer of the MLP with its GELU."""
+    leaves = _linear_leaves(shape, dtype, device, 4)
+    h = leaves[0].new_empty(*leaves[0].shape[:2], len(leaves[1]))
+    size = leaves[0].shape
+    return Problem(
+        "linear_gelu",
+        dtype,
+        leaves,
+        {
+            "ours": linear_gelu,
+            "eager": lambda *p: functional.gelu(functional.linear(*p)),
+        },
+        roofline.linear_gelu(*size, itemsize=dtype.itemsize),
+        roofline.linear_gelu_backward(*size, itemsize=dtype.itemsize),
+        [("", _gelu_backward, (h, h))],
+    )
+
+
+def linear_chunks_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Build the problem of the projection to queries, keys and values."""
+    leaves = _linear_leaves(shape, dtype, device, 3)
+    size = leaves[0].shape
+    return Problem(
+        "linear_chunks",
+        dtype,
+        leaves,
+        {
+            "ours": lambda *p: linear_chunks(*p, chunks=3),
+            "eager": lambda *p: functional.linear(*p).chunk(3, -1),
+        },
+        roofline.linear_chunks(*size, itemsize=dtype.itemsize),
+        roofline.linear_chunks_backward(*size, itemsize=dtype.itemsize),
+        [("", _join_chunks, (leaves[0], leaves[0], leaves[0]))],
+    )
+
+
 def fbank_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Build the problem of the filterbank of 16 kHz waveforms, in fp32 for every dtype."""
     spec = FbankSpec(n_mels=shape.n_mels, num_frames=shape.frames)
@@ -298,6 +346,8 @@ PROBLEMS: dict[str, Callable[[Shape, torch.dtype, torch.device], Problem]] = {
     "mse": mse_problem,
     "attention": attention_problem,
     "add_norm": add_norm_problem,
+    "linear_gelu": linear_gelu_problem,
+    "linear_chunks": linear_chunks_problem,
     "fbank": fbank_problem,
 }
 # The same for every size of the model.

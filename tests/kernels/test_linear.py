@@ -203,6 +203,14 @@ def test_an_export_has_the_operations_of_torch_alone(layer: str) -> None:
 
 
 @layers
+def test_tensors_without_data(layer: str) -> None:
+    leaves = [t.to("meta").requires_grad_() for t in case("usual")]
+    outputs = LAYERS[layer][0](*leaves)
+    gradients = torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs])
+    assert [g.shape for g in gradients] == [t.shape for t in leaves]
+
+
+@layers
 def test_fake_tensors_on_a_gpu(layer: str) -> None:
     with FakeTensorMode(), torch.no_grad():
         inputs = [torch.empty(s, device="cuda") for s in [(2, 5, 8), (12, 8), (12,)]]

@@ -45,6 +45,21 @@ def test_add_norm() -> None:
     assert roofline.add_norm(B, 10, D, itemsize=2) == Work(4 * 60 * 2 + 40 * 4 + 9 * 2, 0)
 
 
+def test_linear_layers() -> None:
+    # 20 rows of 3 to 12, with a weight of 36 and 12 biases: h and gelu(h) are written.
+    want = Work(2 * (60 + 2 * 240 + 36 + 12), 2 * 20 * 3 * 12)
+    assert roofline.linear_gelu(B, 10, D, itemsize=2) == want
+    # In: gradient, h, x, twice the gradient of h, weight. Out: gradients of h, x, weight, bias.
+    want = Work(2 * (2 * 240 + 60 + 480 + 36 + 240 + 60 + 36 + 12), 2 * 2 * 20 * 3 * 12)
+    assert roofline.linear_gelu_backward(B, 10, D, itemsize=2) == want
+    # 20 rows of 3 to 3 x 3, with a weight of 27 and 9 biases.
+    want = Work(2 * (60 + 180 + 27 + 9), 2 * 20 * 3 * 9)
+    assert roofline.linear_chunks(B, 10, D, itemsize=2) == want
+    # In: twice the gradient, x, weight. Out: gradients of x, weight, bias.
+    want = Work(2 * (2 * 180 + 60 + 27 + 60 + 27 + 9), 2 * 2 * 20 * 3 * 9)
+    assert roofline.linear_chunks_backward(B, 10, D, itemsize=2) == want
+
+
 def test_fbank() -> None:
     # 2 x 1000 samples in, 2 x 4 frames of 3 mels out; 8 frames times 3 mels times 256 bins.
     assert roofline.fbank(2, 1000, 4, 3, 512) == Work(4 * 2024, 2 * 8 * 3 * 256)
