@@ -36,6 +36,8 @@ MARKS = {"data": DATA, "inputs": INPUTS, "backward": BACKWARD, "optimizer": STEP
 OURS = {
     "draw_masks": "masks, targets",
     "add_norm": "residual, LayerNorm",
+    "gelu_backward": "GELU, ReLU",
+    "join_chunks": "cat, copies",
     "patch_embed": "embedding",
     "scatter_tokens": "gather, scatter",
     "info_nce": "losses",
