@@ -9,9 +9,8 @@ PyTorch: it depends on versions, and cuDNN before 9.15 is wrong on Hopper for le
 multiple of 128, such as 514.
 """
 
-from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssast.kernels.blocked_attention import blocked_attention
 from ssast.kernels.launch import architecture
+from ssast.kernels.linear import joined_view
 from ssast.kernels.matmul import is_fast
 
 Backend = Literal[
@@ -95,20 +95,42 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None) 
     return blocked_attention(q, k, v, padding_mask.valid)
 
 
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        joined = joined_view([x.flatten(2) for x in (q, k, v)])
+        assert joined is not None
+        return joined.view(*q.shape[:2], 3, *q.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.unbind(2)
+
+
+def packed_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Return q, k and v as one tensor [B, L, 3, H, D_h] where one linear layer made them.
+
+    Their gradients are views of that tensor's gradient: nothing is copied either way.
+    """
+    merges = all(x.shape == q.shape and x.stride()[2:] == (x.shape[3], 1) for x in (q, k, v))
+    if not merges or joined_view([x.detach().flatten(2) for x in (q, k, v)]) is None:
+        return None
+    return _Pack.apply(q, k, v)
+
+
 def _flash_attn(
-    dense: Callable,
-    varlen: Callable,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    padding_mask: PaddingMask | None,
+    package: Any, q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None
 ) -> Tensor:
-    """Call flash-attn 2 or 3, whose arguments have the same names."""
+    """Call flash-attn 2 or 3, whose functions and arguments have the same names."""
     if padding_mask is None:
-        out = dense(q, k, v)
+        qkv = packed_view(q, k, v)
+        if qkv is None:
+            out = package.flash_attn_func(q, k, v)
+        else:
+            out = package.flash_attn_qkvpacked_func(qkv)
     else:
         B, queries = q.shape[:2]
-        out = varlen(
+        out = package.flash_attn_varlen_func(
             q.flatten(0, 1),
             *(x.flatten(0, 1)[padding_mask.indices] for x in (k, v)),
             cu_seqlens_q=torch.arange(B + 1, device=q.device, dtype=torch.int32) * queries,
@@ -127,13 +149,11 @@ def run_backend(
     if backend == "flash-attn-3":
         import flash_attn_interface as flash3
 
-        dense, varlen = flash3.flash_attn_func, flash3.flash_attn_varlen_func
-        return _flash_attn(dense, varlen, q, k, v, padding_mask)
+        return _flash_attn(flash3, q, k, v, padding_mask)
     if backend == "flash-attn-2":
         import flash_attn as flash2
 
-        dense, varlen = flash2.flash_attn_func, flash2.flash_attn_varlen_func
-        return _flash_attn(dense, varlen, q, k, v, padding_mask)
+        return _flash_attn(flash2, q, k, v, padding_mask)
     if backend == "sdpa":
         return _sdpa(q, k, v, padding_mask)
     if backend == "blocked":
@@ -164,10 +184,11 @@ def rejection_reason(backend: Backend, device: torch.device, dtype: torch.dtype)
     if backend == "cudnn" and (torch.backends.cudnn.version() or 0) < _MIN_CUDNN:
         return f"cuDNN {torch.backends.cudnn.version()} is older than {_MIN_CUDNN}"
     generator = torch.Generator().manual_seed(0)
-    q, k, v, upstream = torch.randn(4, 2, _TRIAL_LENGTH, 2, 64, generator=generator).to(device)
+    *qkv, upstream = torch.randn(4, 2, _TRIAL_LENGTH, 2, 64, generator=generator).to(device)
     with torch.enable_grad():
-        exact = [x.to(dtype).double().requires_grad_() for x in (q, k, v)]
-        tried = [x.detach().to(dtype).requires_grad_() for x in exact]
+        exact = [x.to(dtype).double().requires_grad_() for x in qkv]
+        # Side by side, as the linear layer makes them.
+        tried = torch.stack(exact, 2).detach().to(dtype).requires_grad_().unbind(2)
         try:
             out = run_backend(backend, *tried)
             gradients = torch.autograd.grad(out, tried, upstream.to(dtype))

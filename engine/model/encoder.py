@@ -119,7 +119,7 @@ class PatchEmbed(nn.Module):
             std=self.std,
             stride=self.stride,
         )
-        masked = self.mask_embed[0] + self.pos_embed[0, NUM_EXTRA_TOKENS:]
+        masked = (self.mask_embed + self.pos_embed[:, NUM_EXTRA_TOKENS:]).squeeze(0)
         return tokens, targets, SharedTokens(masked, masks)
 
 
@@ -144,9 +144,9 @@ class QueryKeyValue(nn.Linear):
             return scatter_tokens(visible, masked, shared.masks).chunk(3, 2)
         if queries is None:
             return linear_chunks(x, self.weight, self.bias, 3)
-        D = self.in_features
-        q = nn.functional.linear(queries, self.weight[:D], self.bias[:D])
-        return q, *linear_chunks(x, self.weight[D:], self.bias[D:], 2)
+        widths = [self.in_features, 2 * self.in_features]
+        (w_q, w_kv), (b_q, b_kv) = self.weight.split(widths), self.bias.split(widths)
+        return nn.functional.linear(queries, w_q, b_q), *linear_chunks(x, w_kv, b_kv, 2)
 
 
 class Attention(nn.Module):

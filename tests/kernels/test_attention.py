@@ -12,6 +12,7 @@ from compare import DTYPES, REGIMES, assert_as_good_as_reference, random_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssast.kernels import attention as module
+from ssast.kernels import linear
 from ssast.kernels.attention import (
     Backend,
     attention,
@@ -21,6 +22,7 @@ from ssast.kernels.attention import (
     make_padding_mask,
     run_backend,
 )
+from ssast.kernels.linear import linear_chunks
 
 
 def assert_good(shape: tuple[int, ...], regime: str, dtype: torch.dtype) -> None:
@@ -76,6 +78,12 @@ RAGGED = {
     "softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap "
     "num_splits pack_gqa deterministic sm_margin",
 }
+PACKED = {
+    2: "qkv dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+    "return_attn_probs",
+    3: "qkv softmax_scale causal q_descale k_descale v_descale window_size attention_chunk softcap "
+    "deterministic num_heads_q sm_margin",
+}
 MODULES = {2: "flash_attn", 3: "flash_attn_interface"}
 
 
@@ -84,7 +92,11 @@ def published(parameters: str, function):
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(
         [
-            inspect.Parameter(p, kind, **({} if i < 3 or "seqlen" in p else {"default": None}))
+            inspect.Parameter(
+                p,
+                kind,
+                **({} if p in ("q", "k", "v", "qkv") or "seqlen" in p else {"default": None}),
+            )
             for i, p in enumerate(parameters.split())
         ]
     )
@@ -117,6 +129,7 @@ def flash_attn(request, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
     fake = ModuleType(MODULES[version])
     fake.flash_attn_func = published(DENSE[version], dense)
+    fake.flash_attn_qkvpacked_func = published(PACKED[version], lambda qkv: dense(*qkv.unbind(2)))
     fake.flash_attn_varlen_func = published(RAGGED[version], ragged_reference)
     monkeypatch.setitem(sys.modules, MODULES[version], fake)
     return f"flash-attn-{version}"
@@ -130,6 +143,35 @@ def test_calls_flash_attn_as_published(flash_attn: Backend) -> None:
     q, k, v = queries_keys_values((2, 5, 9, 2, 8), "unit")
     torch.testing.assert_close(run_backend(flash_attn, q, k, v), attention_reference(q, k, v))
     assert_ignores_padding(lambda *args: run_backend(flash_attn, *args))
+
+
+def test_what_one_layer_made_is_packed_without_a_copy(
+    flash_attn: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor goes in, and one gradient comes out, of which the three are views."""
+    seen = []
+    package = sys.modules[MODULES[int(flash_attn[-1])]]
+    packed = package.flash_attn_qkvpacked_func
+    monkeypatch.setattr(
+        package, "flash_attn_qkvpacked_func", lambda qkv: seen.append(qkv) or packed(qkv)
+    )
+    x, w, b = (torch.randn(s, dtype=torch.float64) for s in ((2, 5, 6), (24, 6), (24,)))
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def run(project, attend):
+        q, k, v = (t.unflatten(2, (2, 4)) for t in project(*leaves))
+        out = attend(q, k, v)
+        return q, k, v, torch.autograd.grad(out.square().sum(), leaves)
+
+    *_, want = run(lambda *a: linear_chunks(*a, 3), attention_reference)
+    joins = []
+    monkeypatch.setattr(linear, "_join_chunks", lambda *a: joins.append(a))
+    q, _, _, got = run(lambda *a: linear_chunks(*a, 3), lambda *a: run_backend(flash_attn, *a))
+    assert seen[0].shape == (2, 5, 3, 2, 4) and seen[0].data_ptr() == q.data_ptr()
+    assert not joins
+    torch.testing.assert_close(got, want)
+    run_backend(flash_attn, *(torch.randn(2, 5, 2, 4) for _ in range(3)))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -156,17 +198,17 @@ def test_a_candidate_is_tried_before_it_is_used(
     cpu = torch.device("cpu")
     assert module.rejection_reason(flash_attn, cpu, torch.bfloat16) == ""
     name = MODULES[int(flash_attn[-1])]
-    right = sys.modules[name].flash_attn_func
+    right = sys.modules[name].flash_attn_qkvpacked_func
 
-    def wrong(q, k, v):
-        return right(q, k, v * 1.1)
+    def wrong(qkv):
+        return right(qkv * 1.1)
 
-    def refuses(q, k, v):
+    def refuses(qkv):
         raise RuntimeError("no kernel image\nfor this device")
 
-    monkeypatch.setattr(sys.modules[name], "flash_attn_func", wrong)
+    monkeypatch.setattr(sys.modules[name], "flash_attn_qkvpacked_func", wrong)
     assert "wrong at 514 tokens" in module.rejection_reason(flash_attn, cpu, torch.bfloat16)
-    monkeypatch.setattr(sys.modules[name], "flash_attn_func", refuses)
+    monkeypatch.setattr(sys.modules[name], "flash_attn_qkvpacked_func", refuses)
     reason = module.rejection_reason(flash_attn, cpu, torch.bfloat16)
     assert reason == "RuntimeError: no kernel image"
     monkeypatch.setitem(sys.modules, name, None)
