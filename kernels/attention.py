@@ -188,9 +188,9 @@ def rejection_reason(backend: Backend, device: torch.device, dtype: torch.dtype)
     with torch.enable_grad():
         exact = [x.to(dtype).double().requires_grad_() for x in qkv]
         # Side by side, as the linear layer makes them.
-        tried = torch.stack(exact, 2).detach().to(dtype).requires_grad_().unbind(2)
+        q, k, v = tried = torch.stack(exact, 2).detach().to(dtype).requires_grad_().unbind(2)
         try:
-            out = run_backend(backend, *tried)
+            out = run_backend(backend, q, k, v)
             gradients = torch.autograd.grad(out, tried, upstream.to(dtype))
         except (ImportError, RuntimeError) as error:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
