@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ssast.engine.config import Config
+from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.meta_accelerator import meta_accelerator
 from ssast.engine.parallel.ranks import World, imagined_world
@@ -188,9 +189,15 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
         world_size: GPUs.
 
     Raises:
+        ConfigError: The step moves weights or states as it goes, which is not recorded.
         RuntimeError: This process takes part in a run.
     """
     train = config.train
+    if train.zero_stage == 3 or train.offload != "none":
+        raise ConfigError(
+            f"--ledger: expected train.zero_stage 1 or 2 and train.offload none, found "
+            f"{train.zero_stage} and {train.offload}"
+        )
     clips = batch * train.accumulation_steps * world_size
     train = replace(train, batch_size=clips, compile=False, cuda_graphs=False)
     if gpu.precision == "fp32":
