@@ -3,6 +3,8 @@
 # make reproduce               check the method's claims at small scale; stop and go on at any time
 # make reproduce HOURS=3       in about so many hours (8)
 # make performance             measure the training step, the loader and short runs; writes docs/performance.md
+# make gpu                     test and measure everything on a GPU; writes docs/gpu.md
+# make gpu DEVICE=cpu          a small dry run of the same commands
 # make test                    run all checks and tests
 # make lint                    ruff and mypy alone
 # make docs                    build the documentation site, build/site/index.html
@@ -11,7 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo reproduce performance test lint docs types architecture setup
+.PHONY: demo reproduce performance gpu test lint docs types architecture setup
 
 demo: setup
 	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
@@ -21,6 +23,9 @@ reproduce: setup
 
 performance: setup
 	$(BIN)/ssast bench performance
+
+gpu: setup
+	$(BIN)/ssast bench gpu $(if $(DEVICE),--device $(DEVICE))
 
 test: lint docs
 	$(BIN)/python -m pytest

@@ -76,6 +76,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "results": "study.page",
     "release": "study.release",
     "performance": "performance.performance",
+    "gpu": "gpu.session",
 }
 
 

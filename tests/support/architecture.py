@@ -46,7 +46,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
         ("device",),
         ("training", "loading", "study", "fuzzing"),
         ("operations", "faults", "fuzz"),
-        ("performance",),
+        ("performance", "gpu"),
     ),
 }
 

@@ -171,7 +171,8 @@ def test_a_criterion_counts_once_its_checkpoint_is_on_the_disk(load, tmp_path, d
     )
     seen.clear()
     assert pretrain(load(**often), resume=True) == 0
-    assert {step: path.name[-2:] for step, path in seen.items()} == {8: "06", 10: "06", 12: "10"}
+    # That of step 10 may still be on its way to the disk at step 12.
+    assert [seen[step].name[-2:] for step in (8, 10)] == ["06", "06"]
     assert checkpoints.best().name == "step000000012"
 
 
