@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from paths import ROOT
 
 from ssast.benchmarks.gpu import session
 from ssast.benchmarks.gpu.page import write_page
@@ -99,3 +100,15 @@ def test_each_run_has_a_valid_configuration(device, num_gpus, tmp_path):
 
 def test_an_empty_session_has_a_page(tmp_path):
     assert write_page(tmp_path, tmp_path, [], {}).read_text().startswith("# On a GPU")
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_everything(tmp_path, monkeypatch):
+    """The command that rented machines run, with the same parts, small."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "gpu"
+    status = session.main(["--device", "cpu", "--out", str(out)])
+    results = json.loads((out / session.RESULTS).read_text())
+    assert status == 0, results
+    page = (out / "gpu.md").read_text()
+    assert "failed" not in page.partition("##")[0] and "![run-demo]" in page
