@@ -94,7 +94,7 @@ def _runs(on_gpu: bool, out: Path, data: Path) -> list[Part]:
     runs = {
         "demo": ("demo", ("train.steps=200", "train.validate_every=100")),
         **{
-            size: (f"{size}_patch", (*_batch(size), "train.steps=60", *VALIDATED))
+            size: (f"{size}_throughput", (*_batch(size), "train.steps=60", *VALIDATED))
             for size in BATCHES
         },
         "profile": (
@@ -139,7 +139,7 @@ def _scaling(num_gpus: int, out: Path, data: Path) -> list[Part]:
         alone = _run(
             name,
             f"{count} GPUs, ZeRO stage {stage}",
-            "base_patch",
+            "base_throughput",
             (
                 *_batch("base", count),
                 f"train.zero_stage={stage}",
