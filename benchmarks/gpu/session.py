@@ -88,7 +88,7 @@ def _make_clips(folder: Path, device: str) -> Path:
     return folder
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _read(path: Path) -> dict[str, dict[str, float | str]]:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
