@@ -93,12 +93,13 @@ def _signal(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effec
     if not once:
         time.sleep(draw.uniform(0.0, 0.3))
         ranks.send(number, rank)
-    if once and number in CAUGHT and fault.moment != "start":
-        _ends(ranks, (128 + number, 0), effect)
+    _ends(ranks, (128 + number, -number, *NO_PEER), effect)
+    over = said(ranks, r"step +(\d+)/\1 ")  # after the last step a signal ends a run at once
+    if once and number in CAUGHT and fault.moment != "start" and not over:
+        orderly = all(status == 128 + number for status in ranks.statuses)
+        effect.expect(orderly, f"exit status {ranks.statuses}")
         saved, step = trial.newest(), trial.last_step()
         effect.expect(saved == step, f"stopped after step {step}, but saved step {saved}")
-    else:
-        _ends(ranks, (128 + number, -number, *NO_PEER), effect)
 
 
 def _stop(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:
@@ -369,7 +370,7 @@ def _output(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effec
         os.close(reader)
     effect.expect(trial.advances(ranks), f"nothing can be printed: {ranks.statuses}")
     ranks.send(signal.SIGTERM)
-    _ends(ranks, (128 + signal.SIGTERM, 0), effect)
+    _ends(ranks, (128 + signal.SIGTERM, -signal.SIGTERM, 0), effect)
 
 
 def _readable(pipe: int) -> bool:
