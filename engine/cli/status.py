@@ -41,7 +41,7 @@ def out_of_memory(error: Exception) -> tuple[str, int] | None:
         return f"{reason}: lower train.batch_size or raise train.accumulation_steps", USER_ERROR
     texts = (
         *("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory"),
-        "can't start new thread",
+        *("can't start new thread", "Resource temporarily unavailable"),  # Python's, a library's
     )
     if isinstance(error, MemoryError) or any(text in reason for text in texts):
         return f"this machine is out of memory ({reason or 'MemoryError'})", os.EX_TEMPFAIL
