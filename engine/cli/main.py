@@ -77,6 +77,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "release": "study.release",
     "performance": "performance.performance",
     "gpu": "gpu.session",
+    "batches": "study.batches",
 }
 
 
