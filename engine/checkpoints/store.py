@@ -274,7 +274,8 @@ class Checkpoints:
             yield
         except (OSError, CheckpointError) as error:
             if path.name not in self._failed:
-                _log.warning("%s is not %s, until a later save: %s", path, what, error)
+                reason = getattr(error, "strerror", None) or error
+                _log.warning("%s is not %s, until a later save: %s", path, what, reason)
             self._failed.add(path.name)
         else:
             self._failed.discard(path.name)
