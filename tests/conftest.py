@@ -1,5 +1,7 @@
 """Devices, worlds of one and of two ranks; clips and a configuration for small runs."""
 
+import sys
+
 import devices
 import pytest
 import torch
@@ -47,6 +49,14 @@ def two_ranks():
     pool = RankPool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_world():
+    """Leave the world that the tests of a module have joined: a ledger needs a process without."""
+    yield
+    if (ranks := sys.modules.get("ssast.engine.parallel.ranks")) is not None:
+        ranks.close_world()
 
 
 @pytest.fixture
