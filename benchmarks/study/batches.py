@@ -124,7 +124,7 @@ def _rule(curves: Curves, batch: int, lr: float) -> str:
 
 def draw(curves: Curves, path: Path) -> Path:
     """Draw held-out loss against clips seen; return the picture's path."""
-    figure, axes = subplots(figsize=(7, 4), layout="tight")
+    figure, axes = subplots(figsize=(9, 4), layout="tight")
     styles = {"linear": "--", "square root": "-", "": "-"}
     colours = {batch: f"C{number}" for number, batch in enumerate(BATCHES)}
     for (batch, lr), points in curves.items():
@@ -133,5 +133,5 @@ def draw(curves: Curves, path: Path) -> Path:
         axes.plot(*zip(*points[1:], strict=True), styles[rule], color=colours[batch], label=label)
     axes.set_xlabel("clips seen")
     axes.set_ylabel("held-out loss")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the curves
     return save_figure(figure, path)
