@@ -10,7 +10,7 @@ from pathlib import Path
 from ssast.benchmarks.performance import tables
 from ssast.benchmarks.performance.cases import sections
 from ssast.benchmarks.performance.pictures import draw_parts, draw_scaling, draw_steps
-from ssast.benchmarks.performance.store import ResultStore, Scope
+from ssast.benchmarks.performance.store import MOST_OTHER, ResultStore, Scope
 from ssast.benchmarks.study.page import write_sections
 from ssast.engine.errors import ConfigError
 
@@ -30,11 +30,18 @@ def write_page(store: ResultStore, docs: Path) -> Path:
         Path of the page.
 
     Raises:
-        ConfigError: Nothing is measured, or a file is damaged.
+        ConfigError: Nothing is measured, a file is damaged, or other programs disturbed a case.
     """
     scope = store.scope()
     if scope is None:
         raise ConfigError(f"{store.folder}: no measurements of ssast bench performance there")
+    if disturbed := store.disturbed():
+        key, share = max(disturbed.items(), key=lambda item: item[1])
+        raise ConfigError(
+            f"{len(disturbed)} cases were disturbed by other programs, {key} most, which had "
+            f"{share:.0%} of the machine (allowed: {MOST_OTHER:.0%}): the same command measures "
+            "them again, once it is idle"
+        )
     images = pictures(store, scope, docs / "performance")
     left = missing(store, scope)
     parts = [

@@ -1,7 +1,8 @@
 """How much ``ssast bench performance`` measures, and the files that keep the results.
 
 Each case is measured once: results in the file of its section are kept, so that a killed run
-resumes. A case's key identifies it in the file and on the page.
+resumes. A case's key identifies it in the file and on the page. A case during which other programs
+took the machine is measured again; what stays disturbed is marked, and not published.
 """
 
 import json
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ssast.benchmarks.performance.others import OtherWork
 from ssast.benchmarks.training.step import Setting
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
@@ -17,6 +19,8 @@ from ssast.pipelines.files import write_atomically
 
 OUT = Path("runs/performance")
 Case = Callable[[], Any]  # returns something that JSON can hold
+TRIES = 3  # of a case
+MOST_OTHER = 0.05  # share of all cores that other programs may take while a case is measured
 _NUMBER_OF_CASES = ("sizes", "repeats")  # fields that no case depends on
 
 
@@ -55,6 +59,17 @@ class Scope:
         return {key: value for key, value in asdict(self).items() if key not in _NUMBER_OF_CASES}
 
 
+def _measured(case: Case) -> tuple[Any, float]:
+    """Measure a case until the machine is idle but for it; return the share that others had."""
+    for number in range(1, TRIES + 1):
+        with OtherWork() as others:
+            found = case()
+        if others.share <= MOST_OTHER or number == TRIES:
+            break
+        print(f"  other programs took {others.share:.0%} of the machine: again", flush=True)
+    return found, others.share
+
+
 class ResultStore:
     """Files with the results, one for each section.
 
@@ -73,6 +88,18 @@ class ResultStore:
         """
         return self._content(self._path(section)).get("results", {})
 
+    def disturbed(self) -> dict[str, float]:
+        """Return the share of the machine that others had, of each case that was disturbed.
+
+        Raises:
+            ConfigError: A file is damaged.
+        """
+        return {
+            f"{path.stem}, {key}": share
+            for path in self._files()
+            for key, share in self._content(path).get("disturbed", {}).items()
+        }
+
     def machines(self) -> list[dict[str, Any]]:
         """Return the machines, versions and commits of the files, each once."""
         found = [machine for path in self._files() for machine in self._content(path)["machines"]]
@@ -89,7 +116,7 @@ class ResultStore:
     def measure(
         self, section: str, cases: Mapping[str, Case], scope: Scope, machine: Mapping[str, Any]
     ) -> None:
-        """Measure the cases that the file lacks, and store each result at once.
+        """Measure the cases that the file lacks, or has disturbed, and store each result at once.
 
         Raises:
             ConfigError: There are results of another scope.
@@ -103,10 +130,15 @@ class ResultStore:
                 )
         content = self._content(path) or {"machines": [], "scope": given, "results": {}}
         results = content["results"]
-        missing = [key for key in cases if key not in results]
+        disturbed = content.setdefault("disturbed", {})
+        missing = [key for key in cases if key not in results or key in disturbed]
         for number, key in enumerate(missing, 1):
             print(f"{section}, {number} of {len(missing)}: {key}", flush=True)
-            results[key] = cases[key]()
+            results[key], share = _measured(cases[key])
+            if share > MOST_OTHER:
+                disturbed[key] = round(share, 3)
+            else:
+                disturbed.pop(key, None)
             if machine not in content["machines"]:
                 content["machines"].append(machine)
             write_atomically(path, json.dumps(content, indent=1) + "\n")

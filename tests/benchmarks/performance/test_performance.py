@@ -11,6 +11,7 @@ from finetune_runs import make_sounds
 
 from ssast.benchmarks.performance import cases as performance_cases
 from ssast.benchmarks.performance.cases import sections
+from ssast.benchmarks.performance.others import OtherWork
 from ssast.benchmarks.performance.page import missing, write_page
 from ssast.benchmarks.performance.performance import main
 from ssast.benchmarks.performance.store import Case, ResultStore, Scope
@@ -42,6 +43,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(TOY.threads)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs on the machine of the tests is no disturbance."""
+    monkeypatch.setattr(OtherWork, "share", 0.0)
 
 
 @pytest.fixture(scope="module")
