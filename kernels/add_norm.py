@@ -90,9 +90,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dtotal: Tensor | None, dout: Tensor | None, *_: None):
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again for each time
     if dout is None:
-        dout = torch.zeros_like(ctx.saved_tensors[0])
-    dx, dbias, dweight, dshift = _add_norm_backward(dout, dtotal, *ctx.saved_tensors)
+        dout = torch.zeros_like(saved[0])
+    dx, dbias, dweight, dshift = _add_norm_backward(dout, dtotal, *saved)
     return dx, dx, dbias, dweight, dshift, None
 
 

@@ -122,8 +122,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    q, k, _, _ = ctx.saved_tensors
-    return *_gradients(_attention_backward(grad, *ctx.saved_tensors), q, k), None
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again for each time
+    return *_gradients(_attention_backward(grad, *saved), saved[0], saved[1]), None
 
 
 _attention.register_autograd(_backward, setup_context=_save)
