@@ -264,7 +264,7 @@ class FolderLock:
                     os.link(aside, self._record)
                 aside.unlink()
                 return False
-            aside.unlink()
+            aside.unlink(missing_ok=True)  # the next owner may have swept it
         return self._create()
 
     def _create(self) -> bool:
@@ -303,7 +303,9 @@ class FolderLock:
         """Remove what processes left behind that were killed while they took the lock."""
         for path in self.folder.glob(f"{OWNER}.*"):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE_S:
+                owner = _read_owner(path)
+                dead = owner is not None and owner.is_running() is False
+                if dead or time.time() - path.stat().st_mtime > STALE_S:
                     path.unlink()
 
     def _beat(self) -> None:
