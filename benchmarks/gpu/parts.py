@@ -109,10 +109,7 @@ def _runs(on_gpu: bool, out: Path, data: Path) -> list[Part]:
     }
     if not on_gpu:
         few = ("train.steps=4", "train.validate_every=4", *SMALL)
-        runs = {
-            "demo": ("demo", (*few, "objective.num_masked=8")),
-            "profile": ("tiny_patch", (*few, "objective.num_masked=8", "profile.steps=1")),
-        }
+        runs = {"demo": ("demo", (*few, "objective.num_masked=8", "profile.steps=1"))}
     return [
         _run(f"run-{name}", f"A run: {name}", recipe, changes, out, data)
         for name, (recipe, changes) in runs.items()
