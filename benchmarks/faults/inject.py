@@ -199,7 +199,9 @@ def _storage(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effe
 def _owner(trial: Trial, ranks: Ranks | None, fault: Fault, draw: Random, effect: Effect) -> None:
     begin = time.monotonic()
     first = ranks or trial.start()
-    second = trial.start(world_size=draw.choice((1, trial.world_size)))
+    # Where both begin at once either may win, and the sums of another world round otherwise.
+    sizes = (trial.world_size,) if ranks is None else (1, trial.world_size)
+    second = trial.start(world_size=draw.choice(sizes))
     if ranks is None:  # both begin at once: whoever comes second gives up
         until(lambda: first.all_ended or second.all_ended, LIMIT_S)
         if first.all_ended:
