@@ -60,7 +60,7 @@ def _tests(device: str) -> Part:
 
 
 def _kernels(on_gpu: bool, out: Path) -> Part:
-    size = () if on_gpu else ("--smoke", "--no-compile")
+    size = () if on_gpu else ("--smoke", "--no-compile", "--operations", "draw_masks", "mse")
     sizes = ("--sizes", "base", "--batches", "64") if on_gpu else ()
     command = (*SSAST, "bench", "kernels", "--out", str(out / "kernels"), *size, *sizes)
     return Part("kernels", "How fast is each operation?", command, 240)
