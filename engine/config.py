@@ -32,7 +32,7 @@ from ssast.engine.settings import (
     Train,
 )
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import YAML_BYTES, parse_yaml, read_text, shown
+from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
@@ -147,7 +147,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     except DataError as error:
         raise ConfigError(str(error)) from error
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
     raw = _mapping({} if raw is None else raw, str(path))
     if _is_of_run(path):
         run = _mapping(raw.get("run") or {}, "run")
@@ -251,7 +251,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         value = parse_yaml(text)
     except ValueError as error:
         if not literal:
-            raise ConfigError(f"{dotted}: {text!r} is not YAML: {_one_line(error)}") from error
+            raise ConfigError(f"{dotted}: {text!r} is not YAML: {one_line(error)}") from error
         value = text
     if literal and (
         isinstance(value, str | dict | list) or (value is None and text.strip() not in NULLS)
@@ -387,10 +387,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     if near:
         return f"; did you mean {by_last.get(near[0], near[0])}?"
     return f"; known: {', '.join([n for n in known if '.' not in n] or known)}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def finetune_settings(config: Config) -> Finetune:

@@ -126,7 +126,7 @@ def parse_yaml(text: str) -> Any:
         _check_yaml(text)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
     # What its constructors make of a value that does not fit an explicit tag.
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"a value that cannot be read: {error}") from error
@@ -163,6 +163,11 @@ def _check_yaml(text: str) -> None:
         open_nodes[-1] = (parent, before + size)
         if before + size > YAML_NODES:
             raise yaml.YAMLError(f"it stands for more than {YAML_NODES} values")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def shown(value: Any) -> str:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ssast.engine.errors import CheckpointError
 from ssast.pipelines.files import flush, replacing, use_default_mode, write_atomically
-from ssast.pipelines.text import parse_json, read_text, shown
+from ssast.pipelines.text import one_line, parse_json, read_text, shown
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
@@ -391,7 +391,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (
         safetensors.SafetensorError, RuntimeError, LookupError, TypeError, AttributeError,
     ) as error:  # fmt: skip
-        raise ValueError(f"{path.name}: {' '.join(str(error).split()):.200}") from error
+        raise ValueError(f"{path.name}: {one_line(error):.200}") from error
 
 
 def save_tensors(

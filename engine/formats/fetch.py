@@ -22,6 +22,7 @@ from ssast.engine.formats.hub import PREFIX, fetch_from_hub
 from ssast.engine.formats.known_weights import PUBLISHED, ours
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.locks import in_turn
+from ssast.pipelines.text import one_line
 
 CACHE = "SSAST_CACHE"  # environment: folder of the cache
 MIRROR = "SSAST_MIRROR"  # environment: address of a folder that holds NAME.pth
@@ -97,11 +98,12 @@ def _download(url: str, path: Path, sha256: str | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The other ranks of a machine wait here for the first one.
         with in_turn(path.parent, "another process is downloading weights"):
-            if not path.is_file():
+            if not (cached := path.is_file()):
                 _fetch(url, path, sha256)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    _check(path, sha256)
+    if cached:  # what was just fetched is checked already
+        _check(path, sha256)
     return path
 
 
@@ -137,7 +139,7 @@ def _fetch(url: str, path: Path, sha256: str | None) -> None:
             f"{error}; or put the file by hand where it is looked for: {path}"
         ) from error
     except ValueError as error:  # of pooch: another checksum
-        raise CheckpointError(f"{url}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{url}: {one_line(error)}") from error
     found = _digest(path)
     write_atomically(path.with_name(f"{path.name}.sha256"), found + "\n")
     if sha256 is None:
@@ -169,7 +171,7 @@ class _Resuming:
                     raise CheckpointError(f"{url}: the server answers {status}") from error
                 reason = f"the server answers {status}"
             except requests.RequestException as error:
-                reason = _reason(error)
+                reason = f"{one_line(error):.200}"
         else:
             raise CheckpointError(f"{url}: cannot be fetched, {TRIES} times: {reason}")
         self._part.replace(output)
@@ -207,10 +209,6 @@ class _Resuming:
                 found = file.tell()
         if total is not None and found != total:
             raise requests.ConnectionError(f"{found} of {total} bytes came")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _digest(path: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.settings import Audio
+from ssast.pipelines.text import one_line
 
 PREFIX = "hf:"
 FILES = ["*.json", "*.safetensors"]  # never code
@@ -49,7 +50,7 @@ def fetch_from_hub(source: str) -> Path:
     try:
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except Exception as error:  # the hub's own, httpx's, and of files: all mean the same here
-        raise CheckpointError(f"{source}: cannot be fetched: {_reason(error)}") from error
+        raise CheckpointError(f"{source}: cannot be fetched: {one_line(error):.200}") from error
 
 
 def push_to_hub(
@@ -93,9 +94,9 @@ def push_to_hub(
         api = hub.HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:
+    except Exception as error:  # as above
         raise CheckpointError(
-            f"{repository}: cannot be uploaded, {folder} is written: {_reason(error)}"
+            f"{repository}: cannot be uploaded, {folder} is written: {one_line(error):.200}"
         ) from error
     return f"{PREFIX}{repository}"
 
@@ -108,7 +109,3 @@ def _hub(source: str) -> Any:
             f"{source}: needs huggingface_hub, which is not installed: pip install huggingface_hub"
         ) from error
     return huggingface_hub
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

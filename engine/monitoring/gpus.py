@@ -16,7 +16,7 @@ from typing import Any
 
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import YAML_BYTES, parse_yaml, read_text, shown
+from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _read(path: Path) -> Gpu:
     except DataError as error:
         raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {shown(raw)}")

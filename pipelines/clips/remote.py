@@ -17,6 +17,7 @@ from typing import TypeVar, cast
 import fsspec
 
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import one_line
 
 T = TypeVar("T")
 REFUSED = (400, 401, 403, 404, 405, 410, 416)  # HTTP statuses that another attempt cannot change
@@ -45,7 +46,7 @@ def as_path(place: str | Path) -> Path:
         path = UPath(place)
         assert path.fs is not None  # opens the storage: what is missing is missed here
     except (ImportError, ValueError) as error:
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise DataError(f"{place}: {why} (see also: pip install 'ssast-engine[remote]')") from error
     return cast(Path, path)
 

@@ -35,7 +35,7 @@ from ssast.pipelines.clips.shared import Identity, state_of
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
-from ssast.pipelines.text import parse_json
+from ssast.pipelines.text import one_line, parse_json
 
 SHARD, SIDECAR = "shards/{:05d}.tar", "shards/{:05d}.jsonl"
 INDEX, RECORDINGS, LABELS, REPORT = "index.npy", "recordings.npy", "labels.json", "report.json"
@@ -396,7 +396,7 @@ def _load_array(path: Path, dimensions: int) -> np.ndarray:
         OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError,
         tokenize.TokenError,
     ) as error:  # fmt: skip
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split()):.200}") from error
+        raise DataError(f"{path}: cannot be read: {one_line(error):.200}") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: expected an array, found an archive")
     if array.dtype != np.int64 or array.ndim != dimensions:

@@ -30,6 +30,14 @@ SETTINGS = {
     "data.num_threads": 1,
     "finetune.epochs": 3,
 }
+AUGMENTED = {
+    "finetune__mixup": 0.5,
+    "finetune__freq_mask": 8,
+    "finetune__time_mask": 8,
+    "finetune__noise": 0.1,
+    "finetune__roll": 4,
+    "finetune__label_smoothing": 0.1,
+}
 
 
 def make_sounds(folder: Path, num_classes: int, each: int, *, seed: int = 0) -> list[Path]:

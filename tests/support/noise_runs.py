@@ -14,15 +14,7 @@ from ssast.engine.train import execution
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.step import train_step
 
-AUGMENTED = {
-    "finetune__mixup": 0.5,
-    "finetune__freq_mask": 8,
-    "finetune__time_mask": 8,
-    "finetune__noise": 0.1,
-    "finetune__roll": 4,
-    "finetune__class_weights": "balanced",
-    "finetune__label_smoothing": 0.1,
-}
+AUGMENTED = finetune_runs.AUGMENTED | {"finetune__class_weights": "balanced"}
 
 
 def configure(finetune=False, **changed):

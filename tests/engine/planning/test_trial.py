@@ -2,7 +2,7 @@
 
 import finetune_runs
 import pytest
-from finetune_runs import data_overrides, make_splits
+from finetune_runs import AUGMENTED, data_overrides, make_splits
 from runs import overrides
 
 from ssast.engine.config import load_config
@@ -17,14 +17,6 @@ from ssast.kernels.matmul import fast_matmul
 
 STEPS = 6
 SAME_RATE = {"optim__schedule": "constant", "optim__warmup_steps": 0}
-AUGMENTED = {
-    "finetune__mixup": 0.5,
-    "finetune__freq_mask": 8,
-    "finetune__time_mask": 8,
-    "finetune__noise": 0.1,
-    "finetune__roll": 4,
-    "finetune__label_smoothing": 0.1,
-}
 
 
 @pytest.fixture
