@@ -194,6 +194,17 @@ def from_plain(raw: dict[str, Any], stated: Mapping[str, str] | None = None) -> 
     return dataclasses.replace(_build(Config, raw, ""), stated=stated)
 
 
+def with_data(
+    config: Config, train: str | Path, valid: str | Path | None, folder: str | Path | None
+) -> Config:
+    """Return the configuration of a run on other clips; in its own folder if ``folder`` is None."""
+    data = dataclasses.replace(
+        config.data, train=str(train), valid=None if valid is None else str(valid)
+    )
+    run = config.run if folder is None else dataclasses.replace(config.run, folder=str(folder))
+    return dataclasses.replace(config, data=data, run=run)
+
+
 def check_paths(config: Config) -> None:
     """Check that the relative paths of a configuration lead somewhere from the working directory.
 

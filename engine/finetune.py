@@ -11,18 +11,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ssast.engine.checkpoints.adopt import adopt
-from ssast.engine.config import OVERRIDE, Config, check_paths, finetune_settings, load_config
+from ssast.engine.config import (
+    OVERRIDE,
+    Config,
+    check_paths,
+    finetune_settings,
+    load_config,
+    with_data,
+)
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.predict import Prediction, predict
 from ssast.engine.evaluation.timeline import Timeline, timelines
+from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
 from ssast.engine.formats.open import (
     LoadedModel,
     MissingMetadata,
     as_classifier,
     open_classifier,
-    open_encoder,
     open_model,
 )
 
@@ -64,13 +70,10 @@ def finetune(
     from ssast.engine.train.task import run_folder
 
     run_folder(config)  # must be set, before anything is read
-    config, notes = without_recipe_data(_with_checkpoint(config, checkpoint, resume))
+    config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     check_paths(config)
-    settings = finetune_settings(config)
-    pretrained = None
-    if settings.checkpoint is not None:
-        pretrained = checkpoint if isinstance(checkpoint, LoadedModel) else None
-        pretrained = pretrained or open_encoder(settings.checkpoint, metadata)
+    pretrained = open_initial(config, checkpoint, metadata)
+    if pretrained is not None:
         config, lines = adopt_from(config, pretrained)
         notes += lines
     world = init_world(config.train.timeout_s)
@@ -105,11 +108,6 @@ def finetune(
     )
 
 
-def adopt_from(config: Config, pretrained: LoadedModel) -> tuple[Config, list[str]]:
-    """Take the settings that nobody set from a loaded model; see :func:`adopt`."""
-    return adopt(config, pretrained.config, str(pretrained.path), assumed=pretrained.assumed)
-
-
 def without_recipe_data(config: Config) -> tuple[Config, list[str]]:
     """Leave out other clips of a recipe where the user gave ``data.train``.
 
@@ -132,26 +130,6 @@ def without_recipe_data(config: Config) -> tuple[Config, list[str]]:
             why = "data.train is given" if name == "finetune.folds" else "it is not there"
             notes.append(f"{name} {path} of {origin} is left out: {why}")
     return config, notes
-
-
-def _with_checkpoint(
-    config: Config, checkpoint: LoadedModel | str | Path | None, resume: bool
-) -> Config:
-    """Return the configuration with the path of its pretrained weights."""
-    settings = finetune_settings(config)
-    if isinstance(checkpoint, LoadedModel):
-        checkpoint = checkpoint.path
-    name = settings.checkpoint if checkpoint is None else str(checkpoint)
-    if name is None and resume:
-        name = initial_checkpoint(Path(config.run.folder or ""))
-    return replace(config, finetune=replace(settings, checkpoint=name))
-
-
-def initial_checkpoint(run: Path) -> str | None:
-    """Return the checkpoint that a run began from; None if from scratch, or without a run."""
-    stored = run / "config.yaml"
-    settings = load_config(stored).finetune if stored.is_file() else None
-    return None if settings is None else settings.checkpoint
 
 
 class FinetuneEngine:
@@ -244,18 +222,14 @@ class FinetuneEngine:
                 "this classifier is trained: FinetuneEngine(config, checkpoint=...) trains its "
                 "encoder on, with a new head"
             )
-        data = replace(
-            self.config.data, train=str(train), valid=None if valid is None else str(valid)
-        )
-        run = self.config.run if folder is None else replace(self.config.run, folder=str(folder))
-        self.config = replace(self.config, data=data, run=run)
+        self.config = with_data(self.config, train, valid, folder)
         stopped = finetune(
             self.config, self.checkpoint, resume=resume, num_classes=self.num_classes
         )
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
-        assert run.folder is not None
-        self.trained = open_classifier(run.folder)
+        assert self.config.run.folder is not None
+        self.trained = open_classifier(self.config.run.folder)
         return self
 
     def evaluate(self, manifest: str | Path, out: Path | None = None) -> dict[str, float]:

@@ -28,7 +28,8 @@ from ssast.engine.evaluation.report import (
     draw_confusion,
     read_predictions,
 )
-from ssast.engine.finetune import adopt_from, finetune, initial_checkpoint
+from ssast.engine.finetune import finetune
+from ssast.engine.formats.initial import adopt_from, initial_checkpoint
 from ssast.engine.formats.open import MissingMetadata, open_encoder
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.ranks import init_world, run_on_machines, run_on_main

@@ -7,17 +7,16 @@ engine.save("weights")
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ssast.engine.checkpoints.adopt import adopt
 from ssast.engine.checkpoints.weights import export_weights
-from ssast.engine.config import Config, check_paths, load_config
+from ssast.engine.config import Config, check_paths, load_config, with_data
 from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.pretext import pretext_losses
+from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
 from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder, open_model
 from ssast.engine.model.objective import MSPM
 from ssast.engine.train.inputs import of_clips
@@ -60,13 +59,11 @@ def pretrain(
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"
         )
-    config = _with_checkpoint(config, checkpoint, resume)
+    config, notes = with_checkpoint(config, checkpoint, resume), list[str]()
     check_paths(config)
-    pretrained, notes = None, list[str]()
-    if config.train.checkpoint is not None:
-        pretrained = checkpoint if isinstance(checkpoint, LoadedModel) else None
-        pretrained = pretrained or open_encoder(config.train.checkpoint, metadata)
-        config, notes = _adopted(config, pretrained)
+    pretrained = open_initial(config, checkpoint, metadata)
+    if pretrained is not None:
+        config, notes = adopt_from(config, pretrained)
     train_paths, held_out = find_clips(config)
     config, measured = with_measured_stats(config, train_paths, resume=resume)
     # What the weights, the masks or the data order depend on must not change on the way.
@@ -86,24 +83,6 @@ def pretrain(
         resume=resume,
         notes=[*notes, *measured],
     )
-
-
-def _adopted(config: Config, pretrained: LoadedModel) -> tuple[Config, list[str]]:
-    source, assumed = str(pretrained.path), pretrained.assumed
-    return adopt(config, pretrained.config, source, assumed=assumed, objective=True)
-
-
-def _with_checkpoint(
-    config: Config, checkpoint: LoadedModel | str | Path | None, resume: bool
-) -> Config:
-    """Return the configuration with the path of the weights that it continues from."""
-    if isinstance(checkpoint, LoadedModel):
-        checkpoint = checkpoint.path
-    name = config.train.checkpoint if checkpoint is None else str(checkpoint)
-    stored = Path(config.run.folder or "", "config.yaml")
-    if name is None and resume and stored.is_file():
-        name = load_config(stored).train.checkpoint
-    return replace(config, train=replace(config.train, checkpoint=name))
 
 
 class PretrainEngine:
@@ -151,7 +130,7 @@ class PretrainEngine:
             ConfigError: The configuration is wrong.
         """
         loaded = open_encoder(path)
-        settings, _ = _adopted(load_config(config, overrides), loaded)
+        settings, _ = adopt_from(load_config(config, overrides), loaded)
         return cls(settings, checkpoint=loaded)
 
     def fit(
@@ -177,16 +156,11 @@ class PretrainEngine:
             TrainingError: Training diverged.
             KeyboardInterrupt: Training was stopped by a signal, after a checkpoint was saved.
         """
-        data = replace(
-            self.config.data, train=str(train), valid=None if valid is None else str(valid)
-        )
-        run = self.config.run if folder is None else replace(self.config.run, folder=str(folder))
-        self.config = replace(self.config, data=data, run=run)
+        self.config = with_data(self.config, train, valid, folder)
         stopped = pretrain(self.config, self.checkpoint, resume=resume)
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
-        assert run.folder is not None
-        self.trained = open_model(run.folder)
+        self.trained = open_model(run_folder(self.config))
         return self
 
     def evaluate(self, source: str | Path) -> dict[str, float]:

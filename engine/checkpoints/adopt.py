@@ -22,9 +22,10 @@ def adopt(
     source: str,
     *,
     assumed: tuple[str, ...] = (),
-    objective: bool = False,
 ) -> tuple[Config, list[str]]:
     """Take what nobody set from the checkpoint, and report where the settings are from.
+
+    Continued pretraining takes the objective as well, and may have other mel bins.
 
     Args:
         config: Configuration of the run. Where it was not loaded from a file, what differs from
@@ -32,8 +33,6 @@ def adopt(
         pretrained: Configuration of the checkpoint.
         source: Path of the checkpoint, for messages.
         assumed: Keys ``section.key`` that the checkpoint does not say, and has the defaults of.
-        objective: Whether the run continues pretraining: then the objective is taken as well, and
-            mel bins may differ.
 
     Returns:
         The configuration, and lines for the log.
@@ -44,7 +43,7 @@ def adopt(
     """
     plain, theirs = to_plain(config), to_plain(pretrained)
     taken, kept = dict[str, Any](), list[str]()
-    for section, key in _keys(config, objective):
+    for section, key in _keys(config):
         name, value = f"{section}.{key}", theirs.get(section, {}).get(key)
         if name == "finetune.stride" and value == theirs["model"]["patch"]:
             value = None
@@ -53,7 +52,7 @@ def adopt(
             plain[section][key] = taken[name] = value
         elif ours != value:
             origin = _origin(config, name)
-            _check(name, ours, value, origin, source, resizable=objective)
+            _check(name, ours, value, origin, source, resizable=config.finetune is None)
             kept.append(f"{name} {_text(ours)} {origin}, the checkpoint has {_text(value)}")
     if "objective.num_masked" in taken:
         share = pretrained.objective.num_masked / _patches(theirs)
@@ -62,11 +61,11 @@ def adopt(
     return adopted, _lines(plain, taken, kept, source, assumed)
 
 
-def _keys(config: Config, objective: bool) -> list[tuple[str, str]]:
+def _keys(config: Config) -> list[tuple[str, str]]:
     measured = ("mean", "std") if config.audio.stats == "measure" else ()
     keys = [("model", key) for key in MODEL]
     keys += [("audio", key) for key in AUDIO if key not in measured]
-    if objective:
+    if config.finetune is None:
         return keys + [("objective", key) for key in OBJECTIVE]
     return [*keys, ("finetune", "stride")]
 

@@ -106,11 +106,11 @@ def test_continued_pretraining_keeps_the_objective_and_its_share_of_masks(tmp_pa
     path = tmp_path / "continue.yaml"
     path.write_text("optim: {lr: 1.0e-5}\n")
     config = load_config(path, ["audio.num_frames=256", "audio.n_mels=80"])
-    adopted, _ = adopt(config, THEIRS, "ckpt", objective=True)
+    adopted, _ = adopt(config, THEIRS, "ckpt")
     assert adopted.objective == replace(THEIRS.objective, num_masked=40)  # half of 5 x 16
     assert adopted.audio.n_mels == 80
     generative = load_config(path, ["objective.kind=joint", "objective.num_masked=3"])
-    adopted, _ = adopt(generative, THEIRS, "ckpt", objective=True)
+    adopted, _ = adopt(generative, THEIRS, "ckpt")
     assert (adopted.objective.kind, adopted.objective.num_masked) == ("joint", 3)
 
 

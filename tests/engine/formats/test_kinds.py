@@ -96,7 +96,7 @@ def test_each_cell(models, kind, action, cell, tmp_path):
         assert (loaded.model is loaded.encoder or loaded.is_classifier) == (cell == "encoder")
     elif action == "pretrain":
         loaded = open_encoder(path, metadata)
-        config, _ = adopt(load_config("continue"), loaded.config, str(path), objective=True)
+        config, _ = adopt(load_config("continue"), loaded.config, str(path))
         taken = continue_from(MSPM(config), loaded.model)
         assert taken == ("encoder, fresh heads" if cell == "encoder" else "encoder, heads")
     else:

@@ -1,0 +1,59 @@
+"""The checkpoint that a run begins from: its name, its model, and the settings taken from it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ssast.engine.checkpoints.adopt import adopt
+from ssast.engine.config import Config, load_config
+from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder
+
+Checkpoint = LoadedModel | str | Path
+
+
+def initial_checkpoint(run: Path) -> str | None:
+    """Return the checkpoint that a run began from; None if from scratch, or without a run."""
+    stored = run / "config.yaml"
+    return _name(load_config(stored)) if stored.is_file() else None
+
+
+def with_checkpoint(config: Config, checkpoint: Checkpoint | None, resume: bool) -> Config:
+    """Return the configuration with the path of the weights that its run begins from.
+
+    Args:
+        config: Configuration of the run.
+        checkpoint: What the user gave; it overrides the configuration.
+        resume: Whether a run that names none takes the one that it began from.
+    """
+    if isinstance(checkpoint, LoadedModel):
+        checkpoint = checkpoint.path
+    name = _name(config) if checkpoint is None else str(checkpoint)
+    if name is None and resume:
+        name = initial_checkpoint(Path(config.run.folder or ""))
+    if config.finetune is None:
+        return replace(config, train=replace(config.train, checkpoint=name))
+    return replace(config, finetune=replace(config.finetune, checkpoint=name))
+
+
+def open_initial(
+    config: Config, checkpoint: Checkpoint | None, metadata: MissingMetadata | None
+) -> LoadedModel | None:
+    """Open the model that a configuration names, unless the user gave it; None from scratch.
+
+    Raises:
+        CheckpointError: See :func:`~ssast.engine.formats.open.open_encoder`.
+        ConfigError: See there.
+    """
+    name = _name(config)
+    if name is None or isinstance(checkpoint, LoadedModel):
+        return checkpoint if isinstance(checkpoint, LoadedModel) else None
+    return open_encoder(name, metadata)
+
+
+def adopt_from(config: Config, loaded: LoadedModel) -> tuple[Config, list[str]]:
+    """Take the settings that nobody set from a loaded model; see :func:`adopt`."""
+    return adopt(config, loaded.config, str(loaded.path), assumed=loaded.assumed)
+
+
+def _name(config: Config) -> str | None:
+    settings = config.train if config.finetune is None else config.finetune
+    return settings.checkpoint
