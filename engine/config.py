@@ -42,6 +42,11 @@ OVERRIDE = "on the command line"
 PUBLISHED_SHARE = 400 / 512  # of the patches that are masked
 
 
+def num_patches(n_mels: int, num_frames: int, patch: Sequence[int]) -> int:
+    """Return the number of patches of an input that do not overlap."""
+    return (n_mels // patch[0]) * (num_frames // patch[1])
+
+
 def masked_patches(share: float, patches: int) -> int:
     """Return how many patches a share is; the published generator leaves out two at least."""
     return max(2, min(round(share * patches), patches - 2))
@@ -279,7 +284,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 def _default_masked(raw: Mapping[str, Any]) -> int:
     audio = _build(Audio, raw.get("audio") or {}, "audio.")
     model = _build(Model, raw.get("model") or {}, "model.")
-    patches = (audio.n_mels // model.patch[0]) * (audio.num_frames // model.patch[1])
+    patches = num_patches(audio.n_mels, audio.num_frames, model.patch)
     return masked_patches(PUBLISHED_SHARE, patches)
 
 

@@ -6,6 +6,7 @@ done is kept: the same command goes on. With --device cpu a small dry run of the
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ OUT, DOCS = Path("runs/gpu"), Path("docs")
 RESULTS = "parts.json"
 BUDGET_S = 25 * 60.0
 CLIPS = {"cuda": (512, 10.0), "cpu": (12, 1.0)}  # generated to train on: number and seconds
-STOP_S = 10.0  # between the signals of a part that takes too long
+STOP_S = 10.0  # between the two signals to a part that takes too long
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,15 +119,11 @@ def _run(part: Part, out: Path, left_s: float) -> dict[str, float | str]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a part with all of its processes."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None and number == signal.SIGTERM:
-            continue
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
+    """End a part with all of its processes, also those that it left behind."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            continue
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -40,7 +40,7 @@ from ssast.benchmarks.training.groups import (
     measured_groups,
 )
 from ssast.benchmarks.training.ours import OurStep
-from ssast.engine.config import Config, from_plain
+from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.model.objective import MSPM
@@ -86,7 +86,7 @@ class Setting:
                     "finetune": {"stride": [10, 10], "loss": "bce"},
                 }
             )
-        num_masked = round(400 / 512 * 8 * (self.frames // 16))
+        num_masked = masked_patches(PUBLISHED_SHARE, 8 * (self.frames // 16))
         return from_plain(
             {
                 "model": {"size": self.size},

@@ -6,7 +6,7 @@ The command line comes first, then the configuration file, then the checkpoint, 
 from collections.abc import Mapping
 from typing import Any
 
-from ssast.engine.config import OVERRIDE, Config, from_plain, masked_patches, to_plain
+from ssast.engine.config import OVERRIDE, Config, from_plain, masked_patches, num_patches, to_plain
 from ssast.engine.errors import CheckpointError
 from ssast.engine.settings import Audio, Finetune, Model, Objective
 
@@ -100,8 +100,8 @@ def _check(name: str, ours: Any, theirs: Any, origin: str, source: str, *, resiz
 
 
 def _patches(plain: Mapping[str, Any]) -> int:
-    (rows, columns), audio = plain["model"]["patch"], plain["audio"]
-    return (audio["n_mels"] // rows) * (audio["num_frames"] // columns)
+    audio = plain["audio"]
+    return num_patches(audio["n_mels"], audio["num_frames"], plain["model"]["patch"])
 
 
 def _lines(
