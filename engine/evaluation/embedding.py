@@ -8,10 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.features import Level, embed_batch
-from ssast.engine.evaluation.predict import default_device
+from ssast.engine.evaluation.predict import default_device, one_pass
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_clips
@@ -19,7 +18,6 @@ from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import check_new, replacing
-from ssast.pipelines.stream.stream import AudioStream
 from ssast.pipelines.text import NAME_BYTES
 
 
@@ -155,13 +153,11 @@ def embed_recordings(
     try:
         with (
             replacing(out) as temporary,
-            AudioStream(
+            one_pass(
                 paths,
-                fbank_spec(loaded.audio),
-                batch_size=min(batch_size, len(paths)),
-                epochs=1,
-                device=device,
-                max_rejected=1.0,
+                loaded.audio,
+                device,
+                batch_size=batch_size,
                 on_reject=lambda clip, path, reason: rejected.update({path: reason}),
             ) as batches,
         ):

@@ -1,6 +1,6 @@
 """Predict the classes of clips with a fine-tuned classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.formats.open import LoadedModel, as_classifier
+from ssast.engine.settings import Audio
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
@@ -91,6 +92,26 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
     return paths
 
 
+def one_pass(
+    paths: Sequence[Any],
+    audio: Audio,
+    device: torch.device,
+    *,
+    batch_size: int = BATCH,
+    on_reject: Callable[[int, str, str], None] | None = None,
+) -> AudioStream:
+    """Return a stream that reads each clip once, in order, however many cannot be read."""
+    return AudioStream(
+        paths,
+        fbank_spec(audio),
+        batch_size=min(batch_size, len(paths)),
+        epochs=1,
+        device=device,
+        max_rejected=1.0,
+        on_reject=on_reject,
+    )
+
+
 @fast_matmul()
 @torch.inference_mode()
 def score_clips(
@@ -105,13 +126,10 @@ def score_clips(
     audio = loaded.audio
     logits = np.zeros((len(paths), loaded.num_classes))
     reasons: dict[int, str] = {}
-    with AudioStream(
+    with one_pass(
         paths,
-        fbank_spec(audio),
-        batch_size=min(BATCH, len(paths)),
-        epochs=1,
-        device=device,
-        max_rejected=1.0,
+        audio,
+        device,
         on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
     ) as batches:
         for batch in batches:

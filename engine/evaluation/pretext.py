@@ -4,15 +4,13 @@ from pathlib import Path
 
 import torch
 
-from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError
-from ssast.engine.evaluation.predict import BATCH, default_device
+from ssast.engine.evaluation.predict import default_device, one_pass
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.objective import MSPM, mean_losses, with_masks
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.stream.stream import AudioStream
 
 
 @fast_matmul()
@@ -37,14 +35,7 @@ def pretext_losses(model: LoadedModel | str | Path, source: str | Path) -> dict[
         raise CheckpointError(f"{loaded.path}: expected a model with its pretraining heads")
     paths, device = read_clips(source), default_device()
     module, totals, scored = loaded.model.to(device).eval(), dict[str, float](), 0
-    with AudioStream(
-        paths,
-        fbank_spec(loaded.audio),
-        batch_size=min(BATCH, len(paths)),
-        epochs=1,
-        device=device,
-        max_rejected=1.0,
-    ) as batches:
+    with one_pass(paths, loaded.audio, device) as batches:
         for batch in batches:
             masks = module.held_out_masks(batch.clip_ids, batch.num_frames)
             valid = with_masks(batch.valid, masks)
