@@ -34,10 +34,9 @@ def open_sound(
     if isinstance(source, str | bytes):
         with open_regular(source) as file:
             _check(file.fileno())
-    elif isinstance(source, int):
-        _check(source)
     else:
         _check(source)
+    if not isinstance(source, str | bytes | int):
         source = _Seekable(source)  # type: ignore[assignment]
     return soundfile.SoundFile(source, closefd=closefd)
 
