@@ -155,3 +155,15 @@ def flush(path: Path) -> None:
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def machine_id() -> str | None:
+    """Return what names this boot of the machine and namespace of process ids; None if unknown.
+
+    Processes with the same one can see each other.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None

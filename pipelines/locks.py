@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from ssast.pipelines.errors import DataError, FolderInUse
-from ssast.pipelines.files import flush
+from ssast.pipelines.files import flush, machine_id
 from ssast.pipelines.text import say
 
 LOCK, OWNER = ".lock", ".owner.json"
@@ -411,11 +411,7 @@ def _job() -> str:
 
 @functools.cache
 def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # then no other process counts as one of this machine
-        return uuid.uuid4().hex
+    return machine_id() or uuid.uuid4().hex  # where it is unknown, no other process has the same
 
 
 def _started(pid: int) -> str | None:

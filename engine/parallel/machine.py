@@ -1,12 +1,12 @@
 """The machine of this process: its memory, and which ranks share it."""
 
-import os
 import socket
 from pathlib import Path
 
 import psutil
 
 from ssast.engine.parallel.ranks import World, gather_objects
+from ssast.pipelines.files import machine_id
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -25,12 +25,4 @@ def machines_of(world: World) -> list[str]:
 
     Containers of one machine that do not see each other's processes count as several.
     """
-    return gather_objects(_machine(), world)
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = socket.gethostname()
-    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    return gather_objects(machine_id() or socket.gethostname(), world)
