@@ -61,6 +61,7 @@ setup(
             "types-pyyaml",
             "types-requests",
             "accelerate>=1.10",
+            "lightning>=2.5",
         ],
     },
     entry_points={"console_scripts": ["ssast = ssast.engine.cli.main:main"]},

@@ -5,6 +5,7 @@ import sys
 import devices
 import pytest
 import torch
+from compatibility import pytest_runtest_makereport  # noqa: F401  # a hook
 from rank_pool import RankPool
 from runs import make_data, write_config
 

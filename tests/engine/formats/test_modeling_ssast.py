@@ -60,6 +60,7 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert other.state_dict()[name].equal(value), name
 
 
+@pytest.mark.compatible("transformers", "save_pretrained to a second and a third checkpoint")
 @pytest.mark.parametrize("auto", [AutoModelForAudioClassification, AutoModel])
 def test_a_second_checkpoint_is_the_first(auto, folders, tmp_path):
     first = load(folders["bce"], auto)
@@ -76,6 +77,7 @@ def test_a_second_checkpoint_is_the_first(auto, folders, tmp_path):
         assert third(x)[0].equal(first(x)[0])
 
 
+@pytest.mark.compatible("transformers", "Trainer: gradient accumulation, checkpoints")
 @pytest.mark.parametrize("loss", ["ce", "bce"])
 def test_trainer_trains_to_a_checkpoint_that_opens_here(loss, folders, tmp_path):
     extract = AutoFeatureExtractor.from_pretrained(folders[loss])
@@ -110,6 +112,7 @@ def test_trainer_trains_to_a_checkpoint_that_opens_here(loss, folders, tmp_path)
         torch.testing.assert_close(ours(inputs()), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compatible("transformers", "from_pretrained(num_labels=...): a fresh head")
 @pytest.mark.parametrize("source", ["ce", "encoder"])
 def test_a_fresh_head(source, folders, tmp_path):
     before = load(folders[source], AutoModel)
@@ -125,6 +128,7 @@ def test_a_fresh_head(source, folders, tmp_path):
     assert load(tmp_path).config.num_labels == 5
 
 
+@pytest.mark.compatible("transformers", "attn_implementation, attentions, hidden states")
 def test_attention_implementations_and_what_they_return(folders):
     x, sdpa = inputs(), load(folders["ce"])
     eager = load(folders["ce"], attn_implementation="eager")
@@ -152,6 +156,7 @@ def test_attention_implementations_and_what_they_return(folders):
         sdpa(x[:, 1:])
 
 
+@pytest.mark.compatible("transformers", "return_dict=False: tuples")
 def test_tuples(folders):
     x, y, model = inputs(), targets("ce"), load(folders["ce"])
     with torch.no_grad():
@@ -164,6 +169,7 @@ def test_tuples(folders):
         assert model(x)[0].equal(want.logits) and isinstance(model(x), tuple)
 
 
+@pytest.mark.compatible("transformers", "problem_type: the loss of labels")
 @pytest.mark.parametrize("loss", ["ce", "bce"])
 @pytest.mark.parametrize("known", [True, False])
 def test_the_loss_of_the_problem_type(loss, known, folders):
@@ -180,6 +186,7 @@ def test_the_loss_of_the_problem_type(loss, known, folders):
             torch.testing.assert_close(model(x, labels=y.long()).loss, wanted(logits, y))
 
 
+@pytest.mark.compatible("transformers", "gradient_checkpointing_enable")
 def test_gradient_checkpointing_has_the_same_gradients(folders):
     plain, saving = load(folders["ce"]).train(), load(folders["ce"]).train()
     saving.gradient_checkpointing_enable()
@@ -193,6 +200,7 @@ def test_gradient_checkpointing_has_the_same_gradients(folders):
         assert one.grad is not None and one.grad.equal(other.grad), name
 
 
+@pytest.mark.compatible("transformers", "dtype, torch_dtype, device_map, autocast")
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_half_precision(key, folders, tmp_path):
     full, half = load(folders["ce"]), load(folders["ce"], device_map="cpu", **{key: torch.bfloat16})
@@ -208,6 +216,7 @@ def test_half_precision(key, folders, tmp_path):
     assert_same_weights(load(tmp_path, dtype="auto"), half)
 
 
+@pytest.mark.compatible("transformers", "pipeline of a second checkpoint")
 def test_the_pipeline_of_a_second_checkpoint(folders, tmp_path):
     load(folders["bce"]).save_pretrained(tmp_path)
     AutoFeatureExtractor.from_pretrained(folders["bce"]).save_pretrained(tmp_path)
