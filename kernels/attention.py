@@ -222,7 +222,6 @@ def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, 
     raise RuntimeError(f"no attention works on {device} in {dtype}: {trials}")
 
 
-@torch.compiler.assume_constant_result
 def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """Return the backend of :func:`attention` for a device and dtype."""
     if device.type == "cpu":
@@ -230,6 +229,10 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     if not torch.cuda.is_available():
         return "math"  # fake tensors: only shapes matter
     return next(reversed(attention_trials(device, dtype)))
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler (a second).
+attention_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None = None) -> Tensor:

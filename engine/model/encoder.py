@@ -88,7 +88,8 @@ class PatchEmbed(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
-        nn.init.xavier_normal_(self.mask_embed)
+        if not self.mask_embed.is_meta:  # where this draw would import torch's compiler: a second
+            nn.init.xavier_normal_(self.mask_embed)
 
     def valid_columns(self, num_frames: Tensor | None) -> Tensor | None:
         """Columns of patches that lie whole in the sound, [B], at least one.
