@@ -335,6 +335,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if isinstance(hint, types.UnionType):  # every union in the settings is "X | None"
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _convert(inner, value, key)
+    if typing.get_origin(hint) is tuple and args[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key} must be a list, got {shown(value)}")
+        return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):
             raise ConfigError(f"{key} must be a list of {len(args)}, got {shown(value)}")

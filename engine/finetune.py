@@ -62,6 +62,7 @@ def finetune(
         TrainingError: Training diverged.
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
+    from ssast.engine.monitoring.loggers import check_loggers
     from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_machines
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
@@ -70,6 +71,7 @@ def finetune(
     from ssast.engine.train.task import run_folder
 
     run_folder(config)  # must be set, before anything is read
+    check_loggers(config.run.loggers)
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     check_paths(config)
     pretrained = open_initial(config, checkpoint, metadata)

@@ -19,6 +19,7 @@ from ssast.engine.evaluation.pretext import pretext_losses
 from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
 from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder, open_model
 from ssast.engine.model.objective import MSPM
+from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
@@ -55,6 +56,7 @@ def pretrain(
         TrainingError: Training diverged.
     """
     run_folder(config)  # must be set, before anything is read
+    check_loggers(config.run.loggers)
     if config.finetune is not None:
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"

@@ -310,6 +310,10 @@ class Run:
     folder: str | None = None
     """Output folder; null: runs/<name of the configuration>."""
 
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Run logs beside metrics.jsonl, such as `[tensorboard, wandb]`: TensorBoard, Weights & Biases
+    (needs `pip install "ssast-engine[wandb]"`), Trackio (`ssast-engine[trackio]`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:

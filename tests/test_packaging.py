@@ -19,7 +19,8 @@ DISTRIBUTIONS = {
     "upath": "universal-pathlib",
     "yaml": "pyyaml",
 }
-NOT_PINNED = {"flash", "bench"}  # extras that need a GPU, or another torch
+# Extras that need a GPU, another torch, or other versions of what is pinned.
+NOT_PINNED = {"flash", "bench", "trackio"}
 
 
 def declared():

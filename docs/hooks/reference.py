@@ -103,6 +103,8 @@ def _kind(hint: Any) -> str:
         return " or ".join(f"`{str(a).lower() if isinstance(a, bool) else a}`" for a in args)
     if isinstance(hint, types.UnionType):
         return " or ".join(_kind(a) for a in args if a is not type(None)) + " or null"
+    if typing.get_origin(hint) is tuple and args[-1] is Ellipsis:
+        return f"list of {_kind(args[0])}"
     if typing.get_origin(hint) is tuple:
         return f"list of {len(args)} {_kind(args[0])}s"
     if typing.get_origin(hint) is Mapping:

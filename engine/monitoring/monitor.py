@@ -1,8 +1,8 @@
-"""Metrics of a run: the terminal, metrics.jsonl and TensorBoard; and the environment it ran in.
+"""Metrics of a run: the terminal, metrics.jsonl and run logs; and the environment it ran in.
 
 ``metrics.jsonl`` has one JSON object a line: ``step``, ``time`` (Unix time, s) and metrics, under
-the same names as in TensorBoard. Every ``train.log_every`` steps, averaged over the steps since the
-line before:
+the same names as in TensorBoard and the other run logs. Every ``train.log_every`` steps, averaged
+over the steps since the line before:
 
     train/loss, train/lr, train/skipped_steps
     train/grad_norm                                                of the last step, unclipped
@@ -27,7 +27,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ssast.engine.monitoring.loggers import Logger, RunLogs
 from ssast.engine.parallel.ranks import World
 from ssast.pipelines.files import append, usable_cores, write_atomically
 from ssast.pipelines.text import say
@@ -67,6 +68,7 @@ class Monitor:
         batch_size: int,
         flops_per_clip: float,
         peak_flops: float | None,
+        loggers: Sequence[Logger] = (),
     ):
         """Open the run's logs at a step.
 
@@ -78,13 +80,14 @@ class Monitor:
             batch_size: Clips of one step, over all ranks.
             flops_per_clip: FLOPs of one training step, per clip.
             peak_flops: Peak FLOP/s of one device; None if unknown: then there is no MFU.
+            loggers: Run logs beside metrics.jsonl.
         """
         self._path, self._world, self._steps = folder / "metrics.jsonl", world, steps
         self._batch_size, self._flops, self._peak = batch_size, flops_per_clip, peak_flops
         self._begin, self._waited, self._since = time.perf_counter(), 0.0, step
         self._unwritten: list[dict[str, Any]] = []  # lines that the disk has refused so far
         self._bar: tqdm | None = None
-        self._board: Any = None
+        self._logs = RunLogs(loggers if world.is_main else (), self.say)
         if not world.is_main:
             return
         self._open(step)
@@ -97,24 +100,12 @@ class Monitor:
         # What else is there: later lines, or half of one, to which the next would be appended.
         if not self._path.exists() or self._path.read_bytes() != kept:
             write_atomically(self._path, kept)
-        self._open_board(step)
-
-    def _open_board(self, step: int) -> None:
-        # Imported here: it takes a second, and only rank 0 needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
-
-    def _close_board(self) -> None:
-        board, self._board = self._board, None
-        if board is not None:
-            with suppress(OSError):  # what could not be written was told of
-                board.close()
+        self._logs.open(step)
 
     def rewind(self, step: int) -> None:
         """Go back to a step: remove the lines of later ones."""
         if self._world.is_main:
-            self._close_board()
+            self._logs.close()
             self._unwritten = [line for line in self._unwritten if line["step"] <= step]
             try:
                 self._open(step)
@@ -199,7 +190,7 @@ class Monitor:
         """Finish the bar and the logs."""
         if self._bar is not None:
             self._bar.close()
-        self._close_board()
+        self._logs.close()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         """Log metrics; a full disk must not end the training."""
@@ -211,14 +202,7 @@ class Monitor:
             self._unwritten.clear()
         except OSError as error:
             self.say(f"step {step} is not logged yet: {error}")
-        try:
-            if self._board is None:
-                self._open_board(step - 1)
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-        except OSError as error:
-            self.say(f"step {step} is missing in TensorBoard: {error}")
-            self._close_board()  # after an error it takes nothing more
+        self._logs.log(step, metrics)
 
 
 def _lines(contents: Iterable[Mapping[str, Any]]) -> bytes:

@@ -13,6 +13,7 @@ from ssast.engine.config import Config, dump_config, from_plain, load_config, to
 from ssast.engine.errors import CheckpointError, ConfigError, ReportError
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.monitoring.flops import peak_flops, step_flops_per_clip
+from ssast.engine.monitoring.loggers import build_loggers
 from ssast.engine.monitoring.monitor import Monitor, environment, read_metrics
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.monitoring.watchdog import Watchdog
@@ -148,6 +149,7 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
         batch_size=config.train.batch_size,
         flops_per_clip=step_flops_per_clip(config),
         peak_flops=peak_flops(facts["device"]) if world.device.type == "cuda" else None,
+        loggers=build_loggers(config, run),
     )
     matmul = "matmul by oneDNN, " if is_fast() else ""
     monitor.say(

@@ -110,6 +110,8 @@ def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
         ("model.patch=[16, x]", r"model.patch\[1\] must be a whole number, got 'x'"),
         ("model.patch=[16, 2000]", "model.patch .* does not fit"),
         ("data.train=3", "data.train must be a string, got 3"),
+        ("run.loggers=wandb", "run.loggers must be a list, got 'wandb'"),
+        ("run.loggers=[tensorbord]", r"run.loggers\[0\] must be one of .*mean tensorboard?"),
         ("objective.num_masked=511", "objective.num_masked must be at most 510 of the 8 x 64"),
         ("train.zero_stage=0", "train.zero_stage must be 1, 2 or 3, got 0: "),
         ("model=3", "model: expected a mapping"),

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssast.engine.config import from_plain, load_config
 from ssast.engine.monitoring.flops import forward_flops, peak_flops, step_flops_per_clip
+from ssast.engine.monitoring.loggers import TensorBoard
 from ssast.engine.monitoring.monitor import (
     Monitor,
     duration,
@@ -22,7 +23,14 @@ WORLD = World(0, 0, 1, "single", torch.device("cpu"))
 
 def monitor(folder, step=0):
     return Monitor(
-        folder, world=WORLD, step=step, steps=20, batch_size=4, flops_per_clip=1e9, peak_flops=None
+        folder,
+        world=WORLD,
+        step=step,
+        steps=20,
+        batch_size=4,
+        flops_per_clip=1e9,
+        peak_flops=None,
+        loggers=[TensorBoard(folder, {})],
     )
 
 
@@ -127,7 +135,14 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path, capsys):
 def test_other_ranks_write_nothing(tmp_path, capsys):
     other = World(1, 1, 2, "torchrun", torch.device("cpu"))
     log = Monitor(
-        tmp_path, world=other, step=0, steps=2, batch_size=4, flops_per_clip=1, peak_flops=None
+        tmp_path,
+        world=other,
+        step=0,
+        steps=2,
+        batch_size=4,
+        flops_per_clip=1,
+        peak_flops=None,
+        loggers=[TensorBoard(tmp_path, {})],
     )
     log.log_train(1, {"loss": 1.0, "lr": 0.1})
     log.say("nothing")
