@@ -60,6 +60,13 @@ _HOMES = {
     "save_onnx": "ssast.engine.formats.portable",
     "save_program": "ssast.engine.formats.portable",
     "UpstreamExpert": "ssast.engine.formats.s3prl",
+    "UpstreamSettings": "ssast.engine.formats.s3prl",
+    "ssast_frame_base": "ssast.engine.formats.s3prl",
+    "ssast_frame_tiny": "ssast.engine.formats.s3prl",
+    "ssast_local": "ssast.engine.formats.s3prl",
+    "ssast_patch_base": "ssast.engine.formats.s3prl",
+    "ssast_patch_small": "ssast.engine.formats.s3prl",
+    "ssast_patch_tiny": "ssast.engine.formats.s3prl",
     # Operations
     "FbankSpec": "ssast.kernels.mel",
     "fbank": "ssast.kernels.fbank",
@@ -119,7 +126,16 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
         save_published,
         to_published,
     )
-    from ssast.engine.formats.s3prl import UpstreamExpert
+    from ssast.engine.formats.s3prl import (
+        UpstreamExpert,
+        UpstreamSettings,
+        ssast_frame_base,
+        ssast_frame_tiny,
+        ssast_local,
+        ssast_patch_base,
+        ssast_patch_small,
+        ssast_patch_tiny,
+    )
     from ssast.engine.model.classifier import Classifier
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -35,6 +35,7 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Section = TypeVar("Section")
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
 OVERRIDE = "on the command line"
 
@@ -197,6 +198,11 @@ def to_plain(config: Any) -> dict[str, Any]:
 def from_plain(raw: dict[str, Any], stated: Mapping[str, str] | None = None) -> Config:
     """Convert nested dicts and lists to a configuration, with every check."""
     return dataclasses.replace(_build(Config, raw, ""), stated=stated)
+
+
+def section_from_plain(cls: type[Section], raw: Any, name: str) -> Section:
+    """Convert a dict to the dataclass of one section, with every check."""
+    return _build(cls, raw, f"{name}.")
 
 
 def with_data(

@@ -366,15 +366,29 @@ def layer_states(
         ``depth + 1`` tensors [B, 2 + N, D]: the embeddings, then the output of each block, that of
         the last block after the final norm.
     """
+    states = residual_states(encoder, clips, lengths)
+    return [*states[:-1], encoder.norm(states[-1])]
+
+
+def residual_states(
+    encoder: SpectrogramTransformer, clips: Tensor, lengths: Tensor | None = None
+) -> list[Tensor]:
+    """Return the same before the final norm: the embeddings, then the output of each block."""
     masks = encoder.no_masks(len(clips), lengths)
     padding_mask = token_padding_mask(masks)
     x, _, _ = encoder.embed(clips, masks)
     states = [x]
     for block in encoder.blocks:
         states.append(block(states[-1], padding_mask=padding_mask))
-    return [*states[:-1], encoder.norm(states[-1])]
+    return states
 
 
 def time_states(encoder: SpectrogramTransformer, hidden: Tensor) -> Tensor:
     """Average hidden states [B, 2 + N, D] over frequency, to [B, T', D]: one per patch column."""
     return hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, encoder.embed.grid).mean(1)
+
+
+def stacked_states(encoder: SpectrogramTransformer, hidden: Tensor) -> Tensor:
+    """Put the hidden states of a column side by side, [B, 2 + N, D] to [B, T', rows * D]."""
+    tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, encoder.embed.grid)
+    return tokens.transpose(1, 2).flatten(2)
