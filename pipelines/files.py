@@ -1,4 +1,4 @@
-"""Atomic writes, appending, and the number of usable cores."""
+"""The cache folder, atomic writes, appending, and the number of usable cores."""
 
 import contextlib
 import errno
@@ -10,11 +10,24 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from ssast.pipelines.errors import DataError
 
+CACHE = "SSAST_CACHE"  # environment: folder of all that is kept for later runs
+Kept = Literal["weights", "packages", "lists"]
 TEMPORARY = ".tmp-"
 NAME_MAX = 255  # bytes in the name of a file, on every file system in use
+
+
+def cache_folder(kind: Kept) -> Path:
+    """Return a folder of what is kept for later runs: in ``SSAST_CACHE``, else in the user's cache.
+
+    Args:
+        kind: ``weights`` (fetched by name or address), ``packages`` (of the demo's recordings), or
+            ``lists`` (of clips, and digests of files).
+    """
+    return Path(os.environ.get(CACHE) or "~/.cache/ssast").expanduser() / kind
 
 
 @contextlib.contextmanager

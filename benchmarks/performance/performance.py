@@ -16,7 +16,6 @@ from ssast.benchmarks.operations.kernels import machine_facts
 from ssast.benchmarks.performance.cases import REPEATS, sections
 from ssast.benchmarks.performance.page import write_page
 from ssast.benchmarks.performance.store import OUT, ResultStore, Scope
-from ssast.engine.cli.data import PACKAGE_CACHE
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
 from ssast.pipelines.demo.corpora import fetch_demo
@@ -83,5 +82,5 @@ def _measure(store: ResultStore, options: argparse.Namespace) -> None:
     for section, cases in sections(scope).items():
         if section.partition("-")[0] in options.sections:
             if section == "runs" and scope.data == Scope().data:
-                fetch_demo(Path(scope.data), PACKAGE_CACHE.expanduser())
+                fetch_demo(Path(scope.data))
             store.measure(section, cases, scope, machine)

@@ -33,7 +33,6 @@ from ssast.benchmarks.study.plan import (
     steps_and_epochs,
 )
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.cli.data import PACKAGE_CACHE
 from ssast.engine.errors import ConfigError, TrainingError
 from ssast.engine.evaluation.reconstructions import visualize
 from ssast.engine.finetune import FinetuneEngine, finetune
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     stored = Plan.read(options.out)
     if options.data is None and (stored is None or stored.data == str(DATA)):
-        fetch_sounds(DATA, PACKAGE_CACHE.expanduser())
+        fetch_sounds(DATA)
     plan = make_plan(options, stored)
     compared = check_no_leak(plan)
     print(f"no test clip ({compared['test']}) is a pretraining clip ({compared['pretraining']})")

@@ -6,7 +6,6 @@ from typing import Any
 
 from ssast.pipelines.text import printable
 
-PACKAGE_CACHE = Path("~/.cache/ssast/packages")
 SHOWN = 10  # problems that are printed
 
 
@@ -36,7 +35,7 @@ def _add_demo(kinds: Any) -> None:
         "--out", type=Path, metavar="DIR", help="(data/demo; with --sounds data/sounds)"
     )
     command.add_argument(
-        "--cache", type=Path, default=PACKAGE_CACHE, metavar="DIR", help=f"default: {PACKAGE_CACHE}"
+        "--cache", type=Path, metavar="DIR", help="(SSAST_CACHE/packages, ~/.cache/ssast/packages)"
     )
     command.set_defaults(run=_demo)
 
@@ -150,9 +149,9 @@ def _demo(options: argparse.Namespace) -> int:
 
     out = options.out or Path("data/sounds" if options.sounds else "data/demo")
     if options.sounds:
-        fetch_sounds(out, options.cache.expanduser())
+        fetch_sounds(out, options.cache)
     else:
-        fetch_demo(out, options.cache.expanduser())
+        fetch_demo(out, options.cache)
     return 0
 
 

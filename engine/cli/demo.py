@@ -19,14 +19,13 @@ from ssast.pipelines.prepare.pack import Packing, prepare_shards
 RELEASED = Path(__file__).parents[2] / "checkpoints" / "tiny_patch"
 
 
-def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int:
+def demo(source: Path | None, overrides: Sequence[str] = ()) -> int:
     """Get audio, pretrain on it as configs/demo.yaml says, draw pictures, score the features.
 
     Each part goes on where an earlier call was stopped.
 
     Args:
         source: A folder of audio files; a few hours of real recordings are fetched if None.
-        cache: Folder that keeps downloaded packages.
         overrides: Settings that override those of configs/demo.yaml.
 
     Returns:
@@ -41,7 +40,7 @@ def demo(source: Path | None, cache: Path, overrides: Sequence[str] = ()) -> int
         name = f"demo-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.resolve().name) or 'root'}"
     folder, run = Path("data") / name, Path("runs") / name
     if source is None:
-        train = fetch_demo(folder, cache).train
+        train = fetch_demo(folder).train
     else:
         prepare_shards(source, folder, Packing(Recipe(), drop_duplicates=True))
         train = publish_labels(folder)

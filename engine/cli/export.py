@@ -7,7 +7,7 @@ from typing import Any
 
 from ssast.engine.cli.options import NAMED, add_missing_metadata, missing_metadata
 from ssast.engine.cli.status import FILES_STATUS, files_status
-from ssast.pipelines.files import check_new
+from ssast.pipelines.files import cache_folder, check_new
 from ssast.pipelines.text import printable
 
 FORMATS = {
@@ -79,7 +79,7 @@ def add_weights_command(commands: Any) -> None:
 
 def _weights(options: argparse.Namespace) -> int:
     from ssast.engine.errors import ConfigError
-    from ssast.engine.formats.fetch import cache_folder, fetch_published
+    from ssast.engine.formats.fetch import WEIGHTS, fetch_published
     from ssast.engine.formats.known_weights import PUBLISHED, ours
 
     known, own = PUBLISHED, ours()
@@ -94,7 +94,7 @@ def _weights(options: argparse.Namespace) -> int:
     for name, path in own.items():
         print(f"{name:24} {'tiny':6} {'':6} {'':6} {'':6} {'':6} {path}")
     for name, weights in known.items():
-        path = cache_folder() / f"{name}.pth"
+        path = cache_folder(WEIGHTS) / f"{name}.pth"
         where = path if path.is_file() else weights.url
         shown = (weights.size, weights.patch, weights.num_masked, weights.audio, weights.speech)
         print(f"{name:24} {' '.join(f'{value!s:6}' for value in shown)} {where}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ssast.engine.cli.data import PACKAGE_CACHE, add_data_commands
+from ssast.engine.cli.data import add_data_commands
 from ssast.engine.cli.export import add_export_commands, add_weights_command
 from ssast.engine.cli.finetune import add_finetune_commands
 from ssast.engine.cli.options import (
@@ -240,7 +240,7 @@ def _visualize(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from ssast.engine.cli.demo import demo
 
-    return _status(demo(options.source, PACKAGE_CACHE.expanduser(), options.overrides))
+    return _status(demo(options.source, options.overrides))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -14,17 +14,17 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.hub import PREFIX, fetch_from_hub
 from ssast.engine.formats.known_weights import PUBLISHED, ours
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.files import cache_folder, write_atomically
 from ssast.pipelines.locks import in_turn
 from ssast.pipelines.text import one_line
 
-CACHE = "SSAST_CACHE"  # environment: folder of the cache
+WEIGHTS: Final = "weights"  # folder in the cache
 MIRROR = "SSAST_MIRROR"  # environment: address of a folder that holds NAME.pth
 TRIES = 5
 WAIT_S = 1.0  # before the second try, doubled before each further one
@@ -69,13 +69,7 @@ def fetch_published(name: str, mirror: str | None = None) -> Path:
     """
     mirror = mirror or os.environ.get(MIRROR)
     url = f"{mirror.rstrip('/')}/{quote(name)}.pth" if mirror else PUBLISHED[name].url
-    return _download(url, cache_folder() / f"{name}.pth", None)
-
-
-def cache_folder() -> Path:
-    """Return the folder of fetched weights: ``SSAST_CACHE``, else one in the user's cache."""
-    given = os.environ.get(CACHE)
-    return Path(given).expanduser() if given else Path("~/.cache/ssast/weights").expanduser()
+    return _download(url, cache_folder(WEIGHTS) / f"{name}.pth", None)
 
 
 def _from_address(text: str) -> Path:
@@ -89,7 +83,7 @@ def _from_address(text: str) -> Path:
     name = Path(unquote(urlsplit(url).path)).name or "weights"
     # Two addresses may end alike.
     key = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return _download(url, cache_folder() / key / name, sha256)
+    return _download(url, cache_folder(WEIGHTS) / key / name, sha256)
 
 
 def _download(url: str, path: Path, sha256: str | None) -> Path:

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ssast.pipelines.clips.shared import cache_folder
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.clips.shared import LISTS
+from ssast.pipelines.files import cache_folder, write_atomically
 
 WORDS = 5  # key (2), digest (2), checksum: each an uint64
 RECORD = 8 * WORDS
@@ -28,7 +28,7 @@ class DigestCache:
     """
 
     def __init__(self) -> None:
-        self._path = cache_folder().parent / "digests.bin"
+        self._path = cache_folder(LISTS) / "digests.bin"
         self._known = self._read()
         self._order = np.argsort(self._known[:, 0], kind="stable")
 

@@ -21,15 +21,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from ssast.pipelines.files import replacing
+from ssast.pipelines.files import cache_folder, replacing
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # to be raised when the content of the files changes
+LISTS: Final = "lists"  # their folder in the cache
 SUFFIX = ".arrays"
 TAIL = struct.Struct("<QI8s")  # where the description begins, checksum of all before, MAGIC
 MAGIC = b"ssastarr"
@@ -38,11 +39,6 @@ MANY = 2**18  # clips: fewer are not worth a file
 SETTLED_S = 2.0  # a file that was changed since may change again without another time
 Arrays = dict[str, np.ndarray]
 Identity = tuple[tuple[Any, ...], tuple[Any, ...]]  # what arrays are about, and what of
-
-
-def cache_folder() -> Path:
-    """Return the folder of the files: ``lists`` in ``SSAST_CACHE``, or in the user's cache."""
-    return Path(os.environ.get("SSAST_CACHE") or "~/.cache/ssast").expanduser() / "lists"
 
 
 def state_of(*paths: str | Path) -> tuple[Any, ...] | None:
@@ -142,7 +138,7 @@ def forget(what: tuple[Any, ...]) -> None:
 
 def _path(what: tuple[Any, ...]) -> Path:
     name = hashlib.blake2b(ascii(what).encode(), digest_size=16).hexdigest()
-    return cache_folder() / f"{name}{SUFFIX}"
+    return cache_folder(LISTS) / f"{name}{SUFFIX}"
 
 
 def _make(path: Path, about: str, build: Callable[[ArrayWriter], None]) -> Arrays:

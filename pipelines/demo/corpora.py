@@ -32,7 +32,7 @@ from ssast.pipelines.demo.publish import FACTS, DemoData, finished, publish
 from ssast.pipelines.demo.sounds import STUDY_TASKS
 from ssast.pipelines.demo.tasks import DEMO_TASKS, Clip, Task, divide
 from ssast.pipelines.errors import DataError, UnavailableError
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.files import cache_folder, write_atomically
 from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.pack import Packing, pack_recordings
 from ssast.pipelines.prepare.recordings import Recording, file_recording
@@ -70,7 +70,7 @@ DEMO_VERSION = 3  # raise it when names, tasks or splits change
 
 def fetch_demo(
     out: Path,
-    cache: Path,
+    cache: Path | None = None,
     *,
     jobs: int | None = None,
     progress: bool = True,
@@ -84,7 +84,7 @@ def fetch_demo(
 
     Args:
         out: Output folder.
-        cache: Folder that keeps the downloaded packages.
+        cache: Folder that keeps the downloaded packages; ``packages`` in the cache if None.
         jobs: Number of threads; that of the usable cores by default.
         progress: Show a progress bar.
         packages: Debian packages.
@@ -94,7 +94,8 @@ def fetch_demo(
     Raises:
         DataError: No network, no apt, no package of these, or ``out`` cannot be written to.
     """
-    out, cache = Path(out), Path(cache)
+    out = Path(out)
+    cache = cache_folder("packages") if cache is None else Path(cache).expanduser()
     packing = Packing(DEMO_RECIPE, shard_mib=SHARD_MIB, drop_duplicates=True)
     settings = {
         "made_of": list(packages),
@@ -119,7 +120,7 @@ def fetch_demo(
 
 def fetch_sounds(
     out: Path,
-    cache: Path,
+    cache: Path | None = None,
     *,
     jobs: int | None = None,
     progress: bool = True,

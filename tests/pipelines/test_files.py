@@ -2,13 +2,19 @@
 
 import contextlib
 import os
+from pathlib import Path
+from typing import get_args
 
 import pytest
+from paths import ROOT
 from rank_jobs import small_files
 
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import (
+    CACHE,
+    Kept,
     append,
+    cache_folder,
     check_new,
     replacing,
     use_default_mode,
@@ -35,6 +41,17 @@ def test_outputs_are_new(tmp_path):
     for name in ("clips.csv", "folder", "gone"):
         with pytest.raises(DataError, match="exists already: remove it, or choose another"):
             check_new([tmp_path / name], [tmp_path / "other"])
+
+
+@pytest.mark.parametrize("kind", get_args(Kept))
+def test_one_folder_holds_what_is_kept_for_later_runs(kind, monkeypatch):
+    monkeypatch.setenv(CACHE, "~/mine")
+    assert cache_folder(kind) == Path.home() / "mine" / kind
+    for unset in ("", None):
+        monkeypatch.setenv(CACHE, "") if unset == "" else monkeypatch.delenv(CACHE)
+        assert cache_folder(kind) == Path.home() / ".cache/ssast" / kind
+    page = (ROOT / "docs" / "data.md").read_text().partition("## The cache")[2]
+    assert f"| `{kind}` |" in page
 
 
 @pytest.mark.parametrize("shared", [False, True])

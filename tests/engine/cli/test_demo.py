@@ -54,7 +54,7 @@ def test_labelled_recordings_are_probed(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "demo"
 
     def probed() -> list[tuple[str, str, int]]:
-        assert demo(None, tmp_path, overrides(train__steps=2)) == 0
+        assert demo(None, overrides(train__steps=2)) == 0
         scores = json.loads((run / "probe.json").read_text())
         return [(s["task"], s["weights"], s["num_eval"]) for s in scores]
 

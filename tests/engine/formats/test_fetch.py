@@ -21,6 +21,7 @@ from ssast.engine.formats import fetch
 from ssast.engine.formats.fetch import local_path
 from ssast.engine.formats.known_weights import PUBLISHED, ours
 from ssast.engine.formats.open import open_encoder, open_model
+from ssast.pipelines.files import CACHE
 
 NAME = "SSAST-Tiny-Patch-400"
 
@@ -74,7 +75,7 @@ def server(tmp_path, monkeypatch):
         server.lie = server.stop_at = 0
         server.address = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv(fetch.CACHE, str(tmp_path / "cache"))
+        monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
         monkeypatch.setenv(fetch.MIRROR, server.address)
         monkeypatch.setattr(fetch, "WAIT_S", 0.001)
         for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -102,7 +103,7 @@ def resumed_at(server):
 def test_weights_are_fetched_once_by_name(server, weights, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     loaded = open_encoder(NAME)
-    assert loaded.path == tmp_path / "cache" / f"{NAME}.pth"
+    assert loaded.path == tmp_path / "cache" / "weights" / f"{NAME}.pth"
     assert loaded.path.read_bytes() == weights
     digest = hashlib.sha256(weights).hexdigest()
     assert f"SHA-256 {digest} is recorded" in caplog.text
@@ -133,8 +134,8 @@ def test_what_an_earlier_process_fetched_is_kept(server, weights):
 
 
 def test_a_part_that_is_longer_than_the_file_is_fetched_anew(server, weights, tmp_path):
-    part = tmp_path / "cache" / f"{NAME}.pth.part"
-    part.parent.mkdir()
+    part = tmp_path / "cache" / "weights" / f"{NAME}.pth.part"
+    part.parent.mkdir(parents=True)
     part.write_bytes(bytes(len(weights) + 1))
     assert local_path(NAME).read_bytes() == weights
 
@@ -143,7 +144,7 @@ def test_a_server_that_lies_about_the_length_is_not_believed(server, weights, tm
     server.lie = 10
     with pytest.raises(CheckpointError, match="cannot be fetched, 5 times"):
         local_path(NAME)
-    assert not (tmp_path / "cache" / f"{NAME}.pth").exists()
+    assert not (tmp_path / "cache" / "weights" / f"{NAME}.pth").exists()
 
 
 @pytest.mark.parametrize("status", [403, 404, 410])
@@ -154,7 +155,7 @@ def test_a_refusal_is_not_repeated_and_says_where_a_file_may_be_put(
     assert main(["embed", NAME, str(tmp_path), "--out", str(tmp_path / "x.npy")]) == 2
     shown = capsys.readouterr().err
     assert f"{server.address}/{NAME}.pth: the server answers {status}; or put the file" in shown
-    assert str(tmp_path / "cache" / f"{NAME}.pth") in shown and shown.count("\n") == 1
+    assert str(tmp_path / "cache" / "weights" / f"{NAME}.pth") in shown and shown.count("\n") == 1
     assert len(gets(server)) == 1
 
 
@@ -164,7 +165,7 @@ def test_a_passing_error_is_tried_again(server, weights):
 
 
 def test_offline_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(fetch.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     monkeypatch.setenv(fetch.MIRROR, "http://127.0.0.1:1")
     monkeypatch.setattr(fetch, "WAIT_S", 0.001)
     assert main(["weights", NAME]) == 2
@@ -172,7 +173,7 @@ def test_offline_is_one_line(tmp_path, monkeypatch, capsys):
     assert f"http://127.0.0.1:1/{NAME}.pth: cannot be fetched" in shown
     assert f"put the file by hand where it is looked for: {tmp_path}" in shown
     assert shown.count("\n") == 1
-    put = tmp_path / "cache" / f"{NAME}.pth"
+    put = tmp_path / "cache" / "weights" / f"{NAME}.pth"
     put.write_bytes(pretrained_file(tmp_path).read_bytes())
     assert open_encoder(NAME).path == put  # no checksum is known of it
 

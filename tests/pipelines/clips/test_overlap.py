@@ -17,7 +17,7 @@ from ssast.pipelines.clips.overlap import MIDDLE_BYTES, Contents, shared_recordi
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of the digests."""
     monkeypatch.setenv("SSAST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache/digests.bin"
+    return tmp_path / "cache/lists/digests.bin"
 
 
 @pytest.fixture

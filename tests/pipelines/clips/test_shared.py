@@ -11,7 +11,8 @@ import pytest
 
 from ssast.pipelines.clips import shared
 from ssast.pipelines.clips.order import epoch_order, permutation
-from ssast.pipelines.clips.shared import ArrayWriter, cache_folder, shared_arrays, state_of
+from ssast.pipelines.clips.shared import LISTS, ArrayWriter, shared_arrays, state_of
+from ssast.pipelines.files import cache_folder
 
 TWO_RANKS = """
 import sys, time
@@ -34,7 +35,7 @@ print(int(rows.sum()), maps.count(".arrays"))
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SSAST_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
+    return cache_folder(LISTS)
 
 
 class Counted:
