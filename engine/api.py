@@ -38,6 +38,8 @@ _HOMES = {
     "pretext_losses": "ssast.engine.evaluation.pretext",
     "embed": "ssast.engine.evaluation.features",
     "embed_recordings": "ssast.engine.evaluation.embedding",
+    "MtebEncoder": "ssast.engine.evaluation.mteb",
+    "XaresEncoder": "ssast.engine.evaluation.xares",
     # Modules, for loops of your own
     "MSPM": "ssast.engine.model.objective",
     "SpectrogramTransformer": "ssast.engine.model.encoder",
@@ -99,9 +101,11 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.evaluation.embedding import embed_recordings
     from ssast.engine.evaluation.evaluate import evaluate
     from ssast.engine.evaluation.features import embed
+    from ssast.engine.evaluation.mteb import MtebEncoder
     from ssast.engine.evaluation.predict import Prediction, predict
     from ssast.engine.evaluation.pretext import pretext_losses
     from ssast.engine.evaluation.timeline import Timeline, timelines
+    from ssast.engine.evaluation.xares import XaresEncoder
     from ssast.engine.finetune import FinetuneEngine, finetune
     from ssast.engine.folds import cross_validate
     from ssast.engine.formats.ast_model import ASTModel

@@ -64,7 +64,7 @@ def with_torchcodec(path: Path, spec: FbankSpec) -> Tensor:
 
 def with_torchaudio(path: Path, spec: FbankSpec) -> Tensor:
     """Decode with libsndfile and compute the filterbank with torchaudio."""
-    from torchaudio.compliance import kaldi  # type: ignore[import-not-found]
+    from torchaudio.compliance import kaldi
 
     samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     waveform = torch.from_numpy(samples.T)

@@ -12,8 +12,8 @@ from ssast.engine.data.waveforms import fbank_windows
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.classifier import Classifier, embed_clips
-from ssast.engine.model.encoder import layer_states, time_states
-from ssast.kernels.fbank import FbankSpec
+from ssast.engine.model.encoder import PatchEmbed, layer_states, time_states
+from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled
 from ssast.pipelines.audio.decode import Item, read_blocks
@@ -22,8 +22,6 @@ from ssast.pipelines.errors import DataError, UnusableError
 Level = Literal["clip", "frame"]
 
 
-@fast_matmul()
-@torch.no_grad()
 def embed(
     model: LoadedModel | str | Path,
     audio: Tensor | np.ndarray | str | Path,
@@ -51,27 +49,71 @@ def embed(
             infinite samples, or is shorter than one frame.
     """
     loaded = model if isinstance(model, LoadedModel) else open_model(model)
-    spec, device = fbank_spec(loaded.audio), default_device()
-    encoder = loaded.encoder.to(device).eval()
-    waves = _waveforms(audio, sample_rate_hz, spec)
+    device = default_device()
+    loaded.encoder.to(device).eval()
+    waves = load_waveforms(audio, sample_rate_hz, fbank_spec(loaded.audio))
     batch = waves.reshape(-1, waves.shape[-1]).to(device)
     lengths = torch.full((len(batch),), batch.shape[1], device=device)
-    hop = encoder.embed.grid[1] * encoder.embed.stride[1] * spec.hop
+    found, _ = embed_waveforms(loaded, batch, lengths, level)
+    return found.reshape(*waves.shape[:-1], *found.shape[1:]).to(waves.device)
+
+
+@fast_matmul()
+@torch.no_grad()
+def embed_waveforms(
+    loaded: LoadedModel, waves: Tensor, lengths: Tensor, level: Level
+) -> tuple[Tensor, Tensor]:
+    """Embed waveforms of any length, window by window; each is embedded as if it were alone.
+
+    Args:
+        loaded: A model, on the device of the waveforms.
+        waves: [B, S] float32 in [-1, 1] at the sample rate of the model, zero-padded; at least one
+            frame.
+        lengths: [B] int64, valid samples of each waveform, at least one frame.
+        level: See :func:`embed`.
+
+    Returns:
+        [B, D], or [B, T', D] with the columns of S samples and 0 after the end of each waveform;
+        float32. And the number of valid columns [B].
+    """
+    embed, spec = loaded.encoder.embed, fbank_spec(loaded.audio)
+    hop = embed.grid[1] * embed.stride[1] * spec.hop
+    # A window follows where the one before does not hear all frames. Windows share frames where
+    # patches overlap, so it may begin before the end of a waveform that needs no further window.
+    follows = spec.num_samples + spec.hop - hop
     vectors, counts = [], []
-    # A rest that is too short for a frame makes no window.
-    for fbank, frames in fbank_windows(batch, lengths, spec, hop, batch.shape[1] - spec.window + 1):
+    end = max(waves.shape[1] - follows, 0) + 1
+    for number, (fbank, frames) in enumerate(fbank_windows(waves, lengths, spec, hop, end)):
         window, held = embed_batch(loaded, fbank, frames, level)
-        count = int(held[0])  # the same in all, which are equally long
-        vectors.append(window[:, :count] if level == "frame" else window * count)
-        counts.append(count)
-    found = torch.cat(vectors, 1) if level == "frame" else torch.stack(vectors).sum(0) / sum(counts)
-    return found.reshape(*waves.shape[:-1], *found.shape[1:]).float().to(waves.device)
+        if number:
+            held = held.where(lengths - number * hop >= follows, 0)
+        if level == "frame":
+            rest = torch.tensor(num_frames(waves.shape[1] - number * hop, spec))
+            valid = torch.arange(window.shape[1], device=waves.device) < held[:, None]
+            window = window.where(valid[..., None], 0)[:, : int(_columns(embed, rest))]
+        else:
+            window = window * held[:, None]
+        vectors.append(window)
+        counts.append(held)
+    total = torch.stack(counts).sum(0)
+    if level == "frame":
+        return torch.cat(vectors, 1).float(), total
+    return (torch.stack(vectors).sum(0) / total[:, None]).float(), total
 
 
-def _waveforms(
+def load_waveforms(
     audio: Tensor | np.ndarray | str | Path, sample_rate_hz: int, spec: FbankSpec
 ) -> Tensor:
-    """Return the audio as float32 [S] or [B, S] at the model's sample rate."""
+    """Return audio as float32 [S] or [B, S] at the sample rate of a model.
+
+    Args:
+        audio: See :func:`embed`.
+        sample_rate_hz: See :func:`embed`.
+        spec: Filterbank settings of the model.
+
+    Raises:
+        DataError: See :func:`embed`.
+    """
     if isinstance(audio, str | Path):
         try:
             blocks = resampled(read_blocks(Item(str(audio), Path(audio))), spec.sample_rate_hz)
@@ -109,14 +151,14 @@ def _checked(waves: Tensor, spec: FbankSpec, name: str) -> Tensor:
 
 
 def embed_batch(
-    loaded: LoadedModel, fbank: Tensor, num_frames: Tensor, level: Level
+    loaded: LoadedModel, fbank: Tensor, frames: Tensor, level: Level
 ) -> tuple[Tensor, Tensor]:
     """Embed a batch of filterbanks.
 
     Args:
         loaded: A model, on the device of the filterbanks.
         fbank: [B, T, F] log-mel before normalisation.
-        num_frames: [B], valid frames of each clip.
+        frames: [B], valid frames of each clip.
         level: See :func:`embed`.
 
     Returns:
@@ -124,14 +166,19 @@ def embed_batch(
         columns [B].
     """
     encoder = loaded.encoder
-    embed = encoder.embed
-    starts = torch.arange(embed.grid[1], device=fbank.device) * embed.stride[1]
-    sound = starts < num_frames.clamp(min=1)[:, None]  # [B, T']
-    whole = embed.valid_columns(num_frames)
-    if whole is not None:
-        sound = torch.arange(embed.grid[1], device=fbank.device) < whole[:, None]
+    held = _columns(encoder.embed, frames)
     if level == "frame":
-        states = time_states(encoder, layer_states(encoder, fbank, num_frames)[-1])
-        return states.masked_fill(~sound[..., None], torch.nan), sound.sum(1)
+        states = time_states(encoder, layer_states(encoder, fbank, frames)[-1])
+        ended = torch.arange(states.shape[1], device=fbank.device) >= held[:, None]
+        return states.masked_fill(ended[..., None], torch.nan), held
     pooling = loaded.model.pooling if isinstance(loaded.model, Classifier) else "avgtok"
-    return embed_clips(encoder, fbank, pooling, num_frames), sound.sum(1)
+    return embed_clips(encoder, fbank, pooling, frames), held
+
+
+def _columns(embed: PatchEmbed, frames: Tensor) -> Tensor:
+    """Return the columns of patches that valid frames [B] fill, at least one."""
+    whole = embed.valid_columns(frames)
+    if whole is not None:
+        return whole
+    begun = torch.div(frames + embed.stride[1] - 1, embed.stride[1], rounding_mode="floor")
+    return begun.clamp(1, embed.grid[1])

@@ -8,6 +8,7 @@ import torch
 
 from ssast.engine.api import DataError, LoadedModel, embed, embed_recordings
 from ssast.engine.config import from_plain
+from ssast.engine.evaluation.features import embed_waveforms
 from ssast.engine.formats.s3prl import UpstreamExpert
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
@@ -70,6 +71,28 @@ def test_long_waveforms_are_cut_into_windows(loaded, monkeypatch):
     found = embed(loaded, long, level="frame")
     assert len(states) == 19 and len(found) == 18  # s3prl counts a column that is not whole
     torch.testing.assert_close(found, states[:18], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frames", "columns"), [(16, 2), (50, 5), (51, 5), (64, 5), (65, 7), (114, 10), (115, 12)]
+)
+def test_what_fits_the_input_is_one_window_where_patches_overlap(frames, columns, tmp_path):
+    """5 columns 10 frames apart in 64 frames: the second window begins at frame 50."""
+    torch.manual_seed(0)
+    encoder = SpectrogramTransformer(CONFIG.model, CONFIG.audio, (10, 10)).eval()
+    loaded = LoadedModel(encoder, CONFIG, tmp_path, "run")
+    samples = torch.from_numpy(wave(2.0))[: 400 + 160 * (frames - 1)]
+    found = embed(loaded, samples, level="frame")
+    assert len(found) == columns
+    if frames == 115:  # in a batch, the others end where they end alone
+        lengths = torch.tensor([400 + 160 * (n - 1) for n in (115, 64, 65, 16)])
+        rows = torch.stack([samples.where(torch.arange(len(samples)) < n, 0) for n in lengths])
+        together, held = embed_waveforms(loaded, rows, lengths, "frame")
+        assert held.tolist() == [12, 5, 7, 2]
+        for row, n, count in zip(together, lengths, held, strict=True):
+            alone = embed(loaded, samples[:n], level="frame")
+            torch.testing.assert_close(row[:count], alone, rtol=1e-4, atol=1e-4)
+            assert not row[count:].any()
 
 
 def test_another_sample_rate_is_resampled(device, loaded):
