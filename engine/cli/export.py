@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssast.engine.cli.options import NAMED, add_missing_metadata, missing_metadata
+from ssast.engine.cli.options import NAMED, add_missing_metadata, add_quiet, missing_metadata
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.files import cache_folder, check_new
 from ssast.pipelines.text import printable
@@ -58,6 +58,7 @@ def add_export_commands(commands: Any) -> None:
     command.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="clips per batch (default: 16)"
     )
+    add_quiet(command)
     command.set_defaults(run=_embed)
 
 
@@ -176,7 +177,12 @@ def _embed(options: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size must be at least 1, got {options.batch_size}")
     loaded = _open(options)
     embedded = embed_recordings(
-        loaded, options.source, options.out, level=options.level, batch_size=options.batch_size
+        loaded,
+        options.source,
+        options.out,
+        level=options.level,
+        batch_size=options.batch_size,
+        progress=not options.quiet,
     )
     empty = "null" if embedded.listing == embedded.path else "NaN"
     for path, reason in embedded.rejected.items():

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ssast.engine.cli.options import (
     add_config,
     add_input_metadata,
     add_missing_metadata,
+    add_quiet,
     add_resume,
     missing_metadata,
 )
@@ -126,6 +128,7 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
         f"{NAMED}",
     )
     add_missing_metadata(command, classifier=True)
+    add_quiet(command)
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -151,7 +154,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from ssast.engine.formats.open import open_classifier
 
     loaded = open_classifier(options.checkpoint, missing_metadata(options), named=True)
-    values = evaluate(loaded, options.manifest, options.out, options.max_rejected)
+    values = evaluate(
+        loaded, options.manifest, options.out, options.max_rejected, progress=not options.quiet
+    )
     scored, total = (int(values.pop(name)) for name in COUNTS)
     print(f"{'clips':10}{scored} of {total}")
     for name, value in values.items():
@@ -166,7 +171,13 @@ def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.formats.open import open_model
 
     loaded = open_model(options.checkpoint, missing_metadata(options))
-    scores = probe_model(loaded, Path(options.manifest), options.train, options.max_rejected)
+    scores = probe_model(
+        loaded,
+        Path(options.manifest),
+        options.train,
+        options.max_rejected,
+        progress=not options.quiet,
+    )
     print(format_scores(scores))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +194,7 @@ def _predict(options: argparse.Namespace) -> int:
     loaded = open_classifier(options.checkpoint, missing_metadata(options))
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)
-    predictions = predict(loaded, options.sources, options.top)
+    predictions = predict(loaded, options.sources, options.top, progress=not options.quiet)
     for found in predictions:
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
@@ -198,7 +209,10 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
 
     found = []
     num_read = total = 0
-    for timeline in timelines(loaded, options.sources, options.window_s, options.hop_s):
+    # Where the lines come on a terminal, they are the progress.
+    progress = not options.quiet and not sys.stdout.isatty()
+    seconds = options.window_s, options.hop_s
+    for timeline in timelines(loaded, options.sources, *seconds, progress=progress):
         for line in timeline.lines(options.top):
             if options.json:
                 print(json.dumps(line))

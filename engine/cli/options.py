@@ -24,6 +24,13 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 NAMED = "or a name of ssast weights, hf:owner/name, or an address"
 
 
+def add_quiet(command: argparse.ArgumentParser) -> None:
+    """Add ``--quiet``."""
+    command.add_argument(
+        "--quiet", action="store_true", help="show no progress bar (default: on a terminal)"
+    )
+
+
 def add_resume(command: argparse.ArgumentParser) -> None:
     """Add ``--resume``."""
     command.add_argument(

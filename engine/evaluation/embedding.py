@@ -11,6 +11,7 @@ import torch
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.features import Level, embed_batch
 from ssast.engine.evaluation.predict import default_device, one_pass
+from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_clips
@@ -117,6 +118,7 @@ def embed_recordings(
     *,
     level: Level = "clip",
     batch_size: int = 16,
+    progress: bool = True,
 ) -> WrittenEmbeddings:
     """Write the embeddings of recordings.
 
@@ -130,6 +132,7 @@ def embed_recordings(
             holds all of that; see :class:`ParquetWriter`.
         level: ``clip`` or ``frame``.
         batch_size: Clips at once.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         ConfigError: A package for the format is missing.
@@ -166,7 +169,8 @@ def embed_recordings(
                 rows = NumpyWriter(temporary, shape)
             else:
                 rows = ParquetWriter(temporary, shape, paths)
-            for number, batch in enumerate(batches):
+            tracked = with_progress(batches, len(paths), "embed", progress)
+            for number, batch in enumerate(tracked):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
                 vectors, held = embed_batch(loaded, batch.fbank, batch.num_frames, level)

@@ -20,6 +20,8 @@ def evaluate(
     manifest: str | Path,
     out: Path | None = None,
     max_rejected: float | None = None,
+    *,
+    progress: bool = True,
 ) -> dict[str, float]:
     """Compute the metrics of a classifier on the clips of a manifest.
 
@@ -29,6 +31,7 @@ def evaluate(
         out: Folder for predictions and figures; none are written if None.
         max_rejected: Largest share of clips that may be unreadable; ``data.max_rejected`` of the
             model's run if None. They are left out of the metrics, and logged.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Returns:
         See :func:`~ssast.engine.evaluation.metrics.classification_metrics`; and ``num_scored`` of
@@ -43,7 +46,7 @@ def evaluate(
     """
     loaded = as_classifier(model)
     clips = read_labelled(str(manifest), loaded.classes, one_label=loaded.loss == "ce")
-    logits, reasons = score_clips(loaded, clips.paths, default_device())
+    logits, reasons = score_clips(loaded, clips.paths, default_device(), progress)
     read = np.array([row not in reasons for row in range(len(clips))])
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
     check_read(str(manifest), clips.paths, read, share)

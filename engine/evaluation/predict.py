@@ -10,6 +10,7 @@ import torch
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
+from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.settings import Audio
 from ssast.kernels.matmul import fast_matmul
@@ -37,7 +38,11 @@ class Prediction:
 
 
 def predict(
-    model: LoadedModel | str | Path, sources: Sequence[str | Path], top: int = 5
+    model: LoadedModel | str | Path,
+    sources: Sequence[str | Path],
+    top: int = 5,
+    *,
+    progress: bool = True,
 ) -> list[Prediction]:
     """Predict the classes of files, of all files in folders, or of the clips of manifests.
 
@@ -48,6 +53,7 @@ def predict(
         model: A fine-tuned classifier, or the path of one.
         sources: Audio files, folders, manifests.
         top: Number of classes for each clip.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         CheckpointError: There is no classifier at the path.
@@ -57,7 +63,7 @@ def predict(
     """
     loaded = as_classifier(model)
     paths = find_files(sources)
-    logits, reasons = score_clips(loaded, paths, default_device())
+    logits, reasons = score_clips(loaded, paths, default_device(), progress)
     scores = probabilities(logits, loaded.loss)
     return [
         Prediction(str(path), (), reasons[row])
@@ -115,7 +121,7 @@ def one_pass(
 @fast_matmul()
 @torch.inference_mode()
 def score_clips(
-    loaded: LoadedModel, paths: Sequence[Any], device: torch.device
+    loaded: LoadedModel, paths: Sequence[Any], device: torch.device, progress: bool = False
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Compute the logits [n, C] of clips.
 
@@ -132,7 +138,7 @@ def score_clips(
         device,
         on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
     ) as batches:
-        for batch in batches:
+        for batch in with_progress(batches, len(paths), "predict", progress):
             frames = batch.num_frames if audio.ignore_padding else None
             found = classifier(batch.fbank, frames).double().cpu().numpy()
             valid = batch.valid.cpu().numpy()

@@ -6,6 +6,7 @@ import torch
 
 from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.predict import default_device, one_pass
+from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.objective import MSPM, mean_losses, with_masks
 from ssast.kernels.matmul import fast_matmul
@@ -15,12 +16,15 @@ from ssast.pipelines.errors import DataError
 
 @fast_matmul()
 @torch.inference_mode()
-def pretext_losses(model: LoadedModel | str | Path, source: str | Path) -> dict[str, float]:
+def pretext_losses(
+    model: LoadedModel | str | Path, source: str | Path, *, progress: bool = True
+) -> dict[str, float]:
     """Compute the losses of a pretrained model as a validation of its run does.
 
     Args:
         model: A model with its pretraining heads, or the path of one.
         source: Clips, as ``data.valid`` takes them.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Returns:
         Means over the clips that can be read: ``loss`` and those of
@@ -36,7 +40,7 @@ def pretext_losses(model: LoadedModel | str | Path, source: str | Path) -> dict[
     paths, device = read_clips(source), default_device()
     module, totals, scored = loaded.model.to(device).eval(), dict[str, float](), 0
     with one_pass(paths, loaded.audio, device) as batches:
-        for batch in batches:
+        for batch in with_progress(batches, len(paths), "evaluate", progress):
             masks = module.held_out_masks(batch.clip_ids, batch.num_frames)
             valid = with_masks(batch.valid, masks)
             means = mean_losses(module(batch.fbank, *masks), valid, module.objective.mse_weight)

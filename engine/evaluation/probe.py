@@ -26,6 +26,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.data.labels import check_read
 from ssast.engine.evaluation.metrics import verification_metrics
 from ssast.engine.evaluation.predict import default_device
+from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, load_pretrained
 from ssast.engine.model.classifier import embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
@@ -89,14 +90,18 @@ def untrained_encoder(config: Config) -> SpectrogramTransformer:
 @fast_matmul()
 @torch.no_grad()
 def features(
-    encoder: SpectrogramTransformer, paths: ClipPaths, audio: Audio, device: torch.device
+    encoder: SpectrogramTransformer,
+    paths: ClipPaths,
+    audio: Audio,
+    device: torch.device,
+    progress: bool = False,
 ) -> dict[ClipPath, np.ndarray]:
     """Compute the mean of the valid patch tokens, [D], of each readable clip, by path."""
     encoder, found = encoder.to(device), {}
     with AudioStream(
         paths, fbank_spec(audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
     ) as batches:
-        for batch in batches:
+        for batch in with_progress(batches, len(paths), "encode", progress):
             pooled = embed_clips(encoder, batch.fbank, num_frames=batch.num_frames)
             vectors = pooled.double().cpu().numpy()
             for clip, vector, valid in zip(batch.clip_ids, vectors, batch.valid, strict=True):
@@ -111,6 +116,7 @@ def probe(
     audio: Audio,
     device: torch.device,
     max_rejected: float = Data().max_rejected,
+    progress: bool = False,
 ) -> list[Score]:
     """Score each encoder on each task.
 
@@ -123,6 +129,7 @@ def probe(
         device: Device of the encoders.
         max_rejected: Largest share of the clips of a manifest that may be unreadable; they are
             left out.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         DataError: A manifest is wrong or has no labels, too few of its clips can be read,
@@ -136,7 +143,7 @@ def probe(
     paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
     scores = []
     for weights, encoder in encoders.items():
-        vectors = features(encoder, paths, audio, device)
+        vectors = features(encoder, paths, audio, device, progress)
         for task, (train, *rest) in labels.items():
             x, y, recordings = _arrays(train, vectors, tasks[task][0], max_rejected)
             x_eval, y_eval, of_eval = x, y, recordings
@@ -241,6 +248,7 @@ def probe_model(
     manifest: Path,
     train: Path | None = None,
     max_rejected: float | None = None,
+    progress: bool = True,
 ) -> list[Score]:
     """Score the encoder of any model on labelled clips, and an untrained one like it.
 
@@ -249,6 +257,7 @@ def probe_model(
         manifest: Manifest of clips with one label each.
         train: Manifest of clips to train on; cross-validation if None, see :func:`probe`.
         max_rejected: See :func:`probe`; ``data.max_rejected`` of the model's run if None.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         DataError: See :func:`probe`.
@@ -262,7 +271,7 @@ def probe_model(
     device = default_device()
     encoders = {"untrained": fresh, "checkpoint": trained}
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
-    return probe(encoders, tasks, loaded.audio, device, share)
+    return probe(encoders, tasks, loaded.audio, device, share, progress)
 
 
 def probe_run(

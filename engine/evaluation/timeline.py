@@ -13,6 +13,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.predict import default_device, find_files
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
+from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
@@ -118,6 +119,8 @@ def timelines(
     sources: Sequence[str | Path],
     window_s: float | None = None,
     hop_s: float | None = None,
+    *,
+    progress: bool = True,
 ) -> Iterator[Timeline]:
     """Classify recordings of any length window by window, one recording after the other.
 
@@ -126,6 +129,7 @@ def timelines(
         sources: Audio files, folders, manifests.
         window_s: Length of a window in seconds; that of the model's input if None.
         hop_s: Seconds from one window to the next; half a window if None.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
         CheckpointError: There is no classifier at the path.
@@ -135,7 +139,8 @@ def timelines(
     loaded = as_classifier(model)
     cutting = Windows.from_seconds(fbank_spec(loaded.audio), window_s, hop_s)
     paths = find_files(sources)
-    return (timeline(loaded, path, cutting, default_device()) for path in paths)
+    tracked = with_progress(paths, len(paths), "predict", progress, lambda _: 1)
+    return (timeline(loaded, path, cutting, default_device()) for path in tracked)
 
 
 @fast_matmul()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import SampleDigest

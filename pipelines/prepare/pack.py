@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ssast.pipelines.audio.convert import (
     Codec,

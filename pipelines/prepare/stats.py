@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.manifest import read_clips
