@@ -27,9 +27,15 @@ def add_export_commands(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="formats:\n" + "\n".join(f"  {name:10} {text}" for name, text in FORMATS.items()),
     )
-    _add_model(command)
+    _add_model(command, classifier=True)
     command.add_argument("--to", required=True, choices=FORMATS, help="output format, see below")
     command.add_argument("out", metavar="OUT", type=Path, help="file or folder to write")
+    command.add_argument(
+        "--input",
+        choices=("fbank", "waveform"),
+        help="with --to onnx or pt2: what the model is fed, log-mel filterbanks or waveforms, with "
+        "the filterbank inside (default: fbank)",
+    )
     command.add_argument(
         "--push",
         metavar="OWNER/NAME",
@@ -40,7 +46,7 @@ def add_export_commands(commands: Any) -> None:
     command = commands.add_parser(
         "embed", help="extract embeddings of recordings", epilog=FILES_STATUS
     )
-    _add_model(command)
+    _add_model(command, classifier=False)
     command.add_argument("source", metavar="SOURCE", help="manifest, folder or audio file")
     command.add_argument(
         "--out",
@@ -103,13 +109,13 @@ def _weights(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser, *, classifier: bool) -> None:
     command.add_argument(
         "model",
         metavar="CKPT",
         help=f"folder of a run, a checkpoint, a published .pth, a transformers folder, {NAMED}",
     )
-    add_missing_metadata(command)
+    add_missing_metadata(command, classifier=classifier)
 
 
 def _open(options: argparse.Namespace) -> Any:
@@ -124,15 +130,16 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.checkpoints.weights import export_weights
     from ssast.engine.errors import ConfigError
     from ssast.engine.formats.huggingface import export_huggingface
-    from ssast.engine.formats.open import published_metadata
+    from ssast.engine.formats.open import as_classifier, published_metadata
     from ssast.engine.formats.portable import save_onnx, save_program
     from ssast.engine.formats.published import save_published
-    from ssast.engine.model.classifier import ACTIVATIONS
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
 
     if options.push and options.to != "hf":
         raise ConfigError("--push is for --to hf")
+    if options.input and options.to not in ("onnx", "pt2"):
+        raise ConfigError("--input is for --to onnx and --to pt2")
     check_new([options.out], [options.model])
     loaded, out = _open(options), options.out
     if options.to == "weights":
@@ -141,18 +148,19 @@ def _export(options: argparse.Namespace) -> int:
         print(export_weights(loaded.model, loaded.config, loaded.step, out, torch.float16))
         return 0
     bare = loaded.classifier if loaded.is_classifier else loaded.encoder
-    labels, names = loaded.classes or None, loaded.names or None
+    labels, names, loss = None, None, None
+    if loaded.is_classifier:  # classes without names are numbered, as ssast predict does
+        labels, names = as_classifier(loaded).classes, as_classifier(loaded).names
+        loss = loaded.loss
     if options.to == "published":
         if isinstance(loaded.model, SpectrogramTransformer):
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
         save_published(loaded.model, out, loaded.audio, published_metadata(loaded))
     elif options.to == "hf":
-        loss = loaded.loss if loaded.is_classifier else None
         export_huggingface(bare, out, loaded.audio, labels, loss, names)
     else:
         save = save_onnx if options.to == "onnx" else save_program
-        activation = ACTIVATIONS[loaded.loss] if loaded.is_classifier else None
-        save(bare, out, loaded.audio, labels, activation, names)
+        save(bare, out, loaded.audio, labels, loss, names, fed=options.input or "fbank")
     if loaded.audio.ignore_padding:
         print(
             "warning: audio.ignore_padding is not exported: outputs are the same only for clips of "

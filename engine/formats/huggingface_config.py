@@ -16,7 +16,7 @@ Loss = Literal["ce", "bce"]
 CONFIG = "config.json"
 STOCK, OWN = "audio-spectrogram-transformer", "ssast"
 _FRAMES = {STOCK: "max_length", OWN: "num_frames"}  # the keys of the length of the input
-_PROBLEM_TYPES: dict[Loss, str] = {
+PROBLEM_TYPES: dict[Loss, str] = {
     "ce": "single_label_classification",
     "bce": "multi_label_classification",
 }
@@ -105,7 +105,7 @@ def class_config(
     if names != labels:
         found[_LABEL_IDS] = dict(zip(names, labels, strict=True))
     if loss is not None:
-        found["problem_type"] = _PROBLEM_TYPES[loss]
+        found["problem_type"] = PROBLEM_TYPES[loss]
     return found
 
 
@@ -128,10 +128,10 @@ def find_loss(config: dict[str, Any], folder: Path) -> Loss | None:
     kind = config.get("problem_type")
     if kind is None:
         return None
-    for loss, name in _PROBLEM_TYPES.items():
+    for loss, name in PROBLEM_TYPES.items():
         if kind == name:
             return loss
-    known = " or ".join(_PROBLEM_TYPES.values())
+    known = " or ".join(PROBLEM_TYPES.values())
     raise CheckpointError(f"{folder / CONFIG}: problem_type is {shown(kind)}, expected {known}")
 
 

@@ -1,12 +1,16 @@
 """Export a model without our operations, by torch.export or to ONNX.
 
-Both files say what they are fed and what comes out, as strings by name (JSON but for the
-activation): the extra files of ``torch.export``, the metadata of ONNX.
+It is fed log-mel filterbanks, or waveforms: then the filterbank is inside. Both files say what they
+are fed and what comes out, as strings by name (JSON but for the input and the two last):
 
-    audio       settings of the filterbank, the input before normalisation
-    activation  what makes probabilities of the logits: softmax or sigmoid
-    labels      names of the classes as they are shown, in the order of the logits
-    label_ids   their labels, the ids of a table of classes
+    input         fbank or waveform
+    audio         settings of the filterbank before normalisation, how clips are padded and cut
+    labels        names of the classes as they are shown, in the order of the logits
+    label_ids     their labels, the ids of a table of classes
+    activation    what makes probabilities of the logits: softmax or sigmoid
+    problem_type  the same in the words of transformers
+
+They are the extra files of ``torch.export``, and the metadata of ONNX.
 """
 
 import json
@@ -14,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +26,22 @@ from torch import Tensor, nn
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.ast_model import Trunk
-from ssast.engine.model.classifier import Classifier, pool
+from ssast.engine.formats.huggingface_config import PROBLEM_TYPES, Loss
+from ssast.engine.model.classifier import ACTIVATIONS, Classifier, pool
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio
-from ssast.kernels.mel import PREEMPHASIS
+from ssast.kernels.fbank import fbank_reference
+from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec
 
-INPUT, OUTPUT = "fbank", "output"
+Input = Literal["fbank", "waveform"]
+
+INPUTS: dict[Input, tuple[str, ...]] = {
+    "fbank": ("fbank",),
+    "waveform": ("waveform", "num_samples"),
+}
+"""Names of the inputs of a file, by what it is fed."""
+
+OUTPUT = "output"
 ONNX_OPSET = 18
 
 
@@ -57,15 +72,49 @@ class Portable(nn.Module):
         return self.head(pool(hidden, self.pooling))
 
 
+class WaveformPortable(nn.Module):
+    """A portable model that is fed waveforms: the filterbank, then the model.
+
+    The filterbank is in float64: a weak band beside a strong one keeps its digits.
+    """
+
+    def __init__(self, model: Portable, spec: FbankSpec):
+        super().__init__()
+        self.model, self.spec = model, spec
+
+    def forward(self, waveform: Tensor, num_samples: Tensor) -> Tensor:
+        """Map waveforms [B, S] and the lengths of their clips [B] to logits or hidden states.
+
+        Clips longer than the model's input are cut at the end; what lies beyond a clip's end is
+        not heard.
+        """
+        longest = self.spec.num_samples
+        lengths = num_samples.clamp(max=waveform.shape[1])
+        padded = nn.functional.pad(waveform, (0, longest))[:, :longest]
+        return self.model(fbank_reference(padded.double(), lengths, self.spec).float())
+
+
 def export_program(
-    model: Classifier | SpectrogramTransformer, audio: Audio
+    model: Classifier | SpectrogramTransformer, audio: Audio, fed: Input = "fbank"
 ) -> torch.export.ExportedProgram:
     """Export the model by ``torch.export``, for any number of clips."""
-    portable = Portable(model).eval()
-    # Two clips: of one, it would take the number for a constant.
-    example = torch.zeros(2, audio.num_frames, audio.n_mels)
+    module, example, shapes = _traced(model, audio, fed)
+    return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+def _traced(
+    model: Classifier | SpectrogramTransformer, audio: Audio, fed: Input
+) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Return what is traced: the module, an example of its inputs, their dynamic shapes."""
+    spec, portable = fbank_spec(audio), Portable(model).eval()
     batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(portable, (example,), dynamic_shapes=({0: batch},), strict=False)
+    # Two clips: of one, it would take the number for a constant.
+    if fed == "fbank":
+        example = (torch.zeros(2, audio.num_frames, audio.n_mels),)
+        return portable, example, ({0: batch},)
+    samples = torch.export.Dim("samples", min=1)
+    waves = torch.zeros(2, spec.num_samples + 1), torch.full((2,), spec.num_samples)
+    return WaveformPortable(portable, spec).eval(), waves, ({0: batch, 1: samples}, {0: batch})
 
 
 def save_program(
@@ -73,8 +122,10 @@ def save_program(
     path: str | Path,
     audio: Audio,
     labels: Sequence[str] | None = None,
-    activation: str | None = None,
+    loss: Loss | None = None,
     names: Sequence[str] | None = None,
+    *,
+    fed: Input = "fbank",
 ) -> Path:
     """Write a file for ``torch.export.load(path).module()``, usually called .pt2.
 
@@ -83,9 +134,12 @@ def save_program(
         path: Path of the file.
         audio: Settings of its input.
         labels: Labels of the classes, in the order of the logits.
-        activation: What makes probabilities of the logits; see
-            :data:`~ssast.engine.model.classifier.ACTIVATIONS`.
+        loss: Loss that a classifier was trained with, which says what makes probabilities of the
+            logits.
         names: Display names of the classes; if None, the labels.
+        fed: What the file is fed: ``fbank`` [B, T, F], log-mel filterbanks before normalisation; or
+            ``waveform`` [B, S], at ``audio.sample_rate_hz`` in [-1, 1], and ``num_samples`` [B]
+            int64, the samples of each clip.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -93,8 +147,8 @@ def save_program(
     path = _made(path)
     try:
         with open(path, "wb") as file:
-            extra = _metadata(audio, labels, activation, names)
-            torch.export.save(export_program(model, audio), file, extra_files=extra)
+            extra = _metadata(audio, labels, loss, names, fed)
+            torch.export.save(export_program(model, audio, fed), file, extra_files=extra)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     return path
@@ -105,18 +159,21 @@ def save_onnx(
     path: str | Path,
     audio: Audio,
     labels: Sequence[str] | None = None,
-    activation: str | None = None,
+    loss: Loss | None = None,
     names: Sequence[str] | None = None,
+    *,
+    fed: Input = "fbank",
 ) -> Path:
-    """Write an ONNX file: input ``fbank`` [batch, T, F], output ``output``.
+    """Write an ONNX file, whose output is called ``output``.
 
     Args:
         model: Model on the CPU, in float32.
         path: Path of the file; weights above 2 GB go into a second one beside it.
         audio: Settings of its input.
         labels: As for :func:`save_program`.
-        activation: Likewise.
+        loss: Likewise.
         names: Likewise.
+        fed: Likewise; the inputs have these names.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -129,22 +186,22 @@ def save_onnx(
         raise ConfigError(
             'ONNX needs the packages onnx and onnxscript: pip install "ssast-engine[onnx]"'
         ) from error
-    example = torch.zeros(2, audio.num_frames, audio.n_mels)
+    module, example, shapes = _traced(model, audio, fed)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converter, on its own use of PyTorch
         converted = torch.onnx.export(
-            Portable(model).eval(),
-            (example,),
+            module,
+            example,
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=[INPUT],
+            dynamic_shapes=shapes,
+            input_names=INPUTS[fed],
             output_names=[OUTPUT],
             opset_version=ONNX_OPSET,
             verbose=False,
         )
     assert converted is not None
-    converted.model.metadata_props.update(_metadata(audio, labels, activation, names))
+    converted.model.metadata_props.update(_metadata(audio, labels, loss, names, fed))
     try:
         converted.save(path, external_data=_bytes(model) > 2 * 10**9)
     except OSError as error:
@@ -155,29 +212,38 @@ def save_onnx(
 def _metadata(
     audio: Audio,
     labels: Sequence[str] | None,
-    activation: str | None,
+    loss: Loss | None,
     names: Sequence[str] | None,
+    fed: Input,
 ) -> dict[str, str]:
     spec = fbank_spec(audio)
     settings = {
         "sample_rate_hz": spec.sample_rate_hz,
         "n_mels": spec.n_mels,
         "num_frames": spec.num_frames,
+        "num_samples": spec.num_samples,
         "window": spec.window,
         "hop": spec.hop,
         "n_fft": spec.n_fft,
+        "snip_edges": True,
         "window_type": "hanning",
         "preemphasis": PREEMPHASIS,
         "low_hz": spec.low_hz,
         "high_hz": spec.sample_rate_hz / 2,
+        "mel_floor": EPS,
         "mean": audio.mean,
         "std": audio.std,
+        "truncation_side": "right",
+        "padding_side": "right",
+        "padding_value": 0.0,
     }
-    found = {"audio": json.dumps(settings)}
+    found = {"input": fed, "audio": json.dumps(settings)}
     if labels is not None:
         shown = labels if names is None else names
         found |= {"labels": json.dumps(list(shown)), "label_ids": json.dumps(list(labels))}
-    return found if activation is None else found | {"activation": activation}
+    if loss is not None:
+        found |= {"activation": ACTIVATIONS[loss], "problem_type": PROBLEM_TYPES[loss]}
+    return found
 
 
 def _bytes(model: nn.Module) -> int:

@@ -143,6 +143,10 @@ def test_a_pretrained_run_exports_its_encoder(run, tmp_path, capsys):
             ["export", "{tuned}", "--frames", "64", "--stride", "16", "16", "--to", "hf", "{out}"],
             "make 8 x 4 = 32 patches, but v.pos_embed has 60",
         ),
+        (
+            ["export", "{run}", "--to", "hf", "{out}", "--input", "fbank"],
+            "--input is for --to onnx",
+        ),
         (["export", "{run}", "--frames", "9", "--to", "hf", "{out}"], "leave out num_frames=9"),
         (
             ["embed", "{run}", "{tuned}", "--out", "x.txt"],

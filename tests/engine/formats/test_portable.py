@@ -6,12 +6,17 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from sounds import tone
+from torch import nn
 
+from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError
+from ssast.engine.formats import portable
 from ssast.engine.formats.portable import Portable, save_onnx, save_program
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
+from ssast.kernels.fbank import fbank
 
 AUDIO = Audio(num_frames=64, mean=-5.0, std=4.0)
 CASES = {
@@ -70,12 +75,45 @@ def test_torch_export_and_onnx_have_the_same_numbers_for_any_batch(case, tmp_pat
     assert not [n.target for n in program.graph.nodes if "ssast" in str(n.target)]
 
 
+def mixture() -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips [6, S] of 16 bits: cut, whole, of less than a window, and a tone beside silence."""
+    longest = fbank_spec(AUDIO).num_samples
+    counts = torch.tensor([longest + 5_000, longest, 4_321, 400, 399, 8_000])
+    rows = [torch.from_numpy(tone(len_, seed=len_)) for len_ in counts[:5].tolist()]
+    t = torch.arange(8_000) / 16_000
+    rows.append(0.99 * torch.sin(2 * torch.pi * 440 * t) + 1e-4 * torch.from_numpy(tone(8_000)))
+    clips = nn.utils.rnn.pad_sequence(rows, batch_first=True).clamp(-1, 1)
+    return (clips * 2**15).round() / 2**15, counts
+
+
+@pytest.mark.compatible("ONNX Runtime", "export --to onnx --input waveform: log-mel within 1e-3")
+@pytest.mark.compatible("PyTorch", "export --to pt2 --input waveform: log-mel within 1e-3")
+def test_the_filterbank_in_a_file_is_the_one_it_was_trained_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(portable, "Portable", lambda model: nn.Identity())  # the log-mel comes out
+    save_onnx(make("encoder"), tmp_path / "a.onnx", AUDIO, fed="waveform")
+    save_program(make("encoder"), tmp_path / "a.pt2", AUDIO, fed="waveform")
+    clips, counts = mixture()
+    clips[2, 5_000:] = 0.5  # beyond the clip's end
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for rows in (slice(None), slice(3, 5), slice(5, 6)):
+        x, n = clips[rows, : int(counts[rows].max())].contiguous(), counts[rows]
+        want = fbank(x, n, fbank_spec(AUDIO))
+        loud = want > -10
+        given = {"waveform": x.numpy(), "num_samples": n.numpy()}
+        for found in (program(x, n), torch.from_numpy(session.run(None, given)[0])):
+            assert found.shape == want.shape and found.dtype == torch.float32
+            assert found[want == 0].eq(0).all()
+            torch.testing.assert_close(found[loud], want[loud], rtol=0, atol=1e-3)
+            torch.testing.assert_close(found, want, rtol=0, atol=2e-2)
+
+
 def test_weights_are_shared_and_gradients_flow():
     model = make("patch")
     x = fbanks(1).requires_grad_()
-    portable = Portable(model)
-    torch.testing.assert_close(portable(x), model(x.detach()), rtol=1e-5, atol=1e-5)
-    portable(x).sum().backward()
+    shared = Portable(model)
+    torch.testing.assert_close(shared(x), model(x.detach()), rtol=1e-5, atol=1e-5)
+    shared(x).sum().backward()
     assert model.head[1].weight.grad is not None and x.grad.abs().sum() > 0
 
 
