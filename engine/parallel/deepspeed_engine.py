@@ -1,6 +1,7 @@
 """The training engine: forward, backward, optimizer step and state over all ranks.
 
-This file and sharded_state.py are all that knows DeepSpeed (0.19). What they guarantee:
+This file, sharded_state.py and zero_overrides.py are all that knows DeepSpeed (0.19). What they
+guarantee:
 
 - one code path for 1 to N ranks, ZeRO stages 1 to 3, fp32 and bf16;
 - a gradient that is not finite on any rank skips the step on all ranks;
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ssast.engine.errors import CheckpointError
 from ssast.engine.parallel.ranks import World, broadcast_object
 from ssast.engine.parallel.sharded_state import ShardedState
+from ssast.engine.parallel.zero_overrides import replace_slow_parts
 
 
 def deepspeed_config(
@@ -166,7 +168,7 @@ class TrainEngine:
                 model=module, optimizer=optimizer, config=self.settings
             )
         if zero_stage < 3 and offload == "none":
-            _take_norm_once(self._zero)
+            replace_slow_parts(self._zero, world.world_size)
         _limit_waiting(world.timeout_s)
         self._state = ShardedState(module, self._zero, stage=zero_stage, world=world)
         if precision == "bf16":
@@ -361,27 +363,6 @@ def _one_optimizer_class() -> Iterator[None]:
         yield
     finally:
         engine.DeepSpeedEngine._do_optimizer_sanity_check = check
-
-
-def _take_norm_once(zero: Any) -> None:
-    """Let stages 1 and 2 find what is not finite by the gradient norm alone, as stage 3 does.
-
-    A test of its own takes 13 launches for each parameter and waits for the device, and the norm of
-    each parameter two, over a copy in float64.
-    """
-    from deepspeed.runtime.zero.utils import get_norm_dtype
-
-    take_norm = zero.get_grad_norm_direct
-
-    def norm(gradients: list[Tensor], params: list[Tensor], norm_type: int = 2) -> Tensor:
-        own = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
-        if len(own) < 2:
-            return take_norm(gradients, params, norm_type)
-        norms = torch.stack(torch._foreach_norm(own, norm_type, dtype=get_norm_dtype()))
-        return take_norm([norms], params[:1], norm_type)
-
-    zero.get_grad_norm_direct = norm
-    zero.check_overflow = lambda **_: None
 
 
 def _limit_waiting(timeout_s: float) -> None:

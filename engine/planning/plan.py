@@ -6,7 +6,7 @@
 
     weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
     optimizer          12 P / W
-    gradients          e P; ZeRO 2, 3: e P / W         + (e + 4) P / W, flat copies of the step;
+    gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the flat copy of the step;
                                                        accumulating: + 4 P, ZeRO 2, 3: 4 P / W
     activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
                                                        dropout and with attention in tiles
@@ -41,13 +41,13 @@ COMPILED_TRAFFIC, COMPILED_LAUNCHES = 40.0, 40
 ENGINE_S = {1: 0.007, 2: 0.007, 3: 0.050}  # DeepSpeed's own host time of a step, besides launches
 GRAPHS = 3  # launches where masks, forward and backward pass are CUDA graphs
 STEP_LAUNCHES = 57  # of the norm and the optimizer, and of the mean over valid clips
-COPIES = 2  # of each parameter's gradient, to DeepSpeed's bucket and to its flat gradient
+COPIES = 2  # of each parameter's gradient, to DeepSpeed's bucket and to its partition
 HOP_S = 6e-6  # of a ring, from machine to machine
 LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
 # Read and written for a parameter. Of a micro-batch: DeepSpeed's copies of the gradient, in bf16,
 # and its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient
-# in bf16 and in fp32, Adam, weight in bf16.
-COPIED_BYTES, STEP_BYTES = 16, 46
+# in fp32, Adam, weight in bf16.
+COPIED_BYTES, STEP_BYTES = 16, 42
 MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
 HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
 
@@ -61,7 +61,7 @@ class Memory:
     """Gradients that are kept from one micro-batch to the next."""
 
     gradients: float
-    """Of the step, with the flat copies, in their precision and in fp32, that it is taken from."""
+    """Of the step, with the flat copy in fp32 that it is taken from."""
 
     optimizer: float
     buckets: float
@@ -224,7 +224,7 @@ def memory(
     bucket = (2 if zero["overlap_comm"] else 1) * e * min(zero["reduce_bucket_size"], T)
     weights = e * P / W + e * min(P, LIVE_ELEMENTS) * (W > 1) if stage == 3 else e * P
     gradients = e * T / W if stage > 1 else e * T
-    flat = (e + 4) * T / W if e == 2 else 0
+    flat = 4 * T / W if e == 2 else 0
     accumulates = config.train.accumulation_steps > 1
     return Memory(
         weights=weights,
@@ -311,12 +311,13 @@ def step_time(
         launches = min(launches, depth * COMPILED_LAUNCHES)
     if config.train.cuda_graphs is not False:
         launches = GRAPHS
-    launches += COPIES * parameters.tensors
+    copied = world_size > 1 or (micro_steps > 1 and e == 2)  # see zero_overrides.py
+    launches += COPIES * parameters.tensors * copied
     peak = gpu.peak_tflops * 1e12
     matmul_s = micro_steps * passes.matmul / peak / (gpu.gemm_share * D / (D + gpu.half_width))
     attention_s = micro_steps * passes.attention / peak / gpu.attention_share
     bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
-    step_bytes = micro_steps * COPIED_BYTES + STEP_BYTES / world_size
+    step_bytes = micro_steps * COPIED_BYTES * copied + STEP_BYTES / world_size
     optimizer_s = step_bytes * parameters.trained / bandwidth
     if config.train.offload == "cpu":
         optimizer_s += 16 * parameters.trained / world_size / 20e9  # over PCIe, and on the host

@@ -101,7 +101,9 @@ FILLS = {
     "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
     "new_full", "arange", "scalar_tensor",
 }  # fmt: skip
-WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}  # read no target
+WRITES = {  # read no target
+    "copy_", "_foreach_copy_", "fill_", "zero_", "normal_", "uniform_", "random_",
+}  # fmt: skip
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 HOST_READS = {"nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
 # Kernels of what is no single one: in flash attention's backward pass the row sums, the gradients,
