@@ -27,8 +27,9 @@ performance: setup
 gpu: setup
 	$(BIN)/ssast bench gpu $(if $(DEVICE),--device $(DEVICE))
 
+# A process on each of two cores, with a thread each, as CI has them.
 test: lint docs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: types
 	$(BIN)/ruff check .
