@@ -224,10 +224,13 @@ class FinetuneEngine:
                 "this classifier is trained: FinetuneEngine(config, checkpoint=...) trains its "
                 "encoder on, with a new head"
             )
+        from ssast.engine.parallel.ranks import leaving_world
+
         self.config = with_data(self.config, train, valid, folder)
-        stopped = finetune(
-            self.config, self.checkpoint, resume=resume, num_classes=self.num_classes
-        )
+        with leaving_world():
+            stopped = finetune(
+                self.config, self.checkpoint, resume=resume, num_classes=self.num_classes
+            )
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
         assert self.config.run.folder is not None

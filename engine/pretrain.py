@@ -20,6 +20,7 @@ from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoi
 from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder, open_model
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.loggers import check_loggers
+from ssast.engine.parallel.ranks import leaving_world
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
@@ -159,7 +160,8 @@ class PretrainEngine:
             KeyboardInterrupt: Training was stopped by a signal, after a checkpoint was saved.
         """
         self.config = with_data(self.config, train, valid, folder)
-        stopped = pretrain(self.config, self.checkpoint, resume=resume)
+        with leaving_world():
+            stopped = pretrain(self.config, self.checkpoint, resume=resume)
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
         self.trained = open_model(run_folder(self.config))

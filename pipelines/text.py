@@ -253,6 +253,18 @@ def say(text: str) -> None:
         )
 
 
+def in_notebook() -> bool:
+    """Return whether this program is the kernel of a Jupyter notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def shows_progress() -> bool:
+    """Return whether somebody can watch a progress bar: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or in_notebook()
+
+
 @cache
 def _warn_of_lost_lines(reason: str) -> None:
     log.warning("standard output: %s: lines are lost", reason)

@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ssast.engine.monitoring.loggers import Logger, RunLogs
 from ssast.engine.parallel.ranks import World
 from ssast.pipelines.files import append, usable_cores, write_atomically
-from ssast.pipelines.text import say
+from ssast.pipelines.text import in_notebook, say, shows_progress
 
 # Columns of a training line on the terminal: metric, label, format.
 COLUMNS = (
@@ -91,7 +91,7 @@ class Monitor:
         if not world.is_main:
             return
         self._open(step)
-        if sys.stderr.isatty():
+        if shows_progress():
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
     def _open(self, step: int) -> None:
@@ -182,7 +182,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(text, file=sys.stdout if in_notebook() else sys.stderr)
         elif self._world.is_main:
             say(text)
 

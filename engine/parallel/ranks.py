@@ -232,6 +232,25 @@ def close_world() -> None:
 
 
 @contextmanager
+def leaving_world() -> Iterator[None]:
+    """Leave the world that is joined inside, unless this process was in one before.
+
+    What libraries have set in the environment meanwhile is as it was, too.
+    """
+    if _world is not None:
+        yield
+        return
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        close_world()
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
+
+
+@contextmanager
 def imagined_world(world: World) -> Iterator[World]:
     """Take the part of one rank whose collectives do nothing, for tensors without data.
 

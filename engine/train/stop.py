@@ -1,17 +1,24 @@
 """Requests to stop a run: by signals, or since its checkpoints cannot be written."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from ssast.engine.parallel.ranks import World, reduce_max
+from ssast.pipelines.text import in_notebook
 
 ASK_EVERY = 16  # validation batches, where asking other ranks waits for the device
 
 
 class Stop:
     """Set by SIGINT, SIGTERM or SIGUSR1 (batch systems warn with it); a second one acts at once.
+
+    In a notebook, whose kernel goes on, a second one does what it did before the run: SIGINT raises
+    KeyboardInterrupt. Python delivers signals to its main thread alone, so a run in another thread
+    is not stopped by them.
 
     Attributes:
         signal: Number of the signal; 0 if there was none.
@@ -22,21 +29,25 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._before: dict[int, Any] = {}
         self.failing: Callable[[], bool] = lambda: False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signals inside, then put the handlers before back."""
-        before = {s: signal.signal(s, self._catch) for s in self.SIGNALS}
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._before = {s: signal.signal(s, self._catch) for s in self.SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self._before[number] if in_notebook() else signal.SIG_DFL)
 
     def requested(self, world: World) -> bool:
         """Return whether any rank has been asked to stop, or must give the run up. Collective."""
