@@ -252,6 +252,12 @@ class Train:
     reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Data type of the gradient reduction; auto: that of the gradients."""
 
+    ema: float | None = setting(None, 1e-6, 0.999999)
+    """Decay of an exponential moving average (EMA) of the weights, such as 0.9999, which is updated
+    after each optimizer step, in fp32, and is sharded like the optimizer states: 4 bytes a weight.
+    At step t it is min(ema, (1 + t) / (10 + t)). Validations report raw and averaged weights; the
+    averaged ones choose the best checkpoint and are what it is opened with. null: no average."""
+
     activation_checkpoint_every: int | None = setting(None, 1)
     """Activation checkpointing of every n-th transformer block: its activations are recomputed in
     the backward pass, which saves memory and costs time. 1: all blocks; null: none."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.checkpoints.weights import CHOSEN, WEIGHT
+from ssast.engine.checkpoints.weights import CHOSEN, EMA, WEIGHT
 from ssast.engine.config import Config, finetune_settings, to_plain
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
@@ -80,7 +80,7 @@ def save_chosen(
 
     Args:
         run: Run folder.
-        tensors: A checkpoint's tensors, of which the weights are saved.
+        tensors: A checkpoint's tensors, of which the weights are saved, raw and averaged.
         step: Optimizer steps of the run.
         config: Configuration of the run.
         classes: Labels, in the order of the logits.
@@ -89,6 +89,6 @@ def save_chosen(
     Returns:
         The folder of the weights.
     """
-    weights = {name: value for name, value in tensors.items() if name.startswith(WEIGHT)}
+    weights = {n: value for n, value in tensors.items() if n.startswith((WEIGHT, EMA))}
     meta = {"config": to_plain(config), "classes": list(classes), **facts}
     return Checkpoints(run / CHOSEN, keep=1).save(weights, meta, step=step)

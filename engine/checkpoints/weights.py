@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import safetensors
 import torch
@@ -14,12 +14,36 @@ from ssast.engine.errors import CheckpointError
 
 CHOSEN = "classifier"  # in a run's folder: the weights that did best on the held-out clips
 WEIGHT = "weight/"  # before the names of weights in a checkpoint
+EMA = "ema/"  # before those of averaged weights, which only trained ones have
 NAMED = 20  # names in a message
+
+Weights = Literal["raw", "ema"]
+"""Weights as they were trained, or their exponential moving average."""
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def has_average(tensors: Iterable[str]) -> bool:
+    """Return whether a checkpoint holds averaged weights, given the names of its tensors."""
+    return any(name.startswith(EMA) for name in tensors)
+
+
+def averaged_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, in place of the trained ones their average if it has one.
+
+    Args:
+        tensors: Tensors of the checkpoint.
+
+    Returns:
+        The weights, under the names of the raw ones.
+    """
+    raw = {name: value for name, value in tensors.items() if name.startswith(WEIGHT)}
+    return {name: tensors.get(EMA + name.removeprefix(WEIGHT), v) for name, v in raw.items()}
+
+
+def read_weights(
+    path: Path, weights: Weights | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], Weights | None]:
     """Read the weights of a run, or of one of its checkpoints, and what is stored beside them.
 
     Of a finished fine-tuning run these are the chosen weights; of another run those of the best
@@ -27,17 +51,25 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Args:
         path: Folder of a run, of a checkpoint, or of exported weights.
+        weights: Which ones, where there are two kinds; if None the averaged ones, which the best
+            checkpoint was chosen by.
 
     Returns:
-        Tensors by the model's own names, mapped into memory, and the metadata: ``config`` and
-        ``step``, and of a classifier ``classes`` and ``names``.
+        Tensors by the model's own names, mapped into memory; the metadata: ``config`` and
+        ``step``, and of a classifier ``classes`` and ``names``; and which weights they are, None
+        where there is one kind only.
 
     Raises:
-        CheckpointError: There is no checkpoint, or it is damaged.
+        CheckpointError: There is no checkpoint, or it is damaged, or it has no averaged weights.
     """
     tensors, meta = _read(path)
-    names = [name for name in tensors if name.startswith(WEIGHT)]
-    return {name.removeprefix(WEIGHT): tensors[name] for name in names}, meta
+    if weights == "ema" and not has_average(tensors):
+        raise CheckpointError(f"{path}: has no averaged weights: its run had train.ema null")
+    found = {n: value for n, value in tensors.items() if n.startswith(WEIGHT)}
+    kind: Weights | None = (weights or "ema") if has_average(tensors) else None
+    if kind == "ema":
+        found = averaged_weights(tensors)
+    return {name.removeprefix(WEIGHT): value for name, value in found.items()}, meta, kind
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,13 +8,13 @@ from ssast.pipelines.figures import save_figure, subplots
 
 # Title of a panel, and the metrics that it shows.
 PANELS = (
-    ("loss", "train/loss", "valid/loss"),
-    ("InfoNCE loss (nats)", "train/infonce_loss", "valid/infonce_loss"),
-    ("MSE loss", "train/mse_loss", "valid/mse_loss"),
-    ("pretext (InfoNCE) accuracy", "train/pretext_accuracy", "valid/pretext_accuracy"),
-    ("accuracy", "train/accuracy", "valid/accuracy"),
-    ("mean average precision", "valid/map"),
-    ("macro F1", "valid/macro_f1"),
+    ("loss", "train/loss", "valid/loss", "ema/loss"),
+    ("InfoNCE loss (nats)", "train/infonce_loss", "valid/infonce_loss", "ema/infonce_loss"),
+    ("MSE loss", "train/mse_loss", "valid/mse_loss", "ema/mse_loss"),
+    ("pretext (InfoNCE) accuracy", "train/pretext_accuracy", "valid/pretext_accuracy", "ema/pretext_accuracy"),
+    ("accuracy", "train/accuracy", "valid/accuracy", "ema/accuracy"),
+    ("mean average precision", "valid/map", "ema/map"),
+    ("macro F1", "valid/macro_f1", "ema/macro_f1"),
     ("learning rate", "train/lr"),
     ("gradient norm", "train/grad_norm"),
     ("clips/s", "perf/clips_per_s"),
@@ -22,6 +22,7 @@ PANELS = (
 STYLES: dict[str, dict[str, Any]] = {
     "train": {"lw": 1.2},
     "valid": {"marker": "o", "ms": 4, "lw": 1.5},
+    "ema": {"marker": "s", "ms": 3, "lw": 1.0, "ls": "--"},
     "perf": {"lw": 1.2},
 }
 

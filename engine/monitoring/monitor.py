@@ -17,8 +17,9 @@ After each validation:
     valid/loss
     valid/infonce_loss, valid/mse_loss, valid/pretext_accuracy      pretraining
     valid/accuracy, valid/map, valid/mauc, valid/macro_f1, ...      fine-tuning; see evaluation
+    ema/loss, ...                                                   train.ema: averaged weights
 
-What follows ``train/`` or ``valid/`` is the name that the module and the metrics use themselves.
+What follows ``train/``, ``valid/`` or ``ema/`` is the name that the module and the metrics use themselves.
 """
 
 import importlib.metadata
@@ -170,11 +171,23 @@ class Monitor:
         except (OSError, ValueError) as error:  # the training goes on without
             self.say(f"{path} is not written: {error}")
 
-    def log_valid(self, step: int, values: dict[str, float]) -> None:
-        """Log the metrics of a validation, named without their prefix."""
-        self._write(step, {f"valid/{name}": value for name, value in values.items()})
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.say(f"{self._at(step)}  validation: {text}")
+    def log_valid(
+        self, step: int, values: dict[str, float], averaged: dict[str, float] | None = None
+    ) -> None:
+        """Log the metrics of a validation, named without their prefix.
+
+        Args:
+            step: Steps taken.
+            values: Metrics of the weights.
+            averaged: The same of their moving average, if there is one.
+        """
+        results = {"valid": values} | ({} if averaged is None else {"ema": averaged})
+        metrics = {f"{k}/{name}": v for k, found in results.items() for name, v in found.items()}
+        self._write(step, metrics)
+        for kind, found in results.items():
+            text = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            title = "validation" if kind == "valid" else "validation, EMA"
+            self.say(f"{self._at(step)}  {title}: {text}")
 
     def _at(self, step: int) -> str:
         return f"step {step:{len(str(self._steps))}}/{self._steps}"

@@ -15,8 +15,8 @@ poisons every weight.
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ssast.engine.errors import CheckpointError
 from ssast.engine.parallel.ranks import World, broadcast_object
-from ssast.engine.parallel.sharded_state import ShardedState
+from ssast.engine.parallel.sharded_state import ShardedState, has_average
 from ssast.engine.parallel.zero_overrides import replace_slow_parts
 
 
@@ -118,9 +118,12 @@ class TrainEngine:
         max_grad_norm: Clip the global gradient norm to this; None does not clip.
         offload: "none" or "cpu", where the optimizer's state is and its step is taken.
         reduce_dtype: "auto", "fp32" or "bf16", of gradients on their way between ranks.
+        ema_decay: Decay of an exponential moving average of the trained weights, in fp32, by the
+            number of optimizer steps taken before; None keeps no average.
 
     Attributes:
         settings: what DeepSpeed was given.
+        averages: whether an average of the weights is kept.
 
     Raises:
         ValueError: a setting or an optimizer that the engine does not offer.
@@ -139,6 +142,7 @@ class TrainEngine:
         max_grad_norm: float | None = None,
         offload: Literal["none", "cpu"] = "none",
         reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto",
+        ema_decay: Callable[[int], float] | None = None,
     ) -> None:
         _check(module, optimizer, zero_stage=zero_stage, precision=precision)
         deepspeed = _import_deepspeed()
@@ -170,9 +174,13 @@ class TrainEngine:
         if zero_stage < 3 and offload == "none":
             replace_slow_parts(self._zero, world.world_size)
         _limit_waiting(world.timeout_s)
-        self._state = ShardedState(module, self._zero, stage=zero_stage, world=world)
+        self.averages, self._ema_decay, self._steps_taken = ema_decay is not None, ema_decay, 0
+        self._state = ShardedState(
+            module, self._zero, stage=zero_stage, world=world, averages=self.averages
+        )
         if precision == "bf16":
             self._state.write_weights(exact)
+            self._state.begin_averages()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward; at ZeRO stage 3 this gathers the weights it needs.
@@ -212,7 +220,26 @@ class TrainEngine:
         self._zero.loss_scale = grad_scale
         self._engine.step()
         self._zero.loss_scale = 1.0
-        return self._engine.was_step_applied()
+        if not self._engine.was_step_applied():
+            return False
+        if self._ema_decay is not None:
+            self._state.update_averages(self._ema_decay(self._steps_taken))
+        self._steps_taken += 1
+        return True
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Compute with the averaged weights instead of the trained ones inside. Collective.
+
+        Between optimizer steps only, for evaluation; the state is not read or loaded inside. The
+        weights are the same bits afterwards.
+
+        Raises:
+            RuntimeError: No average is kept.
+        """
+        self._between_steps()
+        if not self.averages:
+            raise RuntimeError("no average of the weights is kept")
+        return self._state.averaged()
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -241,29 +268,38 @@ class TrainEngine:
         Returns:
             On rank 0 the tensors "weight/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME", fp32 on the
             CPU with the shape of parameter NAME ("weight/NAME" alone where it is not trained),
-            and "buffer/NAME" for the buffers of the module's state dict; on the other ranks an
+            "ema/NAME" where averages are kept, and "buffer/NAME" for the buffers of the module's state dict; on the other ranks an
             empty dict. And the number of optimizer steps taken, on every rank.
         """
         self._between_steps()
         return self._state.read(), self._state.adam_step
 
-    def load_state(self, tensors: Mapping[str, Tensor], adam_step: int) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], adam_step: int) -> bool:
         """Load a state of any stage, precision and number of ranks. Collective.
+
+        Averages that are kept begin from the weights where the state has none; those that are not
+        kept are left out.
 
         Args:
             tensors: What `state` gave. Only rank 0's count, so the other ranks may pass nothing,
                 and the files need not be visible to them.
             adam_step: Number of optimizer steps taken; rank 0's counts.
 
+        Returns:
+            Whether the state had averages.
+
         Raises:
             CheckpointError: on every rank, when the tensors do not fit the module.
         """
         self._between_steps()
         problem = self._state.misfit(tensors) if self.world.is_main else None
-        problem, adam_step = broadcast_object((problem, adam_step), self.world)
+        averaged = has_average(tensors)
+        problem, adam_step, averaged = broadcast_object((problem, adam_step, averaged), self.world)
         if problem is not None:
             raise CheckpointError(f"checkpoint does not fit the model: {problem}")
-        self._state.write(tensors, adam_step)
+        self._state.write(tensors, adam_step, averaged=averaged)
+        self._steps_taken = adam_step
+        return averaged
 
     def _between_steps(self) -> None:
         if self._engine.micro_steps % self.accumulate:

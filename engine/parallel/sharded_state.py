@@ -3,13 +3,15 @@
     "weight/NAME"      fp32 master weight of parameter NAME, in its own shape
     "exp_avg/NAME"     Adam's first and
     "exp_avg_sq/NAME"  second moment; both absent where the parameter is not trained
+    "ema/NAME"         moving average of a trained parameter, where one is kept
     "buffer/NAME"      buffers of the module's state dict
 
 DeepSpeed's own formats cannot cross stages 1/2 <-> 3 or another number of ranks. Written for
 DeepSpeed 0.19, whose omissions it works around where noted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ssast.engine.parallel.ranks import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+EMA = "ema"  # a fourth kind; it is a state of the optimizer, which is sharded with the others
 
 
 class ShardedState:
@@ -31,12 +34,16 @@ class ShardedState:
         zero: DeepSpeed's ZeRO optimizer around Adam or AdamW.
         stage: its stage, 1 to 3.
         world: this process's world.
+        averages: whether a moving average of the weights is kept.
     """
 
-    def __init__(self, module: nn.Module, zero: Any, *, stage: int, world: World) -> None:
+    def __init__(
+        self, module: nn.Module, zero: Any, *, stage: int, world: World, averages: bool = False
+    ) -> None:
         self.module = module
         self.stage = stage
         self.world = world
+        self.kinds = (*KINDS, EMA) if averages else KINDS
         self._zero = zero
         self._create_moments()
 
@@ -49,7 +56,7 @@ class ShardedState:
         """Return the whole state on the CPU of rank 0; an empty dict on the other ranks."""
         tensors: dict[str, Tensor] = {}
         for name, param in self.module.named_parameters():
-            for kind in KINDS if param.requires_grad else KINDS[:1]:
+            for kind in self.kinds if param.requires_grad else KINDS[:1]:
                 value = self._gather(param, kind)
                 if self.world.is_main:
                     tensors[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True)
@@ -59,15 +66,19 @@ class ShardedState:
         return tensors
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Return how the tensors differ from the module's names and shapes; None if they fit."""
+        """Return how the tensors differ from the module's names and shapes; None if they fit.
+
+        They may lack the averages, or have some that are not kept.
+        """
+        kinds = self.kinds if has_average(tensors) else KINDS
         expected = {f"buffer/{name}": tuple(b.shape) for name, b in self._buffers().items()}
         for name, param in self.module.named_parameters():
-            for kind in KINDS if param.requires_grad else KINDS[:1]:
+            for kind in kinds if param.requires_grad else KINDS[:1]:
                 expected[f"{kind}/{name}"] = tuple(_shape(param))
         found = {
             name: tuple(tensor.shape)
             for name, tensor in tensors.items()
-            if name.partition("/")[0] in (*KINDS, "buffer")
+            if name.partition("/")[0] in (*kinds, "buffer")
         }
         for what, names in (
             ("missing", sorted(expected.keys() - found.keys())),
@@ -80,22 +91,62 @@ class ShardedState:
                 return f"{name} has shape {list(found[name])}, expected {list(shape)}"
         return None
 
-    def write(self, tensors: Mapping[str, Tensor], adam_step: int) -> None:
+    def write(self, tensors: Mapping[str, Tensor], adam_step: int, *, averaged: bool) -> None:
         """Replace the state by rank 0's; the other ranks may pass nothing.
 
         Args:
             tensors: on rank 0 all that `misfit` expects.
             adam_step: number of optimizer steps taken, the same on every rank.
+            averaged: whether rank 0 has averages; if not, those that are kept begin anew.
         """
         for flat in self._flats():
             self._zero.optimizer.state[flat]["step"].fill_(adam_step)
-        self._write_parameters(tensors, KINDS)
+        self._write_parameters(tensors, self.kinds if averaged else KINDS)
+        if not averaged:
+            self.begin_averages()
         for name, buffer in self._buffers().items():
             self._receive(tensors.get(f"buffer/{name}"), buffer)
 
     def write_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the master weights alone by rank 0's "weight/NAME"."""
         self._write_parameters(tensors, KINDS[:1])
+
+    @torch.no_grad()
+    def begin_averages(self) -> None:
+        """Set the averages to the weights as they are, where averages are kept."""
+        for average, flat in zip(self._averages(), self._flats(), strict=False):
+            average.copy_(flat)
+
+    @torch.no_grad()
+    def update_averages(self, decay: float) -> None:
+        """Move the averages to decay * average + (1 - decay) * weight.
+
+        In few launches, over flat partitions; not collective, as each rank has its share of both.
+        """
+        torch._foreach_lerp_(self._averages(), self._flats(), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the module have the averages as its weights; not to be read or written meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        # The storages change places: no value is copied, and what views them is right again after
+        # the second time.
+        for average, flat in zip(self._averages(), self._flats(), strict=True):
+            average.data, flat.data = flat.data, average.data
+        if self.stage == 3:
+            self._zero._partition_all_parameters()
+        self._refresh_module()
+
+    def _averages(self) -> list[Tensor]:
+        """This rank's averages, in the order of the partitions; empty where none are kept."""
+        states = [self._zero.optimizer.state[flat] for flat in self._flats()]
+        return [state[EMA] for state in states if EMA in state]
 
     def _flats(self) -> list[Tensor]:
         """This rank's fp32 partitions, which the optimizer updates; padded with zeros."""
@@ -129,6 +180,8 @@ class ShardedState:
                 "exp_avg": torch.zeros_like(values),
                 "exp_avg_sq": torch.zeros_like(values),
             }
+            if EMA in self.kinds:
+                adam.state[flat][EMA] = values.clone()
         if self.stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -198,6 +251,11 @@ class ShardedState:
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if self._zero.persistent_parameters:  # the small ones stay whole on every rank
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+def has_average(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a state holds averaged weights."""
+    return any(name.startswith(f"{EMA}/") for name in tensors)
 
 
 def _shape(param: nn.Parameter) -> torch.Size:

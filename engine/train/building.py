@@ -1,7 +1,10 @@
 """The training engine of a task."""
 
+from functools import partial
+
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.execution import check_execution
+from ssast.engine.train.optim import ema_decay
 from ssast.engine.train.task import Task
 
 
@@ -30,6 +33,7 @@ def build_engine(task: Task) -> TrainEngine:
         max_grad_norm=config.optim.max_grad_norm,
         offload=train.offload,
         reduce_dtype=train.reduce_dtype,
+        ema_decay=None if train.ema is None else partial(ema_decay, ema=train.ema),
     )
     if train.compile is True:
         for block in encoder.blocks:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssast.engine.checkpoints.classifier import build_classifier, fill_encoder, save_chosen
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.checkpoints.weights import CHOSEN
+from ssast.engine.checkpoints.weights import CHOSEN, EMA, averaged_weights, has_average
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data import augment
 from ssast.engine.data.clips import describe_clips
@@ -194,9 +194,12 @@ class Finetuning(Task):
         # In [0, 1e-9]: less than any two metrics that differ in one clip are apart.
         return -values[self.metric] + 1e-9 * (loss / (1 + loss) if math.isfinite(loss) else 1.0)
 
-    def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
-        """Return loss and metrics of held-out clips; include late weights in the average."""
-        values, _, _ = self._evaluate(engine, self.splits.valid_drawn, "valid")
+    def validate(self, engine: TrainEngine) -> dict[str, float]:
+        """Return loss and metrics of held-out clips. Collective."""
+        return self._evaluate(engine, self.splits.valid_drawn, "valid")[0]
+
+    def end_validation(self, engine: TrainEngine, step: int) -> None:
+        """Include late weights in the average over epochs. Collective."""
         if step > self._averaged_after:
             tensors, _ = engine.state()
             self._num_averaged += 1
@@ -205,7 +208,6 @@ class Finetuning(Task):
                     key = AVERAGE + name.removeprefix("weight/")
                     mean = self._averages.setdefault(key, torch.zeros_like(value))
                     mean += (value - mean) / self._num_averaged
-        return values
 
     @property
     def _averaged_after(self) -> int:
@@ -270,7 +272,7 @@ class Finetuning(Task):
             chosen, valid = self._keep_best(engine, progress)
         elif not reported:
             kept, chosen = _load_kept(run) if world.is_main else ({}, "")
-            self._load_weights(engine, kept, step)
+            self._load_weights(engine, averaged_weights(kept), step)
             valid = self._evaluate(engine, self.splits.valid, "valid")
         else:
             return
@@ -289,23 +291,24 @@ class Finetuning(Task):
         run, world, step = self.context.folder, self.context.world, progress.step
         whole: dict[str, Tensor] = {}  # on rank 0
 
-        def read_best() -> tuple[int, float]:
+        def read_best() -> tuple[str, float]:
             checkpoints = Checkpoints(run / "checkpoints")
             best = checkpoints.best()
             if best is None:
                 raise CheckpointError(f"{run / 'checkpoints'}: the best checkpoint is gone")
             whole.update(Checkpoints.load(best)[0])
-            return int(best.stem[4:]), checkpoints.best_value()
+            ema = "EMA of " if has_average(whole) else ""
+            return f"{ema}step {int(best.stem[4:])}", checkpoints.best_value()
 
-        best_step, best_criterion = run_on_main(read_best, world)
-        chosen = f"step {best_step}"
+        chosen, best_criterion = run_on_main(read_best, world)
         if self._num_averaged:
             average = {f"weight/{n.removeprefix(AVERAGE)}": t for n, t in self._averages.items()}
             averaged = self._load_weights(engine, average, step)
             values, _, _ = self._evaluate(engine, self.splits.valid_drawn, "valid")
             if self.criterion(values) <= best_criterion:
-                chosen, whole = f"average of {self._num_averaged} epochs", averaged
-        engine.load_state(whole, step)
+                chosen = f"average of {self._num_averaged} epochs"
+                whole = {n: t for n, t in averaged.items() if not n.startswith(EMA)}
+        engine.load_state({**whole, **averaged_weights(whole)}, step)
         valid = self._evaluate(engine, self.splits.valid, "valid")
 
         def save() -> None:

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate: a pure function of the step and of the plateau rule."""
+"""The optimizer, its learning rate and the decay of averaged weights, which follow from the step."""
 
 import math
 from collections.abc import Callable
@@ -91,3 +91,16 @@ def learning_rate(
         late = step // steps_per_epoch - optim.decay_start
         return optim.lr * optim.decay_factor ** (late // optim.decay_every + 1 if late >= 0 else 0)
     return optim.lr * (plateau_scale if optim.schedule == "plateau" else 1.0)
+
+
+def ema_decay(step: int, ema: float) -> float:
+    """Return the decay of the weights' moving average at an optimizer step.
+
+    It rises to its value as in TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``:
+    otherwise the initial weights stay in the average for the first 1 / (1 - ema) steps and more.
+
+    Args:
+        step: Optimizer steps taken before this one.
+        ema: The decay, ``train.ema``.
+    """
+    return min(ema, (1 + step) / (10 + step))

@@ -84,7 +84,7 @@ class Pretraining(Task):
         """Return the pretext accuracy, as published, or the negative loss where there is none."""
         return values.get("pretext_accuracy", -values["loss"])
 
-    def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
+    def validate(self, engine: TrainEngine) -> dict[str, float]:
         """Return mean losses of the held-out clips. Collective."""
         with self.context.stream(self.valid_paths, "valid", epochs=1) as batches:
             values = evaluate(self, engine, batches)

@@ -181,6 +181,8 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
         )
     if found is not None:
         monitor.say(f"resumed from {found} at step {step}")
+        for note in state.notes:
+            monitor.say(note)
         if state.changes:
             monitor.say(f"warning: changed since the run began: {', '.join(state.changes)}")
     return monitor

@@ -29,6 +29,7 @@ class TrainState:
         changes: Names of what has changed since the checkpoint that was restored, and may.
         restored: The checkpoint that was restored last, if any.
         best: Its criterion, if no checkpoint before it had a lower one.
+        notes: Lines for the log: what it lacks, or has and is not used.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TrainState:
         self.changes: list[str] = []
         self.restored: Path | None = None
         self.best: float | None = None
+        self.notes: list[str] = []
 
     def gather(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors (on rank 0) and the JSON values of a checkpoint. Collective."""
@@ -75,7 +77,8 @@ class TrainState:
         run_on_main(read, world)
         meta, rng = broadcast_object((meta, rng), world)
         self.task.load_state(tensors, meta)
-        self.engine.load_state(tensors, meta["adam_step"])
+        averaged = self.engine.load_state(tensors, meta["adam_step"])
+        self.notes = _average_notes(averaged, kept=self.engine.averages)
         torch.set_rng_state(rng)
         now = versions()
         before = meta.get("versions", now)  # an older checkpoint does not know
@@ -84,3 +87,11 @@ class TrainState:
         self.restored, self.best = path, meta.get("best")
         plateau = Plateau(**meta["progress"].pop("plateau"))
         vars(self.progress).update(meta["progress"], plateau=plateau)
+
+
+def _average_notes(stored: bool, *, kept: bool) -> list[str]:
+    if kept and not stored:
+        return ["train.ema: the checkpoint has no average of the weights: it begins from the raw ones"]
+    if stored and not kept:
+        return ["train.ema is null: the average of the weights in the checkpoint is dropped"]
+    return []

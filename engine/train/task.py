@@ -252,8 +252,11 @@ class Task(ABC):
         """Return scalar means over the clips that count; "loss" is minimised."""
 
     @abstractmethod
-    def validate(self, engine: TrainEngine, step: int) -> dict[str, float]:
+    def validate(self, engine: TrainEngine) -> dict[str, float]:
         """Return losses and metrics of the held-out clips. Collective."""
+
+    def end_validation(self, engine: TrainEngine, step: int) -> None:  # noqa: B027
+        """Take note of the weights that were validated, once for each validation. Collective."""
 
     def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
         """Open the endless stream of training clips at a position of the data order."""

@@ -207,22 +207,29 @@ class Trainer:
     def _validate(self) -> float | None:
         """Validate; return the criterion if no checkpoint on the disk has a lower one.
 
-        None at the start, whose weights need not be kept. That a validation before was better is
-        not enough: its checkpoint may not have been written. Collective.
+        It is that of the averaged weights, if there are any. None at the start, whose weights need
+        not be kept. That a validation before was better is not enough: its checkpoint may not have
+        been written. Collective.
 
         Raises:
             Stopped: The run was asked to stop.
         """
-        task, progress = self.state.task, self.state.progress
+        task, engine, progress = self.state.task, self.state.engine, self.state.progress
         progress.validation_due = True
-        values = task.validate(self.state.engine, progress.step)
+        values = task.validate(engine)
+        averaged = None
+        if engine.averages and progress.step > 0:  # before, both are the same weights
+            with engine.averaged():
+                averaged = task.validate(engine)
+        task.end_validation(engine, progress.step)
         progress.validation_due = False
-        self.monitor.log_valid(progress.step, values)
+        self.monitor.log_valid(progress.step, values, averaged)
         self.monitor.restart_clock(progress.step)
         if progress.step == 0:
             return None
-        criterion = task.criterion(values)
+        criterion = task.criterion(values if averaged is None else averaged)
         self.context.heartbeat("writing a checkpoint")
+        # The learning rate follows the raw weights: averaging must not change what is trained.
         progress.update(criterion, task.score(values), self.context.config.optim)
         return criterion if criterion < self.saver.best_value() else None
 
@@ -259,6 +266,8 @@ class Trainer:
                 f"{step}: lower optim.lr or set optim.max_grad_norm, then --resume"
             )
         self.state.restore(found)
+        for note in self.state.notes:
+            self.monitor.say(note)
         progress.position = position  # past the clips with which it happened
         self.monitor.rewind(progress.step)
         self.monitor.say(

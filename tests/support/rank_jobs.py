@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from toy import build_adam, build_engine, build_toy, train
+from toy import build_adam, build_engine, build_toy, clips, train
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import CheckpointError
@@ -68,6 +68,7 @@ def resume(world, stage, precision, folder, offload="none", reduce_dtype="auto")
         "precision": precision,
         "offload": offload,
         "reduce_dtype": reduce_dtype,
+        "averages": True,
     }
     engine = build_engine(world, seed=world.rank, **settings)
     first = train(engine, range(2))
@@ -91,7 +92,7 @@ def resume(world, stage, precision, folder, offload="none", reduce_dtype="auto")
 
 def train_from(world, folder, start, stop, stage, precision):
     """Losses of these steps, from a checkpoint where there is one; writes the next one."""
-    engine = build_engine(world, stage=stage, precision=precision)
+    engine = build_engine(world, stage=stage, precision=precision, averages=True)
     if start:
         assert load(engine, folder) == start
     losses = train(engine, range(start, stop))
@@ -143,7 +144,9 @@ def accumulated(world, stage, precision, accumulate, offload="none"):
 
 def skip(world, stage, precision, accumulate):
     """One step whose loss is not a number on the last rank, between two good ones."""
-    engine = build_engine(world, stage=stage, precision=precision, accumulate=accumulate)
+    engine = build_engine(
+        world, stage=stage, precision=precision, accumulate=accumulate, averages=True
+    )
     train(engine, range(1))
     before, _ = engine.state()
     train(engine, range(1, 2), poison=1)
@@ -159,6 +162,39 @@ def skip(world, stage, precision, accumulate):
         "skipped": skipped,
         "norms": (norm, norm_after),
         "finite": all(map(math.isfinite, losses)),
+    }
+
+
+def averages(world, stage, precision, accumulate=1, offload="none"):
+    """The averages after some steps, of which one is skipped, and the weights after each step.
+
+    On rank 0 both; and what evaluating with the averages gave and has changed, on every rank.
+    """
+    settings = {"stage": stage, "precision": precision, "accumulate": accumulate}
+    engine = build_engine(world, averages=True, offload=offload, **settings)
+    history = [engine.state()[0]]
+    for step in range(4):
+        train(engine, range(step, step + 1), poison=2)
+        history.append(engine.state()[0])
+    x, _ = clips(0)
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    engine.train(False)
+    with torch.no_grad(), engine.averaged():
+        outputs = engine(x.to(world.device))["logits"].cpu()
+    engine.train(True)
+    after = [p.detach().clone() for p in engine.module.parameters()]
+    state = engine.state()[0]
+    losses = train(engine, range(4, 6))
+    engine.close()
+    engine = build_engine(world, averages=False, offload=offload, **settings)
+    expected = train(engine, range(6), poison=2)[4:]
+    engine.close()
+    return {
+        "history": history,
+        "outputs": outputs,
+        "changed": [n for n, t in state.items() if not torch.equal(t, history[-1][n])],
+        "module": all(map(torch.equal, before, after)),
+        "losses": (losses, expected),
     }
 
 

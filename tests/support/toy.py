@@ -1,11 +1,15 @@
 """A small module with everything that sharding can get wrong, and its training."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.train.optim import ema_decay
 
 BATCH = 8
+DECAY = partial(ema_decay, ema=0.3)
 
 
 @torch.library.custom_op("tests::embed", mutates_args=())
@@ -100,6 +104,7 @@ def build_engine(
     clip=1.0,
     offload="none",
     reduce_dtype="auto",
+    averages=False,
     **adam,
 ):
     module = build_toy(seed).to(world.device)
@@ -114,6 +119,7 @@ def build_engine(
         max_grad_norm=clip,
         offload=offload,
         reduce_dtype=reduce_dtype,
+        ema_decay=DECAY if averages else None,
     )
 
 

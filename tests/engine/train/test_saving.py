@@ -146,9 +146,10 @@ def test_a_criterion_counts_once_its_checkpoint_is_on_the_disk(load, tmp_path, d
     values = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 3.5, 12: 3.4}
     checkpoints = Checkpoints(tmp_path / "run/checkpoints")
     honest, seen = Pretraining.validate, {}
+    steps = iter([0, 2, 4, 6, 8, 8, 10, 12])  # resumed from step 6
 
-    def validate(self, engine, step):
-        found = honest(self, engine, step)
+    def validate(self, engine):
+        found, step = honest(self, engine), next(steps)
         seen[step] = checkpoints.best()
         disk.clear()
         if step == 4:
