@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssast.engine.cli.options import NAMED, add_missing_metadata, add_quiet, missing_metadata
+from ssast.engine.cli.options import (
+    NAMED,
+    add_missing_metadata,
+    add_quiet,
+    add_weights,
+    missing_metadata,
+)
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.files import cache_folder, check_new
 from ssast.pipelines.text import printable
@@ -115,13 +121,14 @@ def _add_model(command: argparse.ArgumentParser, *, classifier: bool) -> None:
         metavar="CKPT",
         help=f"folder of a run, a checkpoint, a published .pth, a transformers folder, {NAMED}",
     )
+    add_weights(command)
     add_missing_metadata(command, classifier=classifier)
 
 
 def _open(options: argparse.Namespace) -> Any:
     from ssast.engine.formats.open import open_model
 
-    return open_model(options.model, missing_metadata(options))
+    return open_model(options.model, missing_metadata(options), options.weights)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from ssast.engine.cli.options import (
     add_missing_metadata,
     add_quiet,
     add_resume,
+    add_weights,
     missing_metadata,
 )
 from ssast.engine.cli.status import FILES_STATUS, files_status
@@ -127,6 +128,7 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
         help="folder of a fine-tuning run, a published fine-tuned .pth, a transformers folder, "
         f"{NAMED}",
     )
+    add_weights(command)
     add_missing_metadata(command, classifier=True)
     add_quiet(command)
 
@@ -153,7 +155,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.metrics import COUNTS
     from ssast.engine.formats.open import open_classifier
 
-    loaded = open_classifier(options.checkpoint, missing_metadata(options), named=True)
+    metadata = missing_metadata(options)
+    loaded = open_classifier(options.checkpoint, metadata, options.weights, named=True)
     values = evaluate(
         loaded, options.manifest, options.out, options.max_rejected, progress=not options.quiet
     )
@@ -170,7 +173,7 @@ def _probe(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
     from ssast.engine.formats.open import open_model
 
-    loaded = open_model(options.checkpoint, missing_metadata(options))
+    loaded = open_model(options.checkpoint, missing_metadata(options), options.weights)
     scores = probe_model(
         loaded,
         Path(options.manifest),
@@ -191,7 +194,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         check_new([options.out], options.sources)
-    loaded = open_classifier(options.checkpoint, missing_metadata(options))
+    loaded = open_classifier(options.checkpoint, missing_metadata(options), options.weights)
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)
     predictions = predict(loaded, options.sources, options.top, progress=not options.quiet)

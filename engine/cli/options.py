@@ -38,6 +38,15 @@ def add_resume(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """Add ``--weights``."""
+    command.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run with train.ema: averaged weights, or those without averaging (default: ema)",
+    )
+
+
 def add_input_metadata(command: argparse.ArgumentParser) -> Any:
     """Add options for the input of published checkpoints; return their group."""
     group = command.add_argument_group("metadata that published fine-tuned checkpoints lack")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssast.engine.checkpoints.adopt import adopt
 from ssast.engine.config import Config, load_config
-from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder
+from ssast.engine.formats.open import WEIGHTS, LoadedModel, MissingMetadata, open_encoder
 
 Checkpoint = LoadedModel | str | Path
 
@@ -50,8 +50,15 @@ def open_initial(
 
 
 def adopt_from(config: Config, loaded: LoadedModel) -> tuple[Config, list[str]]:
-    """Take the settings that nobody set from a loaded model; see :func:`adopt`."""
-    return adopt(config, loaded.config, str(loaded.path), assumed=loaded.assumed)
+    """Take the settings that nobody set from a loaded model; see :func:`adopt`.
+
+    Returns:
+        The configuration, and lines for the log: also which of two kinds of weights it has.
+    """
+    config, lines = adopt(config, loaded.config, str(loaded.path), assumed=loaded.assumed)
+    if loaded.weights is not None:
+        lines.append(f"{loaded.path}: {WEIGHTS[loaded.weights]}")
+    return config, lines
 
 
 def _name(config: Config) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
-from ssast.engine.checkpoints.weights import filled, read_weights
+from ssast.engine.checkpoints.weights import Weights, filled, read_weights
 from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -37,6 +37,11 @@ from ssast.pipelines.text import shown
 
 Origin = Literal["run", "published", "transformers"]
 Purpose = Literal["model", "encoder", "pretrained"]  # any whole model, its encoder, with heads
+
+WEIGHTS = {
+    "ema": "its averaged weights are used (train.ema), not the raw ones",
+    "raw": "its raw weights are used, not the averaged ones (train.ema)",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +108,10 @@ class LoadedModel:
     assumed: tuple[str, ...] = ()
     """Settings ``section.key`` that the file does not say, and that have the published values."""
 
+    weights: Weights | None = None
+    """Which weights it has, of a run that trained with ``train.ema``; None where there is one
+    kind only."""
+
     @property
     def audio(self) -> Audio:
         """Settings of the model's input."""
@@ -147,7 +156,9 @@ class LoadedModel:
         return len(self.classifier.head[1].weight)  # type: ignore[arg-type]  # a Linear's
 
 
-def open_model(path: str | Path, metadata: MissingMetadata | None = None) -> LoadedModel:
+def open_model(
+    path: str | Path, metadata: MissingMetadata | None = None, weights: Weights | None = None
+) -> LoadedModel:
     """Open the model at a path, whatever kind it is of.
 
     Args:
@@ -155,24 +166,31 @@ def open_model(path: str | Path, metadata: MissingMetadata | None = None) -> Loa
             a folder of transformers; or what is fetched: a name that ``ssast weights`` lists,
             ``hf:owner/name@revision``, an address.
         metadata: What a published file does not say.
+        weights: Averaged weights (``ema``) or those without averaging (``raw``), of a run of ours
+            that trained with ``train.ema``; None: the averaged ones, where there are any.
 
     Raises:
-        CheckpointError: There is no model, or it is damaged or unknown.
+        CheckpointError: There is no model, or it is damaged or unknown, or has no such weights.
         ConfigError: A published fine-tuned model without its ``num_frames`` and ``stride``, or
             metadata of a model that knows its own.
         DataError: The table of classes is wrong, or has another number of classes.
     """
-    return _open(path, metadata or MissingMetadata())
+    return _open(path, metadata or MissingMetadata(), weights=weights)
 
 
 def open_classifier(
-    path: str | Path, metadata: MissingMetadata | None = None, *, named: bool = False
+    path: str | Path,
+    metadata: MissingMetadata | None = None,
+    weights: Weights | None = None,
+    *,
+    named: bool = False,
 ) -> LoadedModel:
     """Open a fine-tuned classifier; classes without a name are numbered from 0.
 
     Args:
         path: See :func:`open_model`.
         metadata: See :func:`open_model`.
+        weights: See :func:`open_model`.
         named: Whether the classes must have names.
 
     Raises:
@@ -180,7 +198,7 @@ def open_classifier(
         ConfigError: See :func:`open_model`; or the classes have no names and must have.
         DataError: See :func:`open_model`.
     """
-    loaded = open_model(path, metadata)
+    loaded = open_model(path, metadata, weights)
     if named and loaded.is_classifier and not loaded.classes:
         raise ConfigError(f"{path} does not name its classes: give --labels, a CSV of them")
     return as_classifier(loaded)
@@ -245,8 +263,15 @@ def published_metadata(loaded: LoadedModel) -> dict[str, Any]:
     return found
 
 
-def _open(source: str | Path, metadata: MissingMetadata, purpose: Purpose = "model") -> LoadedModel:
+def _open(
+    source: str | Path,
+    metadata: MissingMetadata,
+    purpose: Purpose = "model",
+    weights: Weights | None = None,
+) -> LoadedModel:
     path = local_path(source)
+    if weights == "ema" and (path.is_file() or (path / CONFIG).is_file()):
+        raise CheckpointError(f"{path}: has one kind of weights: only a run of ours has an average")
     if path.is_file():
         return _open_published(path, metadata, purpose)
     if not path.is_dir():
@@ -257,15 +282,17 @@ def _open(source: str | Path, metadata: MissingMetadata, purpose: Purpose = "mod
         )
     if (path / CONFIG).is_file():
         return _open_transformers(path, metadata)
-    loaded = _open_run(path, metadata)
+    loaded = _open_run(path, metadata, weights)
+    if loaded.weights is not None and purpose == "model":
+        _log.warning("%s: %s", path, WEIGHTS[loaded.weights])
     if purpose == "pretrained" and loaded.is_classifier:
         raise CheckpointError(f"{path}: expected a pretrained model, found a fine-tuned one")
     return loaded
 
 
-def _open_run(path: Path, metadata: MissingMetadata) -> LoadedModel:
+def _open_run(path: Path, metadata: MissingMetadata, choice: Weights | None) -> LoadedModel:
     _check_known(path, metadata)
-    weights, meta = read_weights(path)
+    weights, meta, kind = read_weights(path, choice)
     classes = _texts(meta.get("classes", []), path)
     names = _texts(meta.get("names", list(classes)), path)
     if not isinstance(meta.get("step"), int) or len(names) != len(classes):
@@ -281,7 +308,8 @@ def _open_run(path: Path, metadata: MissingMetadata) -> LoadedModel:
         return build_classifier(config, len(classes)) if classes else MSPM(config)
 
     model = filled(build, weights, path)
-    return LoadedModel(model.eval(), config, path, "run", classes, names, meta["step"])
+    step = meta["step"]
+    return LoadedModel(model.eval(), config, path, "run", classes, names, step, weights=kind)
 
 
 def _texts(found: Any, path: Path) -> tuple[str, ...]:

@@ -11,7 +11,12 @@ PANELS = (
     ("loss", "train/loss", "valid/loss", "ema/loss"),
     ("InfoNCE loss (nats)", "train/infonce_loss", "valid/infonce_loss", "ema/infonce_loss"),
     ("MSE loss", "train/mse_loss", "valid/mse_loss", "ema/mse_loss"),
-    ("pretext (InfoNCE) accuracy", "train/pretext_accuracy", "valid/pretext_accuracy", "ema/pretext_accuracy"),
+    (
+        "pretext (InfoNCE) accuracy",
+        "train/pretext_accuracy",
+        "valid/pretext_accuracy",
+        "ema/pretext_accuracy",
+    ),
     ("accuracy", "train/accuracy", "valid/accuracy", "ema/accuracy"),
     ("mean average precision", "valid/map", "ema/map"),
     ("macro F1", "valid/macro_f1", "ema/macro_f1"),

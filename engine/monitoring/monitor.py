@@ -19,7 +19,8 @@ After each validation:
     valid/accuracy, valid/map, valid/mauc, valid/macro_f1, ...      fine-tuning; see evaluation
     ema/loss, ...                                                   train.ema: averaged weights
 
-What follows ``train/``, ``valid/`` or ``ema/`` is the name that the module and the metrics use themselves.
+What follows ``train/``, ``valid/`` or ``ema/`` is the name that the module and the metrics use
+themselves.
 """
 
 import importlib.metadata

@@ -268,8 +268,9 @@ class TrainEngine:
         Returns:
             On rank 0 the tensors "weight/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME", fp32 on the
             CPU with the shape of parameter NAME ("weight/NAME" alone where it is not trained),
-            "ema/NAME" where averages are kept, and "buffer/NAME" for the buffers of the module's state dict; on the other ranks an
-            empty dict. And the number of optimizer steps taken, on every rank.
+            "ema/NAME" where averages are kept, and "buffer/NAME" for the buffers of the module's
+            state dict; on the other ranks an empty dict. And the number of optimizer steps taken,
+            on every rank.
         """
         self._between_steps()
         return self._state.read(), self._state.adam_step

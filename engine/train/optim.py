@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate and the decay of averaged weights, which follow from the step."""
+"""The optimizer, and what changes with the step: its learning rate, the decay of averages."""
 
 import math
 from collections.abc import Callable

@@ -91,7 +91,7 @@ class TrainState:
 
 def _average_notes(stored: bool, *, kept: bool) -> list[str]:
     if kept and not stored:
-        return ["train.ema: the checkpoint has no average of the weights: it begins from the raw ones"]
+        return ["train.ema: the average begins from the weights of the checkpoint, which has none"]
     if stored and not kept:
-        return ["train.ema is null: the average of the weights in the checkpoint is dropped"]
+        return ["train.ema is null: the averaged weights of the checkpoint are dropped"]
     return []
