@@ -17,7 +17,13 @@ from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.pretext import pretext_losses
 from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
-from ssast.engine.formats.open import LoadedModel, MissingMetadata, open_encoder, open_model
+from ssast.engine.formats.open import (
+    LoadedModel,
+    MissingMetadata,
+    open_encoder,
+    open_model,
+    open_raw,
+)
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.parallel.ranks import leaving_world
@@ -190,7 +196,9 @@ class PretrainEngine:
             raise ConfigError("nothing is pretrained yet: call fit first")
         check_new([Path(folder)], [])
         model, config = self.trained.model, self.trained.config
-        return export_weights(model, config, self.trained.step or 0, folder, torch.float16)
+        raw = open_raw(self.trained)
+        given = (model, config, self.trained.step or 0, folder, torch.float16)
+        return export_weights(*given, None if raw is None else raw.model)
 
     def _model(self) -> LoadedModel | str | Path:
         model = self.trained or self.checkpoint

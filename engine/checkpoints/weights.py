@@ -158,7 +158,12 @@ def filled(build: Callable[[], Kind], weights: Mapping[str, Tensor], source: str
 
 
 def export_weights(
-    model: nn.Module, config: Config, step: int, folder: str | Path, dtype: torch.dtype
+    model: nn.Module,
+    config: Config,
+    step: int,
+    folder: str | Path,
+    dtype: torch.dtype,
+    raw: nn.Module | None = None,
 ) -> Path:
     """Write the weights of a model and its settings, and nothing else: a third of a checkpoint.
 
@@ -168,6 +173,8 @@ def export_weights(
         step: Optimizer steps it was trained for.
         folder: Output folder, created if need be.
         dtype: Type of the weights in the file; they are float32 again when they are loaded.
+        raw: The same model with its raw weights, where the first has averaged ones: both are
+            written, as in a checkpoint.
 
     Returns:
         The folder.
@@ -175,7 +182,8 @@ def export_weights(
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    weights = {WEIGHT + name: value.to(dtype) for name, value in model.state_dict().items()}
+    kinds = [(WEIGHT, model)] if raw is None else [(WEIGHT, raw), (EMA, model)]
+    weights = {k + n: value.to(dtype) for k, m in kinds for n, value in m.state_dict().items()}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

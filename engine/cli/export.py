@@ -137,7 +137,7 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.checkpoints.weights import export_weights
     from ssast.engine.errors import ConfigError
     from ssast.engine.formats.huggingface import export_huggingface
-    from ssast.engine.formats.open import as_classifier, published_metadata
+    from ssast.engine.formats.open import as_classifier, open_raw, published_metadata
     from ssast.engine.formats.portable import save_onnx, save_program
     from ssast.engine.formats.published import save_published
     from ssast.engine.model.encoder import SpectrogramTransformer
@@ -149,12 +149,16 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError("--input is for --to onnx and --to pt2")
     check_new([options.out], [options.model])
     loaded, out = _open(options), options.out
+    # Both where there are two and nobody has chosen, in formats that can hold both.
+    both = options.weights is None and options.to in ("weights", "hf")
+    raw = open_raw(loaded) if both else None
     if options.to == "weights":
         if not isinstance(loaded.model, MSPM) or loaded.step is None:
             raise ConfigError(f"{options.model}: expected a pretraining run for --to weights")
-        print(export_weights(loaded.model, loaded.config, loaded.step, out, torch.float16))
+        given = (loaded.model, loaded.config, loaded.step, out, torch.float16)
+        print(export_weights(*given, None if raw is None else raw.model))
         return 0
-    bare = loaded.classifier if loaded.is_classifier else loaded.encoder
+    bare, raw_bare = _without_heads(loaded), None if raw is None else _without_heads(raw)
     labels, names, loss = None, None, None
     if loaded.is_classifier:  # classes without names are numbered, as ssast predict does
         labels, names = as_classifier(loaded).classes, as_classifier(loaded).names
@@ -164,7 +168,7 @@ def _export(options: argparse.Namespace) -> int:
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
         save_published(loaded.model, out, loaded.audio, published_metadata(loaded))
     elif options.to == "hf":
-        export_huggingface(bare, out, loaded.audio, labels, loss, names)
+        export_huggingface(bare, out, loaded.audio, labels, loss, names, raw_bare)
     else:
         save = save_onnx if options.to == "onnx" else save_program
         save(bare, out, loaded.audio, labels, loss, names, fed=options.input or "fbank")
@@ -182,6 +186,11 @@ def _export(options: argparse.Namespace) -> int:
         own_code = (out / "modeling_ssast.py").is_file()
         print(push_to_hub(out, options.push, loaded.audio, num_classes=classes, own_code=own_code))
     return 0
+
+
+def _without_heads(loaded: Any) -> Any:
+    """Return a classifier as it is, and else the encoder alone."""
+    return loaded.classifier if loaded.is_classifier else loaded.encoder
 
 
 def _embed(options: argparse.Namespace) -> int:

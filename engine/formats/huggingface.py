@@ -43,6 +43,7 @@ from ssast.engine.settings import Audio
 from ssast.pipelines.text import parse_json, read_text, shown
 
 _PREPROCESSOR, _WEIGHTS = "preprocessor_config.json", "model.safetensors"
+_RAW_WEIGHTS = "model.non_ema.safetensors"  # of transformers' variant "non_ema"
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
 
 # Ours -> names in an AST file, of everything but qkv, which AST stores as three.
@@ -90,6 +91,7 @@ def export_huggingface(
     labels: Sequence[str] | None = None,
     loss: Loss | None = None,
     names: Sequence[str] | None = None,
+    raw: Classifier | SpectrogramTransformer | None = None,
 ) -> Path:
     """Write a folder for ``from_pretrained``: configuration, feature extractor, weights.
 
@@ -102,6 +104,8 @@ def export_huggingface(
             softmax of ``ce`` and the sigmoid of ``bce``. None leaves it out.
         names: Display names of the classes, for ``id2label``; then the labels stand in
             ``label_ids``, by these names. If None, the labels are the names.
+        raw: The same model with its raw weights, where the first has averaged ones; written beside
+            them, for ``from_pretrained(..., variant="non_ema")``.
 
     Returns:
         The folder.
@@ -119,7 +123,7 @@ def export_huggingface(
     config = model_config(model, audio)
     if isinstance(model, Classifier):
         config |= class_config(model, labels, names, loss)
-    state = _stock_state(model) if config["model_type"] == STOCK else _own_state(model)
+    convert = _stock_state if config["model_type"] == STOCK else _own_state
     # The names of the feature extractor's settings are transformers'.
     preprocessor = {
         "feature_extractor_type": "ASTFeatureExtractor",
@@ -138,7 +142,9 @@ def export_huggingface(
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in ((CONFIG, config), (_PREPROCESSOR, preprocessor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_tensors(state, folder / _WEIGHTS, {"format": "pt"})
+        save_tensors(convert(model), folder / _WEIGHTS, {"format": "pt"})
+        if raw is not None:
+            save_tensors(convert(raw), folder / _RAW_WEIGHTS, {"format": "pt"})
         if config["model_type"] == OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     except (OSError, safetensors.SafetensorError) as error:

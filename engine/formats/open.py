@@ -204,6 +204,17 @@ def open_classifier(
     return as_classifier(loaded)
 
 
+def open_raw(loaded: LoadedModel) -> LoadedModel | None:
+    """Open a model with its raw weights beside its averaged ones; None where it has not both.
+
+    Raises:
+        CheckpointError: They are damaged.
+    """
+    if loaded.weights != "ema":
+        return None
+    return _open(loaded.path, MissingMetadata(), purpose="encoder", weights="raw")
+
+
 def as_classifier(model: LoadedModel | str | Path) -> LoadedModel:
     """Return a loaded model, or that at a path, as a classifier whose classes all have names.
 
