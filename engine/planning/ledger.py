@@ -91,7 +91,7 @@ def group_of(launch: Launch) -> str:
     if launch.phase == LOSS or any(n in launch.node for n in ("info_nce", "mse")):
         return "losses"
     if launch.phase == STEP:
-        if launch.name.startswith(("_fused_adam", "_foreach_add")):
+        if launch.name.startswith(("_fused_adam", "_foreach_add", "_foreach_lerp")):
             return "optimizer"
         is_norm = launch.width <= SCALARS or "norm" in launch.name
         return "gradient norm" if is_norm else "flat copies"

@@ -5,7 +5,7 @@
     and two moments
 
     weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
-    optimizer          12 P / W
+    optimizer          12 P / W; train.ema: 16 P / W
     gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the flat copy of the step;
                                                        accumulating: + 4 P, ZeRO 2, 3: 4 P / W
     activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
@@ -48,6 +48,7 @@ LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and pre
 # and its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient
 # in fp32, Adam, weight in bf16.
 COPIED_BYTES, STEP_BYTES = 16, 42
+EMA_BYTES = 12  # likewise, of the average: itself and the weight read, itself written
 MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
 HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
 
@@ -230,11 +231,16 @@ def memory(
         weights=weights,
         accumulated=accumulates * 4 * (T / W if stage > 1 else T),
         gradients=gradients + flat,
-        optimizer=(0 if config.train.offload == "cpu" else 12) * T / W,
+        optimizer=(0 if config.train.offload == "cpu" else optimizer_bytes(config)) * T / W,
         buckets=bucket,
         activations=gpu.fragmentation * activations(config, batch, e, every),
         base=gpu.base_gib * GIB,
     )
+
+
+def optimizer_bytes(config: Config) -> int:
+    """Return the bytes per trained weight of master weight, two moments and average, if kept."""
+    return 12 if config.train.ema is None else 16
 
 
 def largest_batch(
@@ -318,9 +324,12 @@ def step_time(
     attention_s = micro_steps * passes.attention / peak / gpu.attention_share
     bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
     step_bytes = micro_steps * COPIED_BYTES * copied + STEP_BYTES / world_size
+    ema_bytes = 0 if config.train.ema is None else EMA_BYTES
+    offloaded = config.train.offload == "cpu"
+    step_bytes += 0 if offloaded else ema_bytes / world_size
     optimizer_s = step_bytes * parameters.trained / bandwidth
-    if config.train.offload == "cpu":
-        optimizer_s += 16 * parameters.trained / world_size / 20e9  # over PCIe, and on the host
+    if offloaded:  # over PCIe, and on the host
+        optimizer_s += (16 + ema_bytes) * parameters.trained / world_size / 20e9
     reduced, gathered = wire_elements(parameters, stage, micro_steps)
     reduce_s = collective_s(gpu, world_size, e * reduced, 5 * micro_steps)
     gather_pieces = depth * 2 * micro_steps if stage == 3 else max(1, math.ceil(gathered / 2e8))
@@ -330,7 +339,7 @@ def step_time(
         exposed = max(0.0, reduce_s + gather_s - 1.5 * backward_s) if world_size > 1 else 0.0
     else:
         exposed = max(reduce_s - backward_s, reduce_s / 5) + gather_s
-    launches = micro_steps * launches + STEP_LAUNCHES
+    launches = micro_steps * launches + STEP_LAUNCHES + (config.train.ema is not None)
     host_s = launches * gpu.launch_us * 1e-6 + ENGINE_S[stage]
     return StepTime(
         matmul=matmul_s,

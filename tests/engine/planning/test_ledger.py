@@ -236,9 +236,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "every"), CASES)
-def test_the_plan_counts_what_the_ledger_lists(name, every):
+def test_the_plan_counts_what_the_ledger_lists(name, every, *more):
     """Within 5 %: memory, launches, bytes and FLOPs of a step, the plan's from fewer blocks."""
-    overrides = ["model.depth=5", "train.cuda_graphs=false"]
+    overrides = ["model.depth=5", "train.cuda_graphs=false", *more]
     config = load_config(name, [*overrides, f"train.activation_checkpoint_every={every or 'null'}"])
     gpu = replace(H100, fragmentation=1.0, base_gib=0.0, half_width=0.0)
     gpu = replace(gpu, gemm_share=1.0, attention_share=1.0, bandwidth_share=1.0)
@@ -259,6 +259,18 @@ def test_the_plan_counts_what_the_ledger_lists(name, every):
     assert launches == pytest.approx(total.kernels, rel=0.05)
     memory_needed = memory(config, gpu, parameters, **shape).total
     assert memory_needed == pytest.approx(ledger.recording.peak, rel=0.05)
+
+
+def test_the_plan_counts_an_average_of_the_weights():
+    test_the_plan_counts_what_the_ledger_lists("tiny_patch", None, "train.ema=0.9999")
+    plain, averaged = (
+        make_ledger(load_config("tiny_patch", ["model.depth=1", *more]), H100, 2).rows(STEP)
+        for more in ([], ["train.ema=0.9999"])
+    )
+    weights = count_parameters(load_config("tiny_patch", ["model.depth=1"])).trained
+    moved = averaged["optimizer"].moved - plain["optimizer"].moved
+    assert moved == pytest.approx(12 * weights, rel=1e-4)
+    assert averaged["optimizer"].kernels == plain["optimizer"].kernels + 1
 
 
 def test_more_blocks_and_clips_are_more_of_the_same():

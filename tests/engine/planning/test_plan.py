@@ -135,6 +135,11 @@ def test_sharding_divides_what_its_stage_says():
     assert three.weights < two.weights == one.weights
     offloaded = replace(config, train=replace(config.train, offload="cpu"))
     assert memory(offloaded, gpu, parameters, stage=1, **shape).optimizer == 0
+    averaged = replace(config, train=replace(config.train, ema=0.9999))
+    assert memory(averaged, gpu, parameters, stage=3, **shape).optimizer == 16 * P / 64
+    once = step_time(config, gpu, parameters, stage=1, **shape).optimizer
+    more = step_time(averaged, gpu, parameters, stage=1, **shape).optimizer - once
+    assert more * gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9 == pytest.approx(12 * P / 64)
 
 
 def test_the_largest_batch_is_the_largest_that_fits():
