@@ -54,6 +54,7 @@ setup(
         "parquet": ["pyarrow>=17"],
         "wandb": ["wandb>=0.31"],
         "trackio": ["trackio>=0.43"],
+        "mteb": ["mteb[audio]>=2.26"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",

@@ -20,7 +20,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras that need a GPU, another torch, or other versions of what is pinned.
-NOT_PINNED = {"flash", "bench", "trackio"}
+NOT_PINNED = {"flash", "bench", "trackio", "mteb"}
 
 
 def declared():
