@@ -1,6 +1,8 @@
 """Devices, worlds of one and of two ranks; clips and a configuration for small runs."""
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import devices
 import pytest
@@ -79,3 +81,15 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory) -> Iterator[Path]:
+    """Where transformers copies model files to, instead of the home folder."""
+    from transformers import dynamic_module_utils
+
+    folder = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.syspath_prepend(str(folder))
+        yield folder
