@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssast.kernels import add_norm_kernels
+from ssast.kernels.autocast import autocast_dtype
 from ssast.kernels.operation import custom_op
 
 
@@ -38,6 +39,15 @@ def _add_norm_torch(
     return total, out, mean.squeeze(-1).to(dtype), rstd.squeeze(-1).to(dtype)
 
 
+def _add_norm_plain(
+    x: Tensor, update: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x + update + bias
+    out, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, norm_bias, eps)
+    dtype = _statistics_dtype(x)
+    return total, out, mean.squeeze(-1).to(dtype), rstd.squeeze(-1).to(dtype)
+
+
 def _add_norm_fake(
     x: Tensor, update: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +56,13 @@ def _add_norm_fake(
 
 
 _add_norm = custom_op(
-    "add_norm", _add_norm_torch, cuda=add_norm_kernels.forward, fake=_add_norm_fake
+    "add_norm",
+    _add_norm_torch,
+    cuda=add_norm_kernels.forward,
+    fake=_add_norm_fake,
+    autocast="float32",
+    plain=_add_norm_plain,
+    formula_for=("x", "update", "bias", "weight", "norm_bias"),
 )
 
 
@@ -79,6 +95,7 @@ _add_norm_backward = custom_op(
     _add_norm_backward_torch,
     cuda=add_norm_kernels.backward,
     fake=_add_norm_backward_fake,
+    autocast="none",
 )
 
 
@@ -105,6 +122,8 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add an update to x, and normalise the sum.
 
+    Autocast: float32, whatever the dtypes of the inputs; so are both results.
+
     Args:
         x: [..., D], the residual stream.
         update: [..., D], what is added, without its bias.
@@ -125,8 +144,9 @@ def add_norm(
             f"add_norm: {list(x.shape)}, {list(update.shape)} and vectors of "
             f"{[list(v.shape) for v in vectors]} do not match"
         )
-    mixed = any(t.dtype != x.dtype for t in (update, *vectors))  # under autocast
-    if mixed or torch.compiler.is_exporting():
+    mixed = any(t.dtype != x.dtype for t in (update, *vectors))
+    is_cast = autocast_dtype(x.device.type) is not None
+    if (mixed and not is_cast) or torch.compiler.is_exporting():
         return add_norm_reference(x, update, bias, weight, norm_bias, eps)
     total, out, _, _ = _add_norm(x, update, bias, weight, norm_bias, eps)
     return total, out

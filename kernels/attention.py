@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssast.kernels.blocked_attention import blocked_attention
+from ssast.kernels.autocast import autocast_rule
+from ssast.kernels.blocked_attention import attention_reference, blocked_attention
 from ssast.kernels.launch import architecture
 from ssast.kernels.linear import joined_view
 from ssast.kernels.matmul import is_fast
+from ssast.kernels.operation import is_transformed
 
 Backend = Literal[
     "flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "math", "sdpa", "blocked"
@@ -63,15 +65,6 @@ def make_padding_mask(valid: Tensor) -> PaddingMask:
     """
     cu_seqlens = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).int()
     return PaddingMask(valid, cu_seqlens, valid.flatten().nonzero().flatten())
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Compute :func:`attention` by its formula: the reference; ``valid`` is [B, L'] bool."""
-    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
-        v = v.masked_fill(~valid[..., None, None], 0)
-    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None) -> Tensor:
@@ -170,6 +163,16 @@ def _blocked_is_faster(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and is_fast()
 
 
+def _only_math() -> bool:
+    """Whether the caller has left PyTorch's attention no backend but ``math``."""
+    settings = torch.backends.cuda  # for every device
+    return settings.math_sdp_enabled() and not (
+        settings.flash_sdp_enabled()
+        or settings.mem_efficient_sdp_enabled()
+        or settings.cudnn_sdp_enabled()
+    )
+
+
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
     """List the backends for a device and dtype, the fastest first."""
     if device.type != "cuda":
@@ -224,6 +227,8 @@ def attention_trials(device: torch.device, dtype: torch.dtype) -> dict[Backend, 
 
 def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """Return the backend of :func:`attention` for a device and dtype."""
+    if _only_math():
+        return "math"
     if device.type == "cpu":
         return candidates(device, dtype)[0]  # it depends on settings: nothing to remember
     if not torch.cuda.is_available():
@@ -235,8 +240,14 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 attention_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@autocast_rule("lower_precision")
 def attention(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None = None) -> Tensor:
     """Compute softmax attention of every query to every valid key.
+
+    Autocast: its dtype, for inputs and result. Second derivatives are those of the backend: as for
+    PyTorch's attention, ``math`` has them, which
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` chooses, and ``blocked``; the others raise
+    an error. Inside ``torch.func`` and with forward-mode derivatives it is ``math``.
 
     Args:
         q: [B, L, H, D_h].
@@ -250,4 +261,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None 
     """
     if torch.compiler.is_exporting():  # a file for other programs has PyTorch's operations alone
         return run_backend("sdpa", q, k, v, padding_mask)
+    if is_transformed(q, k, v):
+        return run_backend("math", q, k, v, padding_mask)
     return run_backend(attention_backend(q.device, q.dtype), q, k, v, padding_mask)

@@ -18,6 +18,30 @@ from ssast.kernels.operation import custom_op
 BLOCK = 1 << 20  # scores at a time, 4 MiB
 
 
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute attention by its formula: the reference.
+
+    Args:
+        q: [B, L, H, D_h].
+        k: [B, L', H, D_h].
+        v: [B, L', H, D_h].
+        valid: [B, L'] bool, False for padding.
+
+    Returns:
+        [B, L, H, D_h].
+    """
+    if valid is not None:
+        v = v.masked_fill(~valid[..., None, None], 0)
+    return torch.einsum("bhlm,bmhd->blhd", _softmax(q, k, valid), v)
+
+
+def _softmax(q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
+    return scores.softmax(-1)
+
+
 def _by_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)  # [B * H, L, D_h], contiguous
 
@@ -82,7 +106,14 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-_attention = custom_op("blocked_attention", _attention_torch, fake=_attention_fake)
+_attention = custom_op(
+    "blocked_attention",
+    _attention_torch,
+    fake=_attention_fake,
+    autocast="lower_precision",
+    plain=attention_reference,
+    formula_for=("q", "k", "v"),
+)
 
 
 def _attention_backward_torch(
@@ -108,12 +139,29 @@ def _attention_backward_torch(
     return buffer
 
 
+def _attention_backward_plain(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+) -> Tensor:
+    P = _softmax(q, k, valid)
+    dP = torch.einsum("blhd,bmhd->bhlm", grad, v)
+    dS = P * (dP - (P * dP).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dq, dk = torch.einsum("bhlm,bmhd->blhd", dS, k), torch.einsum("bhlm,blhd->bmhd", dS, q)
+    dv = torch.einsum("bhlm,blhd->bmhd", P, grad)
+    if q.shape == k.shape:
+        return torch.stack((dq, dk, dv), 2).flatten()
+    return torch.cat((dq.flatten(), torch.stack((dk, dv), 2).flatten()))
+
+
 def _attention_backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.numel() + 2 * k.numel())
 
 
 _attention_backward = custom_op(
-    "blocked_attention_backward", _attention_backward_torch, fake=_attention_backward_fake
+    "blocked_attention_backward",
+    _attention_backward_torch,
+    fake=_attention_backward_fake,
+    autocast="none",
+    plain=_attention_backward_plain,
 )
 
 

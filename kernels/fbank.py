@@ -176,11 +176,20 @@ def _fbank_fake(
     return waveforms.new_empty(waveforms.shape[0], frames, n_mels)
 
 
-_fbank = custom_op("fbank", _fbank_torch, cpu=_fbank_cpu, cuda=_fbank_cuda, fake=_fbank_fake)
+_fbank = custom_op(
+    "fbank",
+    _fbank_torch,
+    cpu=_fbank_cpu,
+    cuda=_fbank_cuda,
+    fake=_fbank_fake,
+    autocast="float32",
+)
 
 
 def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
     """Compute the log-mel filterbanks of a batch of clips, before normalisation.
+
+    Autocast: float32. Where the waveforms need a gradient, :func:`fbank_reference` is computed.
 
     Args:
         waveforms: [B, S] float32 in [-1, 1] at ``spec.sample_rate_hz``; a clip's mean, which the
@@ -190,7 +199,7 @@ def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
         spec: Filterbank settings.
 
     Returns:
-        [B, T, F] float32, 0 in frames after a clip's end. No gradient: this is data.
+        [B, T, F] float32, 0 in frames after a clip's end.
 
     Raises:
         ValueError: Wrong shape, dtype or device.
@@ -208,12 +217,5 @@ def fbank(waveforms: Tensor, num_samples: Tensor, spec: FbankSpec) -> Tensor:
         raise ValueError(
             f"num_samples is on {num_samples.device}, waveforms are on {waveforms.device}"
         )
-    with torch.no_grad():
-        return _fbank(
-            waveforms,
-            num_samples,
-            spec.sample_rate_hz,
-            spec.n_mels,
-            spec.num_frames,
-            float(spec.low_hz),
-        )
+    settings = (spec.sample_rate_hz, spec.n_mels, spec.num_frames, float(spec.low_hz))
+    return _fbank(waveforms, num_samples, *settings)

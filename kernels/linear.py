@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ssast.kernels import linear_kernels
-from ssast.kernels.operation import custom_op
+from ssast.kernels.autocast import autocast_off, autocast_rule
+from ssast.kernels.operation import custom_op, is_transformed
 
 
 def _sum_rows(x: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ _gelu_backward = custom_op(
     _gelu_backward_torch,
     cuda=linear_kernels.gelu_backward,
     fake=_gelu_backward_fake,
+    autocast="none",
 )
 
 
@@ -56,7 +57,11 @@ def _join_chunks_fake(first: Tensor, second: Tensor, third: Tensor | None) -> tu
 
 
 _join_chunks = custom_op(
-    "join_chunks", _join_chunks_torch, cuda=linear_kernels.join_chunks, fake=_join_chunks_fake
+    "join_chunks",
+    _join_chunks_torch,
+    cuda=linear_kernels.join_chunks,
+    fake=_join_chunks_fake,
+    autocast="none",
 )
 
 
@@ -67,7 +72,8 @@ def joined_view(chunks: Sequence[Tensor]) -> Tensor | None:
         return None
     for i, x in enumerate(chunks):
         if (
-            x.shape != first.shape
+            (x.requires_grad and torch.is_grad_enabled())  # a view of memory has no derivative
+            or x.shape != first.shape
             or x.stride() != first.stride()
             or x.untyped_storage()._cdata != first.untyped_storage()._cdata
             or x.storage_offset() != first.storage_offset() + i * D
@@ -80,23 +86,26 @@ def joined_view(chunks: Sequence[Tensor]) -> Tensor | None:
 
 def _gradients(ctx: Any, dh: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
     rows = dh.flatten(0, -2)
-    dx = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-    dweight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    with autocast_off(dh.device.type):  # as in the forward pass
+        dx = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
+        dweight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
     return dx, dweight
 
 
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         h = functional.linear(x, weight, bias)
         ctx.save_for_backward(x, weight, h)
-        return functional.gelu(h)
+        ctx.set_materialize_grads(False)  # h has a gradient in second derivatives alone
+        return functional.gelu(h), h
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh_too: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, h = ctx.saved_tensors
-        dh, dbias = _gelu_backward(grad, h)
+        dh, dbias = _gelu_backward(torch.zeros_like(h) if dy is None else dy, h)
+        if dh_too is not None:
+            dh, dbias = dh + dh_too, dbias + _sum_rows(dh_too)
         return *_gradients(ctx, dh, x, weight), dbias
 
 
@@ -109,7 +118,6 @@ class _LinearChunks(torch.autograd.Function):
         return functional.linear(x, weight, bias).chunk(chunks, -1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined = joined_view(grads)
         if joined is not None:
@@ -119,15 +127,16 @@ class _LinearChunks(torch.autograd.Function):
         return *_gradients(ctx, joined, *ctx.saved_tensors), dbias, None
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+def _is_plain(*tensors: Tensor) -> bool:
+    # A file for other programs has PyTorch's operations alone, and torch.func takes its own.
+    return torch.compiler.is_exporting() or is_transformed(*tensors)
 
 
+@autocast_rule("lower_precision")
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute the exact GELU of a linear layer.
+
+    Autocast: its dtype, for inputs and result.
 
     Args:
         x: [..., D].
@@ -137,13 +146,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [..., D'].
     """
-    if torch.compiler.is_exporting():  # a file for other programs has PyTorch's operations alone
+    if _is_plain(x, weight, bias):
         return functional.gelu(functional.linear(x, weight, bias))
-    return _LinearGelu.apply(*_autocast(x, weight, bias))
+    return _LinearGelu.apply(x, weight, bias)[0]
 
 
+@autocast_rule("lower_precision")
 def linear_chunks(x: Tensor, weight: Tensor, bias: Tensor, chunks: int) -> tuple[Tensor, ...]:
     """Compute several linear layers of the same width as one.
+
+    Autocast: its dtype, for inputs and results.
 
     Args:
         x: [..., D].
@@ -159,6 +171,6 @@ def linear_chunks(x: Tensor, weight: Tensor, bias: Tensor, chunks: int) -> tuple
     """
     if chunks not in (2, 3) or len(weight) % chunks:
         raise ValueError(f"linear_chunks: {len(weight)} rows of the weight for {chunks} chunks")
-    if torch.compiler.is_exporting():
+    if _is_plain(x, weight, bias):
         return functional.linear(x, weight, bias).chunk(chunks, -1)
-    return _LinearChunks.apply(*_autocast(x, weight, bias), chunks)
+    return _LinearChunks.apply(x, weight, bias, chunks)

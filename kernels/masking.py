@@ -224,7 +224,11 @@ def _draw_masks_fake(
 
 
 _draw_masks = custom_op(
-    "draw_masks", _draw_masks_torch, cuda=draw_masks_on_cuda, fake=_draw_masks_fake
+    "draw_masks",
+    _draw_masks_torch,
+    cuda=draw_masks_on_cuda,
+    fake=_draw_masks_fake,
+    autocast="none",
 )
 
 
@@ -240,6 +244,9 @@ def draw_masks(
     valid_columns: Tensor | None = None,
 ) -> Masks:
     """Draw the mask of each clip of a batch.
+
+    Autocast: none, these are integers. There are no derivatives, and no ``torch.vmap``: clips of
+    any number are drawn in one call.
 
     Args:
         clip_ids: [B] int64, which clip of the data set.

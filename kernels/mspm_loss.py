@@ -10,8 +10,11 @@ reconstructions r (SSAST, equations 1 and 2):
     MSE      = 1/(M P) sum_i |r_i - t_i|^2
 
 The upstream gradient of a loss is one number per clip, so the forward pass computes the gradient
-already: d InfoNCE / d c_j = 1/M sum_i (softmax(S)_ij - delta_ij) t_i. It is all that is saved; the
-backward pass scales it. On CUDA, S and its softmax exist in tiles alone.
+already: d InfoNCE / d c_j = 1/M sum_i (softmax(S)_ij - delta_ij) t_i. It is saved, and the backward
+pass scales it. On CUDA, S and its softmax exist in tiles alone.
+
+Second derivatives are those of the saved gradient, which is a result of the operation as the loss
+is: that of the MSE is linear in the predictions, that of InfoNCE is computed from the inputs.
 
 Where clips have different numbers of masked patches, M is the largest of them and ``num_masked``
 says how many rows of a clip are valid. The others may hold anything, and their gradient is 0.
@@ -114,6 +117,29 @@ def _info_nce_torch(
     return nce, hit.sum(1).to(t.dtype) / count, gradient.to(predictions.dtype)
 
 
+def _info_nce_plain(
+    targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, M, _ = targets.shape
+    rows = _valid_rows(num_masked, M)
+    t, c = (_zero_padding(rows, _at_least_fp32(x)) for x in (targets, predictions))
+    if M == 0:
+        return c.sum((1, 2)), t.new_zeros(B), torch.zeros_like(predictions)
+    count = _num_valid(num_masked, M, t.dtype)
+    scores, axis = t @ c.transpose(1, 2), 1 if over_targets else 2  # [B, i, j]
+    if rows is not None:  # finite, as the softmax of a padding row has a derivative
+        padding = ~(rows[:, :, None] & rows[:, None, :])
+        scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min / 2)
+    log_p = scores.log_softmax(axis)
+    nce = -_zero_padding(rows, log_p.diagonal(dim1=1, dim2=2)).sum(1) / count
+    best = log_p if rows is None else log_p.masked_fill(padding, -torch.inf)
+    hit = _zero_padding(rows, best.argmax(1) == torch.arange(M, device=t.device))
+    error = log_p.exp() - torch.eye(M, dtype=t.dtype, device=t.device)
+    gradient = _zero_padding(rows, torch.bmm(error.transpose(1, 2), t))
+    gradient = gradient / (count[:, None, None] if isinstance(count, Tensor) else count)
+    return nce, hit.sum(1).to(t.dtype) / count, gradient.to(predictions.dtype)
+
+
 def _info_nce_fake(
     targets: Tensor, predictions: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +147,15 @@ def _info_nce_fake(
     return loss, torch.empty_like(loss), gradient
 
 
-_info_nce = custom_op("info_nce", _info_nce_torch, cuda=info_nce_on_cuda, fake=_info_nce_fake)
+_info_nce = custom_op(
+    "info_nce",
+    _info_nce_torch,
+    cuda=info_nce_on_cuda,
+    fake=_info_nce_fake,
+    autocast="float32",
+    plain=_info_nce_plain,
+    formula_for=("predictions",),
+)
 
 
 def _mse_torch(
@@ -136,35 +170,79 @@ def _mse_torch(
     return mse, error.to(predictions.dtype).contiguous()
 
 
+def _mse_plain(
+    targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    error = _at_least_fp32(predictions) - _at_least_fp32(targets)
+    error = _zero_padding(_valid_rows(num_masked, targets.shape[1]), error)
+    size = _mse_size(targets, num_masked, error.dtype)
+    return error.square().sum((1, 2)) / size[:, 0, 0], (error * (2 / size)).to(predictions.dtype)
+
+
+def _mse_size(x: Tensor, num_masked: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return how many values of each clip are averaged, at least 1, [B, 1, 1] or [1, 1, 1]."""
+    size = torch.as_tensor(_num_valid(num_masked, x.shape[1], dtype), dtype=dtype, device=x.device)
+    return (size * max(x.shape[2], 1)).view(-1, 1, 1)
+
+
 def _mse_fake(targets: Tensor, predictions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(targets.dtype, torch.float32)
     return targets.new_empty(len(targets), dtype=dtype), predictions.new_empty(predictions.shape)
 
 
-_mse = custom_op("mse", _mse_torch, cuda=mse_on_cuda, fake=_mse_fake)
+_mse = custom_op(
+    "mse",
+    _mse_torch,
+    cuda=mse_on_cuda,
+    fake=_mse_fake,
+    autocast="float32",
+    plain=_mse_plain,
+    formula_for=("predictions",),
+)
 
 
-def _save_gradient(ctx, inputs, output) -> None:
-    *values, gradient = output
-    ctx.save_for_backward(gradient)
-    ctx.mark_non_differentiable(*values[1:], gradient)
+def _scaled(gradient: Tensor, upstream: Tensor | None) -> Tensor | None:
+    return None if upstream is None else gradient * upstream.to(gradient.dtype)[:, None, None]
+
+
+def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return x if y is None else y if x is None else x + y
+
+
+def _save_info_nce(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.over_targets, num_masked = inputs
+    ctx.save_for_backward(*tensors, num_masked, output[2])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else zeros are made for what has no gradient
 
 
-def _scale_gradient(ctx, upstream: Tensor | None) -> Tensor | None:
-    if upstream is None:
-        return None
-    (gradient,) = ctx.saved_tensors
-    return gradient * upstream.to(gradient.dtype)[:, None, None]
+def _info_nce_backward(ctx: Any, dnce: Tensor | None, _: None, more: Tensor | None) -> Any:
+    targets, predictions, num_masked, gradient = ctx.saved_tensors
+    second = None
+    if more is not None:  # of a second derivative
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            again = _info_nce_plain(targets, predictions, ctx.over_targets, num_masked)[2]
+        (second,) = torch.autograd.grad(again, predictions, more, create_graph=create_graph)
+    return None, _add(_scaled(gradient, dnce), second), None, None
 
 
-_info_nce.register_autograd(
-    lambda ctx, dnce, _a, _g: (None, _scale_gradient(ctx, dnce), None, None),
-    setup_context=_save_gradient,
-)
-_mse.register_autograd(
-    lambda ctx, dmse, _g: (None, _scale_gradient(ctx, dmse), None), setup_context=_save_gradient
-)
+def _save_mse(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.set_materialize_grads(False)
+
+
+def _mse_backward(ctx: Any, dmse: Tensor | None, more: Tensor | None) -> Any:
+    gradient, num_masked = ctx.saved_tensors
+    second = None
+    if more is not None:
+        more = _zero_padding(_valid_rows(num_masked, more.shape[1]), more)
+        second = (more * (2 / _mse_size(more, num_masked, torch.float64))).to(more.dtype)
+    return None, _add(_scaled(gradient, dmse), second), None
+
+
+_info_nce.register_autograd(_info_nce_backward, setup_context=_save_info_nce)
+_mse.register_autograd(_mse_backward, setup_context=_save_mse)
 
 
 def info_nce(
@@ -175,8 +253,10 @@ def info_nce(
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE over the masked patches of each clip, and its (pretext) accuracy.
 
+    Autocast: float32, for inputs and results.
+
     Args:
-        targets: [B, M, P], the normalised masked patches; no gradient flows to them.
+        targets: [B, M, P], the normalised masked patches.
         predictions: [B, M, P].
         softmax_axis: Axis of the softmax, see the module.
         num_masked: [B] int64, from 0 to M: only the first ``num_masked[b]`` rows of clip b are
@@ -197,8 +277,10 @@ def info_nce(
 def mse(targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None) -> Tensor:
     """Compute the mean squared error over the masked patches of each clip.
 
+    Autocast: float32, for inputs and result.
+
     Args:
-        targets: [B, M, P], the normalised masked patches; no gradient flows to them.
+        targets: [B, M, P], the normalised masked patches.
         predictions: [B, M, P].
         num_masked: [B] int64, as for :func:`info_nce`.
 

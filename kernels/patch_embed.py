@@ -60,7 +60,7 @@ def patch_embed_reference(
     image = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
     tokens = functional.conv2d(image, weight, bias, tuple(stride)).flatten(2).transpose(1, 2)
     masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=fbank.device)
-    masked.scatter_(1, masks.mask_ids, True)
+    masked = masked.scatter(1, masks.mask_ids, True)
     tokens = torch.where(masked[..., None], mask_embed, tokens)
     tokens = torch.cat((prefix.expand(len(fbank), -1, -1), tokens), 1) + pos_embed
     patches = functional.unfold(image, weight.shape[2:], stride=tuple(stride)).transpose(1, 2)
@@ -115,8 +115,26 @@ def _patch_embed_fake(
     return weight.new_empty(B, *pos_embed.shape[1:]), weight.new_empty(B, M, P)
 
 
+def _patch_embed_plain(
+    fbank: Tensor, weight: Tensor, bias: Tensor, mask_embed: Tensor, pos_embed: Tensor,
+    prefix: Tensor, mask_ids: Tensor, visible_ids: Tensor, mean: float, std: float,
+    stride: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return patch_embed_reference(
+        fbank, weight, bias, mask_embed, pos_embed, prefix, Masks(mask_ids, visible_ids),
+        mean=mean, std=std, stride=stride,
+    )  # fmt: skip
+
+
 _patch_embed = custom_op(
-    "patch_embed", _patch_embed_torch, cuda=patch_embed_kernels.forward, fake=_patch_embed_fake
+    "patch_embed",
+    _patch_embed_torch,
+    cuda=patch_embed_kernels.forward,
+    fake=_patch_embed_fake,
+    autocast="lower_precision",
+    keep=("fbank",),
+    plain=_patch_embed_plain,
+    formula_for=("weight", "bias", "mask_embed", "pos_embed", "prefix"),
 )
 
 
@@ -150,6 +168,7 @@ _patch_embed_backward = custom_op(
     _patch_embed_backward_torch,
     cuda=patch_embed_kernels.backward,
     fake=_patch_embed_backward_fake,
+    autocast="none",
 )
 
 
@@ -190,9 +209,12 @@ def patch_embed(
 ) -> tuple[Tensor, Tensor]:
     """Compute the tokens of a batch of filterbanks, and the masked patches as targets.
 
+    Autocast: its dtype, and so are tokens and targets; the filterbank is not cast, but normalised
+    in float32 and then rounded, as always.
+
     Args:
-        fbank: [B, T, F] log-mel before normalisation, float32 or the weights' dtype. No gradient
-            flows to it.
+        fbank: [B, T, F] log-mel before normalisation, float32 or the weights' dtype. Where it
+            needs a gradient, tokens and targets give it one, and all patches are projected.
         weight: [D, 1, f, t], the patch projection as the weight of a convolution.
         bias: [D].
         mask_embed: [D], the learned token of a masked patch.

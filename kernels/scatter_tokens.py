@@ -45,7 +45,20 @@ def _scatter_tokens_fake(
     return visible.new_empty(len(visible), num_prefix + len(shared), visible.shape[2])
 
 
-_scatter_tokens = custom_op("scatter_tokens", _scatter_tokens_torch, fake=_scatter_tokens_fake)
+def _scatter_tokens_plain(
+    visible: Tensor, shared: Tensor, mask_ids: Tensor, visible_ids: Tensor
+) -> Tensor:
+    return scatter_tokens_reference(visible, shared, Masks(mask_ids, visible_ids))
+
+
+_scatter_tokens = custom_op(
+    "scatter_tokens",
+    _scatter_tokens_torch,
+    fake=_scatter_tokens_fake,
+    autocast="promote",
+    plain=_scatter_tokens_plain,
+    formula_for=("visible", "shared"),
+)
 
 
 def _scatter_tokens_backward_torch(
@@ -55,7 +68,7 @@ def _scatter_tokens_backward_torch(
     num_prefix = grad.shape[1] - N
     patches = grad[:, num_prefix:]
     visible = torch.cat((grad[:, :num_prefix], take(patches, visible_ids)), 1)
-    masked = grad.new_zeros(len(grad), N).scatter_(1, mask_ids, 1.0)
+    masked = grad.new_zeros(len(grad), N).scatter(1, mask_ids, 1.0)
     # A matmul of [1, B] and [B, D] per patch: reads the gradient once, in a fixed order.
     shared = torch.bmm(masked.T[:, None], patches.transpose(0, 1))[:, 0]
     return visible, shared
@@ -70,7 +83,10 @@ def _scatter_tokens_backward_fake(
 
 
 _scatter_tokens_backward = custom_op(
-    "scatter_tokens_backward", _scatter_tokens_backward_torch, fake=_scatter_tokens_backward_fake
+    "scatter_tokens_backward",
+    _scatter_tokens_backward_torch,
+    fake=_scatter_tokens_backward_fake,
+    autocast="none",
 )
 
 
@@ -93,6 +109,8 @@ def visible_token_ids(masks: Masks, num_prefix: int) -> Tensor:
 
 def scatter_tokens(visible: Tensor, shared: Tensor, masks: Masks) -> Tensor:
     """Build the whole sequence of each clip from its visible tokens and the shared ones.
+
+    Autocast: the wider dtype of both inputs.
 
     Args:
         visible: [B, E + V, D], prefix tokens and visible patches of each clip.

@@ -47,6 +47,16 @@ class Residual(NamedTuple):
         return self.x + (product + bias)
 
 
+def _kept(module: nn.Module, update: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return an update of a module that lasts longer than the module's parameters.
+
+    The bias is used outside of the module, and FSDP frees parameters in a hook after the forward
+    pass.
+    """
+    product, bias = update
+    return (product, bias.clone()) if module._forward_hooks else update
+
+
 class ResidualNorm(nn.LayerNorm):
     """LayerNorm of tokens, or of a residual stream that is to be updated."""
 
@@ -66,7 +76,7 @@ class ResidualLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Map [B, L, D'] to the product with the weight [B, L, D], and return the bias [D]."""
-        return nn.functional.linear(x, self.weight), self.bias
+        return _kept(self, (nn.functional.linear(x, self.weight), self.bias))
 
 
 class PatchEmbed(nn.Module):
@@ -168,7 +178,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Map tokens [B, L, D] to an update [B, L, D] and its bias, or [B, K, D] of ``queries``."""
         q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.qkv(x, queries, shared))
-        return self.proj(attention(q, k, v, padding_mask).flatten(2))
+        return _kept(self, self.proj(attention(q, k, v, padding_mask).flatten(2)))
 
 
 class GeluLinear(nn.Linear):
@@ -189,7 +199,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens [B, L, D] to an update [B, L, D] and its bias."""
-        return self.fc2(self.fc1(x))
+        return _kept(self, self.fc2(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -245,7 +255,7 @@ class Block(nn.Module):
         if query_ids is not None:  # the other tokens are needed as keys and values only
             x, queries = take(x, query_ids), take(y, query_ids)
         x, y = self.norm2(Residual(x, self.attn(y, queries, shared, padding_mask)))
-        return Residual(x, self.mlp(y))
+        return Residual(x, _kept(self, self.mlp(y)))
 
 
 class SpectrogramTransformer(nn.Module):

@@ -25,7 +25,7 @@ def _fake(x: Tensor, *rest: object) -> Tensor:
 
 @pytest.fixture(scope="module")
 def operation() -> Iterator[CustomOpDef]:
-    yield custom_op("of_a_test", _doubled, cpu=_kernel, fake=_fake)
+    yield custom_op("of_a_test", _doubled, cpu=_kernel, fake=_fake, autocast="none")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -48,7 +48,7 @@ def test_an_empty_batch_goes_through_torch() -> None:
     def refuse(*args: object) -> Tensor:
         raise AssertionError("the kernel ran")
 
-    operation = custom_op("of_a_test_too", _doubled, cpu=refuse, fake=_fake)
+    operation = custom_op("of_a_test_too", _doubled, cpu=refuse, fake=_fake, autocast="none")
     for shape in ((0, 3), (3, 0)):
         empty = torch.ones(shape)
         assert operation(empty, empty, 1.0).shape == shape
