@@ -1,5 +1,6 @@
 """The weights of a model in and out of run folders, without optimizer state."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +22,8 @@ Weights = Literal["raw", "ema"]
 """Weights as they were trained, or their exponential moving average."""
 
 Kind = TypeVar("Kind", bound=nn.Module)
+
+log = logging.getLogger(__name__)
 
 
 def has_average(tensors: Iterable[str]) -> bool:
@@ -112,13 +115,34 @@ def check_names(expected: Iterable[str], found: Iterable[str], source: str | Pat
     Raises:
         CheckpointError: Some are missing, or were not expected.
     """
-    wanted, given = dict.fromkeys(expected), dict.fromkeys(found)
-    missing = [name for name in wanted if name not in given]
-    surplus = [name for name in given if name not in wanted]
+    missing, surplus = _differences(expected, found)
     if missing or surplus:
         raise CheckpointError(
             f"{source}: missing {_listed(missing)}, unexpected {_listed(surplus)}"
         )
+
+
+def check_complete(expected: Iterable[str], found: Iterable[str], source: str | Path) -> None:
+    """Check that weights from elsewhere have the names that a model expects, and report others.
+
+    Raises:
+        CheckpointError: Some are missing.
+    """
+    missing, surplus = _differences(expected, found)
+    if missing:
+        raise CheckpointError(
+            f"{source}: not the state dict of this model: missing {_listed(missing)}, "
+            f"unexpected {_listed(surplus)}"
+        )
+    if surplus:
+        log.warning("%s: tensors that the model does not have: %s", source, _listed(surplus))
+
+
+def _differences(expected: Iterable[str], found: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the expected names that are missing, and those found that were not expected."""
+    wanted, given = dict.fromkeys(expected), dict.fromkeys(found)
+    missing = [name for name in wanted if name not in given]
+    return missing, [name for name in given if name not in wanted]
 
 
 def _listed(names: Sequence[str]) -> str:

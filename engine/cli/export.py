@@ -166,7 +166,8 @@ def _export(options: argparse.Namespace) -> int:
     if options.to == "published":
         if isinstance(loaded.model, SpectrogramTransformer):
             raise ConfigError(f"{options.model}: a plain encoder has no published format")
-        save_published(loaded.model, out, loaded.audio, published_metadata(loaded))
+        metadata, heads = published_metadata(loaded), loaded.imagenet_heads
+        save_published(loaded.model, out, loaded.audio, metadata, heads)
     elif options.to == "hf":
         export_huggingface(bare, out, loaded.audio, labels, loss, names, raw_bare)
     else:

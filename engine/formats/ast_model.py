@@ -6,17 +6,19 @@ losses, and the project's attention. Import it in place of the published one:
     from ssast.engine.api import ASTModel
 """
 
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.checkpoints.weights import check_names, check_shapes
+from ssast.engine.checkpoints.weights import check_complete, check_shapes
 from ssast.engine.errors import CheckpointError
-from ssast.engine.formats.published import detect_layout, read_published
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer, resize_pos_embed
-from ssast.engine.settings import SIZES, Audio, Model
+from ssast.engine.formats.published import IMAGENET_HEADS, detect_layout, read_published
+from ssast.engine.formats.timm_trunk import build_trunk
+from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, resize_pos_embed
+from ssast.engine.settings import SIZES
 from ssast.kernels.masking import Masks, draw_masks, masks_from_ids
 from ssast.kernels.mspm_loss import info_nce, mse
 from ssast.kernels.patch_embed import cut_patches, join_patches, patch_embed, patch_grid, take
@@ -24,64 +26,9 @@ from ssast.kernels.patch_embed import cut_patches, join_patches, patch_embed, pa
 # Names that versions of the published code have had for a size.
 _ALIASES = {"tiny224": "tiny", "small224": "small", "base224": "base", "base384": "base"}
 _ONE_TOKEN = "base_nokd"  # base without DeiT's distillation: cls alone, no dist, no second head
-_IMAGENET_CLASSES = 1000
+_PRETRAINING = ("mask_embed", "cpredlayer.", "gpredlayer.", "p_input_fdim", "p_input_tdim")
 _SHOWN = 99.0  # what visualize_mask paints over a patch, as published
 _TASKS = ("ft_avgtok", "ft_cls", "pretrain_mpc", "pretrain_mpg", "visualize_mask")
-
-
-class PatchEmbed(nn.Module):
-    """Patch embedding: images [B, 1, F, T] to tokens [B, N, D]."""
-
-    def __init__(self, projection: nn.Conv2d, num_patches: int):
-        super().__init__()
-        self.proj, self.num_patches = projection, num_patches
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Embed [B, 1, F, T] to [B, N, D]; gradients flow to the image."""
-        return self.proj(image).flatten(2).transpose(1, 2)
-
-
-class Trunk(nn.Module):
-    """The transformer with timm's names and ImageNet's heads, which nothing uses.
-
-    Args:
-        encoder: Encoder whose parameters are shared.
-        num_extra: Number of tokens before those of the patches: cls and dist, or cls alone.
-    """
-
-    def __init__(self, encoder: SpectrogramTransformer, num_extra: int = NUM_EXTRA_TOKENS):
-        super().__init__()
-        embed, width = encoder.embed, encoder.embed_dim
-        projection = nn.Conv2d(1, width, embed.patch, stride=embed.stride)
-        projection.weight, projection.bias = embed.weight, embed.bias
-        self.patch_embed = PatchEmbed(projection, embed.grid[0] * embed.grid[1])
-        self.cls_token, self.pos_embed = embed.cls_token, embed.pos_embed
-        if num_extra == NUM_EXTRA_TOKENS:
-            self.dist_token = embed.dist_token
-        else:
-            positions = torch.cat(
-                (embed.pos_embed[:, :1], embed.pos_embed[:, NUM_EXTRA_TOKENS:]), 1
-            )
-            self.pos_embed = nn.Parameter(positions.detach())
-        self.pos_drop = nn.Dropout(0.0)
-        self.blocks, self.norm = encoder.blocks, encoder.norm
-        self.head = nn.Linear(width, _IMAGENET_CLASSES)
-        if num_extra == NUM_EXTRA_TOKENS:
-            self.head_dist = nn.Linear(width, _IMAGENET_CLASSES)
-
-    @property
-    def extra_tokens(self) -> Tensor:
-        """[1, E, D]: cls, and dist if there is one."""
-        if hasattr(self, "dist_token"):
-            return torch.cat((self.cls_token, self.dist_token), 1)
-        return self.cls_token
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Encode tokens that have their positions to hidden states [B, E + N, D]."""
-        tokens = self.pos_drop(tokens)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
 
 
 class ASTModel(nn.Module):
@@ -148,7 +95,7 @@ class ASTModel(nn.Module):
         if load_pretrained_mdl_path is None:
             self.heads, self.depth = SIZES[size].num_heads, SIZES[size].depth
             self.p_f_dim, self.p_t_dim = grid
-            self.v = _trunk(size, None, patch, stride, shape, self.cls_token_num)
+            self.v = build_trunk(size, None, patch, stride, shape, self.cls_token_num)
             # Parameters, so that the state dict has them; never trained.
             self.p_input_fdim = nn.Parameter(torch.tensor(input_fdim), requires_grad=False)
             self.p_input_tdim = nn.Parameter(torch.tensor(input_tdim), requires_grad=False)
@@ -156,6 +103,9 @@ class ASTModel(nn.Module):
             P = fshape * tshape
             self.cpredlayer = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
             self.gpredlayer = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+            # What scripts take from a model; nothing here needs it.
+            self.unfold = nn.Unfold(patch, stride=stride)
+            self.softmax, self.lsoftmax = nn.Softmax(dim=-1), nn.LogSoftmax(dim=-1)
         else:
             self._load(Path(load_pretrained_mdl_path), size, patch, stride, shape)
             self.mlp_head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, label_dim))
@@ -184,18 +134,19 @@ class ASTModel(nn.Module):
             )
         self.heads, self.depth = SIZES[size].num_heads, layout.depth
         self.p_f_dim, self.p_t_dim = old = patch_grid(*layout.input, patch, patch)
-        self.v = _trunk(size, layout.depth, patch, stride, shape, layout.num_extra)
-        weights = {n: t for n, t in state.items() if n.startswith("v.")}
+        self.v = build_trunk(size, layout.depth, patch, stride, shape, layout.num_extra)
         own = {f"v.{name}" for name in self.v.state_dict()}
-        optional = {n for n in own if n.startswith(("v.head.", "v.head_dist."))}
-        check_names(sorted(own - optional), sorted(set(weights) - optional), path)
+        weights = {name: value for name, value in state.items() if name in own}
+        unused = (*IMAGENET_HEADS, *_PRETRAINING)
+        needed = sorted(name for name in own if not name.startswith(IMAGENET_HEADS))
+        check_complete(needed, [name for name in state if not name.startswith(unused)], path)
         pos_embed = weights["v.pos_embed"].float()
         spare = NUM_EXTRA_TOKENS - self.cls_token_num  # filled up, for a function of two tokens
         pos_embed = nn.functional.pad(pos_embed, (0, 0, spare, 0))
         resized = resize_pos_embed(pos_embed, old, (self.f_dim, self.t_dim))
         weights["v.pos_embed"] = resized[:, spare:]
         check_shapes(self, weights, path)
-        self.load_state_dict(weights, strict=False)  # but for the optional ones: names are checked
+        self.load_state_dict(weights, strict=False)  # but for ImageNet's heads: names are checked
 
     def forward(
         self,
@@ -228,40 +179,157 @@ class ASTModel(nn.Module):
         if not hasattr(self, needed):
             other = needed == "cpredlayer"
             raise ValueError(f"task {task!r} needs a model with pretrain_stage={other}")
-        patch, stride = (self.fshape, self.tshape), (self.fstride, self.tstride)
-        if x.ndim != 3 or patch_grid(x.shape[2], x.shape[1], patch, stride) != (
-            self.f_dim,
-            self.t_dim,
-        ):
-            raise ValueError(
-                f"x must be [B, {self.input_tdim}, {self.input_fdim}], got {list(x.shape)}"
-            )
+        if x.ndim != 3:
+            raise ValueError(self._wrong(x))
+        image = x.transpose(1, 2).unsqueeze(1)
         if task == "ft_avgtok":
-            return self.finetuningavgtok(x.transpose(1, 2).unsqueeze(1))
+            return self.finetuningavgtok(image)
         if task == "ft_cls":
-            return self.finetuningcls(x.transpose(1, 2).unsqueeze(1))
-        masks = self._masks(len(x), cluster, mask_patch, mask_ids, x.device)
-        targets, hidden = self._encode_masked(x, masks)
+            return self.finetuningcls(image)
         if task == "pretrain_mpg":
-            return mse(targets, self.gpredlayer(hidden)).mean()
-        predictions = self.cpredlayer(hidden)
-        if task == "pretrain_mpc":
-            nce, accuracy = info_nce(targets, predictions)
-            return accuracy.mean(), nce.mean()
-        return self._paint(x, masks, targets, predictions)
+            return self.mpg(image, mask_patch, cluster, mask_ids)
+        return self.mpc(image, mask_patch, cluster, task == "visualize_mask", mask_ids)
 
-    def finetuningavgtok(self, image: Tensor) -> Tensor:
+    def finetuningavgtok(self, x: Tensor) -> Tensor:
         """Classify images [B, 1, F, T] by the mean of the patch tokens; logits [B, classes]."""
-        return self.mlp_head(self._encode(image)[:, self.cls_token_num :].mean(1))
+        return self.mlp_head(self._encode(x)[:, self.cls_token_num :].mean(1))
 
-    def finetuningcls(self, image: Tensor) -> Tensor:
+    def finetuningcls(self, x: Tensor) -> Tensor:
         """Classify images [B, 1, F, T] by the mean of cls and dist; logits [B, classes]."""
-        return self.mlp_head(self._encode(image)[:, : self.cls_token_num].mean(1))
+        return self.mlp_head(self._encode(x)[:, : self.cls_token_num].mean(1))
+
+    def mpc(
+        self,
+        x: Tensor,
+        mask_patch: int,
+        cluster: bool,
+        show_mask: bool = False,
+        mask_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Identify the masked patches of images [B, 1, F, T].
+
+        Args:
+            x: Images [B, 1, F, T].
+            mask_patch: See :meth:`forward`.
+            cluster: See :meth:`forward`.
+            show_mask: Return the two images of ``visualize_mask`` in place of the scores.
+            mask_ids: See :meth:`forward`.
+
+        Returns:
+            Accuracy and InfoNCE loss.
+        """
+        spectrogram, masks = self._masked(x, mask_patch, cluster, mask_ids)
+        targets, hidden = self._encode_masked(spectrogram, masks)
+        predictions = self.cpredlayer(hidden)
+        if show_mask:
+            return self._paint(spectrogram, masks, targets, predictions)
+        nce, accuracy = info_nce(targets, predictions)
+        return accuracy.mean(), nce.mean()
+
+    def mpg(
+        self, input: Tensor, mask_patch: int, cluster: bool, mask_ids: Tensor | None = None
+    ) -> Tensor:
+        """Reconstruct the masked patches of images [B, 1, F, T]; the mean squared error.
+
+        Args:
+            input: Images [B, 1, F, T].
+            mask_patch: See :meth:`forward`.
+            cluster: See :meth:`forward`.
+            mask_ids: See :meth:`forward`.
+        """
+        targets, hidden = self._encode_masked(*self._masked(input, mask_patch, cluster, mask_ids))
+        return mse(targets, self.gpredlayer(hidden)).mean()
+
+    def gen_maskid_patch(
+        self, sequence_len: int = 512, mask_size: int = 100, cluster: int = 3
+    ) -> Tensor:
+        """Draw the ids [M] of clusters of masked patches for one clip, from Python's generator.
+
+        :meth:`forward` draws all clips at once, from PyTorch's generator, unless a subclass or an
+        assignment replaces this method.
+
+        Args:
+            sequence_len: Number of patches N.
+            mask_size: Number of ids M.
+            cluster: A cluster has C x C patches, C one of ``cluster`` numbers from 3 on.
+
+        Raises:
+            ValueError: There are fewer patches than can be masked: 0 and N - 1 never are.
+        """
+        if not 0 < mask_size < sequence_len - 1:
+            raise ValueError(
+                f"mask_size must be from 1 to {sequence_len - 2} of {sequence_len} patches, got "
+                f"{mask_size}"
+            )
+        side = random.randrange(cluster) + 3
+        steps = [self.p_t_dim * row + column for row in range(side) for column in range(side)]
+        ids: set[int] = set()
+        while len(ids) <= mask_size:
+            start = random.randrange(sequence_len)
+            ids.update(start + step for step in steps if 0 < start + step < sequence_len)
+        return torch.tensor(sorted(ids)[:mask_size])
+
+    def gen_maskid_frame(self, sequence_len: int = 512, mask_size: int = 100) -> Tensor:
+        """Draw the ids [M] of single masked patches; see :meth:`gen_maskid_patch`."""
+        return torch.tensor(random.sample(range(sequence_len), mask_size))
+
+    def get_shape(
+        self, fstride: int, tstride: int, input_fdim: int, input_tdim: int, fshape: int, tshape: int
+    ) -> tuple[int, int]:
+        """Return the rows and columns of patches of an input."""
+        return patch_grid(input_fdim, input_tdim, (fshape, tshape), (fstride, tstride))
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of patches, whose number is that of the positions."""
+        projection = self.v.patch_embed.proj
+        patch, stride = projection.kernel_size, projection.stride
+        if image.ndim == 4 and image.shape[1] == 1:
+            grid = patch_grid(image.shape[2], image.shape[3], patch, stride)
+            if min(grid) > 0 and grid[0] * grid[1] == self._positions():
+                return grid
+        x = image.squeeze(1).transpose(1, 2) if image.ndim == 4 else image
+        raise ValueError(self._wrong(x))
+
+    def _positions(self) -> int:
+        return self.v.pos_embed.shape[1] - self.cls_token_num
+
+    def _wrong(self, x: Tensor) -> str:
+        expected = f"[B, {self.input_tdim}, {self.input_fdim}]"
+        if self._positions() != self.num_patches:
+            expected = f"[B, T, F] of {self._positions()} patches, as v.pos_embed has"
+        return f"x must be {expected}, got {list(x.shape)}"
 
     def _encode(self, image: Tensor) -> Tensor:
         v = self.v
+        self._grid(image)
         extra = v.extra_tokens.expand(len(image), -1, -1)
         return v.encode(torch.cat((extra, v.patch_embed(image)), 1) + v.pos_embed)
+
+    def _masked(
+        self, image: Tensor, num_masked: int, cluster: bool, mask_ids: Tensor | None
+    ) -> tuple[Tensor, Masks]:
+        """Return filterbanks [B, T, F] and their masks."""
+        grid, B = self._grid(image), len(image)
+        N, device = grid[0] * grid[1], image.device
+        spectrogram = image.squeeze(1).transpose(1, 2)
+        if mask_ids is not None and (mask_ids.ndim != 2 or len(mask_ids) != B):
+            raise ValueError(f"mask_ids must be [{B}, M], got {list(mask_ids.shape)}")
+        draw = self.gen_maskid_patch if cluster else self.gen_maskid_frame
+        own = (ASTModel.gen_maskid_patch, ASTModel.gen_maskid_frame)
+        if mask_ids is None and getattr(draw, "__func__", None) not in own:  # a script's own masks
+            mask_ids = torch.stack([draw(N, num_masked) for _ in range(B)])
+        if mask_ids is not None:
+            return spectrogram, masks_from_ids(mask_ids.to(device), N)
+        clips = torch.randint(2**31, (B,))
+        masks = draw_masks(
+            clips.to(device),
+            torch.zeros_like(clips, device=device),
+            seed=int(torch.randint(2**31, ())),
+            kind="official" if cluster else "random",
+            grid=grid,
+            num_masked=num_masked,
+        )
+        return spectrogram, masks
 
     def _encode_masked(self, x: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Return the masked patches [B, M, P], in ascending order, and their hidden states."""
@@ -277,33 +345,17 @@ class ASTModel(nn.Module):
             masks,
             mean=0.0,  # normalised already
             std=0.5,
-            stride=(self.fstride, self.tstride),
+            stride=projection.stride,
         )
         return targets, take(v.encode(tokens), masks.mask_ids + self.cls_token_num)
-
-    def _masks(
-        self, B: int, cluster: bool, num_masked: int, mask_ids: Tensor | None, device: torch.device
-    ) -> Masks:
-        if mask_ids is not None:
-            if mask_ids.ndim != 2 or len(mask_ids) != B:
-                raise ValueError(f"mask_ids must be [{B}, M], got {list(mask_ids.shape)}")
-            return masks_from_ids(mask_ids.to(device), self.num_patches)
-        clips = torch.randint(2**31, (B,))
-        return draw_masks(
-            clips.to(device),
-            torch.zeros_like(clips, device=device),
-            seed=int(torch.randint(2**31, ())),
-            kind="official" if cluster else "random",
-            grid=(self.f_dim, self.t_dim),
-            num_masked=num_masked,
-        )
 
     def _paint(
         self, x: Tensor, masks: Masks, targets: Tensor, predictions: Tensor
     ) -> tuple[Tensor, Tensor]:
         scores = (targets @ predictions.transpose(1, 2)).softmax(2)
         hit = scores.argmax(1) == torch.arange(scores.shape[1], device=x.device)  # as published
-        patch, grid, images = (self.fshape, self.tshape), (self.f_dim, self.t_dim), []
+        patch, images = (self.fshape, self.tshape), []
+        grid = patch_grid(x.shape[2], x.shape[1], patch, patch)
         for paint in (hit * _SHOWN, torch.full_like(scores[:, 0], _SHOWN)):
             patches = cut_patches(x, patch, patch).clone()
             ids = masks.mask_ids[..., None].expand(-1, -1, patches.shape[2])
@@ -313,18 +365,3 @@ class ASTModel(nn.Module):
             image[:, : whole.shape[1], : whole.shape[2]] = whole
             images.append(image.transpose(1, 2).unsqueeze(1))
         return images[0], images[1]
-
-
-def _trunk(
-    size: Any,
-    depth: int | None,
-    patch: tuple[int, int],
-    stride: tuple[int, int],
-    shape: tuple[int, int],
-    num_extra: int,
-) -> Trunk:
-    model, audio = (
-        Model(size=size, patch=patch, depth=depth),
-        Audio(n_mels=shape[0], num_frames=shape[1]),
-    )
-    return Trunk(SpectrogramTransformer(model, audio, stride), num_extra)

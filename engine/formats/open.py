@@ -9,9 +9,11 @@ What a path holds is decided here, once, and its weights are read once:
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
 from ssast.engine.checkpoints.weights import Weights, filled, read_weights
@@ -25,6 +27,7 @@ from ssast.engine.formats.published import (
     build_pretrained,
     build_published_classifier,
     detect_layout,
+    imagenet_heads,
     read_published_state,
 )
 from ssast.engine.model.classifier import Classifier
@@ -111,6 +114,9 @@ class LoadedModel:
     weights: Weights | None = None
     """Which weights it has, of a run that trained with ``train.ema``; None where there is one
     kind only."""
+
+    imagenet_heads: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """What nothing uses of a published file, for another one: ImageNet's heads."""
 
     @property
     def audio(self) -> Audio:
@@ -355,7 +361,8 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
         if metadata.labels is not None:
             raise ConfigError(f"{path} is pretrained and has no classes: leave out the labels")
         model, config = build_pretrained(state, layout, path, **audio)
-        return LoadedModel(model, config, path, "published", assumed=assumed)
+        heads = imagenet_heads(state)
+        return LoadedModel(model, config, path, "published", assumed=assumed, imagenet_heads=heads)
     stride = metadata.stride or stored.get("stride")
     if "num_frames" not in audio or stride is None:
         raise ConfigError(
@@ -380,7 +387,14 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     if len(classes) != layout.num_classes:
         classes = names = ()
     loaded = LoadedModel(
-        classifier, config, path, "published", classes, names or classes, assumed=assumed
+        classifier,
+        config,
+        path,
+        "published",
+        classes,
+        names or classes,
+        assumed=assumed,
+        imagenet_heads=imagenet_heads(state),
     )
     return _with_labels(loaded, metadata.labels)
 

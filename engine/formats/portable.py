@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.formats.ast_model import Trunk
 from ssast.engine.formats.huggingface_config import PROBLEM_TYPES, Loss
+from ssast.engine.formats.timm_trunk import Trunk
 from ssast.engine.model.classifier import ACTIVATIONS, Classifier, pool
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ssast.engine.checkpoints.weights import check_names, check_shapes, sketch
+from ssast.engine.checkpoints.weights import check_complete, check_shapes, sketch
 from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.weight_files import read_state, write_state
@@ -36,9 +36,10 @@ _PREFIXES = {
     "generative_head.": "gpredlayer.",
     "head.": "mlp_head.",
 }
-# ImageNet's heads, which no part of SSAST uses, and what the shapes say as well.
-_IGNORED = ("v.head.", "v.head_dist.", "p_input_fdim", "p_input_tdim")
-_IMAGENET_CLASSES = 1000
+IMAGENET_CLASSES = 1000
+IMAGENET_HEADS = ("v.head.", "v.head_dist.")  # no part of SSAST uses them
+# They, and what the shapes say as well.
+_IGNORED = (*IMAGENET_HEADS, "p_input_fdim", "p_input_tdim")
 # A fine-tuned model of the published code has none.
 _MASK_EMBED = "encoder.embed.mask_embed"
 
@@ -91,12 +92,12 @@ def from_published(
         source: Where it is from, for messages.
 
     Raises:
-        CheckpointError: One is missing, or the state dict holds something that we do not know.
+        CheckpointError: One is missing. What the state dict holds beyond them is logged.
     """
     given = {name.removeprefix("module."): value for name, value in state.items()}
     wanted = {published_name(name): name for name in names}
     names = [name for name in given if not name.startswith(_IGNORED)]
-    check_names(wanted, names, f"{source}: not the state dict of this model")
+    check_complete(wanted, names, source)
     return {ours: given[theirs] for theirs, ours in wanted.items()}
 
 
@@ -190,7 +191,7 @@ def load_published(path: str | Path, **audio: Any) -> tuple[MSPM, Config]:
 
     Raises:
         CheckpointError: See :func:`read_published` and :func:`detect_layout`; a fine-tuned model;
-            missing or unexpected names.
+            missing names.
     """
     state = read_published(path)
     return build_pretrained(state, detect_layout(state, path), path, **audio)
@@ -248,7 +249,7 @@ def load_published_classifier(
 
     Raises:
         CheckpointError: See :func:`read_published` and :func:`detect_layout`; a pretrained model;
-            missing or unexpected names; frames and stride that make another number of patches.
+            missing names; frames and stride that make another number of patches.
     """
     state = read_published(path)
     return build_published_classifier(
@@ -300,15 +301,26 @@ def build_published_classifier(
     return _filled(build, state, source).eval()
 
 
-def published_state(model: MSPM | Classifier, audio: Audio | None = None) -> dict[str, Tensor]:
+def imagenet_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of ImageNet's heads in a state dict of :func:`read_published`."""
+    return {name: value for name, value in state.items() if name.startswith(IMAGENET_HEADS)}
+
+
+def published_state(
+    model: MSPM | Classifier,
+    audio: Audio | None = None,
+    heads: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Return the state dict that the published code stores of a model, on the CPU, in float32.
 
-    It loads there with ``strict=True``: ImageNet's heads, which nothing uses, are zeros.
+    It loads there with ``strict=True``.
 
     Args:
         model: A pretrained or fine-tuned model.
         audio: Settings of a pretrained model's input, for its size; that of its whole patches if
             None.
+        heads: ImageNet's heads, which nothing uses, to be stored as they are: see
+            :func:`imagenet_heads`. What they lack is zeros.
 
     Raises:
         ConfigError: The patches of a pretrained model overlap.
@@ -328,8 +340,9 @@ def published_state(model: MSPM | Classifier, audio: Audio | None = None) -> dic
         published["module.p_input_fdim"] = torch.tensor(n_mels)
         published["module.p_input_tdim"] = torch.tensor(num_frames)
     for head in ("head", "head_dist"):
-        published[f"module.v.{head}.weight"] = torch.zeros(_IMAGENET_CLASSES, width)
-        published[f"module.v.{head}.bias"] = torch.zeros(_IMAGENET_CLASSES)
+        published[f"module.v.{head}.weight"] = torch.zeros(IMAGENET_CLASSES, width)
+        published[f"module.v.{head}.bias"] = torch.zeros(IMAGENET_CLASSES)
+    published |= {f"module.{name}": value for name, value in (heads or {}).items()}
     return {**published, **to_published(state)}
 
 
@@ -338,6 +351,7 @@ def save_published(
     path: str | Path,
     audio: Audio | None = None,
     metadata: Mapping[str, Any] | None = None,
+    heads: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a file that the published code, and :func:`read_published`, read.
 
@@ -347,12 +361,13 @@ def save_published(
         audio: See :func:`published_state`.
         metadata: What the published format does not hold, for our reader; the published code does
             not see it. See :func:`~ssast.engine.formats.open.published_metadata`.
+        heads: See :func:`published_state`.
 
     Raises:
         CheckpointError: It cannot be written.
         ConfigError: See :func:`published_state`.
     """
-    write_state(published_state(model, audio), Path(path), metadata)
+    write_state(published_state(model, audio, heads), Path(path), metadata)
 
 
 def _check_two_tokens(layout: Layout, path: str | Path) -> None:
