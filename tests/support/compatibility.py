@@ -4,8 +4,9 @@ A test that shows that something works with a framework is marked so:
 
     @pytest.mark.compatible("transformers", "save_pretrained and from_pretrained")
 
-``versions=["4.57.6"]`` names other versions than the pinned one. Run as a program, with
-``--write``, this writes the page; without, it prints it.
+The version is the one that requirements.txt pins. OTHER_VERSIONS names files of tests that are run
+with other versions as well. Run as a program, with ``--write``, this writes the page; without, it
+prints it.
 """
 
 import ast
@@ -33,6 +34,33 @@ FRAMEWORKS: dict[str, str | None] = {
     "s3prl": None,
     "published SSAST code": None,
 }
+
+
+class OtherVersion(NamedTuple):
+    """A version besides the pinned one, and what test files are run with it."""
+
+    framework: str
+    version: str
+    packages: tuple[str, ...]  # installed beside the environment, without what these require
+    files: tuple[str, ...]
+
+
+_MODEL_FILE = ("tests/engine/formats/test_modeling_ssast.py",)
+OTHER_VERSIONS = (
+    OtherVersion(  # the oldest that setup.py allows
+        "transformers",
+        "5.0.0",
+        ("transformers==5.0.0", "huggingface_hub==1.3.7", "tokenizers==0.22.1", "httpx==0.28.1",
+         "httpcore==1.0.9", "h11==0.16.0", "anyio==4.12.0"),
+        _MODEL_FILE,
+    ),
+    OtherVersion(  # the last 4.x
+        "transformers",
+        "4.57.6",
+        ("transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1"),
+        _MODEL_FILE,
+    ),
+)  # fmt: skip
 BY_CALLS = "its calls"  # heads the column of a framework that is not installed
 
 INTRO = """# Compatibility
@@ -40,9 +68,10 @@ INTRO = """# Compatibility
 What works with other frameworks, in which version. Each cell that says *yes* is a test that runs
 with every `make test`, on a CPU, and may not be skipped. The last column says where it is.
 
-A version is the one that `requirements.txt` pins. Other versions are installed by the tests
-themselves, from the package index; without one, these alone are skipped. *Its calls* heads the
-column of a framework that is not installed for the tests: they make the calls that it makes.
+The first version is the one that `requirements.txt` pins. Others are installed by the tests
+themselves, from the package index, and the same tests are run with them; without an index these
+runs alone are skipped. *Its calls* heads the column of a framework that is not installed for the
+tests: they make the calls that it makes.
 
 This page is generated from the marks of the tests: `python tests/support/compatibility.py --write`.
 """
@@ -79,21 +108,19 @@ def _cells_of(path: Path, tree: ast.Module, known: dict[str, str]) -> Iterator[C
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not _is_mark(node.func):
             continue
-        where = f"{path.relative_to(ROOT)}:{node.lineno}"
+        test = str(path.relative_to(ROOT))
         try:
             framework, feature = (ast.literal_eval(argument) for argument in node.args)
-            given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
             package = FRAMEWORKS[framework]
-            own = BY_CALLS if package is None else known[package]
-            versions = given.pop("versions", [own])
-            assert not given
-        except (ValueError, KeyError, AssertionError) as error:
+        except (ValueError, KeyError) as error:
             raise SystemExit(
-                f"{where}: expected a framework of {', '.join(FRAMEWORKS)}, a feature and "
-                f"perhaps versions=[...], all written out; found {ast.unparse(node)}"
+                f"{test}:{node.lineno}: expected a framework of {', '.join(FRAMEWORKS)} and a "
+                f"feature, both written out; found {ast.unparse(node)}"
             ) from error
-        for version in versions:
-            yield Cell(framework, feature, version, str(path.relative_to(ROOT)))
+        yield Cell(framework, feature, BY_CALLS if package is None else known[package], test)
+        for other in OTHER_VERSIONS:
+            if framework == other.framework and test in other.files:
+                yield Cell(framework, feature, other.version, test)
 
 
 def _is_mark(function: ast.expr) -> bool:
@@ -131,10 +158,9 @@ def _newest_first(version: str) -> list[int]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Fail a marked test that was skipped, but for those that need a package index."""
+    """Fail a marked test that was skipped."""
     report = yield
-    marks = list(item.iter_markers("compatible"))
-    if report.skipped and any("versions" not in mark.kwargs for mark in marks):
+    if report.skipped and item.get_closest_marker("compatible"):
         report.outcome = "failed"
         report.longrepr = f"{PAGE.name} says that this test runs, but it was skipped"
     return report
