@@ -24,6 +24,8 @@ _HOMES = {
     "finetune": "ssast.engine.finetune",
     "FinetuneEngine": "ssast.engine.finetune",
     "cross_validate": "ssast.engine.folds",
+    "Callback": "ssast.engine.train.callbacks",
+    "RunState": "ssast.engine.train.callbacks",
     # Models from anywhere, and what they are for
     "LoadedModel": "ssast.engine.formats.open",
     "MissingMetadata": "ssast.engine.formats.open",
@@ -84,6 +86,7 @@ _HOMES = {
     "ConfigError": "ssast.engine.errors",
     "LostPeer": "ssast.engine.errors",
     "ReportError": "ssast.engine.errors",
+    "StopTraining": "ssast.engine.errors",
     "TrainingError": "ssast.engine.errors",
     "DataError": "ssast.pipelines.errors",
 }
@@ -96,6 +99,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
         ConfigError,
         LostPeer,
         ReportError,
+        StopTraining,
         TrainingError,
     )
     from ssast.engine.evaluation.embedding import embed_recordings
@@ -144,6 +148,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM
     from ssast.engine.pretrain import PretrainEngine, pretrain
+    from ssast.engine.train.callbacks import Callback, RunState
     from ssast.kernels.attention import attention
     from ssast.kernels.fbank import fbank
     from ssast.kernels.masking import Masks, draw_masks

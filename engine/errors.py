@@ -29,5 +29,9 @@ class LostPeer(RuntimeError):
     """Another process of the run has ended, hangs or never started; the message says which."""
 
 
+class StopTraining(Exception):  # no error: a callback raises it, and it never leaves the run
+    """A callback ends the run, for the reason that is its message."""
+
+
 class Stopped(Exception):  # no error: it leaves a validation, and never the trainer
     """The run was asked to stop by a signal, in the middle of a validation."""

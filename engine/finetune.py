@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssast.engine.config import (
     OVERRIDE,
@@ -32,6 +33,9 @@ from ssast.engine.formats.open import (
     open_model,
 )
 
+if TYPE_CHECKING:  # imported only where there is training
+    from ssast.engine.train.callbacks import Callback
+
 
 def finetune(
     config: Config,
@@ -40,6 +44,7 @@ def finetune(
     resume: bool = False,
     num_classes: int | None = None,
     metadata: MissingMetadata | None = None,
+    callbacks: Sequence["Callback"] = (),
 ) -> int:
     """Fine-tune a classifier, or resume a run.
 
@@ -51,6 +56,7 @@ def finetune(
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
         num_classes: Expected number of classes; any if None.
         metadata: Frames and stride of a published fine-tuned checkpoint.
+        callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -107,6 +113,7 @@ def finetune(
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
         notes=notes,
+        callbacks=callbacks,
     )
 
 
@@ -202,6 +209,7 @@ class FinetuneEngine:
         *,
         folder: str | Path | None = None,
         resume: bool = False,
+        callbacks: Sequence["Callback"] = (),
     ) -> "FinetuneEngine":
         """Fine-tune; afterwards this is the classifier that did best on the held-out clips.
 
@@ -210,6 +218,7 @@ class FinetuneEngine:
             valid: Manifest of the held-out clips; a share of the training clips if None.
             folder: Run folder; that of the configuration if None.
             resume: Resume the run in the folder, if there is one.
+            callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
         Raises:
             ConfigError: The classifier is fine-tuned already; or see :func:`finetune`, also for the
@@ -229,7 +238,11 @@ class FinetuneEngine:
         self.config = with_data(self.config, train, valid, folder)
         with leaving_world():
             stopped = finetune(
-                self.config, self.checkpoint, resume=resume, num_classes=self.num_classes
+                self.config,
+                self.checkpoint,
+                resume=resume,
+                num_classes=self.num_classes,
+                callbacks=callbacks,
             )
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")

@@ -31,8 +31,10 @@ from ssast.engine.evaluation.report import (
 from ssast.engine.finetune import finetune
 from ssast.engine.formats.initial import adopt_from, initial_checkpoint
 from ssast.engine.formats.open import MissingMetadata, open_encoder
+from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.ranks import init_world, run_on_machines, run_on_main
+from ssast.engine.train.callbacks import Callback
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import markdown, say
@@ -97,6 +99,7 @@ def cross_validate(
     *,
     resume: bool = False,
     metadata: MissingMetadata | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Fine-tune once for each fold, then write one report on all of them.
 
@@ -106,6 +109,7 @@ def cross_validate(
         checkpoint: Path of a model to begin from; see there.
         resume: Resume the runs of the folds; finished ones stay as they are.
         metadata: See there.
+        callbacks: See there; called in the run of each fold.
 
     Returns:
         0, or the number of the signal that stopped a run after it had saved a checkpoint.
@@ -120,6 +124,7 @@ def cross_validate(
     settings = finetune_settings(config)
     if settings.folds is None or config.run.folder is None:
         raise ConfigError("finetune.folds and run.folder must both be set")
+    check_loggers(config.run.loggers)
     check_paths(config)
     run = Path(config.run.folder)
     folds = find_folds(settings.folds)
@@ -140,7 +145,7 @@ def cross_validate(
     for fold in folds:
         if world.is_main:
             say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")
-        stopped = finetune(configs[fold.number], pretrained, resume=resume)
+        stopped = finetune(configs[fold.number], pretrained, resume=resume, callbacks=callbacks)
         if stopped:
             return stopped
     split = settings.fold_role

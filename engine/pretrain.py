@@ -6,7 +6,7 @@ engine.evaluate("/other/recordings")
 engine.save("weights")
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from ssast.engine.formats.open import (
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.parallel.ranks import leaving_world
+from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.run import run_training
@@ -41,6 +42,7 @@ def pretrain(
     *,
     resume: bool = False,
     metadata: MissingMetadata | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Pretrain, continue the pretraining of a model, or resume a run.
 
@@ -51,6 +53,7 @@ def pretrain(
             without pretraining heads the encoder is taken.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
         metadata: Frames and stride of a published fine-tuned checkpoint.
+        callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -91,6 +94,7 @@ def pretrain(
         fixed=[*fixed, ("train", "seed")],
         resume=resume,
         notes=[*notes, *measured],
+        callbacks=callbacks,
     )
 
 
@@ -149,6 +153,7 @@ class PretrainEngine:
         *,
         folder: str | Path | None = None,
         resume: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> "PretrainEngine":
         """Pretrain; afterwards this is the model that did best on the held-out clips.
 
@@ -157,6 +162,7 @@ class PretrainEngine:
             valid: Held-out clips; a share of the training clips if None.
             folder: Run folder; that of the configuration if None.
             resume: Resume the run in the folder, if there is one.
+            callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
         Raises:
             ConfigError: See :func:`pretrain`, also for the other errors.
@@ -167,7 +173,7 @@ class PretrainEngine:
         """
         self.config = with_data(self.config, train, valid, folder)
         with leaving_world():
-            stopped = pretrain(self.config, self.checkpoint, resume=resume)
+            stopped = pretrain(self.config, self.checkpoint, resume=resume, callbacks=callbacks)
         if stopped:
             raise KeyboardInterrupt(f"stopped by signal {stopped}: fit(..., resume=True) goes on")
         self.trained = open_model(run_folder(self.config))

@@ -128,8 +128,8 @@ class Monitor:
         """Leave the time (of a validation, say) and the steps up to here out of the rates."""
         self._begin, self._waited, self._since = time.perf_counter(), 0.0, step
 
-    def log_train(self, step: int, values: dict[str, float]) -> None:
-        """Log training metrics and the throughput of the steps since the last call.
+    def log_train(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Log training metrics and the throughput of the steps since the last call; return all.
 
         Args:
             step: Steps taken.
@@ -148,7 +148,7 @@ class Monitor:
         }
         if self._peak:
             metrics["perf/mfu"] = flops / self._peak
-        self._write(step, metrics)
+        self.log(step, metrics)
         shown = {
             label: format(metrics[name], spec) for name, label, spec in COLUMNS if name in metrics
         }
@@ -160,6 +160,7 @@ class Monitor:
             text = "  ".join(f"{label} {value}" for label, value in shown.items())
             self.say(f"{self._at(step)}  {text}  ETA {eta}")
         self.restart_clock(step)
+        return metrics
 
     def log_environment(self, **facts: Any) -> None:
         """Write facts about the run to ``environment.json``, besides those that are there."""
@@ -174,8 +175,8 @@ class Monitor:
 
     def log_valid(
         self, step: int, values: dict[str, float], averaged: dict[str, float] | None = None
-    ) -> None:
-        """Log the metrics of a validation, named without their prefix.
+    ) -> dict[str, float]:
+        """Log the metrics of a validation, named without their prefix; return them with it.
 
         Args:
             step: Steps taken.
@@ -184,11 +185,12 @@ class Monitor:
         """
         results = {"valid": values} | ({} if averaged is None else {"ema": averaged})
         metrics = {f"{k}/{name}": v for k, found in results.items() for name, v in found.items()}
-        self._write(step, metrics)
+        self.log(step, metrics)
         for kind, found in results.items():
             text = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
             title = "validation" if kind == "valid" else "validation, EMA"
             self.say(f"{self._at(step)}  {title}: {text}")
+        return metrics
 
     def _at(self, step: int) -> str:
         return f"step {step:{len(str(self._steps))}}/{self._steps}"
@@ -206,8 +208,8 @@ class Monitor:
             self._bar.close()
         self._logs.close()
 
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log metrics; a full disk must not end the training."""
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics under their full names; a full disk must not end the training."""
         if not self._world.is_main:
             return
         self._unwritten.append({"step": step, "time": round(time.time(), 3), **metrics})

@@ -21,6 +21,7 @@ from ssast.engine.parallel.agreement import check_agreement, code_version
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.caching import check_memory, describe_cache
+from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
 from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.optim import warmup_steps
@@ -50,6 +51,7 @@ def run_training(
     fixed: Sequence[tuple[str, str]],
     resume: bool,
     notes: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Train, or resume training.
 
@@ -61,6 +63,7 @@ def run_training(
         fixed: Sections and keys of the configuration that must be the same then.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
         notes: First lines of the log: which settings are from where.
+        callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
     Returns:
         0, or the number of the signal that stopped the run after it had saved a checkpoint.
@@ -71,7 +74,7 @@ def run_training(
         FolderInUse: Another process is training in the folder, or has taken it over.
         DataError: Too many unreadable clips.
         CheckpointError: A checkpoint cannot be written or read.
-        TrainingError: Training diverged.
+        TrainingError: Training diverged, or a callback failed.
         LostPeer: Another process of the run is gone.
     """
     world = init_world(config.train.timeout_s)
@@ -103,17 +106,26 @@ def run_training(
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
-        trainer = Trainer(state, checkpoints, _open_monitor(state, found, notes), lock, fallback)
+        monitor = _open_monitor(state, found, notes)
+        trainer = Trainer(state, checkpoints, monitor, lock, fallback, callbacks)
+        error: BaseException | None = None
         try:
             with watchdog:
                 stopped = trainer.train()
                 context.heartbeat("writing a checkpoint")
                 trainer.saver.wait()
                 run_on_main(lock.check, world)
+                trainer.tell_checkpoints()
                 if not stopped:
                     task.finish(state.engine, state.progress)
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
-            trainer.close()
+            try:
+                trainer.callbacks.end(error)
+            finally:
+                trainer.close()
         if world.is_main:
             try:
                 with reporting(f"ssast visualize {folder} draws the curves again"):

@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Saver:
         self._unmarked: tuple[int, float] | None = None  # on the disk, and the best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
+        self._written = deque[Path]()
 
     def save(
         self,
@@ -120,6 +122,11 @@ class Saver:
         if self._last is not None:
             self._last.exception()
 
+    def take_written(self) -> Iterator[Path]:
+        """Yield the checkpoints that were written since the last call; on rank 0."""
+        while self._written:
+            yield self._written.popleft()
+
     def close(self) -> None:
         """Let the thread finish what it has begun."""
         self._thread.shutdown()
@@ -154,9 +161,10 @@ class Saver:
         self._mark()
         meta = {**meta, "best": best}
         try:
-            self._checkpoints.save(tensors, meta, step=step)
+            path = self._checkpoints.save(tensors, meta, step=step)
         except Exception as error:  # nobody else would hear of it, of a MemoryError above all
             raise self._failed(error, tensors, meta, step, last) from error
+        self._written.append(path)
         self._num_failed = 0
         self._discard_fallback(step)
         if best is not None:

@@ -23,6 +23,8 @@ class Stop:
     Attributes:
         signal: Number of the signal; 0 if there was none.
         failing: Whether this process must give the run up; replaced by whoever can tell.
+        ending: Whether this process wants training to end here; likewise.
+        ends: Whether any rank does, as of the last :meth:`requested`.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -31,6 +33,8 @@ class Stop:
         self.signal = 0
         self._before: dict[int, Any] = {}
         self.failing: Callable[[], bool] = lambda: False
+        self.ending: Callable[[], bool] = lambda: False
+        self.ends = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -51,8 +55,9 @@ class Stop:
 
     def requested(self, world: World) -> bool:
         """Return whether any rank has been asked to stop, or must give the run up. Collective."""
-        signal, failing = reduce_max([self.signal, self.failing()], world)
-        self.signal = int(signal)
+        flags = [self.signal, self.failing(), self.ending()]
+        signal, failing, ending = reduce_max(flags, world)
+        self.signal, self.ends = int(signal), ending != 0
         return signal != 0 or failing != 0
 
     def requested_in_validation(self, batch: int, world: World) -> bool:

@@ -81,6 +81,9 @@ class Progress:
     validation_due: bool = False
     """Whether the run was stopped in the validation at this step."""
 
+    ended_by: str = ""
+    """Name of the callback that ended the run before its last step."""
+
     def update(self, criterion: float, score: float, optim: Optim) -> None:
         """Take the result of a validation."""
         self.plateau.update(score, optim)

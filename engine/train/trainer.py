@@ -1,7 +1,7 @@
 """The training loop: what happens between steps."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ssast.engine.checkpoints.store import Checkpoints
@@ -9,7 +9,8 @@ from ssast.engine.errors import Stopped, TrainingError
 from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
 from ssast.engine.monitoring.monitor import Monitor
 from ssast.engine.monitoring.profiling import StepProfiler
-from ssast.engine.parallel.ranks import reduce_sum, run_on_main
+from ssast.engine.parallel.ranks import gather_objects, reduce_sum, run_on_main
+from ssast.engine.train.callbacks import Callback, Callbacks, RunState
 from ssast.engine.train.execution import start_execution
 from ssast.engine.train.optim import learning_rate
 from ssast.engine.train.saving import Saver
@@ -30,6 +31,7 @@ class Trainer:
         monitor: Logs of the run.
         lock: Lock of the run's folder.
         fallback: Where the state is saved if it cannot be saved there.
+        callbacks: The user's, called between steps.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Trainer:
         monitor: Monitor,
         lock: FolderLock,
         fallback: Checkpoints | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         self.state, self.checkpoints, self.monitor = state, checkpoints, monitor
         task = state.task
@@ -60,6 +63,8 @@ class Trainer:
         self.num_skipped = 0  # steps since the last log line
         self.stop = context.stop
         self.stop.failing = lambda: self.saver.failing
+        self.callbacks = Callbacks(callbacks, RunState(state, monitor))
+        self.stop.ending = lambda: self.callbacks.reason != ""
         self.rollbacks: Counter[Path] = Counter()
 
     def train(self) -> int:
@@ -93,6 +98,7 @@ class Trainer:
             restored = self.state.restored
             if restored is not None and restored.parent != self.checkpoints.folder:  # the fallback
                 self._save(self.state.best, last=self._finished())
+            self.callbacks.call("on_start")
             if progress.step == 0:
                 self._validate()
             elif progress.validation_due:  # the run was stopped in it
@@ -111,6 +117,8 @@ class Trainer:
                 profiler.end_step()
 
                 step = progress.step
+                self.callbacks.call("on_step")
+                self.tell_checkpoints()
                 if self.skip_log.consecutive >= settings.max_skipped_steps:
                     self._diverged()
                 log = step % settings.log_every == 0 or step == settings.steps
@@ -118,9 +126,8 @@ class Trainer:
                     loss = self._log(lr)
                     if self.spike_guard.spiked(loss) and self._roll_back():
                         continue
-                best = None
-                if step % settings.validate_every == 0 or step == settings.steps:
-                    best = self._validate()
+                validate = step % settings.validate_every == 0 or step == settings.steps
+                best = self._validate() if validate else None
                 # Asking other ranks waits for the device: only where logging does so anyway.
                 ask = log or world.world_size == 1 or world.device.type == "cpu"
                 stopped = ask and self.stop.requested(world)
@@ -128,12 +135,20 @@ class Trainer:
                     self.context.check_rejected("train")
                 if stopped:
                     self.saver.check()
+                if self.stop.ends:
+                    self._end_early()
+                    best = best if validate else self._validate()
                 last = stopped or self._finished()
                 if best is not None or last or step % settings.save_every == 0:
                     self._save(best, last=last)
                 if stopped:
                     return self.stop.signal
         return 0
+
+    def tell_checkpoints(self) -> None:
+        """Tell the callbacks of the checkpoints that are on the disk since the last call."""
+        for path in self.saver.take_written():
+            self.callbacks.call("on_checkpoint", path)
 
     def close(self) -> None:
         """Let the last checkpoint be written, and close logs and engine."""
@@ -166,7 +181,15 @@ class Trainer:
     def _finished(self) -> bool:
         progress, patience = self.state.progress, self.state.task.patience
         out_of_patience = patience is not None and progress.since_best >= patience
-        return out_of_patience or progress.step >= self.context.config.train.steps
+        ended = out_of_patience or progress.ended_by != ""
+        return ended or progress.step >= self.context.config.train.steps
+
+    def _end_early(self) -> None:
+        """Note which callback ended the run. Collective."""
+        progress = self.state.progress
+        reason = next(filter(None, gather_objects(self.callbacks.reason, self.context.world)))
+        progress.ended_by = reason.partition(":")[0]
+        self.monitor.say(f"ended at step {progress.step} by the callback {reason}")
 
     def _record(self, updated: bool, micro_batches: list[MicroBatch]) -> None:
         """Count a step, and its losses if it changed the weights."""
@@ -200,8 +223,10 @@ class Trainer:
         """Log the steps since the last line; return their mean loss. Collective."""
         values = self.totals.read(self.context.world, grad_norm=self.state.engine.grad_norm)
         step, skipped = self.state.progress.step, self.num_skipped
-        self.monitor.log_train(step, {**values, "lr": lr, "skipped_steps": skipped})
+        named = {**values, "lr": lr, "skipped_steps": skipped}
+        metrics = self.monitor.log_train(step, named)
         self.num_skipped = 0
+        self.callbacks.call("on_log", metrics)
         return values["loss"]
 
     def _validate(self) -> float | None:
@@ -223,7 +248,8 @@ class Trainer:
                 averaged = task.validate(engine)
         task.end_validation(engine, progress.step)
         progress.validation_due = False
-        self.monitor.log_valid(progress.step, values, averaged)
+        metrics = self.monitor.log_valid(progress.step, values, averaged)
+        self.callbacks.call("on_validation", metrics)
         self.monitor.restart_clock(progress.step)
         if progress.step == 0:
             return None
