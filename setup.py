@@ -55,6 +55,8 @@ setup(
         "wandb": ["wandb>=0.31"],
         "trackio": ["trackio>=0.43"],
         "mteb": ["mteb[audio]>=2.26"],
+        "xares": ["xares>=0.1.3", "torchcodec>=0.10"],
+        "s3prl": ["espnet-s3prl>=2026.5"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",

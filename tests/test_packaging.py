@@ -19,8 +19,8 @@ DISTRIBUTIONS = {
     "upath": "universal-pathlib",
     "yaml": "pyyaml",
 }
-# Extras that need a GPU, another torch, or other versions of what is pinned.
-NOT_PINNED = {"flash", "bench", "trackio", "mteb"}
+# Extras that need a GPU, another torch, or other versions of what is pinned; or much else.
+NOT_PINNED = {"flash", "bench", "trackio", "mteb", "xares", "s3prl"}
 
 
 def declared():
