@@ -57,7 +57,7 @@ class SsastEmbed(nn.Module):
         D, sizes = config.hidden_size, (config.num_mel_bins, config.num_frames)
         self.input_shape = (config.num_frames, config.num_mel_bins)
         shape, self.stride = config.patch_shape, tuple(config.patch_stride)
-        rows, columns = (
+        self.grid = rows, columns = tuple(
             (size - patch) // step + 1
             for size, patch, step in zip(sizes, shape, self.stride, strict=True)
         )
@@ -67,19 +67,42 @@ class SsastEmbed(nn.Module):
         self.dist_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + rows * columns, D))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Embed [B, T, F] to [B, 2 + N, D], cls and dist first.
 
         Raises:
-            ValueError: Another number of frames or mel bins than the configuration's.
+            ValueError: Another number of mel bins than the configuration's; of frames too, if the
+                position embeddings are not to be interpolated.
         """
-        if tuple(x.shape[1:]) != self.input_shape:
-            expected = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"input_values: expected [batch, {expected}], got {list(x.shape)}")
+        frames, mel_bins = self.input_shape
+        resized = interpolate_pos_encoding and x.ndim == 3 and x.shape[1] >= self.weight.shape[3]
+        if tuple(x.shape[1:]) != (x.shape[1] if resized else frames, mel_bins):
+            raise ValueError(
+                f"input_values: expected [batch, {frames}, {mel_bins}], got {list(x.shape)}; "
+                "interpolate_pos_encoding=True allows other numbers of frames"
+            )
         image = x.to(self.weight.dtype).transpose(1, 2).unsqueeze(1)
         patches = nn.functional.conv2d(image, self.weight, self.bias, self.stride)
         extra = (token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token))
-        return torch.cat((*extra, patches.flatten(2).transpose(1, 2)), 1) + self.pos_embed
+        tokens = torch.cat((*extra, patches.flatten(2).transpose(1, 2)), 1)
+        return tokens + self.interpolate_pos_encoding(patches.shape[3])
+
+    def interpolate_pos_encoding(self, columns: int) -> Tensor:
+        """Return the position embeddings [1, 2 + N, D] of another number of columns of patches.
+
+        As in the published fine-tuning, the middle ones of fewer columns, and those of more by
+        linear interpolation.
+        """
+        rows, found = self.grid
+        if columns == found:
+            return self.pos_embed
+        extra, image = self.pos_embed[:, :2], self.pos_embed[:, 2:]
+        image = image.transpose(1, 2).unflatten(2, self.grid)
+        if columns < found:
+            image = image.narrow(3, found // 2 - columns // 2, columns)
+        else:
+            image = nn.functional.interpolate(image, (rows, columns), mode="bilinear")
+        return torch.cat((extra, image.flatten(2).transpose(1, 2)), 1)
 
 
 def eager_attention_forward(
@@ -207,9 +230,12 @@ class SsastModel(SsastPreTrainedModel):
         input_values: Tensor,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Return hidden states and pooled ones; on request those between the blocks, and weights.
+
+        With ``interpolate_pos_encoding`` the input may have another number of frames.
 
         Raises:
             ValueError: Attention weights of an implementation that has none, or a wrong shape.
@@ -221,7 +247,7 @@ class SsastModel(SsastPreTrainedModel):
                 "output_attentions: expected attn_implementation='eager', found "
                 f"{self.config._attn_implementation!r}, which does not return the weights"
             )
-        x = self.embed(input_values)
+        x = self.embed(input_values, interpolate_pos_encoding)
         states, attentions = [x], []
         for block in self.blocks:
             x, weights = block(x)
@@ -259,6 +285,7 @@ class SsastForAudioClassification(SsastPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Return logits [B, classes], and the loss of ``problem_type`` where labels are given.
@@ -270,6 +297,7 @@ class SsastForAudioClassification(SsastPreTrainedModel):
             input_values,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
         )
         logits, loss = self.head(out.pooler_output), None

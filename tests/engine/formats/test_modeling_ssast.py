@@ -11,7 +11,7 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClass
 
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
 from ssast.engine.model.classifier import Classifier
-from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
 from ssast.engine.settings import Audio, Model
 
 AUDIO = Audio(num_frames=32)
@@ -152,8 +152,30 @@ def test_attention_implementations_and_what_they_return(folders):
     torch.testing.assert_close(found.attentions[0][:, 0], scores.softmax(-1))
     with pytest.raises(ValueError, match=r"expected attn_implementation='eager', found 'sdpa'"):
         sdpa(x, output_attentions=True)
-    with pytest.raises(ValueError, match=r"expected \[batch, 32, 128\], got \[2, 31, 128\]"):
-        sdpa(x[:, 1:])
+
+
+@pytest.mark.compatible("transformers", "interpolate_pos_encoding: inputs of another length")
+@pytest.mark.parametrize("frames", [20, 45])
+def test_inputs_of_another_length(frames, folders):
+    theirs, ours = load(folders["ce"]), import_huggingface(folders["ce"]).model
+    audio = Audio(num_frames=frames)
+    encoder = SpectrogramTransformer(Model(size="tiny", depth=2, patch=(128, 2)), audio, (128, 2))
+    state, old = ours.state_dict(), ours.encoder.embed
+    state["encoder.embed.pos_embed"] = resize_pos_embed(old.pos_embed, old.grid, encoder.embed.grid)
+    resized = Classifier(encoder, len(LABELS)).eval()
+    resized.load_state_dict(state)
+    x = torch.randn(2, frames, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = theirs(x, interpolate_pos_encoding=True).logits
+        want = resized(x * 2 * audio.std + audio.mean)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+        same = theirs(inputs(), interpolate_pos_encoding=True).logits
+        assert same.equal(theirs(inputs()).logits)
+    with pytest.raises(ValueError, match=rf"expected \[batch, 32, 128\], got \[2, {frames}, 128\]"):
+        theirs(x)
+    for wrong in (x[:, :, 1:], x[:, :1]):
+        with pytest.raises(ValueError, match=r"expected \[batch, 32, 128\], got"):
+            theirs(wrong, interpolate_pos_encoding=True)
 
 
 @pytest.mark.compatible("transformers", "return_dict=False: tuples")
