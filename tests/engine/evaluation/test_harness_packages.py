@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pages import example
 from sounds import tone
 
 from ssast.engine.api import MtebEncoder, XaresEncoder, embed, open_model, ssast_local
@@ -124,6 +125,8 @@ def test_mteb(loaded, tmp_path, monkeypatch):
                 self.dataset[split] = table.cast_column("audio", datasets.Audio())
             self.data_loaded = True
 
+    assert len(mteb.get_tasks(["BeijingOpera"])) == 1  # of the page
+    assert mteb.get_benchmark("MAEB(v1, audio-only)").tasks
     encoder = MtebEncoder(loaded)
     assert isinstance(encoder, EncoderProtocol)
     seen = []
@@ -207,3 +210,12 @@ def test_s3prl(settings, monkeypatch):
     if settings == {"superb": False}:
         want = embed(MODEL, waves[1], level="frame")
         torch.testing.assert_close(states[-1][1, : len(want)], want, rtol=1e-3, atol=1e-3)
+
+
+def test_the_page_has_what_s3prl_runs(monkeypatch):
+    pytest.importorskip("s3prl.nn")
+    from s3prl import hub
+
+    monkeypatch.setattr(hub, "ssast_local", None, raising=False)  # removed at the end
+    names = example("harnesses.md", "SUPERB", MODEL)
+    assert names["featurizer"].output_size == 192 and names["upstream"].num_layers == 12

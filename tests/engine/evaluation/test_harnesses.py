@@ -2,11 +2,13 @@
 
 import inspect
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from pages import example
 from sounds import tone
 from torch.utils.data import DataLoader
 
@@ -24,6 +26,7 @@ from ssast.engine.config import from_plain
 from ssast.engine.evaluation import hear
 from ssast.engine.evaluation.harness import WaveformEncoder
 from ssast.engine.evaluation.xares import check_decoding
+from ssast.engine.formats.known_weights import ours
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 
@@ -279,3 +282,18 @@ def test_xares_is_not_run_where_it_would_leave_out_all_clips(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "xares", object())
     with pytest.raises(ConfigError, match="would leave out all clips"):
         XaresEncoder(make(tmp_path / "a"))
+
+
+def test_the_page_has_what_xares_imports():
+    """Its attr_from_py_path takes the only name that ends in Encoder; it is called."""
+    names = example("harnesses.md", "X-ARES", ours()["tiny_patch"])
+    (name,) = (name for name in names if name.endswith("Encoder"))
+    encoder = names[name]()
+    assert type(encoder).__name__ == f"tiny_patch_{encoder.fingerprint()}_Encoder"
+
+
+def test_the_page_has_what_mteb_runs(monkeypatch):
+    mteb = SimpleNamespace(get_tasks=list, evaluate=lambda model, tasks: (model, tasks))
+    monkeypatch.setitem(sys.modules, "mteb", mteb)
+    model, tasks = example("harnesses.md", "MTEB", ours()["tiny_patch"])["result"]
+    assert isinstance(model, MtebEncoder) and tasks == ["BeijingOpera"]
