@@ -88,6 +88,37 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None) 
     return blocked_attention(q, k, v, padding_mask.valid)
 
 
+class _NoDerivative(torch.autograd.Function):
+    """The gradients of a backward pass; an error for who differentiates them again."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "attention: the second derivative of flash-attn is not implemented; use "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Queries, keys and values as they are, for an operation that has first derivatives alone.
+
+    The mark of that name in torch.autograd.function overlooks gradients that are constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *qkv: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*qkv)
+        return tuple(x.view_as(x) for x in qkv)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return _NoDerivative.apply(*grads, *ctx.saved_tensors) if torch.is_grad_enabled() else grads
+
+
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -115,6 +146,7 @@ def _flash_attn(
     package: Any, q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None
 ) -> Tensor:
     """Call flash-attn 2 or 3, whose functions and arguments have the same names."""
+    q, k, v = _OnceDifferentiable.apply(q, k, v)
     if padding_mask is None:
         qkv = packed_view(q, k, v)
         if qkv is None:

@@ -10,6 +10,7 @@ import torch
 from attention_cases import ROUNDING, SHAPES, assert_ignores_padding, queries_keys_values
 from compare import DTYPES, REGIMES, assert_as_good_as_reference, random_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssast.kernels import attention as module
 from ssast.kernels import linear
@@ -172,6 +173,24 @@ def test_what_one_layer_made_is_packed_without_a_copy(
     torch.testing.assert_close(got, want)
     run_backend(flash_attn, *(torch.randn(2, 5, 2, 4) for _ in range(3)))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_flash_attn_refuses_second_derivatives(flash_attn: Backend, packed: bool) -> None:
+    """Its own backward pass is no operation of PyTorch's: they would be without its terms."""
+    one = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    q, k, v = one.unbind(2) if packed else [x.contiguous() for x in one.unbind(2)]
+    loss = run_backend(flash_attn, q, k, v).sum()  # whose gradient is a constant
+    (gradient,) = torch.autograd.grad(loss, one, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative of flash-attn"):
+        torch.autograd.grad(gradient.square().sum(), one)
+
+
+def test_only_math_where_the_caller_wants_it() -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        assert module.attention_backend(torch.device("cuda"), torch.bfloat16) == "math"
+        assert module.attention_backend(torch.device("cpu"), torch.float32) == "math"
+    assert module.attention_backend(torch.device("cpu"), torch.float32) != "math"
 
 
 @pytest.mark.parametrize(

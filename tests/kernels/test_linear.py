@@ -138,6 +138,18 @@ def test_equal_results_from_gradients_side_by_side_and_apart() -> None:
     assert all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_second_derivatives_from_gradients_side_by_side(chunks: int) -> None:
+    """A view of memory would take them from the first chunk alone."""
+
+    def run(*leaves: Tensor) -> Tensor:
+        together = torch.stack(linear_chunks(*leaves, chunks), -2)
+        return together.sigmoid() * together.flatten(-2).sum(-1)[..., None, None]
+
+    leaves = [t.requires_grad_() for t in case("usual")]
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_launches(shape: str) -> None:
     """Two, on tensors without data, with the results of the fakes."""

@@ -5,7 +5,8 @@ A new operation needs a case in ``operation_cases`` and a row in ``docs/kernels.
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from operation_cases import BACKWARD, CASES, Case
 from paths import ROOT
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
@@ -208,6 +210,40 @@ def test_a_backward_pass_is_not_cast(operation: str, dtype: torch.dtype) -> None
     want = BACKWARD[operation].run(*inputs)
     with torch.autocast("cpu", dtype):
         close(BACKWARD[operation].run(*inputs), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", sorted(CASES.keys() - {"draw_masks", "blocked_attention"}))
+def test_autocast_on_a_gpu(operation: str, dtype: torch.dtype, autocast_of_cuda: Callable) -> None:
+    """The dtypes, with tensors that have no data."""
+    case = CASES[operation]
+    inputs = mixed(case, dtype)
+    returned = case.by_hand(inputs, dtype)[-1].dtype
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fakes = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
+        with autocast_of_cuda(dtype):
+            results = outputs(case.run(*fakes))
+        assert all(x.device.type == "cuda" and x.dtype == returned for x in results)
+        with autocast_of_cuda(dtype), torch.autocast("cpu", torch.bfloat16, enabled=False):
+            assert outputs(case.run(*fakes))[0].dtype == returned
+
+
+@pytest.fixture
+def autocast_of_cuda() -> Callable[[torch.dtype], AbstractContextManager[None]]:
+    """torch.autocast("cuda"), which refuses to be on where there is no GPU."""
+
+    @contextmanager
+    def on(dtype: torch.dtype) -> Iterator[None]:
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", dtype)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])
+
+    return on
 
 
 def test_masks_have_no_floats() -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssast.engine.api import ASTModel
 from ssast.engine.config import from_plain
 from ssast.engine.model.classifier import Classifier, LossClassifier
-from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.model.encoder import SpectrogramTransformer, layer_states
 from ssast.engine.model.objective import MSPM
 from ssast.kernels.masking import masks_from_ids
 
@@ -62,11 +62,17 @@ def _with_loss(model: nn.Module, fbank: Tensor) -> dict[str, Tensor]:
     return {"loss": results["loss"].mean(), "logits": results["logits"]}
 
 
+def _states(model: nn.Module, fbank: Tensor) -> dict[str, Tensor]:
+    states = layer_states(model, fbank)
+    return {"loss": torch.stack([x.float().square().mean() for x in states]).mean()}
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
     "MSPM": (lambda: MSPM(CONFIG), _mspm),
     "Classifier": (lambda: Classifier(_encoder(), 3), _classify),
     "LossClassifier": (lambda: LossClassifier(_encoder(), 3), _with_loss),
     "ASTModel pretraining": (_published, _pretrain),
+    "layer_states": (_encoder, _states),
 }
 
 

@@ -33,6 +33,7 @@ def assert_same_direction(gradients, exact, tolerance):
         assert error <= 8 * tolerance * (value.norm() + 0.05 * largest), (key, error, value.norm())
 
 
+@pytest.mark.compatible("PyTorch", "autocast in bf16 and fp16: every public model")
 @halves
 @every_model
 def test_losses_are_near_those_of_float32(name, dtype):
@@ -46,6 +47,15 @@ def test_losses_are_near_those_of_float32(name, dtype):
     assert any(not results[key].equal(exact[key]) for key in exact)  # autocast does something
     assert_near(results, exact, HALF[dtype])
     assert_same_direction(gradients, wanted, HALF[dtype])
+
+
+def test_activation_checkpointing_under_autocast():
+    model, losses = build("MSPM")
+    want, wanted = step(model, losses, clips(), torch.bfloat16)
+    model.encoder.activation_checkpoint_every = 1
+    results, gradients = step(model, losses, clips(), torch.bfloat16)
+    assert_near(results, want, 1e-2)  # the first sum of each block is rounded elsewhere
+    assert_same_direction(gradients, wanted, 1e-2)
 
 
 @every_model
@@ -62,6 +72,7 @@ def test_autocast_that_is_off_inside_changes_nothing(name):
     assert all(gradients[key].equal(wanted[key]) for key in wanted)
 
 
+@pytest.mark.compatible("PyTorch", "autocast with torch.compile")
 @pytest.mark.parametrize("name", ["MSPM", "Classifier"])
 def test_compiled_under_autocast(name):
     model, losses = build(name)
@@ -74,6 +85,7 @@ def test_compiled_under_autocast(name):
     assert_same_direction(gradients, wanted, HALF[torch.bfloat16])
 
 
+@pytest.mark.compatible("PyTorch", "autocast with DDP and FSDP2 on two ranks")
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("name", ["MSPM", "Classifier"])
 def test_two_ranks_under_autocast(two_ranks, name, kind):
@@ -90,6 +102,7 @@ def test_two_ranks_under_autocast(two_ranks, name, kind):
         assert_same_direction(given, wanted, 1e-3)
 
 
+@pytest.mark.compatible("PyTorch", "gradients of spectrograms")
 def test_the_gradient_of_the_spectrogram():
     model, _ = build("Classifier")
     model.double()
@@ -115,6 +128,7 @@ def test_the_gradient_of_the_spectrogram_in_pretraining():
     assert torch.autograd.grad(loss(fbank).sum(), fbank)[0].ne(0).all()
 
 
+@pytest.mark.compatible("PyTorch", "gradients of waveforms, through fbank")
 def test_the_gradient_of_the_waveform():
     model, _ = build("Classifier")
     spec = FbankSpec(num_frames=64)
@@ -132,6 +146,7 @@ def test_the_gradient_of_the_waveform():
         assert fbank(asked, lengths, spec).equal(features)  # by the kernel
 
 
+@pytest.mark.compatible("PyTorch", "second derivatives, with sdpa_kernel(SDPBackend.MATH)")
 def test_a_gradient_penalty():
     """Of the norm of the spectrogram's gradient, against a difference of two gradients."""
     model, _ = build("Classifier")
@@ -157,6 +172,7 @@ def test_a_gradient_penalty():
     assert (got * direction).sum().item() == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.compatible("PyTorch", "torch.func: jvp, gradients of each clip by vmap")
 def test_every_derivative_of_a_model():
     """torch.func over the whole classifier: jvp, vmap of per-sample gradients."""
     model, _ = build("Classifier")
