@@ -45,6 +45,11 @@ class Audio:
     sample_rate_hz: int = setting(16000, 1000, 192000)
     """Sample rate in Hz; recordings with another one are resampled."""
 
+    channel: Literal["mean", "left", "right"] = "mean"
+    """What is heard of a recording with several channels: the mean of all of them, the first
+    (`left`, as in the published code) or the second (`right`). A recording of one channel is taken
+    as it is; so are prepared shards, whose channel `ssast data prepare --channel` has chosen."""
+
     n_mels: int = setting(128, 1, 1024)
     """Number of mel bins."""
 

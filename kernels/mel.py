@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ EPS = float(np.finfo(np.float32).eps)  # floor of the mel power, as in Kaldi
 WINDOW_MS, HOP_MS = 25, 10
 
 Count = TypeVar("Count", int, Tensor)
+Channel = Literal["mean", "left", "right"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class FbankSpec:
         num_frames: T, frames of a clip: longer clips are cut at the end, shorter ones padded.
         low_hz: Lower edge of the first triangle; the upper edge of the last is the Nyquist
             frequency.
+        channel: What a waveform is of a recording with several channels, for what decodes it.
 
     Raises:
         ValueError: A setting is out of range.
@@ -34,11 +36,15 @@ class FbankSpec:
     n_mels: int = 128
     num_frames: int = 1024
     low_hz: float = 20.0
+    channel: Channel = "mean"
 
     def __post_init__(self) -> None:
         for name, least in (("sample_rate_hz", 1000), ("n_mels", 1), ("num_frames", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        if self.channel not in get_args(Channel):
+            known = ", ".join(get_args(Channel))
+            raise ValueError(f"channel is {self.channel!r}, it must be one of {known}")
         if not 0 <= self.low_hz < self.sample_rate_hz / 2:
             raise ValueError(
                 f"low_hz is {self.low_hz}, it must be in [0, {self.sample_rate_hz / 2}), below "

@@ -10,7 +10,7 @@ from ssast.engine.config import OVERRIDE, Config, from_plain, masked_patches, nu
 from ssast.engine.errors import CheckpointError
 from ssast.engine.settings import Audio, Finetune, Model, Objective
 
-AUDIO = ("sample_rate_hz", "n_mels", "num_frames", "mean", "std", "ignore_padding")
+AUDIO = ("sample_rate_hz", "channel", "n_mels", "num_frames", "mean", "std", "ignore_padding")
 MODEL = ("size", "patch", "depth")
 OBJECTIVE = ("kind", "num_masked", "mask", "softmax_axis", "two_pass", "mse_weight")
 SHAPES = ("model.size", "model.patch", "model.depth")  # weights cannot be resized along these
@@ -111,14 +111,14 @@ def _lines(
     source: str,
     assumed: tuple[str, ...],
 ) -> list[str]:
-    def shown(names: list[str]) -> str:
+    def shown(names: list[str], *usual: Any) -> str:
         parts = [name.partition(".") for name in names]
-        parts = [part for part in parts if plain[part[0]][part[2]] not in (None, False)]
+        parts = [part for part in parts if plain[part[0]][part[2]] not in (None, False, *usual)]
         return ", ".join(f"{key} {_text(plain[section][key])}" for section, _, key in parts)
 
     known = [name for name in taken if name not in assumed]
     unknown = [name for name in taken if name in assumed]
-    lines = [f"from {source}: {shown(known)}"] if known else []
+    lines = [f"from {source}: {shown(known, 'mean')}"] if known else []
     if unknown:
         lines.append(f"{source} does not say, so assumed: {shown(unknown)}")
     return lines + kept

@@ -73,6 +73,7 @@ def _add_prepare(kinds: Any) -> None:
         help="a folder (or its URL), a .json or .csv manifest, a plain .tar",
     )
     command.add_argument("out", metavar="OUT", help="folder for the shards, or its URL (s3://...)")
+    _add_channel(command)
     command.add_argument("--codec", choices=("flac", "wav"), default="flac", help="(flac)")
     command.add_argument(
         "--clip-s", type=float, default=10.0, metavar="S", help="longest clip in seconds (10)"
@@ -91,6 +92,15 @@ def _add_prepare(kinds: Any) -> None:
     )
     command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
     command.set_defaults(run=_prepare)
+
+
+def _add_channel(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--channel",
+        choices=("mean", "left", "right"),
+        default="mean",
+        help="of recordings with several channels, as audio.channel (mean)",
+    )
 
 
 def _add_check(kinds: Any) -> None:
@@ -123,6 +133,7 @@ def _add_stats(kinds: Any) -> None:
     command.add_argument(
         "--num-frames", type=int, default=1024, metavar="T", help="as audio.num_frames (1024)"
     )
+    _add_channel(command)
     command.add_argument(
         "--n-mels", type=int, default=128, metavar="F", help="as audio.n_mels (128)"
     )
@@ -167,7 +178,9 @@ def _prepare(options: argparse.Namespace) -> int:
     from ssast.pipelines.audio.convert import Recipe
     from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
-    recipe = Recipe(clip_s=options.clip_s, min_s=options.min_s, hop_s=options.hop_s)
+    recipe = Recipe(
+        clip_s=options.clip_s, min_s=options.min_s, hop_s=options.hop_s, channel=options.channel
+    )
     packing = Packing(recipe, options.codec, options.shard_mib, options.drop_duplicates)
     prepare_shards(options.source, options.out, packing, jobs=options.jobs)
     return 0
@@ -201,7 +214,9 @@ def _stats(options: argparse.Namespace) -> int:
     from ssast.pipelines.prepare.stats import measure, write_stats
 
     try:
-        spec = FbankSpec(num_frames=options.num_frames, n_mels=options.n_mels)
+        spec = FbankSpec(
+            num_frames=options.num_frames, n_mels=options.n_mels, channel=options.channel
+        )
     except ValueError as error:
         raise DataError(str(error)) from error
     stats = measure(

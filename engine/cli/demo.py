@@ -42,7 +42,8 @@ def demo(source: Path | None, overrides: Sequence[str] = ()) -> int:
     if source is None:
         train = fetch_demo(folder).train
     else:
-        prepare_shards(source, folder, Packing(Recipe(), drop_duplicates=True))
+        recipe = Recipe(channel=load_config("demo", overrides).audio.channel)
+        prepare_shards(source, folder, Packing(recipe, drop_duplicates=True))
         train = publish_labels(folder)
     places = [f"data.train={train}", f"run.folder={run}"]
     config = load_config("demo", [*places, *overrides])

@@ -10,7 +10,7 @@ from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.holdout import split_clips
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.mix import MixedClips, select
-from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
 from ssast.pipelines.clips.subset import draw_clips
 from ssast.pipelines.errors import DataError, TooFewRecordings
 
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 def fbank_spec(audio: Audio) -> FbankSpec:
     """Return the filterbank settings of a configuration."""
     return FbankSpec(
-        sample_rate_hz=audio.sample_rate_hz, n_mels=audio.n_mels, num_frames=audio.num_frames
+        sample_rate_hz=audio.sample_rate_hz,
+        n_mels=audio.n_mels,
+        num_frames=audio.num_frames,
+        channel=audio.channel,
     )
 
 
@@ -40,6 +43,8 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
     names = data.mix or [str(data.train)]
     sets = {name: read_clips(name) for name in names}
     key = "data.train" if data.mix is None else "data.mix"
+    for name, paths in sets.items():
+        _report_channel(name, paths, config.audio.channel)
     named = {f"{key} {name}": paths for name, paths in sets.items()}
     if data.valid is None:
         check_disjoint(named)
@@ -57,6 +62,17 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
         return train[0], held[0]
     shares = list(data.mix.values())
     return MixedClips(train, shares), MixedClips(held, shares) if data.valid is None else valid
+
+
+def _report_channel(name: str, paths: ClipPaths, channel: str) -> None:
+    """Say where a data set has been prepared with another channel than that of the settings."""
+    if isinstance(paths, ShardIndex) and (made := paths.channel()) != channel:
+        log.warning(
+            "%s was prepared with --channel %s: audio.channel=%s makes no difference to it",
+            name,
+            made,
+            channel,
+        )
 
 
 def draw_valid(config: Config, held_out: ClipPaths) -> ClipPaths:

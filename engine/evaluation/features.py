@@ -116,7 +116,8 @@ def load_waveforms(
     """
     if isinstance(audio, str | Path):
         try:
-            blocks = resampled(read_blocks(Item(str(audio), Path(audio))), spec.sample_rate_hz)
+            sound = read_blocks(Item(str(audio), Path(audio)), spec.channel)
+            blocks = resampled(sound, spec.sample_rate_hz)
             waves = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *blocks]))
         except UnusableError as error:
             raise DataError(f"{audio}: {error}") from error

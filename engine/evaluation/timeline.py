@@ -93,7 +93,7 @@ class Windows:
             raise ConfigError(f"--hop-s must be above 0 and at most {window_s:g}, got {hop_s:g}")
         return cls(round(window_s * rate), round(hop_s * rate))
 
-    def cut(self, path: Any, rate_hz: int) -> Iterator[tuple[int, np.ndarray]]:
+    def cut(self, path: Any, spec: FbankSpec) -> Iterator[tuple[int, np.ndarray]]:
         """Cut a recording of any format and length into windows; yield each with its first sample.
 
         The last one ends where the recording ends, and begins earlier for that; only a recording
@@ -103,7 +103,8 @@ class Windows:
             UnusableError: It cannot be decoded.
         """
         data = path.read() if hasattr(path, "read") else Path(path)
-        blocks = resampled(read_blocks(Item(str(path), data)), rate_hz)
+        sound = read_blocks(Item(str(path), data), spec.channel)
+        blocks = resampled(sound, spec.sample_rate_hz)
         before: np.ndarray | None = None
         for number, window in enumerate(windows(blocks, self.length, self.hop)):
             start = number * self.hop
@@ -162,7 +163,7 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
     columns: dict[int, np.ndarray] = {}  # of the spectrogram
     reason = None
     try:
-        for batch in _batches(cutting.cut(path, spec.sample_rate_hz), spec.window):
+        for batch in _batches(cutting.cut(path, spec), spec.window):
             lengths = torch.tensor([len(window) for _, window in batch])
             waves = torch.zeros(len(batch), int(lengths.max()))
             for row, (_, window) in zip(waves, batch, strict=True):

@@ -126,6 +126,7 @@ def export_huggingface(
     convert = _stock_state if config["model_type"] == STOCK else _own_state
     # The names of the feature extractor's settings are transformers'.
     preprocessor = {
+        "channel": audio.channel,  # ours
         "feature_extractor_type": "ASTFeatureExtractor",
         "do_normalize": True,
         "feature_size": 1,

@@ -174,6 +174,7 @@ def find_settings(config: dict[str, Any], preprocessor: dict[str, Any], folder: 
             pooling = config["pooling"]
         audio = {
             "sample_rate_hz": preprocessor["sampling_rate"],
+            "channel": preprocessor.get("channel", "mean"),
             "n_mels": config["num_mel_bins"],
             "num_frames": config[_FRAMES[config["model_type"]]],
             "mean": preprocessor["mean"] if preprocessor["do_normalize"] else 0.0,

@@ -353,7 +353,7 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     audio = dict(stored.get("audio", {}))
     given = {"mean": metadata.mean, "std": metadata.std, "num_frames": metadata.num_frames}
     audio |= {key: value for key, value in given.items() if value is not None}
-    keys = ("sample_rate_hz", "mean", "std", "ignore_padding")
+    keys = ("sample_rate_hz", "channel", "mean", "std", "ignore_padding")
     assumed = tuple(f"audio.{key}" for key in keys if key not in audio)
     if layout.num_classes is None or purpose == "pretrained":
         if metadata.num_frames is not None or metadata.stride is not None:

@@ -219,6 +219,7 @@ def _metadata(
     spec = fbank_spec(audio)
     settings = {
         "sample_rate_hz": spec.sample_rate_hz,
+        "channel": spec.channel,
         "n_mels": spec.n_mels,
         "num_frames": spec.num_frames,
         "num_samples": spec.num_samples,

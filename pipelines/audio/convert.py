@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from ssast.kernels.fbank import Channel
 from ssast.pipelines.audio.decode import Item, length_note, read_blocks
 from ssast.pipelines.errors import UnusableError
 
@@ -38,6 +39,7 @@ class Recipe:
             keeps the level, except that a clip beyond full scale is scaled down.
         hop_s: Time between the starts of two clips of a recording; None is ``clip_s``, so that they
             neither overlap nor leave gaps.
+        channel: See :func:`~ssast.pipelines.audio.decode.downmix`.
     """
 
     sample_rate_hz: int = 16000
@@ -46,12 +48,15 @@ class Recipe:
     trim_db: float | None = None
     level_rms: float | None = None
     hop_s: float | None = None
+    channel: Channel = "mean"
 
     def digest(self) -> str:
         """Return a hash of the settings."""
         settings = asdict(self)
         if settings["hop_s"] is None:  # added later: unset, it must not change the hash
             del settings["hop_s"]
+        if settings["channel"] == "mean":  # likewise
+            del settings["channel"]
         return hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest()
 
 
@@ -191,7 +196,7 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
         UnusableError: No clip can be used, or decoding fails on the way; then the clips yielded so
             far must not be used either.
     """
-    blocks = read_blocks(item)
+    blocks = read_blocks(item, recipe.channel)
     first = next(blocks, None)
     if first is None:
         raise UnusableError("holds no samples")

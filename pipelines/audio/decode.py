@@ -22,6 +22,7 @@ from typing import IO
 import numpy as np
 import soundfile
 
+from ssast.kernels.fbank import Channel
 from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES, ffmpeg_blocks, ffmpeg_installed
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
@@ -73,8 +74,12 @@ class Item:
         return f"{status.st_size}-{status.st_mtime_ns}{part}"
 
 
-def read_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
+def read_blocks(item: Item, channel: Channel = "mean") -> Iterator[tuple[np.ndarray, int]]:
     """Decode a recording to mono, block by block.
+
+    Args:
+        item: The recording.
+        channel: See :func:`downmix`.
 
     Yields:
         Samples [S] float32 and the sample rate in Hz.
@@ -84,7 +89,7 @@ def read_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
             samples.
     """
     try:
-        yield from to_mono(sndfile_blocks(item))
+        yield from to_mono(sndfile_blocks(item), channel)
         return
     except UnopenedError as caught:
         unopened = caught
@@ -92,7 +97,7 @@ def read_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
     if not by_ffmpeg and not ffmpeg_installed():
         raise unopened
     with contextlib.closing(ffmpeg_blocks(item.data)) as decoded:  # ends ffmpeg, in any case
-        blocks = to_mono(decoded)
+        blocks = to_mono(decoded, channel)
         try:
             first = next(blocks, None)
             if first is None:
@@ -112,8 +117,23 @@ def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def to_mono(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
-    """Average the channels of [S, channels] blocks, and drop empty blocks.
+def downmix(samples: np.ndarray, channel: Channel) -> np.ndarray:
+    """Return the waveform [S] of samples [S, channels].
+
+    Args:
+        samples: Samples of all channels.
+        channel: ``mean`` of all channels, or the first (``left``, as in the published code) or the
+            second (``right``). A recording of one channel is that one, whatever is asked for.
+    """
+    if samples.shape[1] == 1:
+        return samples[:, 0]
+    return samples.mean(axis=1) if channel == "mean" else samples[:, int(channel == "right")]
+
+
+def to_mono(
+    blocks: Iterator[tuple[np.ndarray, int]], channel: Channel = "mean"
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Make waveforms of [S, channels] blocks, see :func:`downmix`, and drop empty blocks.
 
     Raises:
         UnusableError: The sample rate is out of range, or a sample is NaN or infinite.
@@ -121,7 +141,7 @@ def to_mono(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarr
     for block, rate_hz in blocks:
         if not LOWEST_HZ <= rate_hz <= HIGHEST_HZ:
             raise UnusableError(f"states a sample rate of {rate_hz} Hz")
-        mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+        mono = downmix(block, channel)
         if not np.isfinite(mono).all():
             raise UnusableError("holds NaN or infinite samples")
         if len(mono):

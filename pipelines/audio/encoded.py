@@ -1,9 +1,9 @@
 """Read clips as encoded bytes that DALI decodes exactly: mono, at the sample rate of the model.
 
 Short mono FLAC and PCM WAV files at this rate are passed on unchanged. Everything else that
-libsndfile reads (mp3, Ogg, Opus, AIFF, float WAV, ...) is decoded here, averaged to mono, resampled
-with soxr (DALI resamples without an anti-aliasing filter) and passed on as a float WAV file. Only
-the crop that the filterbank needs is decoded.
+libsndfile reads (mp3, Ogg, Opus, AIFF, float WAV, ...) is decoded here, downmixed, resampled with
+soxr (DALI resamples without an anti-aliasing filter) and passed on as a float WAV file. Only the
+crop that the filterbank needs is decoded.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 import soxr
 
 from ssast.kernels.fbank import FbankSpec
-from ssast.pipelines.audio.decode import STREAMED, reader, reason
+from ssast.pipelines.audio.decode import STREAMED, downmix, reader, reason
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
     HEAD,
@@ -114,7 +114,7 @@ def decode(file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0) -> n
         raise DataError(f"cannot be decoded: {reason(error)}") from error
     if missing(wanted, len(samples), few):
         raise DataError(f"truncated: {start + len(samples)} of {frames} samples")
-    samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    samples = downmix(samples, spec.channel)
     if len(samples) and not float(np.abs(samples).max()) < LOUDEST:  # NaN fails every comparison
         raise DataError("holds samples that are NaN, infinite or absurdly large")
     if not same and len(samples):

@@ -15,6 +15,7 @@ A prepared folder holds::
 The index is memory-mapped, so opening millions of clips takes neither time nor memory.
 """
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -243,6 +244,12 @@ class ShardIndex(Sequence[ShardClip]):
         if not isinstance(hop_s, int | float | None) or not isinstance(clip_s, int | float):
             raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again")
         return (hop_s or clip_s) < clip_s
+
+    def channel(self) -> str:
+        """Return which channel of its recordings it holds; ``mean`` where no report says it."""
+        with contextlib.suppress(DataError):
+            return str(self._report("settings", "recipe", "channel"))
+        return "mean"
 
     def without_duplicates(self) -> bool:
         """Return whether no two clips of the folder have the same samples.

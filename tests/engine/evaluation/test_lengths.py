@@ -12,6 +12,7 @@ from ssast.engine.evaluation.embedding import embed_recordings
 from ssast.engine.evaluation.timeline import Windows
 from ssast.engine.finetune import FinetuneEngine
 from ssast.engine.formats.open import open_model
+from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.errors import UnusableError
 
 
@@ -36,7 +37,7 @@ def test_all_are_predicted_and_embedded(lying, finetuned, tmp_path):
 
 def test_windows_reach_the_end(lying):
     for path in sorted(lying.iterdir()):
-        *_, (start, window) = Windows(4000, 2000).cut(path, 16000)
+        *_, (start, window) = Windows(4000, 2000).cut(path, FbankSpec())
         assert SAMPLES - 22 <= start + len(window) <= SAMPLES + 2304, path.name
 
 
@@ -45,7 +46,7 @@ def test_truncated_files_are_refused_alike(finetuned, tmp_path):
     for name, data in truncated_files().items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UnusableError, match="truncated: "):
-            list(Windows(4000, 2000).cut(tmp_path / name, 16000))
+            list(Windows(4000, 2000).cut(tmp_path / name, FbankSpec()))
     found = engine.predict([tmp_path])
     assert len(found) == len(truncated_files())
     assert all(one.reason.startswith("truncated: ") for one in found)

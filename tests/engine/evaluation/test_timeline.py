@@ -49,7 +49,7 @@ def test_windows_cover_a_recording(count, starts, rate_hz, tmp_path):
     """All of it, the last one ending where the recording ends."""
     samples = np.repeat(tone(count), 1 if rate_hz == RATE_HZ else 3)[: count * rate_hz // RATE_HZ]
     path = write(tmp_path / "a.wav", samples, rate_hz, subtype="FLOAT")
-    found = list(Windows(4800, 1600).cut(path, RATE_HZ))
+    found = list(Windows(4800, 1600).cut(path, FbankSpec()))
     total = found[-1][0] + len(found[-1][1])
     assert abs(total - count) <= 1  # by the rounding of the resampler
     if rate_hz == RATE_HZ:
