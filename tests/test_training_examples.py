@@ -49,16 +49,16 @@ def check(out: Path, checkpoint: Path, sounds: Path) -> None:
     assert after.dtype == torch.float32 and not after.equal(before)
 
 
-@pytest.mark.compatible("Lightning", "examples/finetune_lightning.py, in float32")
-@pytest.mark.parametrize("precision", ["32-true"])
+@pytest.mark.compatible("Lightning", "examples/finetune_lightning.py, in float32 and bf16-mixed")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning(precision, checkpoint, sounds, tmp_path):
     out = tmp_path / "out"
     run("finetune_lightning.py", checkpoint, sounds, out, "--precision", precision)
     check(out, checkpoint, sounds)
 
 
-@pytest.mark.compatible("Accelerate", "examples/finetune_accelerate.py, in float32")
-@pytest.mark.parametrize("precision", ["no"])
+@pytest.mark.compatible("Accelerate", "examples/finetune_accelerate.py, in float32 and bf16")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision, checkpoint, sounds, tmp_path):
     from accelerate.state import AcceleratorState
 
