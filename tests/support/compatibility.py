@@ -32,6 +32,9 @@ FRAMEWORKS: dict[str, str | None] = {
     "ONNX Runtime": "onnxruntime",
     "timm": None,
     "s3prl": None,
+    "X-ARES": None,
+    "MTEB": None,
+    "HEAR": None,
     "published SSAST code": None,
 }
 

@@ -85,6 +85,7 @@ def close(found, want):
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.compatible("X-ARES", "features of clips in a padded batch")
 def test_xares_is_given_the_columns_of_each_clip(loaded, written):
     waves, _, frames = written
     found = XaresEncoder(loaded)(padded(waves))
@@ -93,6 +94,7 @@ def test_xares_is_given_the_columns_of_each_clip(loaded, written):
     close(found, frames[:, :columns].nan_to_num(0.0))
 
 
+@pytest.mark.compatible("X-ARES", "check_audio_encoder")
 def test_xares_asks_for_these(loaded):
     """Its check_audio_encoder: type, attributes and shapes; and it may be run in inference mode."""
     encoder = XaresEncoder(loaded)
@@ -138,6 +140,7 @@ def loader(items) -> DataLoader:
     return DataLoader(items, batch_size=3)
 
 
+@pytest.mark.compatible("MTEB", "encode: one vector a clip")
 def test_mteb_is_given_one_vector_a_clip(loaded, written, device):
     waves, clips, frames = written
     found = MtebEncoder(loaded).encode(loader(rows(waves)), show_progress_bar=False, **TASK)
@@ -174,6 +177,7 @@ def test_mteb_is_told_which_row_cannot_be_embedded(row, error, message, tmp_path
         MtebEncoder(make(tmp_path / "a")).encode(loader(items), **TASK)
 
 
+@pytest.mark.compatible("MTEB", "EncoderProtocol")
 def test_mteb_asks_for_these(tmp_path):
     """Its EncoderProtocol: the parameters of encode, and similarities."""
     encoder = MtebEncoder(make(tmp_path / "a"))
@@ -190,6 +194,7 @@ def test_mteb_asks_for_these(tmp_path):
     close(encoder.similarity_pairwise(a, torch.from_numpy(b)).double(), torch.tensor(want).diag())
 
 
+@pytest.mark.compatible("HEAR", "scene and timestamp embeddings")
 def test_hear_is_given_clips_and_columns(loaded, written):
     waves, clips, frames = written
     model = hear.HearModel(loaded)
@@ -201,6 +206,7 @@ def test_hear_is_given_clips_and_columns(loaded, written):
         assert stamps.shape == found.shape[:2]
 
 
+@pytest.mark.compatible("HEAR", "the checks of hear-validator 2021.0.2")
 def test_hear_asks_for_these(loaded, monkeypatch):
     """The checks of hear-validator 2021.0.2."""
     monkeypatch.setattr(hear, "open_model", lambda path, metadata: loaded)

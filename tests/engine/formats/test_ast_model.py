@@ -37,6 +37,7 @@ def finetuning_model(kind: str, case: dict, path: Path) -> ASTModel:
     )  # fmt: skip
 
 
+@pytest.mark.compatible("published SSAST code", "pretrain_mpc, pretrain_mpg: its numbers")
 @kinds
 def test_pretraining_tasks_equal_the_published_ones(kind):
     model, case = pretraining_model(kind), golden(kind)
@@ -56,6 +57,7 @@ def test_pretraining_tasks_equal_the_published_ones(kind):
     assert with_gradient == set(norms)
 
 
+@pytest.mark.compatible("published SSAST code", "ft_avgtok, ft_cls: its numbers")
 @pytest.mark.parametrize(("kind", "number"), CASES)
 def test_fine_tuning_tasks_equal_the_published_ones(kind, number, tmp_path):
     case = golden(kind)["finetune"][number]
@@ -119,6 +121,7 @@ def test_one_extra_token_pretrains(tmp_path):
         load_published(tmp_path / "a.pth")
 
 
+@pytest.mark.compatible("published SSAST code", "names and shapes of the state dict")
 @kinds
 def test_names_are_the_published_ones(kind, tmp_path):
     assert set(pretraining_model(kind).state_dict()) == {
@@ -148,6 +151,7 @@ def test_masks_are_drawn_from_the_generator_of_torch():
     assert len(set(losses)) == 3
 
 
+@pytest.mark.compatible("published SSAST code", "visualize_mask")
 @kinds
 def test_visualize_mask_paints_the_masked_patches(kind):
     model, case = pretraining_model(kind), golden(kind)

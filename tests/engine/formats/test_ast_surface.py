@@ -29,6 +29,7 @@ def tuned(tmp_path):
     return ASTModel(5, 16, 16, 10, 10, 128, 96, "tiny", False, path).eval()
 
 
+@pytest.mark.compatible("published SSAST code", "mpc, mpg and the other methods that scripts call")
 def test_methods_are_the_tasks(whole):
     x, ids = torch.randn(2, 256, 128), torch.tensor([[3, 9, 60], [1, 2, 126]])
     image = x.transpose(1, 2).unsqueeze(1)
@@ -85,6 +86,7 @@ def test_mask_ids_of_frames_are_distinct(whole):
     assert ids.dtype == torch.int64 and len(ids.unique()) == 400 and ids.max() < 512
 
 
+@pytest.mark.compatible("published SSAST code", "gen_maskid_patch, gen_maskid_frame, also replaced")
 def test_masks_of_a_subclass_are_used(whole):
     class Own(ASTModel):
         def gen_maskid_patch(self, sequence_len=512, mask_size=100, cluster=3):
@@ -111,6 +113,7 @@ def eager_maps(model, x):
     return maps
 
 
+@pytest.mark.compatible("timm", "attn_drop sees the attention map")
 @torch.no_grad()
 def test_hooks_of_attn_drop_see_the_attention_map(tuned):
     x, seen = torch.randn(2, 96, 128), []
@@ -141,6 +144,7 @@ def test_a_dropout_in_place_of_attn_drop_drops(tuned):
     assert not tuned(x, "ft_cls").allclose(want)
 
 
+@pytest.mark.compatible("timm", "every module of a block can be hooked")
 @torch.no_grad()
 def test_every_module_of_a_block_can_be_hooked(tuned):
     """Each is called once and returns one tensor of the shape that timm's has."""
@@ -162,6 +166,7 @@ def test_every_module_of_a_block_can_be_hooked(tuned):
         assert found == twice.get(name, [wide.get(name, (2, T, 192))]), name
 
 
+@pytest.mark.compatible("published SSAST code", "replaced v.pos_embed, shorter inputs")
 def test_other_positions_take_shorter_inputs(tuned, whole):
     """As scripts do that cut the position embedding themselves."""
     x, grid = torch.randn(2, 46, 128), (12, 4)

@@ -35,6 +35,7 @@ def small_classifier(stride=(10, 10), pooling="avgtok"):
     return Classifier(SpectrogramTransformer(model, audio, stride), 7, pooling).eval()
 
 
+@pytest.mark.compatible("published SSAST code", "its files, in and out")
 @kinds
 def test_published_pretrained_file_goes_round(kind, tmp_path):
     """Every number of the file comes back, and the losses are the published ones."""
@@ -254,6 +255,7 @@ def test_tensors_that_the_model_does_not_have_are_reported(tmp_path, caplog):
     assert all(p.equal(q) for p, q in zip(model.parameters(), want.parameters(), strict=True))
 
 
+@pytest.mark.compatible("published SSAST code", "heads of ImageNet in its files are kept")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_heads_of_imagenet_go_round(dtype, tmp_path):
     state, heads = whole_state("patch"), ("module.v.head.", "module.v.head_dist.")

@@ -50,6 +50,7 @@ def wave(samples, seed=0):
     return torch.from_numpy(tone(samples, seed=seed))
 
 
+@pytest.mark.compatible("s3prl", "get_downsample_rates, hidden_states, any length")
 @kinds
 @torch.no_grad()
 def test_rate_and_shapes(kind, upstream):
@@ -103,6 +104,7 @@ def test_a_clip_does_not_depend_on_its_batch(kind, upstream):
     torch.testing.assert_close(together[:1, : alone.shape[1]], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compatible("s3prl", "fine-tuning the upstream")
 @pytest.mark.parametrize("kind", ["frame"])
 def test_it_can_be_fine_tuned(kind, upstream):
     upstream([wave(9_000)])["last_hidden_state"].square().sum().backward()
@@ -119,6 +121,7 @@ def published(tmp_path, kind):
 CASES = torch.load(GOLDEN / "s3prl_ssast.pt", weights_only=True)
 
 
+@pytest.mark.compatible("s3prl", "SUPERB's SSAST: hidden states of its expert")
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda c: f"{c['kind']}-{c['window_secs']:g}")
 @torch.no_grad()
 def test_superb_computes_what_the_expert_of_s3prl_does(case, tmp_path):
@@ -154,6 +157,7 @@ def test_windows_and_strides_without_gaps(kind, tmp_path):
     torch.testing.assert_close(stacked.unflatten(2, (rows, 192)).mean(2), mean)
 
 
+@pytest.mark.compatible("s3prl", "model_config, refresh; other settings are refused")
 @torch.no_grad()
 def test_settings_are_read_from_a_file_of_s3prl(tmp_path):
     path, file = published(tmp_path, "patch"), tmp_path / "upstream.yaml"
@@ -163,6 +167,7 @@ def test_settings_are_read_from_a_file_of_s3prl(tmp_path):
     assert upstream.encoder.embed.pos_embed.equal(open_model(path).encoder.embed.pos_embed)
 
 
+@pytest.mark.compatible("s3prl", "published fine-tuned files")
 @torch.no_grad()
 def test_a_published_fine_tuned_file_is_opened(tmp_path):
     audio, stride, frames = Audio(num_frames=64), (10, 10), 64
