@@ -40,6 +40,7 @@ _HOMES = {
     "pretext_losses": "ssast.engine.evaluation.pretext",
     "embed": "ssast.engine.evaluation.features",
     "embed_recordings": "ssast.engine.evaluation.embedding",
+    "visualize": "ssast.engine.evaluation.reconstructions",
     "MtebEncoder": "ssast.engine.evaluation.mteb",
     "XaresEncoder": "ssast.engine.evaluation.xares",
     # Modules, for loops of your own
@@ -108,6 +109,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.evaluation.mteb import MtebEncoder
     from ssast.engine.evaluation.predict import Prediction, predict
     from ssast.engine.evaluation.pretext import pretext_losses
+    from ssast.engine.evaluation.reconstructions import visualize
     from ssast.engine.evaluation.timeline import Timeline, timelines
     from ssast.engine.evaluation.xares import XaresEncoder
     from ssast.engine.finetune import FinetuneEngine, finetune

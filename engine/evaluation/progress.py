@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from ssast.pipelines.text import shows_progress
+
 DELAY_S = 1.0  # what takes less shows no bar
 
 Item = TypeVar("Item")
@@ -34,7 +36,7 @@ def with_progress(
         miniters=1,  # else a slow batch after fast ones would not be shown
         leave=False,
         dynamic_ncols=True,
-        disable=None if shown else True,  # None: unless stderr is a terminal
+        disable=not (shown and shows_progress()),
     ) as bar:
         for item in items:
             yield item

@@ -17,13 +17,21 @@ from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.stream.stream import AudioStream
 
 
-def visualize(run: Path, num_clips: int = 4) -> list[Path]:
+def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
     """Draw the curves of a run, and reconstructions of clips from its held-out split.
+
+    Args:
+        run: Folder of the run.
+        num_clips: Number of clips.
+
+    Returns:
+        Paths of the pictures.
 
     Raises:
         CheckpointError: The run has no whole checkpoint.
         DataError: The held-out clips cannot be found or read.
     """
+    run = Path(run)
     model, config = load_pretrained(run)
     paths = find_clips(config)[1]
     chosen = [paths[i * len(paths) // num_clips] for i in range(min(num_clips, len(paths)))]

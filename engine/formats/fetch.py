@@ -22,7 +22,7 @@ from ssast.engine.formats.hub import PREFIX, fetch_from_hub
 from ssast.engine.formats.known_weights import PUBLISHED, ours
 from ssast.pipelines.files import cache_folder, write_atomically
 from ssast.pipelines.locks import in_turn
-from ssast.pipelines.text import one_line
+from ssast.pipelines.text import one_line, shows_progress
 
 WEIGHTS: Final = "weights"  # folder in the cache
 MIRROR = "SSAST_MIRROR"  # environment: address of a folder that holds NAME.pth
@@ -194,7 +194,7 @@ class _Resuming:
                     desc=self._part.name.removesuffix(".part"),
                     unit="B",
                     unit_scale=True,
-                    disable=None,
+                    disable=not shows_progress(),
                 ) as bar,
             ):
                 for piece in answer.iter_content(PIECE):

@@ -371,13 +371,30 @@ def _import_deepspeed() -> Any:
 
     if not torch.cuda.is_available():
         # Else 75 s of g++ for shared-memory collectives; a killed build locks out later runs.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with _silent_compilers():
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
     return deepspeed
+
+
+@contextmanager
+def _silent_compilers() -> Iterator[None]:
+    """Drop what the compilers print that DeepSpeed tries out.
+
+    It does so itself where the standard error of Python is that of the process: not in a notebook.
+    """
+    before = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 @contextmanager

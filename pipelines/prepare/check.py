@@ -33,7 +33,7 @@ from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.datasets.tables import table
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import usable_cores, write_atomically
-from ssast.pipelines.text import parse_json
+from ssast.pipelines.text import parse_json, shows_progress
 
 AT_ONCE = 64  # files of a manifest that one thread takes
 
@@ -135,7 +135,9 @@ def parallel(
         return Checked() if stop.is_set() else task()
 
     with (
-        tqdm(total=total, desc="check", unit=" clips", disable=None if progress else True) as bar,
+        tqdm(
+            total=total, desc="check", unit=" clips", disable=not (progress and shows_progress())
+        ) as bar,
         ThreadPoolExecutor(jobs, "check") as pool,
     ):
         try:

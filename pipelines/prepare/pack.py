@@ -39,6 +39,7 @@ from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.index import write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
+from ssast.pipelines.text import shows_progress
 
 FORMAT = 2  # raise it when other bytes come out of the same recordings
 STEM = 64  # characters of a recording's name in a clip's: a member's name has at most 100
@@ -273,7 +274,7 @@ def make_shards(
             desc="prepare",
             unit="B",
             unit_scale=True,
-            disable=None if progress else True,
+            disable=not (progress and shows_progress()),
         ) as bar,
         ThreadPoolExecutor(jobs, "shard") as pool,
     ):

@@ -34,6 +34,7 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.stream.stream import AudioStream
+from ssast.pipelines.text import shows_progress
 
 NORMAL_95 = 1.959964  # a normal variable is within so many standard deviations with 95 %
 LEAST_CLIPS = 256  # before the precision is believed
@@ -164,7 +165,9 @@ def measure(
             max_rejected=1.0,
             weights=paths.weights() if isinstance(paths, MixedClips) else None,
         ) as stream,
-        tqdm(total=wanted, desc="stats", unit=" clips", disable=None if progress else True) as bar,
+        tqdm(
+            total=wanted, desc="stats", unit=" clips", disable=not (progress and shows_progress())
+        ) as bar,
     ):
         while seen < wanted:
             batch = next(stream)

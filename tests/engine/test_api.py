@@ -14,7 +14,7 @@ from ssast.engine import api
 
 HOMES = api._HOMES
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "examples").iterdir()]
-IMPORT = re.compile(r"^ *from (ssast\.engine\S*) import (\w+(?:, \w+)*)", re.M)
+IMPORT = re.compile(r'^ *"?from (ssast\.engine\S*) import (\w+(?:, \w+)*)', re.M)
 
 
 @pytest.mark.parametrize("name", HOMES)
