@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssast.kernels.autocast import autocast_rule
 from ssast.kernels.blocked_attention import attention_reference, blocked_attention
+from ssast.kernels.efficient_attention import efficient_attention
 from ssast.kernels.launch import architecture
 from ssast.kernels.linear import joined_view
 from ssast.kernels.matmul import is_fast
@@ -183,6 +184,8 @@ def run_backend(
         return _sdpa(q, k, v, padding_mask)
     if backend == "blocked":
         return _blocked(q, k, v, padding_mask)
+    if backend == "efficient" and padding_mask is None and q.shape == k.shape:
+        return efficient_attention(q, k, v)
     with sdpa_kernel([_SDPA[backend]] if padding_mask is None else _TAKE_A_MASK):
         return _sdpa(q, k, v, padding_mask)
 

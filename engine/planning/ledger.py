@@ -43,6 +43,7 @@ OURS = {
     "scatter_tokens": "gather, scatter",
     "info_nce": "losses",
     "mse": "losses",
+    "efficient_attention": "attention",
 }
 # Groups of PyTorch's operations in a forward or backward pass.
 GROUPS = {

@@ -43,6 +43,7 @@ from ssast.engine.planning.traffic import (
     tensors_in,
     total_bytes,
 )
+from ssast.kernels.efficient_attention import efficient_attention
 from ssast.kernels.interpret import replaced
 from ssast.kernels.launch import assume_architecture
 from ssast.kernels.operation import NAMESPACE, runs_on_cuda
@@ -114,6 +115,9 @@ def _fused_attention(
     """Stand in for PyTorch's attention, of which ``meta`` has matmuls and a softmax alone."""
     if attn_mask is None and q.element_size() == 2:
         return _aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    if attn_mask is None and q.shape == k.shape:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return efficient_attention(q, k, v).transpose(1, 2)
     bias = None
     if attn_mask is not None:
         bias = torch.empty_like(attn_mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])

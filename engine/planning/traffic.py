@@ -111,13 +111,20 @@ HOST_READS = {"nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is
 KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
+    "_efficient_attention_backward": 2,
     "sort": 3,
 }
 
 
-# Of Triton kernels, whose matmuls PyTorch does not know.
+def _attention_flops(q: Tensor, products: int) -> float:
+    return 2.0 * products * q.numel() * q.shape[1]  # [B, L, H, D_h]
+
+
+# Of operations of ours whose matmuls PyTorch does not know, or counts for other shapes.
 OUR_FLOPS: dict[str, Callable[[Sequence[Any]], float]] = {
     "patch_embed": lambda a: 2.0 * a[7].numel() * a[1].numel(),  # visible patches, weight
     "patch_embed_backward": lambda a: 2.0 * a[4].numel() * a[2].numel(),
     "info_nce": lambda a: roofline.info_nce(*a[0].shape, itemsize=1).flops,
+    "efficient_attention": lambda a: _attention_flops(a[0], 2),
+    "efficient_attention_backward": lambda a: _attention_flops(a[1], 5),
 }

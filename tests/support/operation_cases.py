@@ -11,6 +11,7 @@ from torch.nn import functional
 from ssast.kernels.add_norm import add_norm, add_norm_reference
 from ssast.kernels.attention import attention, attention_reference
 from ssast.kernels.blocked_attention import blocked_attention
+from ssast.kernels.efficient_attention import efficient_attention
 from ssast.kernels.fbank import fbank_reference
 from ssast.kernels.linear import linear_chunks, linear_gelu
 from ssast.kernels.masking import draw_masks, masks_from_ids
@@ -114,6 +115,7 @@ CASES = {
     ),
     "attention": Case(attention, attention_reference, _QKV, DTYPE, second="not implemented"),
     "blocked_attention": Case(blocked_attention, attention_reference, _QKV, DTYPE),
+    "efficient_attention": Case(efficient_attention, attention_reference, _QKV, DTYPE),
     "add_norm": Case(
         lambda *x: add_norm(*x, 1e-5), lambda *x: add_norm_reference(*x, 1e-5), _NORM, "float32"
     ),
@@ -156,6 +158,10 @@ BACKWARD = {  # what runs in the backward pass of an operation; autocast leaves 
     "blocked_attention_backward": Case(
         lambda *x: op.blocked_attention_backward(*x, None), lambda: None, {"grad": (2, 3, 2, 4)}
         | _QKV, "none",
+    ),
+    "efficient_attention_backward": Case(
+        lambda grad, *qkv: op.efficient_attention_backward(grad, *qkv, *op.efficient_attention(*qkv)),
+        lambda: None, {"grad": (2, 3, 2, 4)} | _QKV, "none",
     ),
     "add_norm_backward": Case(
         lambda dout, total, weight: op.add_norm_backward(
