@@ -108,8 +108,9 @@ def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> 
         Scalars: the same losses and "loss", to be minimised; all 0 where no clip is valid.
     """
     weights = valid / valid.sum().clamp(min=1)
-    # where, not multiplication: an ignored clip may hold an infinity.
-    means = {name: (value.where(valid, 0) * weights).sum() for name, value in losses.items()}
+    # Filled, not multiplied by 0: an ignored clip may hold an infinity. All at once: few launches.
+    values = torch.stack(list(losses.values())).masked_fill(~valid, 0)
+    means = dict(zip(losses, (values * weights).sum(1).unbind(), strict=True))
     if "infonce_loss" in means and "mse_loss" in means:
         loss = means["infonce_loss"] + mse_weight * means["mse_loss"]
     else:
