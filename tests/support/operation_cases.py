@@ -160,7 +160,9 @@ BACKWARD = {  # what runs in the backward pass of an operation; autocast leaves 
         | _QKV, "none",
     ),
     "efficient_attention_backward": Case(
-        lambda grad, *qkv: op.efficient_attention_backward(grad, *qkv, *op.efficient_attention(*qkv)),
+        lambda grad, *qkv: op.efficient_attention_backward(
+            grad, *qkv, *op.efficient_attention(*qkv)
+        ),
         lambda: None, {"grad": (2, 3, 2, 4)} | _QKV, "none",
     ),
     "add_norm_backward": Case(
