@@ -300,7 +300,7 @@ def _open(
     if (path / CONFIG).is_file():
         return _open_transformers(path, metadata)
     loaded = _open_run(path, metadata, weights)
-    if loaded.weights is not None and purpose == "model":
+    if loaded.weights is not None and purpose != "encoder":
         _log.warning("%s: %s", path, WEIGHTS[loaded.weights])
     if purpose == "pretrained" and loaded.is_classifier:
         raise CheckpointError(f"{path}: expected a pretrained model, found a fine-tuned one")

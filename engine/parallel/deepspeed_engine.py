@@ -231,7 +231,8 @@ class TrainEngine:
         """Compute with the averaged weights instead of the trained ones inside. Collective.
 
         Between optimizer steps only, for evaluation; the state is not read or loaded inside. The
-        weights are the same bits afterwards.
+        weights are the same bits afterwards. After an error inside, the state can be saved, but the
+        training cannot go on.
 
         Raises:
             RuntimeError: No average is kept.

@@ -127,19 +127,29 @@ class ShardedState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let the module have the averages as its weights; not to be read or written meanwhile."""
-        self._swap()
+        """Let the module have the averages as its weights; not to be read or written meanwhile.
+
+        After an error inside, the state is right, but the module is not: it may be that of a rank
+        that is gone, without which no weights can be gathered.
+        """
+        self._exchange()
+        self._refresh_evaluated()
         try:
             yield
-        finally:
-            self._swap()
+        except BaseException:
+            self._exchange()
+            raise
+        self._exchange()
+        self._refresh_evaluated()
 
-    def _swap(self) -> None:
+    def _exchange(self) -> None:
         # The storages change places: no value is copied, and what views them is right again after
         # the second time.
         for average, flat in zip(self._averages(), self._flats(), strict=True):
             average.data, flat.data = flat.data, average.data
-        if self.stage == 3:
+
+    def _refresh_evaluated(self) -> None:
+        if self.stage == 3:  # a forward pass leaves some parameters whole
             self._zero._partition_all_parameters()
         self._refresh_module()
 

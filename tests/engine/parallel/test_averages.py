@@ -5,6 +5,7 @@ import rank_jobs
 import torch
 from toy import DECAY, build_engine, build_toy, clips, train
 
+from ssast.engine.errors import Stopped
 from ssast.engine.parallel.sharded_state import KINDS
 
 SKIPPED = 2  # step whose gradient is not finite
@@ -93,6 +94,18 @@ def test_averages_that_are_not_kept_are_left_out(device, world):
     with pytest.raises(RuntimeError, match="no average of the weights is kept"):
         engine.averaged()
     engine.close()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_state_is_right_after_an_error_in_an_evaluation(device, world, stage):
+    engine = build_engine(world, stage=stage, averages=True)
+    train(engine, range(2))
+    before, _ = engine.state()
+    with pytest.raises(Stopped), engine.averaged():
+        raise Stopped("a validation was abandoned")
+    after, _ = engine.state()
+    engine.close()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_averages_are_updated_in_one_operation(world, monkeypatch):

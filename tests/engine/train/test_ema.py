@@ -16,7 +16,8 @@ from ssast.engine.cli.main import main
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import finetune
-from ssast.engine.formats.open import open_classifier, open_model
+from ssast.engine.formats.initial import adopt_from
+from ssast.engine.formats.open import open_classifier, open_encoder, open_model
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.optim import ema_decay
 
@@ -121,6 +122,13 @@ def test_a_run_is_opened_with_its_average_unless_told_otherwise(run, choice, kin
     tensors = best(run)
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, tensors[f"{kind}/{name}"])
+
+
+def test_the_log_says_which_weights_a_run_begins_from(run, plain, configure, tmp_path):
+    for source, expected in ((run, 1), (plain, 0)):
+        _, notes = adopt_from(configure(tmp_path), open_encoder(source))
+        line = f"{source}: its averaged weights are used (train.ema), not the raw ones"
+        assert notes.count(line) == expected
 
 
 def test_averaged_weights_that_are_not_there_are_an_error(plain, checkpoint, capsys):
