@@ -1,6 +1,6 @@
 """The common API of HEAR 2021, as a module that its tools import.
 
-    hear-validator ssast.engine.evaluation.hear --model runs/mine
+    python -m hearvalidator.validate ssast.engine.evaluation.hear --model runs/mine
 
 ``heareval`` keeps its results under the name of this module and the ``--model-options``. There
 {"model_file_path": "runs/mine"} keeps those of models apart, and also takes names and addresses.
