@@ -246,6 +246,17 @@ def autocast_of_cuda() -> Callable[[torch.dtype], AbstractContextManager[None]]:
     return on
 
 
+@pytest.mark.parametrize("operation", sorted(CASES.keys() - {"draw_masks", "attention", "fbank"}))
+def test_training_uses_the_formula(operation: str) -> None:
+    """Where data needs no gradient: the plain form would be right, but slower."""
+    case = CASES[operation]
+    named = zip(case.shapes, leaves_of(case.inputs()), strict=True)
+    results = outputs(case.run(*(x.requires_grad_(name not in case.data) for name, x in named)))
+    node = type(results[0].grad_fn).__name__.replace("_", "").lower()
+    wanted = operation.replace("_", "")
+    assert node in (f"generatedbackwardforssast{wanted}defaultbackward", f"{wanted}backward")
+
+
 def test_masks_have_no_floats() -> None:
     want = CASES["draw_masks"].run()
     with torch.autocast("cpu", torch.bfloat16):
