@@ -281,8 +281,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, padding_mask: PaddingMask | None 
 
     Autocast: its dtype, for inputs and result. Second derivatives are those of the backend: as for
     PyTorch's attention, ``math`` has them, which
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` chooses, and ``blocked``; the others raise
-    an error. Inside ``torch.func`` and with forward-mode derivatives it is ``math``.
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` chooses, and ``blocked`` and ``efficient``;
+    the others raise an error. Inside ``torch.func`` and with forward-mode derivatives it is
+    ``math``.
 
     Args:
         q: [B, L, H, D_h].

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.kernels.autocast import autocast_off
 
 ACTIVATIONS = {"ce": "softmax", "bce": "sigmoid"}
 """What makes probabilities of the logits of a classifier, by the loss it was trained with."""
@@ -61,7 +62,7 @@ def embed_clips(
             frames are valid.
 
     Returns:
-        Embeddings [B, D].
+        Embeddings [B, D], under autocast float32.
     """
     rows, columns = encoder.embed.grid
     hidden, _ = encoder(fbank, encoder.no_masks(len(fbank), num_frames))
@@ -75,7 +76,8 @@ def embed_clips(
         valid = positions * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
     weights = (valid / valid.sum(1, keepdim=True)).to(hidden.dtype)
     tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
-    return torch.einsum("brcd,bc->bd", tokens, weights) / rows
+    with autocast_off(tokens.device.type):  # a mean, not a matmul
+        return torch.einsum("brcd,bc->bd", tokens, weights) / rows
 
 
 class LossClassifier(Classifier):

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssast.engine.model.classifier import embed_clips
 from ssast.kernels.fbank import fbank
 from ssast.kernels.masking import masks_from_ids
 from ssast.kernels.mel import FbankSpec
@@ -47,6 +48,18 @@ def test_losses_are_near_those_of_float32(name, dtype):
     assert any(not results[key].equal(exact[key]) for key in exact)  # autocast does something
     assert_near(results, exact, HALF[dtype])
     assert_same_direction(gradients, wanted, HALF[dtype])
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([64, 40, 64, 17])], ids=["whole", "cut"])
+def test_embeddings_are_means_in_float32(lengths):
+    model, _ = build("Classifier")
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, _ = model.encoder(clips(), model.encoder.no_masks(4))
+        found = embed_clips(model.encoder, clips(), num_frames=lengths)
+    exact = embed_clips(model.encoder, clips(), num_frames=lengths)
+    assert hidden.dtype == found.dtype == torch.float32
+    assert not found.equal(found.bfloat16().float())
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
 
 
 def test_activation_checkpointing_under_autocast():
