@@ -18,7 +18,7 @@ from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import finetune
 from ssast.engine.formats.initial import adopt_from
 from ssast.engine.formats.open import open_classifier, open_encoder, open_model
-from ssast.engine.pretrain import pretrain
+from ssast.engine.pretrain import PretrainEngine, pretrain
 from ssast.engine.train.optim import ema_decay
 
 EMA = 0.9
@@ -149,6 +149,15 @@ def test_exported_weights_are_both_or_the_chosen_ones(run, flags, kinds, tmp_pat
     assert {name.partition("/")[0] for name in tensors} == (kinds or {"weight"})
     assert all(torch.equal(value, source[name].half()) for name, value in tensors.items())
     assert open_model(tmp_path / "out").weights == ("ema" if kinds else None)
+
+
+def test_an_engine_saves_both(run, configure, tmp_path):
+    engine = PretrainEngine(configure(tmp_path))
+    engine.trained = open_model(run)
+    raw, source = open_model(engine.save(tmp_path / "out"), weights="raw"), best(run)
+    assert (raw.weights, open_model(tmp_path / "out").weights) == ("raw", "ema")
+    for name, value in raw.model.state_dict().items():
+        assert torch.equal(value, source[f"weight/{name}"].half().float())
 
 
 def test_transformers_opens_both(run, tmp_path, capsys):
