@@ -4,6 +4,7 @@ They follow SSAST and AST, in this order: mixup, SpecAugment, noise, roll. Two d
 
 - Mixup acts on log-mel power instead of waveforms. For uncorrelated sounds a and b, the waveform
   l a + (1 - l) b has the expected power l^2 |a|^2 + (1 - l)^2 |b|^2, which is what is computed.
+  What differs is what depends on their phases: measured in docs/finetuning.md.
 - Noise is added before the model's normalisation, so it is scaled by the 2 std of that.
 
 The random numbers of a clip depend neither on its batch nor on the rank or the device.

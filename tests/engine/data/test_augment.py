@@ -9,6 +9,7 @@ from ssast.engine.data import augment
 from ssast.engine.data.augment import Draw
 from ssast.engine.data.labels import LabelledClips, targets_of
 from ssast.engine.data.sampling import Partners, balanced_weights
+from ssast.kernels.fbank import FbankSpec, fbank
 from ssast.pipelines.clips.order import clips_at
 
 
@@ -64,6 +65,27 @@ def test_mixtures_have_the_power_of_mixed_sounds():
         one = torch.ones(1, dtype=torch.int64)
         got = augment.mix(logs[0], one, logs[1], one, torch.tensor([share]))
         assert got.item() == pytest.approx(want.item(), abs=0.01)
+
+
+def test_mixup_is_the_published_one_but_for_chance():
+    """Waveforms mixed as published differ by less than by the sign of one, which nobody hears."""
+    generator, length = torch.Generator().manual_seed(0), 16000
+    spec = FbankSpec(num_frames=98)
+    differences, signs = [], []
+    for share in (0.35, 0.5, 0.65):
+        a, b = 0.1 * torch.randn(2, length, generator=generator)
+        b[1:] += b[:-1].clone()  # darker
+        a, b = a - a.mean(), b - b.mean()
+        waves = torch.stack([a, b, share * a + (1 - share) * b, share * a - (1 - share) * b])
+        waves -= waves.mean(1, keepdim=True)
+        one, other, published, flipped = fbank(waves, torch.full((4,), length), spec)
+        frames = torch.tensor([98])
+        mixed = augment.mix(one[None], frames, other[None], frames, torch.tensor([share]))[0]
+        differences.append(published - mixed)
+        signs.append(published - flipped)
+    found, by_sign = torch.stack(differences), torch.stack(signs)
+    assert abs(found.median()) < 0.05 and -0.25 < found.mean() < -0.05
+    assert found.std() < 0.75 and found.std() < 0.6 * by_sign.std()
 
 
 def test_mixtures_are_as_long_as_the_first_clip():

@@ -60,6 +60,7 @@ def test_unfolded_patches_are_the_targets(whole):
     assert patches[0, 17].equal(x[0, 16:32, 16:32].T.flatten())
 
 
+@pytest.mark.compatible("published SSAST code", "gen_maskid_patch, gen_maskid_frame, also replaced")
 def test_mask_ids_of_clusters_are_distributed_as_those_of_a_batch(whole):
     """The published rule: C x C patches, the smallest ids, 0 and N - 1 never."""
     random.seed(0)

@@ -137,6 +137,7 @@ def test_superb_computes_what_the_expert_of_s3prl_does(case, tmp_path):
         assert same["last_hidden_state"].equal(hidden[-1])
 
 
+@pytest.mark.compatible("s3prl", "window_secs, stride, stack")
 @kinds
 @torch.no_grad()
 def test_windows_and_strides_without_gaps(kind, tmp_path):
@@ -217,3 +218,20 @@ def test_names_of_s3prl_are_the_published_weights(monkeypatch, tmp_path):
     for name, weights in (("patch_base", "Base-Patch"), ("frame_tiny", "Tiny-Frame")):
         upstream = getattr(api, f"ssast_{name}")(ckpt=None, model_config=None, refresh=False)
         assert upstream.superb and opened.pop() == f"SSAST-{weights}-400" in PUBLISHED
+
+
+@pytest.mark.compatible("s3prl", "S3PRLUpstream: a state for each downsample rate, rounded up")
+@pytest.mark.parametrize("entry", [UpstreamExpert, ssast_local])
+@kinds
+@torch.no_grad()
+def test_lengths_are_those_that_s3prl_expects(kind, entry, tmp_path):
+    """As ``S3PRLUpstream`` calls an upstream, and what it asserts of the states."""
+    upstream = entry(**{"refresh": False, "stack": True, "ckpt": published(tmp_path, kind)})
+    rate = upstream.get_downsample_rates("hidden_states")
+    for longest in (800, 2_560, 2_561, 5_119, 5_120, 17_000):
+        states = upstream([wave(longest), wave(longest // 2)])["hidden_states"]
+        expected = len(range(0, longest, rate))
+        for state in states:
+            assert state.shape[1] == expected or (
+                entry is ssast_local and expected // state.shape[1] == 1
+            )
