@@ -43,6 +43,7 @@ from ssast.engine.settings import Audio
 from ssast.pipelines.text import parse_json, read_text, shown
 
 _PREPROCESSOR, _WEIGHTS = "preprocessor_config.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _RAW_WEIGHTS = "model.non_ema.safetensors"  # of transformers' variant "non_ema"
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
 
@@ -168,13 +169,14 @@ def import_huggingface(folder: str | Path) -> Imported:
     kind = config.get("model_type")
     if kind not in (STOCK, OWN):
         raise CheckpointError(f"{folder / CONFIG}: model_type is {shown(kind)}, expected {STOCK!r}")
-    weights = folder / _WEIGHTS
-    if (foreign := describe_foreign(weights)) is not None:
-        raise CheckpointError(f"{weights}: {foreign}")
-    try:
-        state = read_safetensors(weights)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
+    state: dict[str, Tensor] = {}
+    for weights in _weight_files(folder):
+        if (foreign := describe_foreign(weights)) is not None:
+            raise CheckpointError(f"{weights}: {foreign}")
+        try:
+            state |= read_safetensors(weights)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{weights}: cannot be read: {error}") from error
     has_head = any(name.startswith(("classifier.", "head.")) for name in state)
     settings = find_settings(config, preprocessor, folder)
     eps, head_eps = find_epsilons(config, folder)
@@ -201,6 +203,22 @@ def import_huggingface(folder: str | Path) -> Imported:
     model = _filled(build, state, kind == STOCK, folder / _WEIGHTS)
     labels, names = find_classes(config, num_classes, folder)
     return Imported(model.eval(), settings.audio, labels, names, loss)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the file of the weights; the shards where transformers has made several of it."""
+    index = folder / _INDEX
+    if not index.is_file() or (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+        for name in shards.values()
+    ):
+        raise CheckpointError(
+            f"{index}: weight_map is {shown(shards)}, expected files .safetensors of this folder"
+        )
+    return [folder / name for name in sorted(set(shards.values()))]
 
 
 def _to_stock(name: str) -> tuple[str, ...]:

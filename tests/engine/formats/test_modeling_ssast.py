@@ -1,5 +1,6 @@
 """What transformers promises of every model, of the model file that our exports carry."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from sounds import tone
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
 
+from ssast.engine.errors import CheckpointError
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
@@ -75,6 +77,25 @@ def test_a_second_checkpoint_is_the_first(auto, folders, tmp_path):
     x = inputs()
     with torch.no_grad():
         assert third(x)[0].equal(first(x)[0])
+
+
+@pytest.mark.compatible("transformers", "save_pretrained(max_shard_size=...): shards open here")
+def test_shards(folders, tmp_path):
+    load(folders["bce"]).save_pretrained(tmp_path, max_shard_size="1MB")
+    AutoFeatureExtractor.from_pretrained(folders["bce"]).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    whole, parts = (import_huggingface(folder) for folder in (folders["bce"], tmp_path))
+    with torch.no_grad():
+        assert parts.model(inputs()).equal(whole.model(inputs()))
+    assert whole[1:] == parts[1:]
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("../x.safetensors", "x.bin", 5):
+        index.write_text(json.dumps({"weight_map": {"head.0.weight": name}}))
+        with pytest.raises(CheckpointError, match=r"index\.json: weight_map is .*expected files"):
+            import_huggingface(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"head.0.weight": "x.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot be read"):
+        import_huggingface(tmp_path)
 
 
 @pytest.mark.compatible("transformers", "Trainer: gradient accumulation, checkpoints")
