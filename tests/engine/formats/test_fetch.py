@@ -7,20 +7,26 @@ import logging
 import os
 import pickle
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
-from finetune_runs import pretrained_file
+from finetune_runs import make_sounds, pretrained_file
+from paths import ROOT
 
 from ssast.engine.cli.main import main
+from ssast.engine.config import from_plain
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats import fetch
 from ssast.engine.formats.fetch import local_path
 from ssast.engine.formats.known_weights import PUBLISHED, ours
 from ssast.engine.formats.open import open_encoder, open_model
+from ssast.engine.formats.published import save_published
+from ssast.engine.model.objective import MSPM
 from ssast.pipelines.files import CACHE
 
 NAME = "SSAST-Tiny-Patch-400"
@@ -115,6 +121,35 @@ def test_weights_are_fetched_once_by_name(server, weights, tmp_path, caplog):
         f"{NAME}.pth",
         f"{NAME}.pth.sha256",
     ]
+
+
+def test_the_five_minutes_of_the_readme(server, tmp_path, monkeypatch, capsys):
+    """Its commands, word for word, with a small model under the published name."""
+    text = (
+        (ROOT / "README.md").read_text().partition("## In five minutes\n")[2].partition("\n## ")[0]
+    )
+    shown = re.findall(r"^    (.*)$", text, re.M)
+    rows, commands = shown[:3], [line for line in shown if line.startswith("ssast ")]
+    assert [line.partition(" ")[0] for line in shown[3:]] == ["ssast"] * len(commands)
+    monkeypatch.chdir(tmp_path)
+    small = {"model": {"size": "tiny", "depth": 1}, "audio": {"num_frames": 128}}
+    model = MSPM(from_plain(small | {"objective": {"num_masked": 2}}))
+    published = "SSAST-Base-Patch-400.pth"
+    save_published(model, tmp_path / published)
+    server.files[f"/{published}"] = (tmp_path / published).read_bytes()
+    sounds = make_sounds(tmp_path / "clips", 2, 4)
+    for name, path in zip((row.split(",")[0] for row in rows[1:]), sounds[::4], strict=True):
+        path.rename(tmp_path / name)
+    more = [f"clips/{path.name},{['dog', 'cat'][int(path.name[0])]}" for path in sounds]
+    there = [row for row in more if (tmp_path / row.split(",")[0]).exists()]
+    (tmp_path / "train.csv").write_text("\n".join([*rows, *there]) + "\n")
+    shutil.copy(sounds[1], tmp_path / "dog.wav")
+    for command in commands:
+        assert main(shlex.split(command, comments=True)[1:]) == 0, command
+    assert re.search(
+        r"^dog\.wav  (dog|cat) [\d.]+%  (dog|cat) [\d.]+%$", capsys.readouterr().out, re.M
+    )
+    assert len(gets(server)) == 1
 
 
 def test_a_download_that_breaks_off_is_resumed(server, weights):
