@@ -45,8 +45,14 @@ _HOMES = {
     "XaresEncoder": "ssast.engine.evaluation.xares",
     # Modules, for loops of your own
     "MSPM": "ssast.engine.model.objective",
+    "PretrainingModel": "ssast.engine.model.objective",
+    "Backbone": "ssast.engine.model.backbones",
     "SpectrogramTransformer": "ssast.engine.model.encoder",
     "Classifier": "ssast.engine.model.classifier",
+    # Names that settings know
+    "OBJECTIVES": "ssast.engine.registry",
+    "BACKBONES": "ssast.engine.registry",
+    "METRICS": "ssast.engine.registry",
     # The published code
     "ASTModel": "ssast.engine.formats.ast_model",
     "Layout": "ssast.engine.formats.published",
@@ -146,10 +152,12 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
         ssast_patch_small,
         ssast_patch_tiny,
     )
+    from ssast.engine.model.backbones import Backbone
     from ssast.engine.model.classifier import Classifier
     from ssast.engine.model.encoder import SpectrogramTransformer
-    from ssast.engine.model.objective import MSPM
+    from ssast.engine.model.objective import MSPM, PretrainingModel
     from ssast.engine.pretrain import PretrainEngine, pretrain
+    from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
     from ssast.engine.train.callbacks import Callback, RunState
     from ssast.kernels.attention import attention
     from ssast.kernels.fbank import fbank

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ssast.engine.errors import ConfigError
+from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
 from ssast.engine.settings import (
     Audio,
     Data,
@@ -84,6 +85,7 @@ class Config:
                 "train.cuda_graphs: true needs train.zero_stage 1 or 2: stage 3 gathers weights "
                 "during the pass"
             )
+        BACKBONES.check(self.model.backbone)
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise ConfigError(
@@ -109,6 +111,7 @@ class Config:
                     "train.spike_factor is for pretraining: fine-tuning goes by epochs"
                 )
             return
+        OBJECTIVES.check(self.objective.kind)
         if self.optim.schedule == "multistep":
             raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")
         # The published generator never masks the first and the last patch.
@@ -168,6 +171,8 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     if "objective.num_masked" not in stated and "finetune" not in raw:
         raw["objective"] = (raw.get("objective") or {}) | {"num_masked": _default_masked(raw)}
     config = dataclasses.replace(_build(Config, raw, ""), stated=stated)
+    if config.finetune is not None:
+        METRICS.check(config.finetune.metric)
     if config.run.folder is None:
         stem = path.parent.name if path.name == "config.yaml" else path.stem
         run = dataclasses.replace(config.run, folder=str(Path("runs") / stem))

@@ -32,6 +32,7 @@ from ssast.engine.formats.open import (
     open_classifier,
     open_model,
 )
+from ssast.engine.registry import METRICS
 
 if TYPE_CHECKING:  # imported only where there is training
     from ssast.engine.train.callbacks import Callback
@@ -78,6 +79,7 @@ def finetune(
 
     run_folder(config)  # must be set, before anything is read
     check_loggers(config.run.loggers)
+    METRICS.check(finetune_settings(config).metric)
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     check_paths(config)
     pretrained = open_initial(config, checkpoint, metadata)

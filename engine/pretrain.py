@@ -24,7 +24,7 @@ from ssast.engine.formats.open import (
     open_model,
     open_raw,
 )
-from ssast.engine.model.objective import MSPM
+from ssast.engine.model.objective import PretrainingModel
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.parallel.ranks import leaving_world
 from ssast.engine.train.callbacks import Callback
@@ -198,7 +198,7 @@ class PretrainEngine:
             CheckpointError: The folder cannot be written.
             ConfigError: Nothing was pretrained yet.
         """
-        if self.trained is None or not isinstance(self.trained.model, MSPM):
+        if self.trained is None or not isinstance(self.trained.model, PretrainingModel):
             raise ConfigError("nothing is pretrained yet: call fit first")
         check_new([Path(folder)], [])
         model, config = self.trained.model, self.trained.config

@@ -84,6 +84,10 @@ class Model:
     patch: tuple[int, int] = setting((16, 16), 1)
     """Patch size in mel bins and frames: [16, 16] is the patch model, [128, 2] the frame model."""
 
+    backbone: str = "transformer"
+    """The blocks of the encoder: `transformer` as published, or the name of a backbone of your
+    own."""
+
     depth: int | None = setting(None, 1, 256)
     """Number of transformer blocks; null: that of the size."""
 
@@ -92,9 +96,9 @@ class Model:
 class Objective:
     """Pretraining objective: masked spectrogram patch modelling (MSPM)."""
 
-    kind: Literal["joint", "discriminative", "generative"] = "joint"
+    kind: str = "joint"
     """InfoNCE loss (`discriminative`), MSE loss of the reconstruction (`generative`), or their
-    weighted sum."""
+    weighted sum (`joint`); or the name of an objective of your own."""
 
     num_masked: int = setting(400, 2)
     """Number of masked patches in each clip. Where a configuration file does not set it, the
@@ -365,9 +369,10 @@ class Finetune:
     the class, as in scikit-learn), or a text file with one number per class. With bce they weigh
     the positive terms only."""
 
-    metric: Literal["auto", "accuracy", "map"] = "auto"
-    """Validation metric that selects the best checkpoint; auto: accuracy for single-label clips,
-    else mean average precision."""
+    metric: str = "auto"
+    """Validation metric that selects the best checkpoint: `accuracy`, `map` (mean average
+    precision), or the name of a metric of your own, the higher the better. auto: accuracy for
+    single-label clips, else map."""
 
     pooling: Literal["avgtok", "cls"] = "avgtok"
     """Input of the head: mean of the patch tokens, or mean of the cls and distillation tokens."""

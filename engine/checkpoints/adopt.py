@@ -11,9 +11,11 @@ from ssast.engine.errors import CheckpointError
 from ssast.engine.settings import Audio, Finetune, Model, Objective
 
 AUDIO = ("sample_rate_hz", "channel", "n_mels", "num_frames", "mean", "std", "ignore_padding")
-MODEL = ("size", "patch", "depth")
+MODEL = ("backbone", "size", "patch", "depth")
 OBJECTIVE = ("kind", "num_masked", "mask", "softmax_axis", "two_pass", "mse_weight")
-SHAPES = ("model.size", "model.patch", "model.depth")  # weights cannot be resized along these
+USUAL = (None, False, "transformer")  # not worth a word
+# Weights cannot be resized along these.
+SHAPES = ("model.backbone", "model.size", "model.patch", "model.depth")
 
 
 def adopt(
@@ -113,7 +115,7 @@ def _lines(
 ) -> list[str]:
     def shown(names: list[str], *usual: Any) -> str:
         parts = [name.partition(".") for name in names]
-        parts = [part for part in parts if plain[part[0]][part[2]] not in (None, False, *usual)]
+        parts = [part for part in parts if plain[part[0]][part[2]] not in (*USUAL, *usual)]
         return ", ".join(f"{key} {_text(plain[section][key])}" for section, _, key in parts)
 
     known = [name for name in taken if name not in assumed]

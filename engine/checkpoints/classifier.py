@@ -10,6 +10,7 @@ from torch import Tensor
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN, EMA, WEIGHT
 from ssast.engine.config import Config, finetune_settings, to_plain
+from ssast.engine.model.backbones import build_encoder
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
 from ssast.engine.settings import SIZES, Model
@@ -25,6 +26,7 @@ def model_settings(encoder: SpectrogramTransformer) -> Model:
         size=name,  # type: ignore[arg-type]  # the keys of SIZES
         patch=encoder.embed.patch,
         depth=None if depth == SIZES[name].depth else depth,
+        backbone=encoder.backbone,
     )
 
 
@@ -44,7 +46,7 @@ def build_classifier(
         kind: Class of the classifier.
     """
     settings = finetune_settings(config)
-    encoder = SpectrogramTransformer(config.model, config.audio, settings.stride)
+    encoder = build_encoder(config.model, config.audio, settings.stride)
     classifier = kind(encoder, num_classes, settings.pooling)
     encoder.embed.mask_embed.requires_grad_(False)
     if settings.freeze == "encoder":

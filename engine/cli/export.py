@@ -141,7 +141,7 @@ def _export(options: argparse.Namespace) -> int:
     from ssast.engine.formats.portable import save_onnx, save_program
     from ssast.engine.formats.published import save_published
     from ssast.engine.model.encoder import SpectrogramTransformer
-    from ssast.engine.model.objective import MSPM
+    from ssast.engine.model.objective import PretrainingModel
 
     if options.push and options.to != "hf":
         raise ConfigError("--push is for --to hf")
@@ -153,7 +153,7 @@ def _export(options: argparse.Namespace) -> int:
     both = options.weights is None and options.to in ("weights", "hf")
     raw = open_raw(loaded) if both else None
     if options.to == "weights":
-        if not isinstance(loaded.model, MSPM) or loaded.step is None:
+        if not isinstance(loaded.model, PretrainingModel) or loaded.step is None:
             raise ConfigError(f"{options.model}: expected a pretraining run for --to weights")
         given = (loaded.model, loaded.config, loaded.step, out, torch.float16)
         print(export_weights(*given, None if raw is None else raw.model))

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ssast.engine.config import finetune_settings
 from ssast.engine.data.labels import check_read, read_labelled
 from ssast.engine.evaluation.metrics import classification_metrics, clip_counts
 from ssast.engine.evaluation.predict import default_device, score_clips
 from ssast.engine.formats.open import LoadedModel, as_classifier
+from ssast.engine.registry import METRICS
 
 NUM_LOGGED = 5  # reasons why clips could not be read
 
@@ -52,7 +54,11 @@ def evaluate(
     check_read(str(manifest), clips.paths, read, share)
     for row, reason in list(reasons.items())[:NUM_LOGGED]:
         _log.warning("%s cannot be read: %s", clips.paths[row], reason)
-    values = classification_metrics(logits[read], clips.targets()[read], loaded.loss)
+    own = finetune_settings(loaded.config).metric
+    if own not in METRICS.names():
+        _log.warning("finetune.metric %s is left out: its package is not installed", own)
+        own = "auto"
+    values = classification_metrics(logits[read], clips.targets()[read], loaded.loss, own)
     if out is not None:
         from ssast.engine.evaluation.report import write_split  # matplotlib takes a second
 

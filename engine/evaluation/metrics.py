@@ -14,14 +14,19 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.probabilities import chosen_classes, probabilities
+from ssast.engine.registry import METRICS
+from ssast.pipelines.text import one_line
 
 TOP = 5
 COUNTS = ("num_scored", "num_clips")  # beside the metrics of a split
 TARGET_PRIOR = 0.01  # of the detection cost: how often it is the claimed class, as NIST has it
 
 
-def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -> dict[str, float]:
+def classification_metrics(
+    logits: np.ndarray, targets: np.ndarray, loss: str, own: str = "auto"
+) -> dict[str, float]:
     """Compute the metrics of a set of clips.
 
     Args:
@@ -29,6 +34,7 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -
         targets: [n, C], 1 for the classes of a clip, else 0.
         loss: ``ce`` or ``bce``, which the model was trained with: clips are ranked by their
             probabilities, and classes are chosen for F1, as that loss has it.
+        own: As ``finetune.metric``; a metric of another package is added under its name.
 
     Returns:
         ``map`` (mean average precision), ``mauc`` (mean area under the ROC curve), ``dprime``
@@ -36,6 +42,9 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -
         not; ``macro_f1`` over the classes that some clip has; and where each clip has one class,
         ``accuracy``, ``top5`` of more than five classes, and ``eer`` and ``min_dcf`` of the trials
         that each clip makes with each class. A score that the clips do not define is left out.
+
+    Raises:
+        ConfigError: The metric ``own`` cannot be imported, or fails.
     """
     count, num_classes = logits.shape
     if not count:
@@ -65,7 +74,20 @@ def classification_metrics(logits: np.ndarray, targets: np.ndarray, loss: str) -
         chosen = chosen_classes(logits, loss)[:, present]
         f1 = f1_score(targets[:, present], chosen, average="macro", zero_division=0)
         scores["macro_f1"] = float(f1)
-    return scores
+    return scores | _own_metric(own, logits, targets)
+
+
+def _own_metric(name: str, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Return what a metric of another package gives, by its name; nothing of a name of ours."""
+    if METRICS.is_built_in(name):
+        return {}
+    metric = METRICS.load(name)
+    try:
+        return {name: float(metric(logits, targets))}
+    except Exception as error:  # whatever another package's code raises
+        raise ConfigError(
+            f"finetune.metric {name!r}: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def clip_counts(read: np.ndarray) -> dict[str, float]:

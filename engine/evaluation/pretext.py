@@ -8,7 +8,7 @@ from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.predict import default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, open_model
-from ssast.engine.model.objective import MSPM, mean_losses, with_masks
+from ssast.engine.model.objective import PretrainingModel, with_masks
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.errors import DataError
@@ -35,7 +35,7 @@ def pretext_losses(
         DataError: The list of clips is wrong, or none can be read.
     """
     loaded = model if isinstance(model, LoadedModel) else open_model(model)
-    if not isinstance(loaded.model, MSPM):
+    if not isinstance(loaded.model, PretrainingModel):
         raise CheckpointError(f"{loaded.path}: expected a model with its pretraining heads")
     paths, device = read_clips(source), default_device()
     module, totals, scored = loaded.model.to(device).eval(), dict[str, float](), 0
@@ -43,7 +43,7 @@ def pretext_losses(
         for batch in with_progress(batches, len(paths), "evaluate", progress):
             masks = module.held_out_masks(batch.clip_ids, batch.num_frames)
             valid = with_masks(batch.valid, masks)
-            means = mean_losses(module(batch.fbank, *masks), valid, module.objective.mse_weight)
+            means = module.mean_losses(module(batch.fbank, *masks), valid)
             count = int(valid.sum())
             scored += count
             for name, value in means.items():

@@ -28,9 +28,10 @@ from ssast.engine.evaluation.metrics import verification_metrics
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, load_pretrained
+from ssast.engine.model.backbones import build_encoder
 from ssast.engine.model.classifier import embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.model.objective import MSPM
+from ssast.engine.model.objective import build_objective
 from ssast.engine.settings import Audio, Data
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.holdout import assign_folds, recordings_of
@@ -84,7 +85,7 @@ def find_tasks(folder: Path) -> dict[str, tuple[Path, Path]]:
 def untrained_encoder(config: Config) -> SpectrogramTransformer:
     """Build an encoder with the weights that a run of this configuration begins from."""
     torch.manual_seed(config.train.seed)
-    return MSPM(config).encoder.eval()
+    return build_objective(config).encoder.eval()
 
 
 @fast_matmul()
@@ -264,9 +265,7 @@ def probe_model(
     """
     trained = loaded.encoder
     torch.manual_seed(0)
-    fresh = SpectrogramTransformer(
-        model_settings(trained), loaded.audio, trained.embed.stride
-    ).eval()
+    fresh = build_encoder(model_settings(trained), loaded.audio, trained.embed.stride).eval()
     tasks = {manifest.stem: (manifest, None) if train is None else (train, manifest)}
     device = default_device()
     encoders = {"untrained": fresh, "checkpoint": trained}

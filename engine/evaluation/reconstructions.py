@@ -43,7 +43,7 @@ def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
         batch = next(batches)
     titles = [Path(str(path)).name for path in chosen]
     pictures = [draw_curves(run)]
-    if config.objective.kind != "discriminative":
+    if isinstance(model, MSPM) and config.objective.kind != "discriminative":
         pictures.append(draw_reconstructions(model, batch, run / "reconstructions.png", titles))
     return pictures
 

@@ -37,6 +37,7 @@ from ssast.engine.formats.huggingface_config import (
     model_config,
 )
 from ssast.engine.formats.weight_files import describe_foreign
+from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio
@@ -116,6 +117,8 @@ def export_huggingface(
         CheckpointError: The folder cannot be written.
     """
     folder = Path(folder)
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    check_transformer(encoder, "a folder of transformers")
     if audio.sample_rate_hz != _SAMPLE_RATE_HZ:
         raise ConfigError(
             f"audio.sample_rate_hz is {audio.sample_rate_hz}, the feature extractor of "

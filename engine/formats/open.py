@@ -32,7 +32,7 @@ from ssast.engine.formats.published import (
 )
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.model.objective import MSPM
+from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.settings import Audio, Finetune
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
@@ -90,7 +90,7 @@ class MissingMetadata:
 class LoadedModel:
     """A model on the CPU, with its settings and classes."""
 
-    model: MSPM | Classifier | SpectrogramTransformer
+    model: PretrainingModel | Classifier | SpectrogramTransformer
     """Pretrained, fine-tuned, or an encoder without any head."""
 
     config: Config
@@ -251,7 +251,7 @@ def open_encoder(path: str | Path, metadata: MissingMetadata | None = None) -> L
     return _open(path, metadata or MissingMetadata(), purpose="encoder")
 
 
-def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
+def load_pretrained(path: str | Path) -> tuple[PretrainingModel, Config]:
     """Load a pretrained model with its pretraining heads, on the CPU, and its configuration.
 
     The encoder alone is ``model.encoder``; :class:`~ssast.engine.model.classifier.Classifier` puts
@@ -264,7 +264,7 @@ def load_pretrained(path: str | Path) -> tuple[MSPM, Config]:
         CheckpointError: See :func:`open_model`; or the model is fine-tuned, or an encoder alone.
     """
     loaded = _open(path, MissingMetadata(), purpose="pretrained")
-    if not isinstance(loaded.model, MSPM):
+    if not isinstance(loaded.model, PretrainingModel):
         raise CheckpointError(f"{path}: expected a model with its pretraining heads, found none")
     return loaded.model, loaded.config
 
@@ -321,8 +321,8 @@ def _open_run(path: Path, metadata: MissingMetadata, choice: Weights | None) -> 
     except ConfigError as error:
         raise CheckpointError(f"{path}: its settings are damaged: {error}") from error
 
-    def build() -> MSPM | Classifier:
-        return build_classifier(config, len(classes)) if classes else MSPM(config)
+    def build() -> PretrainingModel | Classifier:
+        return build_classifier(config, len(classes)) if classes else build_objective(config)
 
     model = filled(build, weights, path)
     step = meta["step"]

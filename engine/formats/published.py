@@ -18,6 +18,7 @@ from ssast.engine.checkpoints.weights import check_complete, check_shapes, sketc
 from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.weight_files import read_state, write_state
+from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
@@ -323,8 +324,14 @@ def published_state(
             :func:`imagenet_heads`. What they lack is zeros.
 
     Raises:
-        ConfigError: The patches of a pretrained model overlap.
+        ConfigError: The patches of a pretrained model overlap, or it has another backbone or
+            objective.
     """
+    check_transformer(model.encoder, "the published format")
+    if not isinstance(model, MSPM | Classifier):
+        raise ConfigError(
+            f"the published format holds the heads of SSAST alone, got {type(model).__name__}"
+        )
     state = {n: p.detach().to("cpu", torch.float32) for n, p in model.state_dict().items()}
     width = model.encoder.embed_dim
     published = {}

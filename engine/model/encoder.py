@@ -261,6 +261,8 @@ class Block(nn.Module):
 class SpectrogramTransformer(nn.Module):
     """The encoder: filterbanks [B, T, F] to hidden states [B, 2 + N, D], cls and dist first."""
 
+    backbone = "transformer"  # the model.backbone that it was built by
+
     def __init__(self, model: Model, audio: Audio, stride: tuple[int, int] | None = None):
         """Initialise the weights.
 
@@ -274,11 +276,16 @@ class SpectrogramTransformer(nn.Module):
         self.embed_dim = size.embed_dim
         self.embed = PatchEmbed(model.patch, stride or model.patch, size.embed_dim, audio)
         self.blocks = nn.ModuleList(
-            Block(size.embed_dim, size.num_heads) for _ in range(model.depth or size.depth)
+            self.build_block(size.embed_dim, size.num_heads)
+            for _ in range(model.depth or size.depth)
         )
         self.norm = ResidualNorm(size.embed_dim, eps=1e-6)
         self.activation_checkpoint_every: int | None = None
         """Recompute the activations of every n-th block in the backward pass; None: of no block."""
+
+    def build_block(self, embed_dim: int, num_heads: int) -> nn.Module:
+        """Build one block."""
+        return Block(embed_dim, num_heads)
 
     def forward(
         self, fbank: Tensor, masks: Masks, *, masked_only: bool = False

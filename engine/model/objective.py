@@ -10,26 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.config import Config
-from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.errors import ConfigError
+from ssast.engine.model.backbones import build_encoder
+from ssast.engine.registry import OBJECTIVES
 from ssast.kernels.masking import Masks, draw_masks
 from ssast.kernels.mspm_loss import info_nce, mse
 
 
-class MSPM(nn.Module):
-    """The encoder with the heads and losses of masked spectrogram patch modelling."""
+class PretrainingModel(nn.Module):
+    """An encoder with what pretrains it: the base of every objective.
+
+    A subclass adds its heads in ``__init__(config)``, and in :meth:`forward` returns losses.
+
+    Attributes:
+        encoder: The encoder, built by ``model.backbone``.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.objective = config.objective
         self.seed = config.train.seed
         self.grid = config.grid
-        self.encoder = SpectrogramTransformer(config.model, config.audio)
-        D, P = self.encoder.embed_dim, config.model.patch[0] * config.model.patch[1]
-        self.discriminative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
-        self.generative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
-        # A head that the objective does not use has no gradient: keep it out of the optimizer.
-        self.discriminative_head.requires_grad_(config.objective.kind != "generative")
-        self.generative_head.requires_grad_(config.objective.kind != "discriminative")
+        self.encoder = build_encoder(config.model, config.audio)
 
     def draw_masks(
         self, clip_ids: Tensor, epochs: Tensor, num_frames: Tensor | None = None
@@ -61,6 +63,60 @@ class MSPM(nn.Module):
         return self.draw_masks(clip_ids, torch.full_like(clip_ids, -1), num_frames)
 
     def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
+        """Return losses and other values of each clip, each [B]; one is "loss".
+
+        Args:
+            fbank: [B, T, F] log-mel before normalisation.
+            masks: What :meth:`draw_masks` returned.
+        """
+        raise NotImplementedError
+
+    def mean_losses(self, losses: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+        """Average what :meth:`forward` returned over the valid clips; "loss" is minimised.
+
+        Args:
+            losses: Values per clip, each [B].
+            valid: [B] bool; other clips are ignored.
+
+        Raises:
+            ConfigError: None of them is "loss".
+        """
+        if "loss" not in losses:
+            raise ConfigError(
+                f"objective.kind {self.objective.kind!r}: expected a value loss of each clip, got "
+                f"{', '.join(losses) or 'none'}"
+            )
+        return clip_means(losses, valid)
+
+
+def build_objective(config: Config) -> PretrainingModel:
+    """Build the model that ``objective.kind`` names, with fresh weights.
+
+    Raises:
+        ConfigError: It is not known, or is no PretrainingModel.
+    """
+    found = OBJECTIVES.load(config.objective.kind)
+    if not (isinstance(found, type) and issubclass(found, PretrainingModel)):
+        raise ConfigError(
+            f"objective.kind {config.objective.kind!r}: expected a subclass of PretrainingModel, "
+            f"got {found!r}"
+        )
+    return found(config)
+
+
+class MSPM(PretrainingModel):
+    """The encoder with the heads and losses of masked spectrogram patch modelling."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        D, P = self.encoder.embed_dim, config.model.patch[0] * config.model.patch[1]
+        self.discriminative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+        self.generative_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P))
+        # A head that the objective does not use has no gradient: keep it out of the optimizer.
+        self.discriminative_head.requires_grad_(config.objective.kind != "generative")
+        self.generative_head.requires_grad_(config.objective.kind != "discriminative")
+
+    def forward(self, fbank: Tensor, *masks: Masks) -> dict[str, Tensor]:
         """Return the losses of each clip.
 
         Args:
@@ -89,11 +145,22 @@ class MSPM(nn.Module):
         states, _ = self.encoder(fbank, masks, masked_only=True)
         return self.generative_head(states)
 
+    def mean_losses(self, losses: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+        """See :func:`mean_losses`."""
+        return mean_losses(losses, valid, self.objective.mse_weight)
+
 
 def with_masks(valid: Tensor, masks: list[Masks]) -> Tensor:
     """Return which valid clips [B] bool have masked patches; a very short clip may have none."""
     num_masked = masks[0].num_masked
     return valid if num_masked is None else valid & (num_masked > 0)
+
+
+def clip_means(values: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+    """Average values per clip, each [B], over the valid clips; 0 where no clip is valid."""
+    weights = valid / valid.sum().clamp(min=1)
+    # where, not multiplication: an ignored clip may hold an infinity.
+    return {name: (value.where(valid, 0) * weights).sum() for name, value in values.items()}
 
 
 def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> dict[str, Tensor]:
@@ -107,10 +174,7 @@ def mean_losses(losses: dict[str, Tensor], valid: Tensor, mse_weight: float) -> 
     Returns:
         Scalars: the same losses and "loss", to be minimised; all 0 where no clip is valid.
     """
-    weights = valid / valid.sum().clamp(min=1)
-    # Filled, not multiplied by 0: an ignored clip may hold an infinity. All at once: few launches.
-    values = torch.stack(list(losses.values())).masked_fill(~valid, 0)
-    means = dict(zip(losses, (values * weights).sum(1).unbind(), strict=True))
+    means = clip_means(losses, valid)
     if "infonce_loss" in means and "mse_loss" in means:
         loss = means["infonce_loss"] + mse_weight * means["mse_loss"]
     else:

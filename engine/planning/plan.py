@@ -28,7 +28,7 @@ import torch
 from ssast.engine.checkpoints.classifier import build_classifier
 from ssast.engine.config import Config
 from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
-from ssast.engine.model.objective import MSPM
+from ssast.engine.model.objective import build_objective
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
 from ssast.engine.planning.work import work
@@ -116,7 +116,9 @@ def count_parameters(config: Config) -> Parameters:
     from ssast.engine.planning.synthetic import NUM_CLASSES
 
     with torch.device("meta"):
-        model = build_classifier(config, NUM_CLASSES) if config.finetune else MSPM(config)
+        model = (
+            build_classifier(config, NUM_CLASSES) if config.finetune else build_objective(config)
+        )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = [n for n, is_trained in counts if is_trained]
     return Parameters(sum(n for n, _ in counts), sum(trained), len(trained))

@@ -233,7 +233,10 @@ class Finetuning(Task):
         mask = read.numpy()
         values.pop("accuracy", None)
         scores = classification_metrics(
-            whole[read].double().numpy(), clips.targets()[mask], self.settings.loss
+            whole[read].double().numpy(),
+            clips.targets()[mask],
+            self.settings.loss,
+            self.settings.metric,
         )
         if self.metric not in scores and split == "valid":
             raise DataError(

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssast.engine.checkpoints.classifier import fill_encoder
 from ssast.engine.data.clips import describe_clips, draw_valid
 from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.model.objective import MSPM, mean_losses, with_masks
+from ssast.engine.model.objective import PretrainingModel, build_objective, with_masks
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.train.step import evaluate
 from ssast.engine.train.task import RunContext, Task
@@ -17,19 +17,21 @@ from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.stream.batch import Batch
 
 
-def continue_from(module: MSPM, pretrained: MSPM | Classifier | SpectrogramTransformer) -> str:
+def continue_from(
+    module: PretrainingModel, pretrained: PretrainingModel | Classifier | SpectrogramTransformer
+) -> str:
     """Copy the weights of a model into one to be pretrained; return what was taken.
 
     Args:
         module: Model with fresh weights, of the same size and patch.
-        pretrained: Model whose encoder is taken, and its pretraining heads, if it has them.
+        pretrained: Model whose encoder is taken, and its pretraining heads, if it has the same.
     """
     encoder = pretrained if isinstance(pretrained, SpectrogramTransformer) else pretrained.encoder
     fill_encoder(module.encoder, encoder)
     taken = ["encoder"]
-    if isinstance(pretrained, MSPM):
-        for name in ("discriminative_head", "generative_head"):
-            getattr(module, name).load_state_dict(getattr(pretrained, name).state_dict())
+    own, theirs = _heads(module), _heads(pretrained)
+    if own and {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in theirs.items()}:
+        module.load_state_dict(theirs, strict=False)
         taken += ["heads"]
     else:
         taken += ["fresh heads"]
@@ -38,6 +40,13 @@ def continue_from(module: MSPM, pretrained: MSPM | Classifier | SpectrogramTrans
         resized = f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
         taken += [resized]
     return ", ".join(taken)
+
+
+def _heads(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a model without those of its encoder."""
+    if not isinstance(model, PretrainingModel):
+        return {}
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("encoder.")}
 
 
 class Pretraining(Task):
@@ -50,7 +59,7 @@ class Pretraining(Task):
         pretrained: Model that pretraining continues from; None: from scratch.
     """
 
-    module: MSPM
+    module: PretrainingModel
 
     def __init__(
         self,
@@ -59,7 +68,7 @@ class Pretraining(Task):
         held_out: ClipPaths,
         pretrained: LoadedModel | None = None,
     ):
-        module = MSPM(context.config)
+        module = build_objective(context.config)
         self.valid_paths = draw_valid(context.config, held_out)
         self.num_valid = len(self.valid_paths)
         summary = describe_clips(len(train_paths), self.num_valid, len(held_out))
@@ -77,8 +86,8 @@ class Pretraining(Task):
         return (batch.fbank, *masks), with_masks(batch.valid, masks)
 
     def means(self, outputs: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
-        """Return the losses of MSPM, the joint loss among them."""
-        return mean_losses(outputs, valid, self.context.config.objective.mse_weight)
+        """Return the losses of the objective, that which is minimised among them."""
+        return self.module.mean_losses(outputs, valid)
 
     def score(self, values: dict[str, float]) -> float:
         """Return the pretext accuracy, as published, or the negative loss where there is none."""

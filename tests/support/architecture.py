@@ -29,6 +29,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     ),
     "engine": (
         ("settings", "errors"),
+        ("registry",),
         ("config",),
         ("parallel", "data"),
         ("model",),

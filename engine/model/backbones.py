@@ -1,0 +1,86 @@
+"""Encoders by ``model.backbone``, and the base of those with blocks of one's own."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssast.engine.errors import ConfigError
+from ssast.engine.model.encoder import (
+    NUM_EXTRA_TOKENS,
+    SpectrogramTransformer,
+    token_padding_mask,
+)
+from ssast.engine.registry import BACKBONES
+from ssast.engine.settings import Audio, Model
+from ssast.kernels.masking import Masks
+from ssast.kernels.patch_embed import take
+
+
+def build_encoder(
+    model: Model, audio: Audio, stride: tuple[int, int] | None = None
+) -> SpectrogramTransformer:
+    """Build the encoder of a configuration with fresh weights.
+
+    Args:
+        model: Backbone, size and patch.
+        audio: Settings of the input.
+        stride: Patch stride in mel bins and frames; no overlap if None.
+
+    Raises:
+        ConfigError: ``model.backbone`` is not known, or is no encoder.
+    """
+    found = BACKBONES.load(model.backbone)
+    if not (isinstance(found, type) and issubclass(found, SpectrogramTransformer)):
+        raise ConfigError(
+            f"model.backbone {model.backbone!r}: expected a subclass of Backbone, got {found!r}"
+        )
+    encoder = found(model, audio, stride)
+    encoder.backbone = model.backbone
+    return encoder
+
+
+def check_transformer(encoder: SpectrogramTransformer, format_name: str) -> None:
+    """Check that a format can hold an encoder.
+
+    Raises:
+        ConfigError: Its backbone is another one.
+    """
+    if encoder.backbone != "transformer":
+        raise ConfigError(
+            f"{format_name} holds the transformer of SSAST alone, got model.backbone "
+            f"{encoder.backbone!r}"
+        )
+
+
+class Backbone(SpectrogramTransformer):
+    """An encoder with blocks of one's own between SSAST's patch embedding and last norm.
+
+    A subclass overrides :meth:`build_block`; in it ``self.embed.grid`` has the rows and columns of
+    the patches, which follow the two extra tokens row by row.
+    """
+
+    def build_block(self, embed_dim: int, num_heads: int) -> nn.Module:
+        """Build one block, called ``model.depth`` times.
+
+        Its call is given tokens [B, 2 + N, D] and the keyword ``padding_mask`` (None, or which
+        tokens are padding, for :func:`~ssast.kernels.attention.attention`), and returns tokens
+        [B, 2 + N, D].
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, fbank: Tensor, masks: Masks, *, masked_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`SpectrogramTransformer.forward`."""
+        tokens, targets, _ = self.embed(fbank, masks)
+        given: dict[str, Any] = {"padding_mask": token_padding_mask(masks)}
+        every = self.activation_checkpoint_every if self.training else None
+        for index, block in enumerate(self.blocks):
+            if every and index % every == 0:
+                tokens = checkpoint(block, tokens, use_reentrant=False, **given)
+            else:
+                tokens = block(tokens, **given)
+        if masked_only:
+            tokens = take(tokens, masks.mask_ids + NUM_EXTRA_TOKENS)
+        return self.norm(tokens), targets
