@@ -50,9 +50,9 @@ _HOMES = {
     "SpectrogramTransformer": "ssast.engine.model.encoder",
     "Classifier": "ssast.engine.model.classifier",
     # Names that settings know
-    "OBJECTIVES": "ssast.engine.registry",
-    "BACKBONES": "ssast.engine.registry",
-    "METRICS": "ssast.engine.registry",
+    "register_objective": "ssast.engine.registry",
+    "register_backbone": "ssast.engine.registry",
+    "register_metric": "ssast.engine.registry",
     # The published code
     "ASTModel": "ssast.engine.formats.ast_model",
     "Layout": "ssast.engine.formats.published",
@@ -157,7 +157,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.engine.model.encoder import SpectrogramTransformer
     from ssast.engine.model.objective import MSPM, PretrainingModel
     from ssast.engine.pretrain import PretrainEngine, pretrain
-    from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
+    from ssast.engine.registry import register_backbone, register_metric, register_objective
     from ssast.engine.train.callbacks import Callback, RunState
     from ssast.kernels.attention import attention
     from ssast.kernels.fbank import fbank

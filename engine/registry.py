@@ -5,12 +5,12 @@ A package names its own in entry points, which are found once it is installed:
     [project.entry-points."ssast.objectives"]
     "my_package.denoising" = "my_package.objectives:Denoising"
 
-A program can also register them: ``OBJECTIVES.register("denoising", Denoising)``.
+A program can also register them: ``register_objective("denoising", Denoising)``.
 """
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -106,3 +106,42 @@ BACKBONES = Registry(
 METRICS = Registry(
     "finetune.metric", "ssast.metrics", dict.fromkeys(("auto", "accuracy", "map"), "")
 )
+
+
+def register_objective(name: str, model: type) -> None:
+    """Let ``objective.kind`` name an objective, in this process.
+
+    Args:
+        name: Any name that is not built in.
+        model: A subclass of :class:`~ssast.engine.model.objective.PretrainingModel`.
+
+    Raises:
+        ConfigError: The name is built in.
+    """
+    OBJECTIVES.register(name, model)
+
+
+def register_backbone(name: str, encoder: type) -> None:
+    """Let ``model.backbone`` name an encoder, in this process.
+
+    Args:
+        name: Any name that is not built in.
+        encoder: A subclass of :class:`~ssast.engine.model.backbones.Backbone`.
+
+    Raises:
+        ConfigError: The name is built in.
+    """
+    BACKBONES.register(name, encoder)
+
+
+def register_metric(name: str, metric: Callable[[Any, Any], float]) -> None:
+    """Let ``finetune.metric`` name a metric, in this process.
+
+    Args:
+        name: Any name that is not built in.
+        metric: Function of logits [n, C] and targets [n, C] of a split; the higher the better.
+
+    Raises:
+        ConfigError: The name is built in.
+    """
+    METRICS.register(name, metric)

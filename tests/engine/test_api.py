@@ -13,7 +13,8 @@ from paths import ROOT
 from ssast.engine import api
 
 HOMES = api._HOMES
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "examples").iterdir()]
+EXAMPLES = [path for path in (ROOT / "examples").rglob("*") if path.suffix not in ("", ".pyc")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *EXAMPLES]
 IMPORT = re.compile(r'^ *"?from (ssast\.engine\S*) import (\w+(?:, \w+)*)', re.M)
 
 

@@ -12,6 +12,7 @@ from finetune_runs import overrides as finetune_overrides
 from paths import ROOT
 from runs import lines, overrides
 
+from ssast.engine import api
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.evaluate import evaluate
@@ -137,7 +138,7 @@ def test_an_own_metric_chooses_the_weights(run, splits, recipe, tmp_path, monkey
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective.kind=own_parts.hubert", "one of joint, .*own_parts.huber.*; did you mean own_pa"),
+        ("objective.kind=own_parts.hubert", "one of joint, .*own_parts.huber.*; did you mean ow"),
         ("objective.kind=theirs.thing", "got 'theirs.thing'; is the package installed that"),
         ("objective.kind=own_parts.gone", "no_such_module:X cannot be imported: ModuleNotFound"),
         ("objective.kind=own_parts.no", "expected a subclass of PretrainingModel, got <function"),
@@ -157,10 +158,17 @@ def test_a_wrong_metric_is_named(splits, recipe):
         load_config(recipe, [*data_overrides(splits), "finetune.metric=acuracy"])
 
 
-@pytest.mark.parametrize("registry", [OBJECTIVES, BACKBONES, METRICS])
-def test_a_program_registers_its_own(registry, monkeypatch):
+@pytest.mark.parametrize(
+    ("registry", "register"),
+    [
+        (OBJECTIVES, api.register_objective),
+        (BACKBONES, api.register_backbone),
+        (METRICS, api.register_metric),
+    ],
+)
+def test_a_program_registers_its_own(registry, register, monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
-    registry.register("mine", len)
+    register("mine", len)
     assert registry.load("mine") is len and "mine" in registry.names()
     with pytest.raises(ConfigError, match="is built in: choose another name"):
-        registry.register(registry.names()[0], len)
+        register(registry.names()[0], len)
