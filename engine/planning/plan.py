@@ -185,9 +185,9 @@ def activations(config: Config, batch: int, e: int, every: int | None) -> float:
     P, M = config.model.patch[0] * config.model.patch[1], objective.num_masked
     heads = 2 if objective.kind == "joint" else 1
     passes = 2 if objective.two_pass else 1
-    # Input and output of the last norm; of each head its hidden layer and the loss's gradient;
-    # targets, and the predictions of one head.
-    tail = passes * 2 * M * D + heads * (M * D + M * P) + (passes + 1) * M * P
+    # Input and output of the last norm; of each head its hidden layer, its predictions and the
+    # loss's gradient; targets.
+    tail = passes * 2 * M * D + heads * (M * D + 2 * M * P) + passes * M * P
     end = passes * sum(kept) + batch * (tail * e + 8.0 * M * passes)
     return fbank + max(end, (passes - 1) * sum(kept) + at_work)
 

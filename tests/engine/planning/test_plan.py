@@ -69,8 +69,9 @@ def saved_bytes(config, batch):
 def test_activations_are_those_that_autograd_keeps(settings, batch):
     config = load_config("tiny_patch", [*SMALL, *settings])
     P = config.model.patch[0] * config.model.patch[1]
-    alive = 4 * batch * P * config.objective.num_masked  # targets and predictions, until the losses
-    alive *= 3 if config.objective.two_pass else 2
+    # Until the loss: predictions of the MSE, and its targets, unless InfoNCE keeps them.
+    alive = 4 * batch * P * config.objective.num_masked
+    alive *= 2 if config.objective.two_pass or config.objective.kind == "generative" else 1
     want = saved_bytes(config, batch)
     assert activations(config, batch, 4, None) - alive == pytest.approx(want, rel=3e-3)
 
@@ -83,8 +84,8 @@ def test_of_a_block_that_is_computed_again_only_the_input_is_kept():
     row = 3 * 130 * 192 * 4
     masked = 3 * 90
     last = 4 * 192 * (4 * 3 * 130 + 13 * masked) + 12 * masked + 8 * (3 * 130 + masked)
-    tail = 4 * masked * (4 * 192 + 4 * 256) + 8 * masked
-    alive = 2 * 4 * masked * 256  # targets and predictions, until the losses
+    tail = 4 * masked * (4 * 192 + 5 * 256) + 8 * masked
+    alive = 4 * masked * 256  # predictions of the MSE, until the loss
     recomputed = saved_bytes(config, 3) - last - tail + alive - row
     want = recomputed + (16 + 5) * row + 3 * 130 * (12 + 16)
     assert activations(config, 3, 4, 2) == pytest.approx(want, rel=0.02)
