@@ -22,6 +22,7 @@ from ssast.engine.cli.main import main
 from ssast.engine.config import Config, from_plain
 from ssast.engine.data.clips import fbank_spec, find_clips
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.timeline import Windows
 from ssast.engine.formats.open import published_metadata
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
@@ -61,6 +62,8 @@ def test_every_reader_hears_the_same(channel, recording):
     np.testing.assert_allclose(found, want[: len(found)], atol=1e-7)
     blocks = [block for block, _ in read_blocks(Item("a", path), channel)]
     np.testing.assert_allclose(np.concatenate(blocks), want, atol=1e-7)
+    ((_, window),) = Windows(8000, 8000).cut(path, FbankSpec(channel=channel))
+    np.testing.assert_allclose(window, want, atol=1e-7)
     (part,) = cut(Item("a", path), Recipe(channel=channel))
     np.testing.assert_allclose(part.samples / 32767, want, atol=2e-5)
 
