@@ -78,6 +78,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "performance": "performance.performance",
     "gpu": "gpu.session",
     "batches": "study.batches",
+    "continued": "study.continued",
 }
 
 
