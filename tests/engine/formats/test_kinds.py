@@ -22,10 +22,11 @@ from ssast.engine.model.objective import MSPM
 from ssast.engine.train.pretraining import continue_from
 
 PAGE = ROOT / "docs" / "checkpoints.md"
-HEAD = "| Model | predict | embed | finetune | pretrain | export published | export hf |"
+ACTIONS = ["predict", "embed", "finetune", "pretrain"]
+ACTIONS += [f"export {form}" for form in ("published", "hf", "pt2", "weights")]
+HEAD = f"| Model | {' | '.join(ACTIONS)} |"
 ROWS = PAGE.read_text().partition(HEAD)[2].partition("\n\n")[0].strip().split("\n")[1:]
 CELLS = [re.split(r" *\| *", row.strip("| ")) for row in ROWS]
-ACTIONS = [name.strip() for name in HEAD.strip("| ").split("|")][1:]
 SETTINGS = {
     "model": {"size": "tiny", "depth": 1},
     "audio": {"num_frames": 48},
