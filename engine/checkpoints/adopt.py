@@ -6,7 +6,15 @@ The command line comes first, then the configuration file, then the checkpoint, 
 from collections.abc import Mapping
 from typing import Any
 
-from ssast.engine.config import OVERRIDE, Config, from_plain, masked_patches, num_patches, to_plain
+from ssast.engine.config import (
+    OVERRIDE,
+    PUBLISHED_SHARE,
+    Config,
+    from_plain,
+    masked_patches,
+    num_patches,
+    to_plain,
+)
 from ssast.engine.errors import CheckpointError
 from ssast.engine.settings import Audio, Finetune, Model, Objective
 
@@ -57,7 +65,9 @@ def adopt(
             _check(name, ours, value, origin, source, resizable=config.finetune is None)
             kept.append(f"{name} {_text(ours)} {origin}, the checkpoint has {_text(value)}")
     if "objective.num_masked" in taken:
-        share = pretrained.objective.num_masked / _patches(theirs)
+        share = PUBLISHED_SHARE  # of a model without an objective
+        if pretrained.finetune is None:
+            share = pretrained.objective.num_masked / _patches(theirs)
         plain["objective"]["num_masked"] = masked_patches(share, _patches(plain))
     adopted = from_plain(plain, config.stated)
     return adopted, _lines(plain, taken, kept, source, assumed)
