@@ -14,6 +14,8 @@ from ssast.engine.data.splits import Splits
 from ssast.engine.evaluation.metrics import class_metrics, clip_counts
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.pipelines.clips.labels import format_labels, parse_labels
+from ssast.pipelines.clips.manifest import clip_columns
+from ssast.pipelines.clips.shards import ClipPath
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import NAME_BYTES, markdown
@@ -46,7 +48,7 @@ def write_split(
     scores = probabilities(logits, loss)
     rows = np.flatnonzero(read)
     targets = clips.targets()
-    paths = [str(clips.paths[int(row)]) for row in rows]
+    paths = [clips.paths[int(row)] for row in rows]
     truths = [[clips.classes[i] for i in np.flatnonzero(targets[row])] for row in rows]
     write_predictions(folder / PREDICTIONS, paths, scores[rows], clips.classes, truths)
     _draw_classes(folder / "classes.png", scores[rows], targets[rows], clips.classes)
@@ -58,7 +60,7 @@ def write_split(
 
 def write_predictions(
     path: Path,
-    clips: Sequence[str],
+    clips: Sequence[ClipPath],
     scores: np.ndarray,
     classes: Sequence[str],
     truths: Sequence[Sequence[str]],
@@ -69,20 +71,23 @@ def write_predictions(
 
     Args:
         path: Path of the CSV file.
-        clips: Names of the n clips.
+        clips: The n clips; those that are segments have the columns of one.
         scores: [n, C] probabilities.
         classes: Names of the C classes.
         truths: Labels of each clip.
     """
     count = min(NUM_SHOWN, len(classes))
-    header = ["wav", "labels"]
+    entries = [clip_columns(clip) for clip in clips]
+    names = ["wav", *sorted({name for entry in entries for name in entry} - {"wav"})]
+    header = [*names, "labels"]
     for number in range(1, count + 1):
         header += [f"class{number}", f"probability{number}"]
     with path.open("w", encoding="utf-8", errors=NAME_BYTES, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for clip, row, truth in zip(clips, scores, truths, strict=True):
-            line = [clip, format_labels(truth, classes)]
+        for entry, row, truth in zip(entries, scores, truths, strict=True):
+            line = [str(entry.get(name, "")) for name in names]
+            line.append(format_labels(truth, classes))
             for name, probability in top_classes(row, classes, count):
                 line += [name, f"{probability:.4f}"]
             writer.writerow(line)

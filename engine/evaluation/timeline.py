@@ -102,9 +102,9 @@ class Windows:
         Raises:
             UnusableError: It cannot be decoded.
         """
-        data = path.read() if hasattr(path, "read") else Path(path)
-        sound = read_blocks(Item(str(path), data), spec.channel)
-        blocks = resampled(sound, spec.sample_rate_hz)
+        item = Item.of(path)
+        sound = read_blocks(item, spec.channel, spec.sample_rate_hz)
+        blocks = resampled(sound, spec.sample_rate_hz, item.segment)
         before: np.ndarray | None = None
         for number, window in enumerate(windows(blocks, self.length, self.hop)):
             start = number * self.hop

@@ -18,6 +18,8 @@ import soxr
 
 from ssast.kernels.fbank import Channel
 from ssast.pipelines.audio.decode import Item, length_note, read_blocks
+from ssast.pipelines.audio.extents import extent
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.errors import UnusableError
 
 Codec = Literal["flac", "wav"]
@@ -76,8 +78,29 @@ def clip_stem(name: str, longest: int = 80) -> str:
     return f"{plain}_{name_hash(name)[:10]}"
 
 
-def resampled(blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int) -> Iterator[np.ndarray]:
-    """Resample blocks of samples [S] float32 at any rate to ``rate_hz``."""
+def resampled(
+    blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int, segment: Segment | None = None
+) -> Iterator[np.ndarray]:
+    """Resample blocks of samples [S] float32 at any rate to ``rate_hz``.
+
+    Args:
+        blocks: Blocks and their sample rate, of one recording.
+        rate_hz: Sample rate in Hz.
+        segment: The segment to keep, of blocks that were read for it at this rate.
+    """
+    blocks = iter(blocks)
+    first = next(blocks, None)
+    if first is None:
+        return
+    found = _resampled(itertools.chain([first], blocks), rate_hz)
+    if segment is None:
+        yield from found
+    else:
+        part = extent(segment, first[1], rate_hz)
+        yield from trimmed(found, part.skipped, part.wanted)
+
+
+def _resampled(blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int) -> Iterator[np.ndarray]:
     resampler: soxr.ResampleStream | None = None
     for block, source_hz in blocks:
         if source_hz == rate_hz:
@@ -88,6 +111,17 @@ def resampled(blocks: Iterable[tuple[np.ndarray, int]], rate_hz: int) -> Iterato
         yield resampler.resample_chunk(block)
     if resampler is not None:
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def trimmed(blocks: Iterable[np.ndarray], skipped: int, wanted: int | None) -> Iterator[np.ndarray]:
+    """Leave out the first samples of a signal that comes in blocks, and what is too much of it."""
+    done, end = 0, None if wanted is None else skipped + wanted
+    for block in blocks:
+        last = len(block) if end is None else max(0, end - done)
+        part = block[max(0, skipped - done) : last]
+        done += len(block)
+        if len(part):
+            yield part
 
 
 def windows(
@@ -196,7 +230,7 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
         UnusableError: No clip can be used, or decoding fails on the way; then the clips yielded so
             far must not be used either.
     """
-    blocks = read_blocks(item, recipe.channel)
+    blocks = read_blocks(item, recipe.channel, recipe.sample_rate_hz)
     first = next(blocks, None)
     if first is None:
         raise UnusableError("holds no samples")
@@ -204,7 +238,8 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
     is_empty = True
     num_samples = round(recipe.clip_s * recipe.sample_rate_hz)
     hop = None if recipe.hop_s is None else round(recipe.hop_s * recipe.sample_rate_hz)
-    sound = resampled(itertools.chain([first], blocks), recipe.sample_rate_hz)
+    blocks = itertools.chain([first], blocks)
+    sound = resampled(blocks, recipe.sample_rate_hz, item.segment)
     for number, window in enumerate(windows(sound, num_samples, hop)):
         try:
             samples = normalised(window, recipe)

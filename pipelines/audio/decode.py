@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 
 from ssast.kernels.fbank import Channel
+from ssast.pipelines.audio.extents import extent, go_to, missing_s
 from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES, ffmpeg_blocks, ffmpeg_installed
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
@@ -38,6 +39,8 @@ from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.retry import TRANSIENT
+from ssast.pipelines.clips.segment import Segment, span_text
+from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError, UnopenedError, UnusableError
 from ssast.pipelines.files import open_regular
 
@@ -52,12 +55,34 @@ class Item:
     """A recording to decode.
 
     Attributes:
-        name: Unique name; clips are named after it.
+        name: Unique name of the recording; clips are named after it.
         data: Path of the file, part of an archive, or the bytes of the file.
+        segment: The part of the recording to decode; None for all of it.
     """
 
     name: str
     data: Path | Span | bytes
+    segment: Segment | None = None
+
+    @staticmethod
+    def of(clip: ClipPath) -> "Item":
+        """Return the item of a clip, named as in messages.
+
+        Raises:
+            OSError: A shard cannot be read.
+            DataError: A shard does not hold the clip.
+        """
+        if isinstance(clip, ShardClip):
+            return Item(str(clip), clip.read())
+        if isinstance(clip, Segment):
+            return Item(clip.path, Path(clip.path), clip)
+        return Item(str(clip), Path(clip))
+
+    @property
+    def full_name(self) -> str:
+        """Name of the recording, with that of its segment."""
+        part = self.segment
+        return self.name + ("" if part is None else span_text(part.begin_s, part.duration_s))
 
     def signature(self) -> str:
         """Return a string that changes with the recording: size and mtime, or a hash of its bytes.
@@ -71,15 +96,21 @@ class Item:
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise OSError(errno.EINVAL, "not a regular file")
         part = f"-{self.data.offset}-{self.data.size}" if isinstance(self.data, Span) else ""
+        if self.segment is not None:
+            part += f"-{self.segment.begin_s!r}-{self.segment.duration_s!r}"
         return f"{status.st_size}-{status.st_mtime_ns}{part}"
 
 
-def read_blocks(item: Item, channel: Channel = "mean") -> Iterator[tuple[np.ndarray, int]]:
+def read_blocks(
+    item: Item, channel: Channel = "mean", out_hz: int | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
     """Decode a recording to mono, block by block.
 
     Args:
-        item: The recording.
+        item: The recording, or a segment of it.
         channel: See :func:`downmix`.
+        out_hz: Rate to which a segment will be resampled: then there is sound before and after it,
+            see :func:`~ssast.pipelines.audio.extents.extent`.
 
     Yields:
         Samples [S] float32 and the sample rate in Hz.
@@ -89,7 +120,7 @@ def read_blocks(item: Item, channel: Channel = "mean") -> Iterator[tuple[np.ndar
             samples.
     """
     try:
-        yield from to_mono(sndfile_blocks(item), channel)
+        yield from to_mono(sndfile_blocks(item, out_hz), channel)
         return
     except UnopenedError as caught:
         unopened = caught
@@ -97,7 +128,7 @@ def read_blocks(item: Item, channel: Channel = "mean") -> Iterator[tuple[np.ndar
     if not by_ffmpeg and not ffmpeg_installed():
         raise unopened
     with contextlib.closing(ffmpeg_blocks(item.data)) as decoded:  # ends ffmpeg, in any case
-        blocks = to_mono(decoded, channel)
+        blocks = to_mono(_within(decoded, item.segment, out_hz), channel)
         try:
             first = next(blocks, None)
             if first is None:
@@ -148,7 +179,30 @@ def to_mono(
             yield mono, rate_hz
 
 
-def sndfile_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
+def _within(
+    blocks: Iterator[tuple[np.ndarray, int]], segment: Segment | None, out_hz: int | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Leave out what is before and after a segment, of a recording that is decoded from its start.
+
+    Raises:
+        UnusableError: The recording ends before the segment begins.
+    """
+    if segment is None:
+        yield from blocks
+        return
+    done, rate_hz = 0, 0
+    for block, rate_hz in blocks:
+        part = extent(segment, rate_hz, out_hz or rate_hz)
+        last = done + len(block) if part.last is None else part.last
+        yield block[max(0, part.first - done) : max(0, last - done)], rate_hz
+        done += len(block)
+        if done >= last:
+            return
+    if rate_hz:
+        missing_s(segment, done, rate_hz)
+
+
+def sndfile_blocks(item: Item, out_hz: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
     """Decode blocks of [S, channels] float32 with libsndfile; see :func:`read_blocks`.
 
     Raises:
@@ -166,9 +220,15 @@ def sndfile_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
                     raise
                 raise UnopenedError(f"cannot be decoded: {reason(error)}", is_foreign) from error
             block_frames = max(1, BLOCK_SAMPLES // sound.channels)
-            num_read = 0
+            num_read, last = 0, STREAMED
+            if item.segment is not None:
+                missing_s(item.segment, sound.frames, sound.samplerate)
+                part = extent(item.segment, sound.samplerate, out_hz or sound.samplerate)
+                go_to(sound, part.first)
+                num_read, last = part.first, STREAMED if part.last is None else part.last
             while True:
-                block = sound.read(block_frames, dtype="float32", always_2d=True)
+                wanted = min(block_frames, last - num_read)
+                block = sound.read(wanted, dtype="float32", always_2d=True)
                 if span is not None and span.error is not None:
                     raise span.error
                 # The empty last block as well: without samples the rate must still be checked.
@@ -177,6 +237,8 @@ def sndfile_blocks(item: Item) -> Iterator[tuple[np.ndarray, int]]:
                 if not len(block):
                     break
             is_mp3 = sound.format == "MP3"
+            if num_read >= last:
+                return
             if is_mp3 and known is None:
                 return  # of the free format: its length is an estimate
             few = FEW_OF_MP3 if is_mp3 else FEW_SAMPLES
@@ -286,15 +348,38 @@ def length_s(item: Item) -> float | None:
         try:
             source, _, _, _ = open_item(item, stack)
             with open_sound(source) as sound:
-                return sound.frames / sound.samplerate
+                length = sound.frames / sound.samplerate
+                if item.segment is None:
+                    return length
+                return max(0.0, min(item.segment.duration_s, length - item.segment.begin_s))
         except (RuntimeError, ValueError, OSError, ArithmeticError, TypeError):
             return None
 
 
 def length_note(item: Item) -> dict[str, float] | None:
-    """Return the length by the header and the true one, in s, if they differ by much."""
+    """Return the length by the header or of the segment, and the true one, if they differ by much.
+
+    Both are in s.
+    """
+    if item.segment is not None:
+        return _segment_note(item, item.segment)
     try:
         known, _ = examine_item(item)
     except (OSError, DataError):
         return None
     return None if known is None else known.note()
+
+
+def _segment_note(item: Item, segment: Segment) -> dict[str, float] | None:
+    """Return the length of a segment and what the recording has of it, in s, if that is less."""
+    with contextlib.ExitStack() as stack:
+        try:
+            source, _, _, _ = open_item(item, stack)
+            sound = stack.enter_context(open_sound(source))
+            beyond_s = missing_s(segment, sound.frames, sound.samplerate)
+        except (RuntimeError, ValueError, OSError, ArithmeticError, TypeError, DataError):
+            return None
+    if not beyond_s:
+        return None
+    stated_s = segment.duration_s
+    return {"stated_s": round(stated_s, 3), "found_s": round(stated_s - beyond_s, 3)}

@@ -20,6 +20,7 @@ import soxr
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.decode import STREAMED, downmix, reader, reason
+from ssast.pipelines.audio.extents import Extent, cropped, go_to, missing_s, report_missing
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
     HEAD,
@@ -33,6 +34,7 @@ from ssast.pipelines.audio.mpeg import FEW_SAMPLES as FEW_OF_MP3
 from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.retry import Retry
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
@@ -77,7 +79,9 @@ def plain_samples(sound: Sound | None, spec: FbankSpec) -> int | None:
     return sound.found if 0 < sound.found <= most else None
 
 
-def decode(file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0) -> np.ndarray:
+def decode(
+    file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0, segment: Segment | None = None
+) -> np.ndarray:
     """Decode a crop with libsndfile, to mono at the sample rate of ``spec``.
 
     Args:
@@ -85,6 +89,7 @@ def decode(file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0) -> n
         spec: Filterbank settings.
         crop: Where the crop starts in a longer recording, as a share in [0, 1) of all possible
             starts. Formats that can seek are not decoded before it.
+        segment: The segment of which the crop is taken; None for the whole recording.
 
     Returns:
         Samples [S] float32, S at most ``spec.num_samples``.
@@ -101,25 +106,41 @@ def decode(file: int | str | IO[bytes], spec: FbankSpec, crop: float = 0.0) -> n
                 raise DataError(
                     "written as a stream, without its length: ssast data prepare converts it"
                 )
-            same = rate_hz == spec.sample_rate_hz
-            needed_s = spec.num_samples / spec.sample_rate_hz
-            start = int(crop * (max(0, frames - math.ceil(needed_s * rate_hz)) + 1))
-            wanted = math.ceil((needed_s + (0.0 if same else TAIL_S)) * rate_hz)
-            wanted = min(frames - start, wanted)
-            if start:
-                sound.seek(start)
+            part = _extent(segment, frames, rate_hz, spec, crop)
+            wanted = (part.last or frames) - part.first
+            if segment is not None:
+                go_to(sound, part.first)
+            elif part.first:
+                sound.seek(part.first)
             samples = sound.read(wanted, dtype="float32", always_2d=True)
             few = FEW_OF_MP3 if sound.format == "MP3" else FEW_SAMPLES
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise DataError(f"cannot be decoded: {reason(error)}") from error
     if missing(wanted, len(samples), few):
-        raise DataError(f"truncated: {start + len(samples)} of {frames} samples")
+        raise DataError(f"truncated: {part.first + len(samples)} of {frames} samples")
     samples = downmix(samples, spec.channel)
     if len(samples) and not float(np.abs(samples).max()) < LOUDEST:  # NaN fails every comparison
         raise DataError("holds samples that are NaN, infinite or absurdly large")
-    if not same and len(samples):
+    if rate_hz != spec.sample_rate_hz and len(samples):
         samples = soxr.resample(samples, rate_hz, spec.sample_rate_hz, quality="HQ")
-    return np.ascontiguousarray(samples[: spec.num_samples], dtype=np.float32)
+    end = part.skipped + (part.wanted or spec.num_samples)
+    return np.ascontiguousarray(samples[part.skipped : end], dtype=np.float32)
+
+
+def _extent(
+    segment: Segment | None, frames: int, rate_hz: int, spec: FbankSpec, crop: float
+) -> Extent:
+    """Return the samples of a crop of a recording, or of a segment of it."""
+    if segment is not None:
+        beyond_s = missing_s(segment, frames, rate_hz)
+        if beyond_s:
+            report_missing(segment, beyond_s)
+        return cropped(segment, frames, rate_hz, spec.sample_rate_hz, spec.num_samples, crop)
+    needed_s = spec.num_samples / spec.sample_rate_hz
+    start = int(crop * (max(0, frames - math.ceil(needed_s * rate_hz)) + 1))
+    tail_s = 0.0 if rate_hz == spec.sample_rate_hz else TAIL_S
+    wanted = math.ceil((needed_s + tail_s) * rate_hz)
+    return Extent(start, start + min(frames - start, wanted), 0, spec.num_samples)
 
 
 def read_clip(
@@ -133,10 +154,10 @@ def read_clip(
     """Read a clip as an encoded file for DALI.
 
     Args:
-        path: An audio file, or a clip in a shard.
+        path: An audio file, a segment of one, or a clip in a shard.
         spec: Filterbank settings.
         verify: Whether to decode the clip here in any case, so that DALI cannot fail on it.
-        crop: Where the crop of a recording longer than ``spec`` starts, see :func:`decode`.
+        crop: Where the crop of a clip longer than ``spec`` starts, see :func:`decode`.
         retry: For how long reading is tried again while storage fails; half a second if None.
 
     Returns:
@@ -157,7 +178,8 @@ def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndar
     if isinstance(path, ShardClip):
         data = path.read()
         return _checked(data, len(data), None, spec, verify, crop)
-    with open_regular(path) as file:
+    segment = path if isinstance(path, Segment) else None
+    with open_regular(path.path if isinstance(path, Segment) else path) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise DataError("empty file")
@@ -165,7 +187,7 @@ def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndar
         data = file.readall() if size <= 4 * spec.num_samples + HEAD else file.read(HEAD)
         file.seek(0)
         try:
-            return _checked(data, size, file, spec, verify, crop)
+            return _checked(data, size, file, spec, verify, crop, segment)
         except DataError:
             read_through(file)  # libsndfile takes storage that fails for a damaged file
             raise
@@ -183,7 +205,13 @@ def read_through(file: io.RawIOBase) -> None:
 
 
 def _checked(
-    data: bytes, size: int, file: FileIO | None, spec: FbankSpec, verify: bool, crop: float
+    data: bytes,
+    size: int,
+    file: FileIO | None,
+    spec: FbankSpec,
+    verify: bool,
+    crop: float,
+    segment: Segment | None = None,
 ) -> np.ndarray:
     """Return the file, of which ``data`` is the first part, or decode it; see `read_clip`."""
     is_whole = len(data) == size
@@ -198,8 +226,9 @@ def _checked(
         data = repair.applied(data)
     num_samples = plain_samples(sound, spec)
     is_cropped = crop > 0 and (num_samples or 0) > spec.num_samples
-    if num_samples is not None and is_whole and not verify and not is_cropped:
-        return _long_enough(num_samples, spec, np.frombuffer(data, np.uint8))
+    is_plain = num_samples is not None and not (is_cropped or verify)
+    if is_plain and is_whole and segment is None:
+        return _long_enough(num_samples or 0, spec, np.frombuffer(data, np.uint8))
     with contextlib.ExitStack() as stack:
         source: int | IO[bytes]
         if is_whole or file is None:
@@ -211,7 +240,7 @@ def _checked(
             raw = SpanFile(span, repair.header)
             source = stack.enter_context(io.BufferedReader(raw, HEAD))
         try:
-            samples = decode(source, spec, crop)
+            samples = decode(source, spec, crop, segment)
         except DataError as error:
             name = foreign_format(data)
             if name is None:

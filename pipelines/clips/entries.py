@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ssast.pipelines.clips.segment import TIME_KEYS
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
 from ssast.pipelines.text import csv_rows, parse_json, read_lines, read_text, shown
@@ -150,10 +151,11 @@ def csv_entries(path: Path) -> Iterator[Entries]:
     header = [name.strip().lower() for name in next(rows, (1, []))[1]]
     if not set(header) & set(PATH_KEYS):
         raise DataError(f"{path}: expected a header with 'wav' or 'path', found {header!s:.200}")
-    for name in PATH_KEYS + LABEL_KEYS:
+    keys = PATH_KEYS + LABEL_KEYS + TIME_KEYS
+    for name in keys:
         if header.count(name) > 1:
             raise DataError(f"{path}: expected one column {name!r}, found {header.count(name)}")
-    used = [(name, header.index(name)) for name in PATH_KEYS + LABEL_KEYS if name in header]
+    used = [(name, header.index(name)) for name in keys if name in header]
     while block := list(islice(rows, BLOCK_ROWS)):
         for line, cells in block:
             if len(cells) != len(header):

@@ -16,6 +16,7 @@ import numpy as np
 from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.order import permutation, row_type
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
 from ssast.pipelines.clips.shared import MANY, ArrayWriter, shared_arrays
 from ssast.pipelines.errors import TooFewRecordings
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 def recordings_of(paths: ClipPaths) -> np.ndarray:
     """Return the number of the recording that each clip was cut from, [n] integers.
 
-    Prepared shards know it. Any other file is taken for a recording of its own; files are numbered
-    in the order of their paths.
+    Prepared shards know it. Any other file is taken for a recording of its own, of which segments
+    are clips; files are numbered in the order of their paths.
 
     Raises:
         DataError: The list of the recordings cannot be read.
@@ -42,8 +43,13 @@ def recordings_of(paths: ClipPaths) -> np.ndarray:
         counts = [int(part.max(initial=-1)) + 1 for part in parts]
         starts = itertools.accumulate(counts[:-1], initial=0)
         return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
-    files = paths if isinstance(paths, FileList) else FileList.of(map(str, paths))
-    return files.numbers()
+    return _file_list(paths).numbers()
+
+
+def _file_list(paths: ClipPaths) -> FileList:
+    if isinstance(paths, FileList):
+        return paths
+    return FileList.of(path if isinstance(path, Segment) else str(path) for path in paths)
 
 
 def split_clips(paths: ClipPaths, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,15 +91,16 @@ def hold_out_clips(paths: ClipPaths, share: float, labels: Labels | None = None)
     """
     recordings = recordings_of(paths)
     alone = len(paths) > 1 and bool((recordings == recordings[0]).all())
-    if alone and labels is None and isinstance(paths, ShardIndex):
-        if paths.overlapping():
+    if alone and labels is None and not isinstance(paths, MixedClips):
+        clips = paths if isinstance(paths, ShardIndex) else _file_list(paths)
+        if clips.overlapping():
             raise TooFewRecordings(
                 "clips of one recording that overlap cannot be held out from each other: expected "
                 "two recordings or more"
             )
         log.warning(
             "%s: one recording alone: clips of it are held out whose neighbours are trained on",
-            paths.folder,
+            paths.folder if isinstance(paths, ShardIndex) else paths[0],
         )
         recordings = np.arange(len(paths))
     return hold_out(recordings, share, labels)

@@ -7,13 +7,14 @@ Whether the audio files exist is not checked here: the pipeline replaces and rep
 
 import json
 import logging
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,7 +29,15 @@ from ssast.pipelines.clips.entries import (
 from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
 from ssast.pipelines.clips.listed import FileList, write_files
 from ssast.pipelines.clips.remote import as_path, is_url
-from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex, is_prepared, read_labels
+from ssast.pipelines.clips.segment import FileClip, Files, Segment, read_seconds, span_text
+from ssast.pipelines.clips.shards import (
+    ClipPath,
+    ClipPaths,
+    ShardClip,
+    ShardIndex,
+    is_prepared,
+    read_labels,
+)
 from ssast.pipelines.clips.shared import ArrayWriter, shared_arrays, state_of
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
@@ -155,7 +164,7 @@ def _listed_clips(path: Path, labels: LabelReader | None = None) -> ClipPaths:
         return clips
     index = prepared_index(path, json.loads(prepared))
     try:
-        return index.named(clips)
+        return index.named(cast(Sequence[str], clips))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -165,9 +174,9 @@ def _write_clips(path: Path, writer: ArrayWriter, labels: LabelReader | None) ->
     besides, parts = _entries(path)
     is_file = PREPARED_KEY not in besides
 
-    def names() -> Iterator[list[str]]:
+    def names() -> Iterator[Files]:
         for part in parts:
-            yield _names(path, part, is_file)
+            yield _files(path, part, is_file)
             if labels is not None:
                 labels.add(part)
 
@@ -203,6 +212,19 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     if not is_prepared(folder):
         raise DataError(f"{path}: its clips are in {folder}, which is not there or not prepared")
     return ShardIndex(folder)
+
+
+def _files(path: Path, part: Entries, is_file: bool) -> Files:
+    """Return the files of entries and which parts of them are clips, or names in shards.
+
+    Raises:
+        DataError: One is missing, not text, or not a part.
+    """
+    names = _names(path, part, is_file)
+    if not is_file:
+        return Files(names)
+    where = lambda row: f"{path}: {part.where(row)}"  # noqa: E731
+    return Files(names, read_seconds(part.columns, where))
 
 
 def _names(path: Path, part: Entries, is_file: bool) -> list[str]:
@@ -257,17 +279,19 @@ def _check_unique(path: Path, hashes: set[int]) -> None:
     """
     besides, parts = _entries(path)
     is_file = PREPARED_KEY not in besides
-    found: dict[str, str] = {}
+    found: dict[FileClip, str] = {}
     for part in parts:
-        for row, name in enumerate(_names(path, part, is_file)):
-            if hash(name) not in hashes:
+        for row, clip in enumerate(_files(path, part, is_file).clips()):
+            if hash(clip) not in hashes:
                 continue
-            if name in found:
+            if clip in found:
                 given = _given(part.columns[row], PATH_KEYS if is_file else (CLIP_KEY,))
+                if isinstance(clip, Segment):
+                    given = f"{given}{span_text(clip.begin_s, clip.duration_s)}"
                 raise DataError(
-                    f"{path}: {part.where(row)}: {given} is listed already at {found[name]}"
+                    f"{path}: {part.where(row)}: {given} is listed already at {found[clip]}"
                 )
-            found[name] = part.where(row)
+            found[clip] = part.where(row)
 
 
 def audio_files(
@@ -324,15 +348,15 @@ def audio_files(
 
 def write_manifest(
     path: str | Path,
-    paths: ClipPaths | Iterable[str | Path],
+    paths: ClipPaths | Iterable[str | Path | Segment],
     labels: Iterable[Sequence[str]] | None = None,
 ) -> None:
     """Write a JSON manifest, atomically: the published form, or one of clips in shards.
 
     Args:
         path: Path of the manifest; its folder is created.
-        paths: Audio files; relative paths are understood relative to the manifest's folder. Or
-            clips of a prepared folder, which are listed by their names there.
+        paths: Audio files or segments of them; relative paths are understood relative to the
+            manifest's folder. Or clips of a prepared folder, which are listed by their names there.
         labels: Labels of each clip: a text with commas between them as in the published form, or
             a list where that would be read in another way.
 
@@ -346,20 +370,28 @@ def write_manifest(
         entries: list[dict[str, Any]] = [{CLIP_KEY: name} for name in paths.names()]
     else:
         entries = []
-        for wav in paths:
-            assert not isinstance(wav, ShardClip), "clips of shards are listed by their index"
-            entries.append({PATH_KEYS[0]: os.fspath(wav)})
+        for clip in paths:
+            assert not isinstance(clip, ShardClip), "clips of shards are listed by their index"
+            entries.append(clip_columns(clip))
     if labels is not None:
         labels = list(labels)
         classes = {name for names in labels for name in names}
         for entry, names in zip(entries, labels, strict=True):
             if not all(map(is_name, names)):
-                [clip] = entry.values()
-                raise DataError(f"{clip}: expected labels that are text, found {names}")
+                name = next(iter(entry.values()))
+                raise DataError(f"{name}: expected labels that are text, found {names}")
             text = format_labels(names, classes)
             entry["labels"] = text if text == ",".join(names) else list(names)
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     write_atomically(path, f'{{{head}"data": [\n{lines}\n]}}\n')
+
+
+def clip_columns(clip: ClipPath) -> dict[str, Any]:
+    """Return the columns of a manifest that stand for a clip; a clip in a shard has its name."""
+    if not isinstance(clip, Segment):
+        return {PATH_KEYS[0]: str(clip)}
+    entry: dict[str, Any] = {PATH_KEYS[0]: clip.path, "begin": clip.begin_s}
+    return entry if math.isinf(clip.duration_s) else entry | {"duration": clip.duration_s}
 
 
 def _folder_from(manifest: Path, folder: Path) -> str:

@@ -4,14 +4,16 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import numpy as np
 
 from ssast.pipelines.clips.digests import DigestCache
+from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.remote import is_url
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import (
     ClipPath,
     ClipPaths,
@@ -45,11 +47,47 @@ def shared_recordings(one: ClipPaths, other: ClipPaths) -> Pairs:
     if isinstance(one, ShardIndex) or isinstance(other, ShardIndex):
         return []
     if len(one) < len(other):  # the names of the smaller set are held in memory
-        names = set(map(str, one))
-        names = {name for name in map(str, other) if name in names}
+        names = set(_files(one))
+        names = {name for name in _files(other) if name in names}
     else:
-        names = set(map(str, other))
-    return [(clip, clip) for clip in one if str(clip) in names] if names else []
+        names = set(_files(other))
+    if not names:
+        return []
+    if not _has_segments(one) and not _has_segments(other):
+        return [(clip, clip) for clip in one if str(clip) in names]
+    first, second = _first_clips(one, names), _first_clips(other, names)
+    return [(clip, second[name]) for name, clip in first.items() if name in second]
+
+
+def _first_clips(clips: ClipPaths, names: set[str]) -> dict[str, ClipPath]:
+    """Return the first clip of each of these files."""
+    found: dict[str, ClipPath] = {}
+    for name, clip in zip(_files(clips), clips, strict=True):
+        if name in names:
+            found.setdefault(name, clip)
+    return found
+
+
+def _files(clips: ClipPaths) -> Iterable[str]:
+    """Return the path of each clip's file; those of clips in shards stand for themselves."""
+    if isinstance(clips, FileList):
+        return clips.files()
+    return (clip.path if isinstance(clip, Segment) else str(clip) for clip in clips)
+
+
+def _whole(clips: ClipPaths) -> ClipPaths:
+    """Return the recordings of segments, each once; the same clips where there are none."""
+    if not _has_segments(clips):
+        return clips
+    if isinstance(clips, FileList):
+        return clips.recordings()
+    return list(dict.fromkeys(_files(clips)))
+
+
+def _has_segments(clips: ClipPaths) -> bool:
+    if isinstance(clips, FileList):
+        return clips.has_segments
+    return not isinstance(clips, ShardIndex) and any(isinstance(clip, Segment) for clip in clips)
 
 
 class Contents:
@@ -65,12 +103,13 @@ class Contents:
     def __init__(self, tick: Callable[[], None] = lambda: None) -> None:
         self._tick = tick
         self._sets: dict[int, _Files] = {}  # by id; a set that is kept keeps its id
+        self._whole: dict[int, tuple[ClipPaths, ClipPaths]] = {}
         self._samples: dict[int, tuple[ShardIndex, list[str]]] = {}
         self._cache: DigestCache | None = None
         self.num_known = self.num_read = self.bytes_read = 0
 
     def sizes(self, clips: ClipPaths) -> np.ndarray:
-        """Return the bytes of each clip, -1 for one that is missing, [n] int64."""
+        """Return the bytes of each clip's file, -1 for one that is missing, [n] int64."""
         return self._files(clips).sizes
 
     def copies(self, one: ClipPaths, other: ClipPaths) -> Pairs:
@@ -79,7 +118,7 @@ class Contents:
         Prepared clips hold the same if their samples are equal, whatever the folder and the codec:
         the sidecars of the shards say so. Any other clips must be equal byte for byte. So neither a
         recording that was prepared twice with clips of another length, nor a prepared clip and the
-        file that it was made from, are copies.
+        file that it was made from, are copies. Of segments, their recordings are compared.
 
         Raises:
             DataError: A sidecar cannot be read.
@@ -91,6 +130,7 @@ class Contents:
             clip_of = {digest: clip for digest, clip in zip(ours, one, strict=True)}
             pairs = zip(theirs, other, strict=True)
             return [(clip_of[digest], clip) for digest, clip in pairs if digest in clip_of]
+        one, other = self._recordings(one), self._recordings(other)
         sets = self._files(one), self._files(other)
         rows = _equal([found.sizes for found in sets])
         rows = tuple(part[found.sizes[part] >= 0] for found, part in zip(sets, rows, strict=True))
@@ -117,6 +157,11 @@ class Contents:
             f"leakage check: {self.num_read} digests of files of equal size from "
             f"{self.bytes_read / 1e6:.1f} MB, {self.num_known} known from before"
         )
+
+    def _recordings(self, clips: ClipPaths) -> ClipPaths:
+        if id(clips) not in self._whole:
+            self._whole[id(clips)] = clips, _whole(clips)  # clips that are kept keep their id
+        return self._whole[id(clips)][1]
 
     def _sample_digests(self, index: ShardIndex) -> list[str]:
         if id(index) not in self._samples:
@@ -173,7 +218,7 @@ class _Files:
             for row, clip in enumerate(clips[start : start + AT_ONCE]):
                 with contextlib.suppress(OSError):
                     if not isinstance(clip, ShardClip):
-                        status = os.stat(clip)
+                        status = os.stat(clip.path if isinstance(clip, Segment) else clip)
                         found[row] = status.st_size, status.st_mtime_ns, _signed(status.st_ino)
                     elif is_url(clip.path):
                         found[row] = clip.size, 0, 0
@@ -224,6 +269,7 @@ def _digest(clip: ClipPath, kind: str) -> tuple[np.ndarray, int]:
             digest.update(data[start:end])
             size = len(data)
         else:
+            assert not isinstance(clip, Segment), "the recordings of segments are compared"
             with open(clip, "rb", buffering=0) as file:
                 left = os.fstat(file.fileno()).st_size
                 if kind == "middle":

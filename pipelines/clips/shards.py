@@ -32,6 +32,7 @@ import numpy as np
 
 from ssast.pipelines.clips.labels import is_name
 from ssast.pipelines.clips.remote import as_path, is_url, read_range
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shared import Identity, state_of
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.errors import DataError
@@ -335,7 +336,7 @@ class ShardIndex(Sequence[ShardClip]):
         return digest.hexdigest()
 
 
-ClipPath = str | Path | ShardClip  # a file, or a part of one
+ClipPath = str | Path | Segment | ShardClip  # a file, or a part of one
 ClipPaths = Sequence[ClipPath]
 
 

@@ -29,7 +29,7 @@ from ssast.pipelines.files import cache_folder, replacing
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised when the content of the files changes
+FORMAT = 2  # to be raised when the content of the files changes
 LISTS: Final = "lists"  # their folder in the cache
 SUFFIX = ".arrays"
 TAIL = struct.Struct("<QI8s")  # where the description begins, checksum of all before, MAGIC

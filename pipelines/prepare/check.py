@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import SampleDigest
-from ssast.pipelines.audio.decode import Item, sndfile_blocks, to_mono
+from ssast.pipelines.audio.decode import Item, length_note, sndfile_blocks, to_mono
 from ssast.pipelines.audio.encoded import LOUDEST, read_clip
 from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES
 from ssast.pipelines.audio.sndfile import open_sound
@@ -167,26 +167,33 @@ def check_files(paths: Sequence[ClipPath]) -> Checked:
     result = Checked(len(paths))
     for path in paths:
         try:
-            result.seconds += usable_seconds(str(path))
+            seconds, note = usable_seconds(path)
+            result.seconds += seconds
+            if note is not None:
+                result.problems.append(Problem(str(path), note))
         except (DataError, UnusableError) as error:
             result.problems.append(Problem(str(path), str(error)))
     return result
 
 
-def usable_seconds(path: str) -> float:
-    """Return the length in s of a file that training can use.
+def usable_seconds(path: ClipPath) -> tuple[float, str | None]:
+    """Return the length in s of a clip that training can use, and what is odd about it, if so.
 
     Raises:
         DataError: Training cannot use it, for this reason.
         UnusableError: It cannot be decoded to its end.
     """
     read_clip(path, FbankSpec())  # what training will say of it, decoded or not
-    seconds = 0.0
-    for block, rate_hz in to_mono(sndfile_blocks(Item(path, Path(path)))):
+    seconds, item = 0.0, Item.of(path)
+    for block, rate_hz in to_mono(sndfile_blocks(item)):
         seconds += len(block) / rate_hz
         if np.abs(block).max() >= LOUDEST:
             raise DataError("holds samples that are NaN, infinite or absurdly large")
-    return seconds
+    lengths = None if item.segment is None else length_note(item)
+    if lengths is None:
+        return seconds, None
+    beyond_s = lengths["stated_s"] - lengths["found_s"]
+    return seconds, f"reaches {beyond_s:.2f} s beyond the end of the recording: clipped"
 
 
 def shard_numbers(index: ShardIndex) -> list[int]:

@@ -58,6 +58,7 @@ def write_index(
     reasons: Counter[str] = Counter()
     rates: Counter[int] = Counter()
     size = num_recordings = 0
+    previous = None  # name of a recording, whose segments may lie in several shards
     for number in range(num_shards):
         sidecar = Sidecar.read(out / SIDECAR.format(number))
         size += sidecar.size
@@ -66,7 +67,6 @@ def write_index(
                 -1, 3
             )
         )
-        previous = None
         for clip in sidecar.clips:
             if clip["name"] != previous:
                 previous = clip["name"]
@@ -74,6 +74,7 @@ def write_index(
                 rates[clip["source_hz"]] += 1
             if "found_s" in clip:
                 text = {key: clip[key] for key in ("name", "stated_s", "found_s")}
+                text["name"] += clip.get("segment", "")
                 wrong_lengths.append(json.dumps(text) + "\n")
             recordings.append(num_recordings - 1)
             durations.append(clip["duration_s"])

@@ -12,7 +12,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,7 @@ from ssast.pipelines.audio.decode import Item, length_s, suffix
 from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
 from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.remote import as_path, is_url, on_disk
+from ssast.pipelines.clips.segment import span_text
 from ssast.pipelines.clips.shards import REJECTED, REPORT, SHARD, SIDECAR, WRONG_LENGTHS
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar
 from ssast.pipelines.errors import DataError, UnusableError
@@ -192,8 +193,9 @@ def pack_recordings(
         log(f"{report['num_rejected']} recordings cannot be used ({reasons}): {out / REJECTED}")
     if report["wrong_lengths"]:
         log(
-            f"{report['wrong_lengths']} of {report['recordings']} recordings have headers that "
-            f"state another length, and were read to their ends: {out / WRONG_LENGTHS}"
+            f"{report['wrong_lengths']} of {report['recordings']} recordings have headers or "
+            f"segments that state another length, and were read to their ends: "
+            f"{out / WRONG_LENGTHS}"
         )
     if report["duplicates"]:
         what = "left out" if packing.drop_duplicates else "kept: see --drop-duplicates"
@@ -337,7 +339,7 @@ def make_shard(
                     file.seek(begin)
                     file.truncate()
                     del clips[num_before:]
-                    rejected.append({"name": recording.item.name, "rejected": str(error)})
+                    rejected.append({"name": recording.item.full_name, "rejected": str(error)})
                     again |= error.transient
                 new = clips[num_before:]
                 tick(recording.num_bytes, len(new), sum(clip["duration_s"] for clip in new))
@@ -358,7 +360,7 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
         UnusableError: The recording cannot be used; what was appended must be cut off again.
         OSError: The shard cannot be written.
     """
-    stem = clip_stem(recording.item.name, STEM)
+    stem, segment = clip_stem(recording.item.full_name, STEM), recording.item.segment
     rate_hz = packing.recipe.sample_rate_hz
     for part, samples, source_hz, lengths in fetched_and_cut(recording.item, packing.recipe):
         data = encode(samples, rate_hz, packing.codec)
@@ -378,6 +380,8 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
             "size": data.nbytes,
             "source_hz": source_hz,
         }
+        if segment is not None:
+            line["segment"] = span_text(segment.begin_s, segment.duration_s)
         if lengths is not None:
             line |= lengths
         yield line | ({"labels": recording.labels} if recording.labels else {})
@@ -392,7 +396,7 @@ def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[Part]:
     with contextlib.ExitStack() as stack:
         if is_url(item.data):
             try:
-                item = Item(item.name, stack.enter_context(on_disk(item.data)))
+                item = replace(item, data=stack.enter_context(on_disk(item.data)))
             except OSError as error:
                 why = f"cannot be fetched: {error.strerror or error}"
                 raise UnusableError(why, transient=True) from error

@@ -1,6 +1,7 @@
 """Finds the recordings of a folder, a manifest or plain tar archives. Nothing is unpacked."""
 
 import io
+import math
 import os
 import tarfile
 from collections import Counter
@@ -18,23 +19,25 @@ from ssast.pipelines.clips.manifest import (
     read_manifest,
 )
 from ssast.pipelines.clips.remote import is_url
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
 
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
+SEGMENT_BYTES_PER_S = 96_000  # about, of 16 bit samples at 48 kHz
 LONGEST_HEADER = 2**14  # bytes: tarfile's time for one grows with the square of its length
 PACKED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz")
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A recording to prepare.
+    """A recording, or a segment of one, to prepare.
 
     Attributes:
         item: Name and data of the recording.
         signature: String that changes when the recording changes.
-        num_bytes: Size in bytes.
+        num_bytes: Size in bytes; of a segment, about.
         problem: Reason why it cannot be read, if so.
         labels: Labels from the manifest.
     """
@@ -58,6 +61,7 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
         DataError: Nothing is there, it is of no such kind, or an archive is compressed.
     """
     labels: tuple[tuple[str, ...], ...] | None = None
+    segments: dict[int, Segment] = {}  # by row of the manifest
     recordings: list[Recording] = []
     kind = suffix(source.name)
     if is_url(source):
@@ -79,7 +83,9 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
         manifest = read_manifest(source)
         if isinstance(manifest.paths, ShardIndex):
             raise DataError(f"{source}: lists clips that are prepared: train on it as it is")
-        paths, labels = [str(path) for path in manifest.paths], manifest.labels
+        clips, labels = list(manifest.paths), manifest.labels
+        segments = {row: clip for row, clip in enumerate(clips) if isinstance(clip, Segment)}
+        paths = [clip.path if isinstance(clip, Segment) else str(clip) for clip in clips]
         base = os.path.dirname(os.path.abspath(source))
     elif source.is_file() and source.name.lower().endswith((".tar", *PACKED)):
         base = os.path.dirname(os.path.abspath(source))
@@ -100,10 +106,17 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
                 raise DataError(f"{folder}: is prepared already: leave it out of {source}")
             recordings += tar_recordings(name, Path(path))
         elif suffix(name) in SOUNDS or labels is not None:
-            recordings.append(file_recording(name, Path(path), labels[place] if labels else ()))
+            names = labels[place] if labels else ()
+            recordings.append(file_recording(name, Path(path), names, segments.get(place)))
     if not recordings:
         raise DataError(f"{source}: no recordings in there")
-    return sorted(recordings, key=lambda recording: recording.item.name)
+    return sorted(recordings, key=_order)
+
+
+def _order(recording: Recording) -> tuple[str, float, float]:
+    segment = recording.item.segment
+    span = (0.0, 0.0) if segment is None else (segment.begin_s, segment.duration_s)
+    return recording.item.name, *span
 
 
 def remote_recordings(source: Path) -> list[Recording]:
@@ -196,26 +209,38 @@ class _Headers:
         return self._read(min(size, LONGEST_HEADER) if size >= 0 else LONGEST_HEADER)
 
 
-def file_recording(name: str, path: Path, labels: tuple[str, ...] = ()) -> Recording:
+def file_recording(
+    name: str, path: Path, labels: tuple[str, ...] = (), segment: Segment | None = None
+) -> Recording:
     """Return the recording in a file, with the problem if the file cannot be read.
 
     Args:
         name: Name of the recording.
         path: The file.
         labels: Labels of the recording.
+        segment: The part of it that is wanted; None for all of it.
     """
-    item = Item(name, path)
+    item = Item(name, path, segment)
     try:
         signature = item.signature()
     except OSError as error:
-        return _problem(name, path, f"cannot be read: {error.strerror}", labels)
+        return _problem(name, path, f"cannot be read: {error.strerror}", labels, segment)
     if not os.access(path, os.R_OK):
-        return _problem(name, path, "cannot be read: Permission denied", labels)
-    return Recording(item, signature, int(signature.partition("-")[0]), None, labels)
+        return _problem(name, path, "cannot be read: Permission denied", labels, segment)
+    num_bytes = int(signature.partition("-")[0])
+    if segment is not None:
+        num_bytes = math.ceil(min(num_bytes, segment.duration_s * SEGMENT_BYTES_PER_S))
+    return Recording(item, signature, num_bytes, None, labels)
 
 
-def _problem(name: str, path: Path, problem: str, labels: tuple[str, ...] = ()) -> Recording:
-    return Recording(Item(name, path), problem, 0, problem, labels)
+def _problem(
+    name: str,
+    path: Path,
+    problem: str,
+    labels: tuple[str, ...] = (),
+    segment: Segment | None = None,
+) -> Recording:
+    return Recording(Item(name, path, segment), problem, 0, problem, labels)
 
 
 def with_unique_names(recordings: Iterable[Recording]) -> list[Recording]:
@@ -223,10 +248,10 @@ def with_unique_names(recordings: Iterable[Recording]) -> list[Recording]:
     counts: Counter[str] = Counter()
     found = []
     for recording in recordings:
-        name = recording.item.name
+        name = recording.item.full_name
         counts[name] += 1
         if counts[name] > 1:
-            item = Item(f"{name}#{counts[name]}", recording.item.data)
+            item = replace(recording.item, name=f"{recording.item.name}#{counts[name]}")
             recording = replace(recording, item=item)
         found.append(recording)
     return found

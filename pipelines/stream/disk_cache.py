@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.clips.remote import is_url, version
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths, ShardClip
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import TEMPORARY, write_atomically
@@ -145,8 +146,12 @@ def _identity(path: ClipPath, made_by: str) -> str:
     Raises:
         OSError: There is no such file.
     """
-    where = (path.offset, path.size) if isinstance(path, ShardClip) else ()
-    file = str(path.path if isinstance(path, ShardClip) else path)
+    where: tuple[float, ...] = ()
+    if isinstance(path, ShardClip):
+        where = path.offset, path.size
+    elif isinstance(path, Segment):
+        where = path.begin_s, path.duration_s
+    file = str(path.path if isinstance(path, ShardClip | Segment) else path)
     if is_url(file):
         changed: object = version(file)
     else:
