@@ -9,6 +9,7 @@ which PyTorch differentiates: forward-mode derivatives, ``torch.func`` (grad, vm
 the derivative of a backward pass, and that of an input which is data in training.
 """
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -54,9 +55,11 @@ def custom_op(
     """
     operation = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=())
     operation.register_fake(fake)
+    operation._backend_fns[None] = _untraced(implementation)
     for device, kernel in (("cpu", cpu), ("cuda", cuda)):
         if kernel is not None:
-            operation.register_kernel(device, _with_fallback(kernel, implementation))
+            operation.register_kernel(device, kernel)
+            operation._backend_fns[device] = _untraced(_with_fallback(kernel, implementation))
     _on_cuda[name] = cuda or implementation
     RULES[name] = autocast
     places = {x.name: i for i, x in enumerate(operation._opoverload._schema.arguments)}
@@ -85,6 +88,22 @@ def _with_fallback(kernel: Function, implementation: Function) -> Function:
     def run(*args: Any) -> Any:
         is_double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args)
         return (implementation if is_double or args[0].numel() == 0 else kernel)(*args)
+
+    return run
+
+
+def _untraced(function: Function) -> Function:
+    """Keep Dynamo out of a function, as ``torch.library`` does, but do not import it for that.
+
+    Its import takes a second, which a program that compiles nothing need not spend.
+    """
+    untraced: Function | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal untraced
+        if untraced is None and "torch._dynamo" in sys.modules:
+            untraced = torch.compiler.disable(function)
+        return (untraced or function)(*args)
 
     return run
 

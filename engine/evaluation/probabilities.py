@@ -7,16 +7,15 @@ never how many labels the clips happen to have.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import expit, softmax
+import torch
 
 THRESHOLD = 0.5  # of a probability, above which a sigmoid chooses a class
 
 
 def probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
     """Turn logits [..., C] into probabilities: softmax for ``ce``, sigmoid for ``bce``."""
-    if loss == "ce":
-        return softmax(logits, axis=-1)
-    return expit(logits)
+    given = torch.from_numpy(np.ascontiguousarray(logits))
+    return (given.softmax(-1) if loss == "ce" else given.sigmoid()).numpy()
 
 
 def chosen_classes(logits: np.ndarray, loss: str) -> np.ndarray:
