@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssast.engine.checkpoints.weights import Weights
 from ssast.engine.config import (
     OVERRIDE,
     Config,
@@ -45,6 +46,7 @@ def finetune(
     resume: bool = False,
     num_classes: int | None = None,
     metadata: MissingMetadata | None = None,
+    weights: Weights | None = None,
     callbacks: Sequence["Callback"] = (),
 ) -> int:
     """Fine-tune a classifier, or resume a run.
@@ -57,6 +59,8 @@ def finetune(
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
         num_classes: Expected number of classes; any if None.
         metadata: Frames and stride of a published fine-tuned checkpoint.
+        weights: Which weights of a checkpoint with averaged ones; see
+            :func:`~ssast.engine.formats.open.open_model`.
         callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
     Returns:
@@ -82,7 +86,7 @@ def finetune(
     METRICS.check(finetune_settings(config).metric)
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     check_paths(config)
-    pretrained = open_initial(config, checkpoint, metadata)
+    pretrained = open_initial(config, checkpoint, metadata, weights)
     if pretrained is not None:
         config, lines = adopt_from(config, pretrained)
         notes += lines
@@ -176,6 +180,7 @@ class FinetuneEngine:
         overrides: Iterable[str] = (),
         *,
         metadata: MissingMetadata | None = None,
+        weights: Weights | None = None,
     ) -> "FinetuneEngine":
         """Open a pretrained model to fine-tune, or a fine-tuned classifier.
 
@@ -186,12 +191,13 @@ class FinetuneEngine:
                 does not set of the model and its input is the checkpoint's.
             overrides: Settings that override the file's, ``section.key=value``.
             metadata: What the published file of a fine-tuned classifier does not say.
+            weights: See :func:`~ssast.engine.formats.open.open_model`.
 
         Raises:
             CheckpointError: There is no model, or a classifier has another number of classes.
             ConfigError: The configuration is wrong.
         """
-        loaded = open_model(path, metadata)
+        loaded = open_model(path, metadata, weights)
         if loaded.is_classifier:
             trained = as_classifier(loaded)
             if num_classes not in (None, trained.num_classes):

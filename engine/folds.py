@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.checkpoints.weights import CHOSEN
+from ssast.engine.checkpoints.weights import CHOSEN, Weights
 from ssast.engine.config import OVERRIDE, Config, check_paths, finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -29,8 +29,13 @@ from ssast.engine.evaluation.report import (
     read_predictions,
 )
 from ssast.engine.finetune import finetune
-from ssast.engine.formats.initial import adopt_from, initial_checkpoint
-from ssast.engine.formats.open import MissingMetadata, open_encoder
+from ssast.engine.formats.initial import (
+    adopt_from,
+    initial_checkpoint,
+    open_initial,
+    with_checkpoint,
+)
+from ssast.engine.formats.open import MissingMetadata
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.ranks import init_world, run_on_machines, run_on_main
@@ -99,6 +104,7 @@ def cross_validate(
     *,
     resume: bool = False,
     metadata: MissingMetadata | None = None,
+    weights: Weights | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> int:
     """Fine-tune once for each fold, then write one report on all of them.
@@ -109,6 +115,7 @@ def cross_validate(
         checkpoint: Path of a model to begin from; see there.
         resume: Resume the runs of the folds; finished ones stay as they are.
         metadata: See there.
+        weights: See there.
         callbacks: See there; called in the run of each fold.
 
     Returns:
@@ -131,9 +138,9 @@ def cross_validate(
     if checkpoint is None and settings.checkpoint is None and resume:
         # Folds that have not begun start from the weights that the first did.
         checkpoint = initial_checkpoint(fold_folder(run, folds[0].number))
-    checkpoint = settings.checkpoint if checkpoint is None else checkpoint
     # Read once for all folds.
-    pretrained = None if checkpoint is None else open_encoder(checkpoint, metadata)
+    begun = with_checkpoint(config, checkpoint, resume=False)
+    pretrained = open_initial(begun, checkpoint, metadata, weights)
     adopted = config if pretrained is None else adopt_from(config, pretrained)[0]
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     world = init_world()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ssast.engine.checkpoints.weights import export_weights
+from ssast.engine.checkpoints.weights import Weights, export_weights
 from ssast.engine.config import Config, check_paths, load_config, with_data
 from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
@@ -42,6 +42,7 @@ def pretrain(
     *,
     resume: bool = False,
     metadata: MissingMetadata | None = None,
+    weights: Weights | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> int:
     """Pretrain, continue the pretraining of a model, or resume a run.
@@ -53,6 +54,8 @@ def pretrain(
             without pretraining heads the encoder is taken.
         resume: Resume from the latest checkpoint in the run's folder, if there is one.
         metadata: Frames and stride of a published fine-tuned checkpoint.
+        weights: Which weights of a checkpoint with averaged ones; see
+            :func:`~ssast.engine.formats.open.open_model`.
         callbacks: Called between steps, see :class:`~ssast.engine.train.callbacks.Callback`.
 
     Returns:
@@ -73,7 +76,7 @@ def pretrain(
         )
     config, notes = with_checkpoint(config, checkpoint, resume), list[str]()
     check_paths(config)
-    pretrained = open_initial(config, checkpoint, metadata)
+    pretrained = open_initial(config, checkpoint, metadata, weights)
     if pretrained is not None:
         config, notes = adopt_from(config, pretrained)
     train_paths, held_out = find_clips(config)
@@ -129,6 +132,8 @@ class PretrainEngine:
         path: str | Path,
         config: str | Path = "continue",
         overrides: Iterable[str] = (),
+        *,
+        weights: Weights | None = None,
     ) -> "PretrainEngine":
         """Open a model to continue its pretraining.
 
@@ -137,12 +142,13 @@ class PretrainEngine:
             config: A YAML file, or the name of a recipe. What it does not set of the model, its
                 input and the objective is the checkpoint's.
             overrides: Settings that override the file's, ``section.key=value``.
+            weights: See :func:`~ssast.engine.formats.open.open_model`.
 
         Raises:
             CheckpointError: There is no model, or it does not fit.
             ConfigError: The configuration is wrong.
         """
-        loaded = open_encoder(path)
+        loaded = open_encoder(path, weights=weights)
         settings, _ = adopt_from(load_config(config, overrides), loaded)
         return cls(settings, checkpoint=loaded)
 

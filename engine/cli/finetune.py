@@ -54,6 +54,7 @@ def add_finetune_commands(commands: Any) -> None:
         f"{NAMED}; of a fine-tuned model the head is left out (default: none)",
     )
     add_resume(command)
+    add_weights(command)
     add_input_metadata(command)
     command.set_defaults(run=_finetune)
 
@@ -141,7 +142,11 @@ def _finetune(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     train = cross_validate if uses_folds(config) else finetune
     stopped = train(
-        config, options.checkpoint, resume=options.resume, metadata=missing_metadata(options)
+        config,
+        options.checkpoint,
+        resume=options.resume,
+        metadata=missing_metadata(options),
+        weights=options.weights,
     )
     return 128 + stopped if stopped else 0
 

@@ -20,6 +20,7 @@ from ssast.engine.cli.options import (
     add_input_metadata,
     add_overrides,
     add_resume,
+    add_weights,
     missing_metadata,
 )
 from ssast.engine.cli.plan import add_plan_commands
@@ -160,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"folder, {NAMED}; heads that it lacks are fresh (default: from scratch)",
     )
     add_resume(command)
+    add_weights(command)
     add_input_metadata(command)
     command.set_defaults(run=_pretrain)
 
@@ -213,8 +215,14 @@ def _pretrain(options: argparse.Namespace) -> int:
     from ssast.engine.pretrain import pretrain
 
     config = load_config(options.config, options.overrides)
-    metadata = missing_metadata(options)
-    return _status(pretrain(config, options.checkpoint, resume=options.resume, metadata=metadata))
+    stopped = pretrain(
+        config,
+        options.checkpoint,
+        resume=options.resume,
+        metadata=missing_metadata(options),
+        weights=options.weights,
+    )
+    return _status(stopped)
 
 
 def _status(stopped: int) -> int:

@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssast.engine.checkpoints.adopt import adopt
+from ssast.engine.checkpoints.weights import Weights
 from ssast.engine.config import Config, load_config
+from ssast.engine.errors import ConfigError
 from ssast.engine.formats.open import WEIGHTS, LoadedModel, MissingMetadata, open_encoder
 
 Checkpoint = LoadedModel | str | Path
@@ -35,18 +37,25 @@ def with_checkpoint(config: Config, checkpoint: Checkpoint | None, resume: bool)
 
 
 def open_initial(
-    config: Config, checkpoint: Checkpoint | None, metadata: MissingMetadata | None
+    config: Config,
+    checkpoint: Checkpoint | None,
+    metadata: MissingMetadata | None,
+    weights: Weights | None = None,
 ) -> LoadedModel | None:
     """Open the model that a configuration names, unless the user gave it; None from scratch.
 
     Raises:
         CheckpointError: See :func:`~ssast.engine.formats.open.open_encoder`.
-        ConfigError: See there.
+        ConfigError: See there; or weights are chosen of no checkpoint.
     """
+    if isinstance(checkpoint, LoadedModel):
+        return checkpoint
     name = _name(config)
-    if name is None or isinstance(checkpoint, LoadedModel):
-        return checkpoint if isinstance(checkpoint, LoadedModel) else None
-    return open_encoder(name, metadata)
+    if name is None:
+        if weights is not None:
+            raise ConfigError(f"--weights {weights}: expected a checkpoint that has them: give one")
+        return None
+    return open_encoder(name, metadata, weights)
 
 
 def adopt_from(config: Config, loaded: LoadedModel) -> tuple[Config, list[str]]:

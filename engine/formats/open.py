@@ -235,7 +235,9 @@ def as_classifier(model: LoadedModel | str | Path) -> LoadedModel:
     return loaded if loaded.classes else replace(loaded, classes=numbers, names=numbers)
 
 
-def open_encoder(path: str | Path, metadata: MissingMetadata | None = None) -> LoadedModel:
+def open_encoder(
+    path: str | Path, metadata: MissingMetadata | None = None, weights: Weights | None = None
+) -> LoadedModel:
     """Open a model that a fine-tuning begins from: pretrained, or fine-tuned already.
 
     The head of a classifier does not count.
@@ -243,12 +245,13 @@ def open_encoder(path: str | Path, metadata: MissingMetadata | None = None) -> L
     Args:
         path: See :func:`open_model`.
         metadata: See :func:`open_model`.
+        weights: See :func:`open_model`.
 
     Raises:
         CheckpointError: See :func:`open_model`.
         ConfigError: See :func:`open_model`.
     """
-    return _open(path, metadata or MissingMetadata(), purpose="encoder")
+    return _open(path, metadata or MissingMetadata(), purpose="encoder", weights=weights)
 
 
 def load_pretrained(path: str | Path) -> tuple[PretrainingModel, Config]:

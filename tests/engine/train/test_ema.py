@@ -16,7 +16,7 @@ from ssast.engine.cli.main import main
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import finetune
-from ssast.engine.formats.initial import adopt_from
+from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
 from ssast.engine.formats.open import open_classifier, open_encoder, open_model
 from ssast.engine.pretrain import PretrainEngine, pretrain
 from ssast.engine.train.optim import ema_decay
@@ -129,6 +129,31 @@ def test_the_log_says_which_weights_a_run_begins_from(run, plain, configure, tmp
         _, notes = adopt_from(configure(tmp_path), open_encoder(source))
         line = f"{source}: its averaged weights are used (train.ema), not the raw ones"
         assert notes.count(line) == expected
+
+
+@pytest.mark.parametrize(("choice", "kind"), [(None, "ema"), ("raw", "weight")])
+def test_a_run_begins_from_the_average_unless_told_otherwise(
+    run, configure, tmp_path, choice, kind
+):
+    config = with_checkpoint(configure(tmp_path), run, resume=False)
+    loaded, tensors = open_initial(config, run, None, choice), best(run)
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, tensors[f"{kind}/{name}"])
+
+
+@pytest.mark.parametrize("command", ["pretrain continue", "finetune classifier", "folds"])
+def test_weights_of_the_checkpoint_of_a_run_are_chosen(command, plain, splits, tmp_path, capsys):
+    data = [f"data.train={splits['train']}"]
+    if command == "folds":
+        command = "finetune classifier"
+        for name in ("train_1", "eval_1", "train_2", "eval_2"):
+            shutil.copy(splits["train"], tmp_path / f"{name}.json")
+        data = [f"finetune.folds={tmp_path}"]
+    given = [*command.split(), *data, f"run.folder={tmp_path / 'run'}", "--weights", "ema"]
+    assert main([*given, "--checkpoint", str(plain)]) == 2
+    assert "has no averaged weights" in capsys.readouterr().err
+    assert main(given) == 2
+    assert "--weights ema: expected a checkpoint" in capsys.readouterr().err
 
 
 def test_averaged_weights_that_are_not_there_are_an_error(plain, checkpoint, capsys):
