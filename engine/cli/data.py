@@ -50,11 +50,32 @@ def _add_manifests(kinds: Any) -> None:
         "name",
         metavar="NAME",
         help="audioset, librispeech, esc50, speechcommands_v1, speechcommands_v2, voxceleb1, "
-        "iemocap or fsd50k",
+        "iemocap or fsd50k; of events in long recordings raven (selection tables), audacity "
+        "(label tracks) or audioset_segments (whole videos)",
     )
     command.add_argument("source", type=Path, metavar="SRC", help="the folder of your copy")
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets SPLIT.json, labels.csv, ..."
+    )
+    command.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of Raven's tables (the first of annotation, label, species, common name, ...)",
+    )
+    command.add_argument(
+        "--window-s",
+        type=float,
+        metavar="S",
+        help="raven, audacity: cut recordings into windows, with the labels of the events in them "
+        "(the events are the clips)",
+    )
+    command.add_argument(
+        "--hop-s", type=float, metavar="S", help="between the starts of two windows (--window-s)"
+    )
+    command.add_argument(
+        "--background",
+        metavar="LABEL",
+        help="label of windows that no event touches (they are left out)",
     )
     command.set_defaults(run=_manifests)
 
@@ -167,9 +188,11 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _manifests(options: argparse.Namespace) -> int:
+    from ssast.pipelines.datasets.annotations import Reading
     from ssast.pipelines.datasets.manifests import write_dataset
 
-    for path in write_dataset(options.name, options.source, options.out, print):
+    reading = Reading(options.label_column, options.window_s, options.hop_s, options.background)
+    for path in write_dataset(options.name, options.source, options.out, print, reading):
         print(path)
     return 0
 

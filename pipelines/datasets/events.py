@@ -1,5 +1,6 @@
 """AudioSet, ESC-50 and FSD50K in the layouts of their publishers."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -27,7 +28,7 @@ FOLDS = range(1, 6)
 ESC50_CLASSES = 50
 
 
-def read_audioset(source: Path) -> Dataset:
+def read_audioset(source: Path, *, segments: bool = False) -> Dataset:
     """Read AudioSet: ``balanced_train``, ``unbalanced_train``, ``train_2m`` (both), ``eval``.
 
     Needs the publishers' ``class_labels_indices.csv`` and ``<split>_segments.csv`` in the folder;
@@ -39,6 +40,7 @@ def read_audioset(source: Path) -> Dataset:
 
     Args:
         source: The user's copy.
+        segments: Whether the files are whole videos, of which the clips are segments.
 
     Raises:
         DataError: The metadata is missing or malformed, or no file is named by a video's id.
@@ -47,14 +49,16 @@ def read_audioset(source: Path) -> Dataset:
     files = _files_by_video(source)
     seen: dict[str, str] = {}
     splits: dict[str, Sequence[Listed]] = {}
-    splits["balanced_train"] = _segments(source, "balanced_train", classes, files, seen)
+    splits["balanced_train"] = _segments(source, "balanced_train", classes, files, seen, segments)
     notes = []
     if (source / "unbalanced_train_segments.csv").exists():
-        splits["unbalanced_train"] = _segments(source, "unbalanced_train", classes, files, seen)
+        splits["unbalanced_train"] = _segments(
+            source, "unbalanced_train", classes, files, seen, segments
+        )
         splits["train_2m"] = [*splits["balanced_train"], *splits["unbalanced_train"]]
     else:
         notes.append("unbalanced_train, train_2m: left out, no unbalanced_train_segments.csv")
-    splits["eval"] = _segments(source, "eval", classes, files, seen)
+    splits["eval"] = _segments(source, "eval", classes, files, seen, segments)
     weigh = {split: balancing_weights for split in splits if split != "eval"}
     return Dataset(splits, list(classes.items()), weigh, notes=notes)
 
@@ -93,6 +97,7 @@ def _segments(
     classes: dict[str, str],
     files: dict[str, str],
     seen: dict[str, str],
+    cut: bool,
 ) -> list[Listed]:
     """Read ``<split>_segments.csv``, whose header is a comment."""
     clips = []
@@ -103,8 +108,24 @@ def _segments(
             raise DataError(f"{place}: expected a YouTube id of 11 characters, found {video!r}")
         once(seen, video, place)
         labels = labels_of(row["positive_labels"], classes, place)
-        clips.append(Listed(video, files.get(video), labels))
+        span = _span(row["start_seconds"], row["end_seconds"], place) if cut else None
+        clips.append(Listed(video, files.get(video), labels, span))
     return clips
+
+
+def _span(start: str, end: str, place: str) -> tuple[float, float]:
+    """Return begin and duration in s.
+
+    Raises:
+        DataError: They are no times, or not in this order.
+    """
+    try:
+        start_s, end_s = float(start), float(end)
+    except ValueError:
+        start_s = end_s = math.nan
+    if not 0 <= start_s < end_s < math.inf:
+        raise DataError(f"{place}: expected start and end in seconds, found {start!r}, {end!r}")
+    return start_s, end_s - start_s
 
 
 def read_esc50(source: Path) -> Dataset:

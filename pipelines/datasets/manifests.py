@@ -1,6 +1,6 @@
-"""The data sets of the SSAST paper, from the user's own copy to manifests.
+"""Data sets from the user's own copy to manifests: those of the SSAST paper, and marked events.
 
-Each is read in the layout in which its publishers give it out, with their splits and labels, and
+A published set is read in the layout of its publishers, with their splits and labels. Each set
 becomes the same files in an output folder::
 
     SPLIT.json            the clips of a split, as the published SSAST code has them
@@ -23,6 +23,8 @@ from typing import Any
 import soundfile
 
 from ssast.pipelines.clips.manifest import write_manifest
+from ssast.pipelines.clips.segment import Segment
+from ssast.pipelines.datasets.annotations import Reading, read_audacity, read_raven
 from ssast.pipelines.datasets.events import read_audioset, read_esc50, read_fsd50k
 from ssast.pipelines.datasets.speech import (
     read_iemocap,
@@ -45,19 +47,31 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "iemocap": read_iemocap,
     "fsd50k": read_fsd50k,
 }
+ANNOTATIONS: dict[str, Callable[[Path, Reading], Dataset]] = {
+    "raven": read_raven,
+    "audacity": read_audacity,
+    "audioset_segments": lambda source, _: read_audioset(source, segments=True),
+}
 REPORT = "report.json"
 
 
-def write_dataset(name: str, source: Path, out: Path, log: Callable[[str], None]) -> list[Path]:
+def write_dataset(
+    name: str,
+    source: Path,
+    out: Path,
+    log: Callable[[str], None],
+    reading: Reading | None = None,
+) -> list[Path]:
     """Write the manifests of a data set.
 
     The same copy always gives the same files. Nothing is written before all of it has been read.
 
     Args:
-        name: One of :data:`DATASETS`.
+        name: One of :data:`DATASETS` or :data:`ANNOTATIONS`.
         source: The user's copy.
         out: Output folder; what an earlier run left there of the same data set is replaced.
         log: Gets a line for each split, and one for what was left out.
+        reading: How the events of :data:`ANNOTATIONS` become clips.
 
     Returns:
         The manifests.
@@ -66,15 +80,20 @@ def write_dataset(name: str, source: Path, out: Path, log: Callable[[str], None]
         DataError: No such data set, the copy is not in the layout of its publishers, a split has no
             clips, or ``out`` holds something else or cannot be written to.
     """
-    if name not in DATASETS:
+    if name not in DATASETS and name not in ANNOTATIONS:
         raise DataError(f"no data set {name!r}{_nearest(name)}")
+    if reading not in (None, Reading()) and name not in ("raven", "audacity"):
+        raise DataError(f"{name}: windows and columns of labels are for raven and audacity")
     source, out = Path(os.path.abspath(source)), Path(os.path.abspath(out))
     if os.path.realpath(source) == os.path.realpath(out):
         raise DataError(f"{out}: the manifests need a folder of their own, not that of the audio")
     earlier = _earlier_files(name, out)
     if not source.is_dir():
         raise DataError(f"{source}: expected the folder of {name}, found no folder")
-    dataset = DATASETS[name](source)
+    if name in DATASETS:
+        dataset = DATASETS[name](source)
+    else:
+        dataset = ANNOTATIONS[name](source, reading or Reading())
     for split, clips in dataset.splits.items():
         if not any(clip.path for clip in clips):
             raise DataError(_without_clips(source, split, [clip.name for clip in clips]))
@@ -107,7 +126,7 @@ def _write(
     for split, clips in dataset.splits.items():
         found = [clip for clip in clips if clip.path]
         labels = [clip.labels for clip in found] if dataset.classes else None
-        paths = [os.path.join(out, clip.path or "") for clip in found]
+        paths = [_clip(os.path.join(out, clip.path or ""), clip.span) for clip in found]
         write_manifest(out / manifests[split], paths, labels)
         log(_summary(split, counts[split], out))
     for file, text in texts.items():
@@ -124,6 +143,10 @@ def _write(
     }
     write_atomically(out / REPORT, json.dumps(report, indent=2) + "\n")
     return [out / file for file in manifests.values()]
+
+
+def _clip(path: str, span: tuple[float, float] | None) -> str | Segment:
+    return path if span is None else Segment(path, *span)
 
 
 def _texts(dataset: Dataset) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
@@ -205,5 +228,6 @@ def _without_clips(source: Path, split: str, names: Sequence[str]) -> str:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(DATASETS)}"
+    known = [*DATASETS, *ANNOTATIONS]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -26,11 +26,13 @@ class Listed(NamedTuple):
         path: Absolute; relative to the output folder if it is one of :attr:`Dataset.made`; None if
             the user's copy does not have it.
         labels: Labels out of :attr:`Dataset.classes`; none where the set is not labelled.
+        span: Begin and duration in s of a clip that is a segment of the file.
     """
 
     name: str
     path: str | None
     labels: tuple[str, ...] = ()
+    span: tuple[float, float] | None = None
 
 
 class Cut(NamedTuple):
