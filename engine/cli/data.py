@@ -227,6 +227,11 @@ def _check(options: argparse.Namespace) -> int:
         print(f"{printable(problem.where)}: {printable(problem.problem)}")
     if len(found.problems) > SHOWN:
         print(f"... and {len(found.problems) - SHOWN} more, see --report")
+    if found.wrong_lengths:
+        count = len(found.wrong_lengths)
+        print(f"{count} with a header that states another length, which are read to their ends:")
+        for note in found.wrong_lengths[:SHOWN]:
+            print(f"{printable(note.where)}: {printable(note.problem)}")
     return 1 if found.problems else 0
 
 

@@ -1,7 +1,6 @@
 """Lengths of files made of chunks: WAV, RF64, W64, AIFF and CAF, and of AU."""
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ssast.pipelines.audio.headers import (
@@ -12,31 +11,23 @@ from ssast.pipelines.audio.headers import (
     Sound,
     without_tags,
 )
+from ssast.pipelines.audio.optional import (
+    OPTIONAL,
+    Form,
+    are_chunks,
+    chunks,
+    find_chunks,
+    fit,
+    lean_header,
+)
 from ssast.pipelines.errors import DataError
 
 PCM, PLAIN_BITS = 1, (8, 16, 24, 32)
 FIXED = (1, 3, 6, 7, 0xFFFE)  # WAV codecs whose blocks are single samples: PCM, float, A-law, u-law
-MOST_CHUNKS = 1000  # in front of the samples or behind them
 W64_RIFF = b"riff\x2e\x91\xcf\x11"
+AIFC_CODECS = (b"NONE", b"sowt", b"twos", b"fl32", b"FL32")
 AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # of a sample of each encoding
 RIFF_LIMIT = 2**32 - 2**16  # bytes of samples: a longer file needs the header of RF64
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How chunks are written.
-
-    Attributes:
-        header: Format of a chunk's header: its name and its size.
-        align: Chunks start at multiples of it.
-        counts_itself: Whether the size includes the header.
-        start: Where the first chunk starts.
-    """
-
-    header: str
-    align: int
-    counts_itself: bool
-    start: int
 
 
 RIFF, IFF = Form("<4sI", 2, False, 12), Form(">4sI", 2, False, 12)
@@ -57,6 +48,7 @@ class Data:
         fixed: Whether a block is one sample of each channel.
         plain: See :class:`Sound`.
         form: How chunks behind the samples are written; None where there are none.
+        lean: A header without optional chunks, which are damaged; ``fields`` are places in it.
     """
 
     at: int
@@ -68,30 +60,7 @@ class Data:
     fixed: bool
     plain: bool
     form: Form | None
-
-
-def chunks(read: Reader, form: Form, at: int, size: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, first byte and stated size of the chunks from ``at`` on."""
-    width = struct.calcsize(form.header)
-    for _ in range(MOST_CHUNKS):
-        head = read(at, width)
-        if at + width > size or len(head) < width:
-            return
-        name, length = struct.unpack(form.header, head)
-        length -= width if form.counts_itself else 0
-        yield name, at + width, length
-        at += width + max(length, 0)
-        at += -at % form.align
-
-
-def are_chunks(read: Reader, form: Form, at: int, size: int) -> bool:
-    """Return whether chunks follow from ``at`` to the end of the file: no samples, then."""
-    end = at
-    for name, start, length in chunks(read, form, at, size):
-        if not all(0x20 <= byte < 0x7F for byte in name) or not 0 <= length <= size - start:
-            return False
-        end = start + length
-    return size - end <= form.align
+    lean: bytes | None = None
 
 
 def examine_chunks(read: Reader, size: int, head: bytes) -> Sound | None:
@@ -135,6 +104,7 @@ def settled(read: Reader, size: int, data: Data) -> Sound:
     there = max(0, end - data.at)
     few = FEW_SAMPLES * data.block if data.fixed else data.block
     stated = None if unknown else data.stated
+    is_damaged = data.lean is not None
     if stated is None:
         behind = data.form is not None and are_chunks(read, data.form, data.at, size)
         found = 0 if behind else there
@@ -143,19 +113,16 @@ def settled(read: Reader, size: int, data: Data) -> Sound:
             raise DataError(f"truncated: {there} of {stated} bytes of samples")
         found = there
     else:
-        rest = data.at + stated
-        if data.form is not None:
-            rest += -rest % data.form.align
         found = stated
-        if end - rest > max(few, MISSING_SHARE * there) and not (
-            data.form is not None and are_chunks(read, data.form, rest, size)
-        ):
+        rest, ends_well = what_follows(read, data, end, size)
+        is_damaged |= not ends_well
+        if rest is not None and end - rest > max(few, MISSING_SHARE * there):
             found = there  # a size that wrapped around at 4 GiB, or was never brought up to date
     found -= found % data.block
     is_right = found == data.stated - data.stated % data.block and data.stated > 0
     repair = None
-    if not is_right and found:
-        repair = repaired(read, size, data, found)
+    if (not is_right or is_damaged) and found:
+        repair = repaired(read, size, data, found, is_damaged)
     return Sound(
         data.rate_hz,
         data.channels,
@@ -166,10 +133,38 @@ def settled(read: Reader, size: int, data: Data) -> Sound:
     )
 
 
-def repaired(read: Reader, size: int, data: Data, found: int) -> Repair:
-    """Return the file with the size that was found in each place that states it."""
-    header = bytearray(read(0, data.at))
+def what_follows(read: Reader, data: Data, end: int, size: int) -> tuple[int | None, bool]:
+    """Look behind the samples, where these end by the size that is stated.
+
+    Returns:
+        The first byte behind them if no chunk stands there, and whether libsndfile reads the chunks
+        that do.
+    """
+    rest = data.at + data.stated
+    if data.form is None or rest >= end:
+        return rest, True
+    aligned = rest + -rest % data.form.align
+    if are_chunks(read, data.form, aligned, size):
+        return None, fit(chunks(read, data.form, aligned, size), data.channels)
+    if any(read(at, 4) in OPTIONAL for at in (aligned, rest)):
+        return None, False
+    return aligned, True
+
+
+def repaired(read: Reader, size: int, data: Data, found: int, is_damaged: bool) -> Repair:
+    """Return the file with the size that was found in each place that states it.
+
+    Args:
+        read: Reads bytes of the file.
+        size: Size of the file in bytes.
+        data: The samples.
+        found: Their bytes.
+        is_damaged: Whether optional chunks, in front or behind, are left out.
+    """
+    header = bytearray(read(0, data.at) if data.lean is None else data.lean)
     end = size if data.form is None or found < size - data.at else data.at + found
+    if is_damaged:
+        end = data.at + found
     if header[:4] == b"RIFF" and found >= RIFF_LIMIT:
         header[:12] = (
             b"RF64"
@@ -182,99 +177,87 @@ def repaired(read: Reader, size: int, data: Data, found: int) -> Repair:
         return Repair(bytes(header), data.at, end)
     for at, kind, more in data.fields:
         value = found + more
-        if at < data.at and value < 2 ** (8 * struct.calcsize(kind)):
+        if at < len(header) and value < 2 ** (8 * struct.calcsize(kind)):
             struct.pack_into(kind, header, at, value)
     return Repair(bytes(header), data.at, end)
 
 
 def wav_data(read: Reader, size: int, is_rf64: bool) -> Data | None:
     """Find the samples of a WAV or RF64 file."""
-    rate_hz = channels = block = 0
-    fixed = plain = False
-    long_size: tuple[int, int] | None = None  # where RF64 states it, and what
-    for name, at, length in chunks(read, RIFF, RIFF.start, size):
-        if name == b"ds64" and is_rf64 and length >= 24:
-            fields = read(at, 24)
-            if len(fields) == 24:
-                long_size = (at + 8, struct.unpack_from("<Q", fields, 8)[0])
-        elif name == b"fmt " and length >= 16:
-            fields = read(at, 26)
-            if len(fields) < 16:
-                return None
-            codec, channels, rate_hz, _, block, bits = struct.unpack_from("<HHIIHH", fields)
-            if codec == 0xFFFE and len(fields) == 26 and length >= 26:  # extensible: the codec is
-                (codec,) = struct.unpack_from("<H", fields, 24)  # in the first bytes of its GUID
-                plain = False
-            else:
-                plain = codec == PCM and bits in PLAIN_BITS and not is_rf64
-            fixed = codec in FIXED
-            plain = plain and block == channels * bits // 8
-        elif name == b"data":
-            field = (at - 4, "<I", 0)
-            if is_rf64 and long_size is not None:
-                place, length = long_size
-                field = (place, "<Q", 0)
-            return Data(at, length, (field,), block, rate_hz, channels, fixed, plain, RIFF)
-    return None
+    found = None
+    if is_rf64:
+        found = find_chunks(read, RIFF, size, (b"ds64", b"fmt ", b"data"))
+    found = found or find_chunks(read, RIFF, size, (b"fmt ", b"data"))
+    if found is None:
+        return None
+    format_, samples = found.needed[b"fmt "], found.needed[b"data"]
+    fields = read(format_.at, min(format_.length, 26))
+    if len(fields) < 16:
+        return None
+    codec, channels, rate_hz, _, block, bits = struct.unpack_from("<HHIIHH", fields)
+    plain = codec == PCM and bits in PLAIN_BITS and not is_rf64 and block == channels * bits // 8
+    if codec == 0xFFFE and len(fields) == 26:  # extensible: the codec is in its GUID's first bytes
+        (codec,) = struct.unpack_from("<H", fields, 24)
+    lean = None if found.fits(channels, b"fmt ") else lean_header(read, RIFF, found)
+    stated, place = samples.length, ((samples.at if lean is None else len(lean)) - 4, "<I", 0)
+    long = found.needed.get(b"ds64")
+    if long is not None and long.length >= 24 and len(sizes := read(long.at, 24)) == 24:
+        (stated,) = struct.unpack_from("<Q", sizes, 8)
+        place = ((long.at if lean is None else RIFF.start + RIFF.width) + 8, "<Q", 0)
+    fixed = codec in FIXED
+    return Data(samples.at, stated, (place,), block, rate_hz, channels, fixed, plain, RIFF, lean)
 
 
 def w64_data(read: Reader, size: int) -> Data | None:
     """Find the samples of a W64 file."""
-    rate_hz = channels = block = codec = 0
-    for name, at, length in chunks(read, W64, W64.start, size):
-        if name == b"fmt ":
-            fields = read(at, 14)
-            if len(fields) < 14:
-                return None
-            codec, channels, rate_hz, _, block = struct.unpack("<HHIIH", fields)
-        elif name == b"data":
-            field = (at - 8, "<Q", 24)
-            fixed = codec in FIXED
-            return Data(at, length, (field,), block, rate_hz, channels, fixed, False, W64)
-    return None
+    found = find_chunks(read, W64, size, (b"fmt ", b"data"))
+    if found is None or len(fields := read(found.needed[b"fmt "].at, 14)) < 14:
+        return None
+    codec, channels, rate_hz, _, block = struct.unpack("<HHIIH", fields)
+    samples = found.needed[b"data"]
+    lean = None if found.fits(channels, b"fmt ") else lean_header(read, W64, found)
+    place = ((samples.at if lean is None else len(lean)) - 8, "<Q", 24)
+    fixed = codec in FIXED
+    return Data(
+        samples.at, samples.length, (place,), block, rate_hz, channels, fixed, False, W64, lean
+    )
 
 
 def aiff_data(read: Reader, size: int) -> Data | None:
     """Find the samples of an AIFF file, or of an AIFC file without compression."""
-    rate_hz = channels = block = 0
-    found: tuple[int, int] | None = None
-    for name, at, length in chunks(read, IFF, IFF.start, size):
-        if name == b"COMM":
-            fields = read(at, min(length, 22))
-            if len(fields) < 18:
-                return None
-            channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", fields)
-            if len(fields) == 22 and fields[18:] not in (b"NONE", b"sowt", b"twos", b"fl32"):
-                return None
-            block = channels * -(-bits // 8)
-            shift = 16383 + 63 - exponent
-            rate_hz = mantissa >> shift if 0 <= shift < 64 else 0
-        elif name == b"SSND":
-            found = at + 8, length - 8
-        if found and block:
-            at, length = found
-            fields_at = ((at - 12, ">I", 8),)
-            return Data(at, length, fields_at, block, rate_hz, channels, True, False, IFF)
-    return None
+    found = find_chunks(read, IFF, size, (b"COMM", b"SSND"))
+    if found is None:
+        return None
+    common, samples = found.needed[b"COMM"], found.needed[b"SSND"]
+    fields = read(common.at, min(common.length, 22))
+    if len(fields) < 18:
+        return None
+    channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", fields)
+    if len(fields) == 22 and fields[18:] not in AIFC_CODECS:
+        return None
+    shift = 16383 + 63 - exponent
+    rate_hz = mantissa >> shift if 0 <= shift < 64 else 0
+    lean = None if found.fits(channels, b"COMM") else lean_header(read, IFF, found, 8)
+    at, length = samples.at + 8, samples.length - 8  # an offset and a block size come first
+    place = ((at if lean is None else len(lean)) - 12, ">I", 8)
+    block = channels * -(-bits // 8)
+    return Data(at, length, (place,), block, rate_hz, channels, True, False, IFF, lean)
 
 
 def caf_data(read: Reader, size: int) -> Data | None:
     """Find the samples of a CAF file of linear PCM."""
-    rate_hz = channels = block = 0
-    for name, at, length in chunks(read, CAF, CAF.start, size):
-        if name == b"desc":
-            fields = read(at, 32)
-            if len(fields) < 32:
-                return None
-            rate, codec, _, block, per_packet, channels, _ = struct.unpack(">d4sIIIII", fields)
-            if codec not in (b"lpcm", b"ulaw", b"alaw") or per_packet != 1:
-                return None
-            rate_hz = int(rate) if 0 < rate < 1e9 else 0
-        elif name == b"data":
-            at, length = at + 4, length - 4  # a number of edits stands before the samples
-            field = (at - 12, ">Q", 4)
-            return Data(at, length, (field,), block, rate_hz, channels, True, False, CAF)
-    return None
+    found = find_chunks(read, CAF, size, (b"desc", b"data"))
+    if found is None or len(fields := read(found.needed[b"desc"].at, 32)) < 32:
+        return None
+    rate, codec, _, block, per_packet, channels, _ = struct.unpack(">d4sIIIII", fields)
+    if codec not in (b"lpcm", b"ulaw", b"alaw") or per_packet != 1:
+        return None
+    lean = None if found.fits(channels, b"desc") else lean_header(read, CAF, found, 4)
+    at = found.needed[b"data"].at + 4  # a number of edits stands before the samples
+    length = found.needed[b"data"].length - 4
+    place = ((at if lean is None else len(lean)) - 12, ">Q", 4)
+    rate_hz = int(rate) if 0 < rate < 1e9 else 0
+    return Data(at, length, (place,), block, rate_hz, channels, True, False, CAF, lean)
 
 
 def au_data(read: Reader) -> Data | None:

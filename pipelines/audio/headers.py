@@ -8,6 +8,7 @@ from ssast.pipelines.errors import DataError
 Reader = Callable[[int, int], bytes]  # offset and number of bytes -> these bytes, fewer at the end
 
 HEAD = 65536  # bytes at the start of a file that hold its header
+ID3_HEADER = 10  # bytes in front of a tag
 OGG_PAGE = 65307  # bytes of the largest page of an Ogg file
 FEW_SAMPLES = 64  # may be missing: more than the 44 bytes of a header that was counted as sound
 MISSING_SHARE = 0.01  # of the samples, that may be missing as well
@@ -104,11 +105,11 @@ def without_tags(read: Reader, size: int) -> int:
 def behind_tags(read: Reader) -> tuple[int, bytes]:
     """Return where a file begins behind its ID3v2 tags, and its first 16 bytes there."""
     start, head = 0, read(0, 16)
-    while head[:3] == b"ID3" and len(head) >= 10:  # with cover art of any size
+    while head[:3] == b"ID3" and len(head) >= ID3_HEADER:  # with cover art of any size
         length = 0
         for byte in head[6:10]:
             length = length << 7 | byte & 0x7F
-        start += 10 + length + (10 if head[5] & 0x10 else 0)
+        start += ID3_HEADER + length + (10 if head[5] & 0x10 else 0)
         head = read(start, 16)
     return start, head
 

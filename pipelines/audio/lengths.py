@@ -9,7 +9,14 @@ truncated.
 
 from ssast.pipelines.audio.chunks import examine_chunks
 from ssast.pipelines.audio.flac import examine_flac
-from ssast.pipelines.audio.headers import OGG_PAGE, Reader, Sound, behind_tags, check_ogg
+from ssast.pipelines.audio.headers import (
+    ID3_HEADER,
+    OGG_PAGE,
+    Reader,
+    Sound,
+    behind_tags,
+    check_ogg,
+)
 from ssast.pipelines.audio.mpeg import examine_mp3
 
 
@@ -30,6 +37,10 @@ def examine(read: Reader, size: int) -> Sound | None:
     start, head = behind_tags(read)
     if head[:4] == b"fLaC":
         return examine_flac(read, start, size)
+    if start and head[:1] != b"\xff":  # the tag lies about its size, or something follows it
+        found = examine_mp3(read, ID3_HEADER, size, True)
+        if found is not None:
+            return found
     if start or head[:1] == b"\xff":
         return examine_mp3(read, start, size)
     if head[:4] == b"OggS":

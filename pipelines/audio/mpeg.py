@@ -39,8 +39,15 @@ def frame(word: int) -> tuple[int, int, int] | None:
     return samples // 8 * kbps * 1000 // rate_hz + (word >> 9 & 1), samples, rate_hz
 
 
-def examine_mp3(read: Reader, start: int, size: int) -> Sound | None:
-    """Find the length of an MP3 file; see :func:`~ssast.pipelines.audio.lengths.examine`."""
+def examine_mp3(read: Reader, start: int, size: int, is_damaged: bool = False) -> Sound | None:
+    """Find the length of an MP3 file; see :func:`~ssast.pipelines.audio.lengths.examine`.
+
+    Args:
+        read: Reads bytes of the file.
+        start: Where its frames are looked for.
+        size: Size of the file in bytes.
+        is_damaged: Whether what stands in front of the frames is left out.
+    """
     end = without_tags(read, size)
     first = next_frame(read, start, min(end, start + MOST_JUNK), end, 0)
     if first is None:
@@ -50,17 +57,18 @@ def examine_mp3(read: Reader, start: int, size: int) -> Sound | None:
     channels = 1 if word >> 6 & 3 == 3 else 2
     table, stated, num_bytes = read_table(read(first, length), word)
     body = first + length if table else first
+    whole = Repair(b"", first, size) if is_damaged else None
     if stated is not None and num_bytes is not None:
         off = abs(end - first - num_bytes)
         if off <= max(2 * length, COVER_SHARE * num_bytes):
-            return Sound(rate_hz, channels, stated * samples, stated * samples)
+            return Sound(rate_hz, channels, stated * samples, stated * samples, repair=whole)
     count = count_frames(read, body, end, word & SAME)
     if stated is not None and missing(stated * samples, count * samples, FEW_SAMPLES):
         raise DataError(f"truncated: {count * samples} of {stated * samples} samples")
     if not count:
         return None
     if stated == count and table == XING:
-        return Sound(rate_hz, channels, stated * samples, stated * samples)
+        return Sound(rate_hz, channels, stated * samples, stated * samples, repair=whole)
     repair = Repair(table_frame(word, count), body, end)
     by_table = None if stated is None else stated * samples
     return Sound(rate_hz, channels, by_table, count * samples, repair=repair)

@@ -60,12 +60,14 @@ class Checked:
         seconds: Length of those that are good.
         labels: All different labels.
         problems: Problems, in the order of the clips.
+        wrong_lengths: Files whose headers state another length than they have: read to their ends.
     """
 
     num_clips: int = 0
     seconds: float = 0.0
     labels: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    wrong_lengths: list[Problem] = field(default_factory=list)
 
 
 def check_data(
@@ -86,7 +88,7 @@ def check_data(
         path: Data set, as ``data.train`` takes it.
         classes: A CSV of the known labels, with a column ``mid``; by default ``labels.csv`` beside
             the manifest or in the folder, if there is one.
-        report: Gets all problems as lines of JSON.
+        report: Gets all problems, and wrong lengths as notes, as lines of JSON.
         jobs: Threads; the usable cores by default.
         progress: Show a progress bar on stderr, if that is a terminal.
 
@@ -113,6 +115,7 @@ def check_data(
         result.num_clips += part.num_clips
         result.seconds += part.seconds
         result.problems += part.problems
+        result.wrong_lengths += part.wrong_lengths
     for clip, names in zip(paths, manifest.labels or (), strict=False):
         result.labels.update(names)
         if known is not None:
@@ -120,8 +123,9 @@ def check_data(
             if unknown:
                 result.problems.append(Problem(str(clip), f"unknown label {unknown}"))
     if report is not None:
-        lines = (json.dumps({"where": p.where, "problem": p.problem}) for p in result.problems)
-        write_atomically(report, "".join(f"{line}\n" for line in lines))
+        lines = [{"where": p.where, "problem": p.problem} for p in result.problems]
+        lines += [{"where": p.where, "note": p.problem} for p in result.wrong_lengths]
+        write_atomically(report, "".join(f"{json.dumps(line)}\n" for line in lines))
     return result
 
 
@@ -171,6 +175,12 @@ def check_files(paths: Sequence[ClipPath]) -> Checked:
             result.seconds += seconds
             if note is not None:
                 result.problems.append(Problem(str(path), note))
+            item = Item.of(path)
+            lengths = length_note(item) if item.segment is None else None
+            if lengths is not None:
+                stated_s, found_s = lengths["stated_s"], lengths["found_s"]
+                why = f"its header states {stated_s:g} s, it holds {found_s:g} s"
+                result.wrong_lengths.append(Problem(str(path), why))
         except (DataError, UnusableError) as error:
             result.problems.append(Problem(str(path), str(error)))
     return result
@@ -346,6 +356,7 @@ def is_report(path: Path) -> bool:
     """Return whether a file is the report of an earlier check, which a new one may replace."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return all(set(parse_json(line)) == {"where", "problem"} for line in lines)
+        keys = ({"where", "problem"}, {"where", "note"})
+        return all(set(parse_json(line)) in keys for line in lines)
     except (OSError, ValueError, TypeError):
         return False

@@ -1,9 +1,11 @@
 """Predictions and metrics of a trained classifier, also where files are bad."""
 
 import json
+from fnmatch import fnmatch
 
 import pytest
 from finetune_runs import manifest
+from odd_files import ROWS, some_odd_files
 
 from ssast.engine.cli.main import main
 from ssast.engine.evaluation import predict
@@ -84,3 +86,18 @@ def test_bad_files_stop_no_prediction(device, bad, finetuned, splits, tmp_path, 
         clips = manifest(tmp_path / "bad.json", paths, ["pitch0"] * 5)
         with pytest.raises(DataError, match=r"bad\.json: none of its 5 clips can be read"):
             engine.evaluate(clips)
+
+
+def test_odd_but_whole_files_are_predicted(device, finetuned, tmp_path):
+    """Headers that lie and damaged metadata cost no sound: one file of each of every kind."""
+    files, kinds = some_odd_files(), {}
+    for name, data in files.items():
+        for kind, patterns, _ in ROWS:
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                path = tmp_path / name
+                path.write_bytes(data)
+                kinds.setdefault((kind, path.suffix), path)
+                break
+    engine = FinetuneEngine.from_checkpoint(finetuned[0])
+    for found in engine.predict([str(path) for path in kinds.values()]):
+        assert found.reason is None and found.classes

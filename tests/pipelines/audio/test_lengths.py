@@ -22,6 +22,7 @@ from lengths import (
     with_size,
     without_table,
 )
+from odd_files import some_odd_files
 from prepared import prepared, rejected, samples_of
 from sounds import write
 
@@ -32,7 +33,7 @@ from ssast.pipelines.audio.encoded import read_clip
 from ssast.pipelines.audio.lengths import examine
 from ssast.pipelines.audio.parts import Span
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.prepare.check import check_data
+from ssast.pipelines.prepare.check import check_data, is_report
 from ssast.pipelines.stream.stream import AudioStream
 
 LONG = 60000  # samples: too many bytes to be read at once when a clip of 20 frames is wanted
@@ -100,7 +101,7 @@ def test_clips_for_training_are_whole(samples: int, name: str, tmp_path: Path) -
 
 def test_every_way_reads_all_of_them(tmp_path: Path) -> None:
     """Training, check and prepare: none is rejected, and the report names both lengths."""
-    folder, files = tmp_path / "in", FILES[SAMPLES]
+    folder, files = tmp_path / "in", some_odd_files()
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -115,7 +116,9 @@ def test_every_way_reads_all_of_them(tmp_path: Path) -> None:
     assert len(frames) == len(paths)
     least = int(num_frames(torch.tensor([SAMPLES - FEW]), spec))
     assert all(least <= count <= least + DELAY // 160 + 2 for count in frames)
-    assert check_data(folder, progress=False).problems == []
+    report = tmp_path / "check.jsonl"
+    found = check_data(folder, report=report, progress=False)
+    assert found.problems == []
     index = prepared(folder, tmp_path / "out", Recipe(clip_s=10.0))
     assert rejected(tmp_path / "out") == {}
     assert len(index) == len(files)
@@ -123,7 +126,11 @@ def test_every_way_reads_all_of_them(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in text.splitlines()]
     noted = {line["name"]: line for line in lines}
     expected = {n for n in files if n.split("_", 1)[1].startswith(("half", "wrapped"))}
-    assert set(noted) == expected
+    assert set(noted) == expected == {Path(note.where).name for note in found.wrong_lengths}
+    where = str(folder / "WAV_half.wav")
+    line = {"where": where, "note": "its header states 0.5 s, it holds 1 s"}
+    assert line in [json.loads(text) for text in report.read_text().splitlines()]
+    assert is_report(report)
     assert noted["WAV_half.wav"] == {"name": "WAV_half.wav", "stated_s": 0.5, "found_s": 1.0}
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["wrong_lengths"] == len(expected)
