@@ -44,7 +44,11 @@ class FileList(Sequence[FileClip]):
     @staticmethod
     def of(clips: Iterable[FileClip]) -> "FileList":
         """Return a list of these clips, in the memory of this process."""
-        chunks = [Files.of(clips)]
+        return FileList.of_chunks([Files.of(clips)])
+
+    @staticmethod
+    def of_chunks(chunks: Iterable[Files]) -> "FileList":
+        """Return a list of these clips, many at a time, in the memory of this process."""
 
         def build(writer: ArrayWriter) -> None:
             write_files(writer, chunks)

@@ -9,19 +9,17 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ssast.pipelines.audio.decode import Item, length_s
+from ssast.pipelines.audio.windows import lengths_s, window_starts
 from ssast.pipelines.clips.labels import is_name
 from ssast.pipelines.clips.manifest import audio_files
 from ssast.pipelines.datasets.tables import Dataset, Listed, lines
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import usable_cores
 
 SPLIT = "clips"
 BEGIN, END, FILE, OFFSET = "begin time (s)", "end time (s)", "begin file", "file offset (s)"
@@ -232,10 +230,8 @@ def _windows(events: Events, usable: Events, window_s: float, reading: Reading) 
     touched by events and has no label is left out: it is neither background nor an example.
     """
     paths = sorted(usable)
-    with ThreadPoolExecutor(usable_cores()) as threads:
-        lengths = list(threads.map(lambda path: length_s(Item.of(path)), paths))
     clips = []
-    for path, length in zip(paths, lengths, strict=True):
+    for path, length in zip(paths, lengths_s(paths), strict=True):
         if length is None:
             raise DataError(f"{path}: cannot be cut into windows: its length is not known")
         touching = [event for event in events[path] if event.end_s > event.begin_s]
@@ -258,20 +254,6 @@ def _windows(events: Events, usable: Events, window_s: float, reading: Reading) 
 
 def _overlap_s(event: Event, begin_s: float, end_s: float) -> float:
     return min(event.end_s, end_s) - max(event.begin_s, begin_s)
-
-
-def window_starts(length_s: float, window_s: float, hop_s: float) -> list[float]:
-    """Return the starts in s of windows; the last one ends where the recording ends.
-
-    Args:
-        length_s: Length of the recording in s; one that is shorter than a window is a window.
-        window_s: Length of a window in s.
-        hop_s: Time between the starts of two windows in s.
-    """
-    count = max(0, math.floor((length_s - window_s) / hop_s + 1e-6)) + 1
-    starts = [round(number * hop_s, 6) for number in range(count)]
-    last = round(max(0.0, length_s - window_s), 6)
-    return starts if last - starts[-1] < 1e-3 else [*starts, last]
 
 
 def _raven_rows(

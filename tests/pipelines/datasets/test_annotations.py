@@ -2,9 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from dataset_files import classes, report, silent
 from dataset_trees import audioset, text
@@ -12,7 +10,7 @@ from sounds import tone, write
 
 from ssast.engine.cli.main import main
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.datasets.annotations import Reading, window_starts
+from ssast.pipelines.datasets.annotations import Reading
 from ssast.pipelines.datasets.manifests import write_dataset
 from ssast.pipelines.errors import DataError
 
@@ -138,19 +136,6 @@ def test_windows_have_the_labels_of_their_events(source: Path, tmp_path: Path) -
         ("a.wav[0-4 s]", ("wren",)),
         ("a.wav[3-7 s]", ("robin",)),
     ]
-
-
-@pytest.mark.parametrize(
-    ("length_s", "window_s", "hop_s", "starts"),
-    [
-        (10.0, 5.0, 5.0, [0.0, 5.0]),
-        (10.0, 4.0, 4.0, [0.0, 4.0, 6.0]),
-        (1.0, 4.0, 2.0, [0.0]),
-        (0.9, 0.3, 0.1, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
-    ],
-)
-def test_window_starts(length_s: float, window_s: float, hop_s: float, starts: Any) -> None:
-    np.testing.assert_allclose(window_starts(length_s, window_s, hop_s), starts, atol=1e-6)
 
 
 @pytest.mark.parametrize(
