@@ -96,6 +96,8 @@ class Config:
         if data.mix is not None and (data.train is not None or data.sample_weights is not None):
             other = "train" if data.train is not None else "sample_weights"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
+        if data.hop_s is not None and data.window_s is None:
+            raise ConfigError("data.hop_s is between the windows of data.window_s, which is null")
         if (data.cache_gib > 0) + (data.cache_folder is not None) + data.random_crop > 1:
             raise ConfigError(
                 "data.cache_gib, data.cache_folder and data.random_crop exclude each other: one "
@@ -104,6 +106,11 @@ class Config:
         if self.finetune is not None:
             if self.train.checkpoint is not None:
                 raise ConfigError("train.checkpoint is for pretraining: set finetune.checkpoint")
+            if data.window_s is not None:
+                raise ConfigError(
+                    "data.window_s is for pretraining: ssast data prepare --clip-s cuts labelled "
+                    "recordings, ssast data manifests --window-s those with marked events"
+                )
             if data.mix is not None:
                 raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")
             if self.train.spike_factor is not None:

@@ -134,6 +134,13 @@ class Data:
     however large the two sets are. An epoch draws as many clips as all sets hold, and within a set
     each clip equally often."""
 
+    window_s: float | None = setting(None, 0.01)
+    """Pretraining: length in s of the windows that recordings are cut into, each of them a clip
+    that is read by seeking; null: a recording is one clip, of which `audio.num_frames` are read."""
+
+    hop_s: float | None = setting(None, 0.01)
+    """Time in s between the starts of two windows; null: `window_s`."""
+
     valid: str | None = None
     """Validation clips, in the same forms as `train`; null: `valid_share` of the training clips is
     held out."""

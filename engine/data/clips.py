@@ -5,8 +5,9 @@ import logging
 from ssast.engine.config import Config
 from ssast.engine.data.leakage import check_disjoint
 from ssast.engine.errors import ConfigError
-from ssast.engine.settings import Audio
+from ssast.engine.settings import Audio, Data
 from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.audio.windows import cut_into_windows
 from ssast.pipelines.clips.holdout import split_clips
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.mix import MixedClips, select
@@ -41,7 +42,7 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
             "for example data.train=/my/recordings"
         )
     names = data.mix or [str(data.train)]
-    sets = {name: read_clips(name) for name in names}
+    sets = {name: _windows(name, read_clips(name), data) for name in names}
     key = "data.train" if data.mix is None else "data.mix"
     for name, paths in sets.items():
         _report_channel(name, paths, config.audio.channel)
@@ -50,7 +51,7 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
         check_disjoint(named)
         splits = [_split(name, paths, data.valid_share) for name, paths in sets.items()]
     else:
-        valid = read_clips(data.valid)
+        valid = _windows(data.valid, read_clips(data.valid), data)
         if data.mix is None and data.valid == data.train:
             # Meant so: whether a model can learn a few clips by heart.
             log.warning("data.train and data.valid are both %s: nothing is held out", data.valid)
@@ -62,6 +63,15 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
         return train[0], held[0]
     shares = list(data.mix.values())
     return MixedClips(train, shares), MixedClips(held, shares) if data.valid is None else valid
+
+
+def _windows(name: str, paths: ClipPaths, data: Data) -> ClipPaths:
+    """Cut recordings into the windows that are set, and say how many there are."""
+    if data.window_s is None:
+        return paths
+    windows, _ = cut_into_windows(paths, data.window_s, data.hop_s)
+    log.info("%s: %d windows of %d clips", name, len(windows), len(paths))
+    return windows
 
 
 def _report_channel(name: str, paths: ClipPaths, channel: str) -> None:
