@@ -24,7 +24,13 @@ from ssast.engine.cli.options import (
     missing_metadata,
 )
 from ssast.engine.cli.plan import add_plan_commands
-from ssast.engine.cli.status import USER_ERROR, os_error_status, out_of_memory
+from ssast.engine.cli.status import (
+    CLOSED_OUTPUT,
+    USER_ERROR,
+    discard_output,
+    os_error_status,
+    out_of_memory,
+)
 from ssast.engine.config import CONFIGS
 from ssast.engine.errors import (
     CheckpointError,
@@ -63,6 +69,7 @@ EXIT_STATUS = """exit status:
   3      ssast predict, ssast embed: some files could not be read; the output covers the others
   75     a process hung or was lost, storage kept failing, memory or open files ran out, or another
          process uses the folder: run the same command again with --resume
+  141    what read the output closed it, such as head: nothing is said
   128+n  stopped by signal n (SIGINT 130, SIGTERM 143, SIGUSR1 138) after a checkpoint was saved:
          run the same command again with --resume
 """
@@ -85,6 +92,21 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
+    try:
+        try:
+            return _run(arguments)
+        finally:  # at the end of Python an error would be a traceback; help ends by SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        status = os_error_status(error)
+        if status != CLOSED_OUTPUT:
+            print_error(f"ssast: error: {printable(error)}")
+        discard_output()
+        return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse stops collecting overrides at an option: pretrain demo --resume train.steps=9
@@ -108,9 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError, TrainingError, ReportError) as error:
         print_error(f"ssast: error: {printable(error)}")
         return USER_ERROR
-    except OSError as error:
-        print_error(f"ssast: error: {printable(error)}")
-        return os_error_status(error)
     except (MemoryError, RuntimeError) as error:
         lack = out_of_memory(error)
         if lack is None:

@@ -2,12 +2,16 @@
 
 import errno
 import os
+import select
+import signal
 import sys
+from typing import TextIO
 
 from ssast.pipelines.clips.retry import TRANSIENT
 
 USER_ERROR = 2
 SOME_UNREADABLE = 3
+CLOSED_OUTPUT = 128 + signal.SIGPIPE
 
 FILES_STATUS = (
     "exit status: 0 if all files could be read, 3 if only some could (the output covers these), "
@@ -25,9 +29,42 @@ def files_status(num_read: int, total: int) -> int:
 
 
 def os_error_status(error: OSError) -> int:
-    """Return the exit status for an error of the system that nothing else has handled."""
+    """Return the exit status for an error of the system that nothing else has handled.
+
+    That of SIGPIPE where nobody reads the output any more. The signal itself stays ignored: it
+    would end a training run at any closed socket.
+    """
+    if error.errno == errno.EPIPE and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+        return CLOSED_OUTPUT
     passing = TRANSIENT - {errno.EPIPE} | {errno.ENOMEM}  # a closed pipe will not open again
     return os.EX_TEMPFAIL if error.errno in passing else USER_ERROR
+
+
+def discard_output() -> None:
+    """Drop what is buffered for a standard output that cannot be written.
+
+    Python would try again when it ends, and print a traceback.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _is_closed(stream: TextIO | None) -> bool:
+    """Return whether a stream is a pipe that nobody reads."""
+    try:
+        descriptor = -1 if stream is None else stream.fileno()
+    except (OSError, ValueError):  # a stream of Python's alone, or closed
+        return False
+    if descriptor < 0:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def out_of_memory(error: Exception) -> tuple[str, int] | None:

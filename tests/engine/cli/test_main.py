@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from runs import call
+from runs import call, command, environment
 
 from ssast.engine.cli.main import main
 from ssast.kernels.attention import Backend
@@ -67,6 +67,37 @@ def test_what_the_machine_lacks_is_one_line(error, status, text, capsys, monkeyp
     assert ended.value.code == status
     said = capsys.readouterr().err
     assert text in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [["weights"], ["--help"]])
+def test_a_closed_pipe_ends_a_command_quietly(arguments, buffered):
+    """As ``| head`` does; Python's own end would print a traceback and have status 120."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    unbuffered = {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        command(*arguments),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={k: v for k, v in environment().items() if k != "PYTHONUNBUFFERED"} | unbuffered,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    # argparse ignores that nobody reads its help
+    expected = 0 if arguments == ["--help"] and not buffered else 141
+    assert (done.stderr, done.returncode) == ("", expected)
+
+
+def test_a_full_disk_at_the_end_of_a_command_is_one_line():
+    env = {k: v for k, v in environment().items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("weights"), stdout=full, stderr=subprocess.PIPE, env=env, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "ssast: error: [Errno 28] No space left on device\n"
 
 
 def test_other_errors_of_a_program_keep_their_traceback(monkeypatch):
