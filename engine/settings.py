@@ -125,8 +125,24 @@ class Data:
     """Data sets, and how clips are read."""
 
     train: str | None = None
-    """Training clips: a manifest (JSON or CSV), a folder of audio files or of prepared shards, or
-    the URL of such shards."""
+    """Training clips: a manifest (CSV, TSV, JSON, JSON Lines, Parquet, a list of paths), a folder
+    of audio files or of prepared shards, or the URL of such shards."""
+
+    columns: Mapping[str, str] | None = None
+    """Columns of manifests by what they hold, such as `{wav: clip, labels: species}`, also `begin`,
+    `end` and `duration`; `""`: not used. Columns without names are `"1"`, `"2"`, ...; null: told by
+    the names in use."""
+
+    label_separator: str | None = None
+    """What separates several labels in the text of a manifest, such as `;`. null: a comma in the
+    published JSON, nothing elsewhere."""
+
+    delimiter: str | None = None
+    """What separates the columns of a manifest: `,`, `;`, `tab`, ...; null: found out."""
+
+    encoding: str | None = None
+    """Encoding of the text of manifests, such as `cp1252`; null: UTF-8 or what a byte order mark
+    says, and Western European (cp1252) for what is no UTF-8."""
 
     mix: Mapping[str, float] | None = setting(None, 1e-9, 1e9)
     """A mixture of data sets instead of `train`: each data set with its sampling weight, such as

@@ -40,6 +40,7 @@ YAML_BYTES, YAML_DEPTH = 2**20, 50  # of a configuration
 YAML_NODES = 10_000  # values; an alias counts with all that it stands for
 YAML_WORD = 10_000  # characters without quotes: a number may take the square of its length
 
+SCANNED_BYTES = 2**20  # of a table at once, to find its encoding
 SHOWN = 200  # characters of a value in a message
 
 _shown = reprlib.Repr()
@@ -74,15 +75,54 @@ def read_text(path: Path, most_bytes: float = float("inf")) -> str:
     return text
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Read the lines of a text file, with any line ends, without holding all of it.
+def legacy_encoding(path: Path) -> str | None:
+    """Return the codec of text that is no Unicode, as old spreadsheets write it.
+
+    It is cp1252, or Latin-1 where that has no such byte; None for a byte order mark, for UTF-8, and
+    for what holds NUL characters, which is no text or UTF-16 without a mark.
 
     Raises:
-        DataError: See :func:`read_text`.
         OSError: It cannot be read.
     """
     with open_regular(path) as file:
-        codec, _ = _encoding(file.read(4))
+        data = file.read(SCANNED_BYTES)
+        if _encoding(data)[1]:
+            return None
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            while data:
+                decoder.decode(data)
+                data = file.read(SCANNED_BYTES)
+            decoder.decode(b"", final=True)
+            return None
+        except UnicodeDecodeError:
+            file.seek(0)
+        codec = "cp1252"
+        while data := file.read(SCANNED_BYTES):
+            if b"\0" in data:
+                return None
+            try:
+                data.decode("cp1252")
+            except UnicodeDecodeError:
+                codec = "latin-1"
+    return codec
+
+
+def read_lines(path: Path, codec: str | None = None) -> Iterator[str]:
+    """Read the lines of a text file, with any line ends, without holding all of it.
+
+    Args:
+        path: The file.
+        codec: Encoding of the text; None: UTF-8, or what its byte order mark says.
+
+    Raises:
+        DataError: See :func:`read_text`; or it is not text of this encoding.
+        OSError: It cannot be read.
+    """
+    given = codec
+    if codec is None:
+        with open_regular(path) as file:
+            codec, _ = _encoding(file.read(4))
     try:
         raw = io.BufferedReader(open_regular(path))
         with io.TextIOWrapper(raw, encoding=codec, newline="") as lines:
@@ -92,10 +132,19 @@ def read_lines(path: Path) -> Iterator[str]:
                 yield line
             else:
                 return
-    except UnicodeDecodeError:
-        pass
+    except UnicodeError as error:
+        if given is not None:
+            raise DataError(f"{path}: not {given} text: {error!s:.100}") from error
+    if given is not None:
+        raise DataError(f"{path}: a NUL character, expected {given} text")
     read_text(path)  # says what is wrong
     raise DataError(f"{path}: was changed while it was read")
+
+
+def marked_encoding(data: bytes) -> str | None:
+    """Return the codec that a byte order mark at the beginning of a file states."""
+    codec, name = _encoding(data)
+    return codec if name else None
 
 
 def _encoding(data: bytes) -> tuple[str, str]:
@@ -208,7 +257,9 @@ def csv_rows(
             if "unexpected end" in reason or "field limit" in reason:
                 reason = "a quote that begins here is not closed"
             elif "expected after" in reason:
-                reason = "expected a comma after a closing quote (a quote in a cell is doubled)"
+                mark = settings.get("delimiter", ",")
+                name = {",": "a comma", "\t": "a tab"}.get(mark, repr(mark))
+                reason = f"expected {name} after a closing quote (a quote in a cell is doubled)"
             raise DataError(f"{source}: line {line}: not CSV: {reason}") from error
         if len(cells) > 1 or (cells and cells[0].strip()):
             yield line, cells

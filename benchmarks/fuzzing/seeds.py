@@ -50,6 +50,15 @@ def within(write: Callable[[Path], object]) -> Files:
         return tree(Path(name), write)
 
 
+def _parquet() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(pa.table({"path": ["a.wav", "b.wav"], "labels": [["x"], ["y", "z"]]}), file)
+    return file.getvalue()
+
+
 def manifests() -> list[Files]:
     """Return lists of clips in each form, with and without labels."""
     published = {"data": [{"wav": f"{k}.wav", "labels": "dog,cat"} for k in range(4)]}
@@ -64,6 +73,13 @@ def manifests() -> list[Files]:
         {"clips.csv": csv.encode()},
         {"clips.csv": names.encode("utf-16")},
         {"labels.csv": TABLE},
+        {"clips.tsv": b'path\tsentence\tcategory\na.wav\t"A," b\tdog\nb.wav\tc\tcat\n'},
+        {"clips.csv": b"sep=;\nfile;class\n~/a.wav;Dog, big\n$HOME/b.wav;\xe9\n"},
+        {"clips.json": json.dumps(["a.wav", {"file": "b.wav", "target": 3}]).encode()},
+        {"clips.jsonl": b'{"audio_filepath": "a.wav", "label": ["x", 2]}\n' * 3},
+        {"clips.txt": b"a.wav\nfile:///b%20c.wav\n"},
+        {"wav.scp": b"utt1 a.wav\nutt2 /b/c.flac\n"},
+        {"clips.parquet": _parquet()},
     ]
 
 

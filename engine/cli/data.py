@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ssast.engine.cli.options import add_table_format, table_format
 from ssast.pipelines.text import printable
 
 SHOWN = 10  # problems that are printed
@@ -91,7 +92,7 @@ def _add_prepare(kinds: Any) -> None:
     command.add_argument(
         "source",
         metavar="SRC",
-        help="a folder (or its URL), a .json or .csv manifest, a plain .tar",
+        help="a folder (or its URL), a manifest (CSV, JSON, ...), a plain .tar",
     )
     command.add_argument("out", metavar="OUT", help="folder for the shards, or its URL (s3://...)")
     _add_channel(command)
@@ -112,6 +113,7 @@ def _add_prepare(kinds: Any) -> None:
         "--drop-duplicates", action="store_true", help="each sequence of samples once"
     )
     command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
+    add_table_format(command)
     command.set_defaults(run=_prepare)
 
 
@@ -138,6 +140,7 @@ def _add_check(kinds: Any) -> None:
     )
     command.add_argument("--report", type=Path, metavar="FILE", help="all problems, lines of JSON")
     command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
+    add_table_format(command)
     command.set_defaults(run=_check)
 
 
@@ -173,6 +176,7 @@ def _add_stats(kinds: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the order of the clips (0)")
     command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
     command.add_argument("--out", type=Path, metavar="DIR", help="gets stats.json and stats.png")
+    add_table_format(command, labels=False)
     command.set_defaults(run=_stats)
 
 
@@ -205,7 +209,8 @@ def _prepare(options: argparse.Namespace) -> int:
         clip_s=options.clip_s, min_s=options.min_s, hop_s=options.hop_s, channel=options.channel
     )
     packing = Packing(recipe, options.codec, options.shard_mib, options.drop_duplicates)
-    prepare_shards(options.source, options.out, packing, jobs=options.jobs)
+    table = table_format(options)
+    prepare_shards(options.source, options.out, packing, table=table, jobs=options.jobs)
     return 0
 
 
@@ -216,7 +221,11 @@ def _check(options: argparse.Namespace) -> int:
     if options.report is not None and not is_report(options.report):
         check_new([options.report], [options.path, *filter(None, [options.labels])])
     found = check_data(
-        options.path, classes=options.labels, report=options.report, jobs=options.jobs
+        options.path,
+        classes=options.labels,
+        table=table_format(options),
+        report=options.report,
+        jobs=options.jobs,
     )
     labels = f", {len(found.labels)} labels" if found.labels else ""
     print(
@@ -249,6 +258,7 @@ def _stats(options: argparse.Namespace) -> int:
         raise DataError(str(error)) from error
     stats = measure(
         options.path,
+        table=table_format(options),
         spec=spec,
         padding=not options.no_padding,
         share=options.share,

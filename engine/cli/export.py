@@ -9,8 +9,10 @@ from ssast.engine.cli.options import (
     NAMED,
     add_missing_metadata,
     add_quiet,
+    add_table_format,
     add_weights,
     missing_metadata,
+    table_format,
 )
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.files import cache_folder, check_new
@@ -71,6 +73,7 @@ def add_export_commands(commands: Any) -> None:
         "--batch-size", type=int, default=16, metavar="N", help="clips per batch (default: 16)"
     )
     add_quiet(command)
+    add_table_format(command, labels=False)
     command.set_defaults(run=_embed)
 
 
@@ -207,6 +210,7 @@ def _embed(options: argparse.Namespace) -> int:
         options.out,
         level=options.level,
         batch_size=options.batch_size,
+        table=table_format(options),
         progress=not options.quiet,
     )
     empty = "null" if embedded.listing == embedded.path else "NaN"

@@ -15,8 +15,10 @@ from ssast.engine.cli.options import (
     add_missing_metadata,
     add_quiet,
     add_resume,
+    add_table_format,
     add_weights,
     missing_metadata,
+    table_format,
 )
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.files import check_new
@@ -83,6 +85,7 @@ def add_finetune_commands(commands: Any) -> None:
         metavar="SHARE",
         help="largest share of unreadable clips (default: data.max_rejected of the run)",
     )
+    add_table_format(command)
     command.set_defaults(run=_evaluate)
 
     command = commands.add_parser(
@@ -112,6 +115,7 @@ def add_finetune_commands(commands: Any) -> None:
     long.add_argument(
         "--out", type=Path, metavar="DIR", help="write windows.jsonl and a plot of each recording"
     )
+    add_table_format(command, labels=False)
     command.set_defaults(run=_predict)
 
 
@@ -163,7 +167,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     metadata = missing_metadata(options)
     loaded = open_classifier(options.checkpoint, metadata, options.weights, named=True)
     values = evaluate(
-        loaded, options.manifest, options.out, options.max_rejected, progress=not options.quiet
+        loaded,
+        options.manifest,
+        options.out,
+        options.max_rejected,
+        table=table_format(options),
+        progress=not options.quiet,
     )
     scored, total = (int(values.pop(name)) for name in COUNTS)
     print(f"{'clips':10}{scored} of {total}")
@@ -184,6 +193,7 @@ def _probe(options: argparse.Namespace) -> int:
         Path(options.manifest),
         options.train,
         options.max_rejected,
+        table=table_format(options),
         progress=not options.quiet,
     )
     print(format_scores(scores))
@@ -202,7 +212,8 @@ def _predict(options: argparse.Namespace) -> int:
     loaded = open_classifier(options.checkpoint, missing_metadata(options), options.weights)
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)
-    predictions = predict(loaded, options.sources, options.top, progress=not options.quiet)
+    table, progress = table_format(options), not options.quiet
+    predictions = predict(loaded, options.sources, options.top, table=table, progress=progress)
     for found in predictions:
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
@@ -219,8 +230,8 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
     num_read = total = 0
     # Where the lines come on a terminal, they are the progress.
     progress = not options.quiet and not sys.stdout.isatty()
-    seconds = options.window_s, options.hop_s
-    for timeline in timelines(loaded, options.sources, *seconds, progress=progress):
+    seconds, table = (options.window_s, options.hop_s), table_format(options)
+    for timeline in timelines(loaded, options.sources, *seconds, table=table, progress=progress):
         for line in timeline.lines(options.top):
             if options.json:
                 print(json.dumps(line))

@@ -31,6 +31,46 @@ def add_quiet(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_table_format(command: argparse.ArgumentParser, *, labels: bool = True) -> None:
+    """Add what can be set of the format of manifests.
+
+    Args:
+        command: The command.
+        labels: Whether it reads labels.
+    """
+    group = command.add_argument_group("format of a manifest, where it is not told by itself")
+    group.add_argument(
+        "--columns",
+        metavar="ROLE=NAME,...",
+        help="as data.columns: wav=clip,labels=species" if labels else "as data.columns: wav=clip",
+    )
+    if labels:
+        group.add_argument(
+            "--label-separator", metavar="TEXT", help="between labels, as data.label_separator"
+        )
+    group.add_argument("--delimiter", metavar="CHAR", help="between columns; tab for a tab")
+    group.add_argument("--encoding", metavar="NAME", help="of its text, such as cp1252")
+
+
+def table_format(options: argparse.Namespace) -> Any:
+    """Return what these options set.
+
+    Raises:
+        DataError: A value cannot be.
+    """
+    from ssast.pipelines.clips.columns import TableFormat
+    from ssast.pipelines.errors import DataError
+
+    columns = {}
+    for pair in options.columns.split(",") if options.columns else ():
+        role, equals, name = pair.partition("=")
+        if not equals:
+            raise DataError(f"--columns: expected ROLE=NAME,..., found {options.columns!r}")
+        columns[role.strip()] = name.strip()
+    separator = getattr(options, "label_separator", None)
+    return TableFormat(columns, separator, options.delimiter, options.encoding)
+
+
 def add_resume(command: argparse.ArgumentParser) -> None:
     """Add ``--resume``."""
     command.add_argument(

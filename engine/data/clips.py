@@ -8,6 +8,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.settings import Audio, Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.windows import cut_into_windows
+from ssast.pipelines.clips.columns import TableFormat
 from ssast.pipelines.clips.holdout import split_clips
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.mix import MixedClips, select
@@ -28,6 +29,18 @@ def fbank_spec(audio: Audio) -> FbankSpec:
     )
 
 
+def table_format(data: Data) -> TableFormat:
+    """Return what a configuration sets of the format of manifests.
+
+    Raises:
+        ConfigError: A value cannot be.
+    """
+    try:
+        return TableFormat(data.columns or {}, data.label_separator, data.delimiter, data.encoding)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
 def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
     """Find the training and the held-out clips; each data set of a mix holds out its own.
 
@@ -42,7 +55,8 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
             "for example data.train=/my/recordings"
         )
     names = data.mix or [str(data.train)]
-    sets = {name: _windows(name, read_clips(name), data) for name in names}
+    table = table_format(data)
+    sets = {name: _windows(name, read_clips(name, table), data) for name in names}
     key = "data.train" if data.mix is None else "data.mix"
     for name, paths in sets.items():
         _report_channel(name, paths, config.audio.channel)
@@ -51,7 +65,7 @@ def find_clips(config: Config) -> tuple[ClipPaths, ClipPaths]:
         check_disjoint(named)
         splits = [_split(name, paths, data.valid_share) for name, paths in sets.items()]
     else:
-        valid = _windows(data.valid, read_clips(data.valid), data)
+        valid = _windows(data.valid, read_clips(data.valid, table), data)
         if data.mix is None and data.valid == data.train:
             # Meant so: whether a model can learn a few clips by heart.
             log.warning("data.train and data.valid are both %s: nothing is held out", data.valid)

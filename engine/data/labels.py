@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.mix import select
 from ssast.pipelines.clips.shards import ClipPaths
@@ -97,8 +98,13 @@ def targets_of(table: Tensor, rows: Tensor, num_classes: int) -> Tensor:
     return targets.scatter_(1, table[rows], 1.0)[:, :num_classes]
 
 
-def find_classes(train: str, labels_csv: str | None) -> tuple[str, ...]:
+def find_classes(train: str, labels_csv: str | None, table: TableFormat = PLAIN) -> tuple[str, ...]:
     """Return the classes in their order: of the table, or the sorted labels of the training clips.
+
+    Args:
+        train: The training clips.
+        labels_csv: The table of the classes, if there is one.
+        table: What is set of the format of manifests.
 
     Raises:
         DataError: The table or the manifest is wrong, or there are fewer than two classes.
@@ -106,9 +112,12 @@ def find_classes(train: str, labels_csv: str | None) -> tuple[str, ...]:
     if labels_csv is not None:
         names = tuple(class_table(Path(labels_csv)))
     else:
-        labels = read_manifest(train).labels
+        labels = read_manifest(train, table=table).labels
         if labels is None:
-            raise DataError(f"{train}: has no labels, fine-tuning needs them")
+            raise DataError(
+                f"{train}: has no labels, fine-tuning needs them; data.columns={{labels: NAME}} "
+                "names their column"
+            )
         names = tuple(sorted({name for clip in labels for name in clip}))
     if len(names) < 2:
         raise DataError(f"{labels_csv or train}: expected two classes or more, found {len(names)}")
@@ -129,20 +138,23 @@ def class_names(classes: Sequence[str], table: str | Path | None) -> tuple[str, 
     return names if len(set(names)) == len(names) else tuple(classes)
 
 
-def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> LabelledClips:
+def read_labelled(
+    path: str, classes: Sequence[str], *, one_label: bool, table: TableFormat = PLAIN
+) -> LabelledClips:
     """Read the clips of a manifest with the numbers of their classes.
 
     Args:
         path: Path of the manifest.
         classes: Names of the classes, in their order.
         one_label: Require exactly one label of each clip.
+        table: What is set of the format of manifests.
 
     Raises:
         DataError: The manifest is wrong or has no labels, a label is unknown, or a clip has not
             exactly one where one is required.
     """
     numbers = {name: number for number, name in enumerate(classes)}
-    manifest = read_manifest(path, numbers)
+    manifest = read_manifest(path, numbers, table)
     if manifest.labels is None:
         raise DataError(f"{path}: has no labels, expected some of {len(classes)} classes")
     indices: list[int] = []
@@ -163,6 +175,13 @@ def read_labelled(path: str, classes: Sequence[str], *, one_label: bool) -> Labe
             if name not in numbers:
                 near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
+                marks = [
+                    m
+                    for m in ",;|"
+                    if m in name and all(part.strip() in numbers for part in name.split(m))
+                ]
+                if marks:
+                    hint = f"; several labels? data.label_separator='{marks[0]}' reads them"
                 raise DataError(
                     f"{path}: {clip}: unknown label {name!r}, expected one of the "
                     f"{len(classes)} classes{hint}"

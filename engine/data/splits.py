@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssast.engine.config import Config, finetune_settings
+from ssast.engine.data.clips import table_format
 from ssast.engine.data.labels import (
     LabelledClips,
     class_names,
@@ -79,21 +80,22 @@ def find_splits(
             "data.train is not set: give a manifest with labels, for example data.train=train.json"
         )
     _check_settings(config)
-    classes = find_classes(config.data.train, settings.labels)
+    table = table_format(config.data)
+    classes = find_classes(config.data.train, settings.labels, table)
     if num_classes is not None and num_classes != len(classes):
         raise ConfigError(
             f"num_classes is {num_classes}, but {settings.labels or config.data.train} has "
             f"{len(classes)} classes"
         )
     one_label = settings.loss == "ce"
-    train = read_labelled(config.data.train, classes, one_label=one_label)
+    train = read_labelled(config.data.train, classes, one_label=one_label, table=table)
     if config.data.valid is not None:
-        valid = read_labelled(config.data.valid, classes, one_label=one_label)
+        valid = read_labelled(config.data.valid, classes, one_label=one_label, table=table)
     else:
         train, valid = _split(train, config.data.valid_share)
     test = None
     if settings.test is not None:
-        test = read_labelled(settings.test, classes, one_label=one_label)
+        test = read_labelled(settings.test, classes, one_label=one_label, table=table)
     warn_of_empty_classes(train)
     weights = class_weights(settings.class_weights, train)
     splits = {"data.train": train, "data.valid": valid}

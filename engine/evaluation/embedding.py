@@ -14,9 +14,11 @@ from ssast.engine.evaluation.predict import default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
+from ssast.pipelines.clips.tables import is_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import check_new, replacing
 from ssast.pipelines.text import NAME_BYTES
@@ -118,6 +120,7 @@ def embed_recordings(
     *,
     level: Level = "clip",
     batch_size: int = 16,
+    table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> WrittenEmbeddings:
     """Write the embeddings of recordings.
@@ -132,6 +135,7 @@ def embed_recordings(
             holds all of that; see :class:`ParquetWriter`.
         level: ``clip`` or ``frame``.
         batch_size: Clips at once.
+        table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -144,7 +148,7 @@ def embed_recordings(
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
     listing = out.with_suffix(".csv") if out.suffix == ".npy" else out
     check_new([out, listing], [source])
-    paths = _paths(source)
+    paths = _paths(source, table)
     device = default_device()
     encoder = loaded.encoder.to(device).eval()
     columns = encoder.embed.grid[1]
@@ -200,8 +204,8 @@ def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
         writer.writerows((i, p, n) for i, (p, n) in enumerate(zip(paths, counts, strict=True)))
 
 
-def _paths(source: str | Path) -> ClipPaths:
+def _paths(source: str | Path, table: TableFormat) -> ClipPaths:
     path = as_path(source)
-    if path.is_file() and path.suffix.lower() not in (".json", ".csv"):
+    if path.is_file() and not is_table(path):
         return (str(path),)
-    return read_clips(path)
+    return read_clips(path, table)

@@ -11,6 +11,7 @@ from ssast.engine.evaluation.metrics import classification_metrics, clip_counts
 from ssast.engine.evaluation.predict import default_device, score_clips
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.registry import METRICS
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 
 NUM_LOGGED = 5  # reasons why clips could not be read
 
@@ -23,6 +24,7 @@ def evaluate(
     out: Path | None = None,
     max_rejected: float | None = None,
     *,
+    table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> dict[str, float]:
     """Compute the metrics of a classifier on the clips of a manifest.
@@ -33,6 +35,7 @@ def evaluate(
         out: Folder for predictions and figures; none are written if None.
         max_rejected: Largest share of clips that may be unreadable; ``data.max_rejected`` of the
             model's run if None. They are left out of the metrics, and logged.
+        table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Returns:
@@ -47,7 +50,7 @@ def evaluate(
             of its clips cannot be read.
     """
     loaded = as_classifier(model)
-    clips = read_labelled(str(manifest), loaded.classes, one_label=loaded.loss == "ce")
+    clips = read_labelled(str(manifest), loaded.classes, one_label=loaded.loss == "ce", table=table)
     logits, reasons = score_clips(loaded, clips.paths, default_device(), progress)
     read = np.array([row not in reasons for row in range(len(clips))])
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected

@@ -14,8 +14,10 @@ from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.settings import Audio
 from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
+from ssast.pipelines.clips.tables import is_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -42,6 +44,7 @@ def predict(
     sources: Sequence[str | Path],
     top: int = 5,
     *,
+    table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> list[Prediction]:
     """Predict the classes of files, of all files in folders, or of the clips of manifests.
@@ -53,6 +56,7 @@ def predict(
         model: A fine-tuned classifier, or the path of one.
         sources: Audio files, folders, manifests.
         top: Number of classes for each clip.
+        table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -62,7 +66,7 @@ def predict(
         DataError: A folder or a manifest is wrong.
     """
     loaded = as_classifier(model)
-    paths = find_files(sources)
+    paths = find_files(sources, table)
     logits, reasons = score_clips(loaded, paths, default_device(), progress)
     scores = probabilities(logits, loaded.loss)
     return [
@@ -78,7 +82,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def find_files(sources: Sequence[str | Path]) -> list[Any]:
+def find_files(sources: Sequence[str | Path], table: TableFormat = PLAIN) -> list[Any]:
     """List the clips of sources: files as they are, folders and manifests by their clips.
 
     A folder may be a URL, if it was prepared.
@@ -89,8 +93,8 @@ def find_files(sources: Sequence[str | Path]) -> list[Any]:
     paths: list[Any] = []
     for source in sources:
         path = as_path(source)
-        if path.is_dir() or path.suffix.lower() in (".json", ".csv"):
-            paths += list(read_clips(path))
+        if path.is_dir() or is_table(path):
+            paths += list(read_clips(path, table))
         else:
             paths.append(str(source))
     if not paths:

@@ -34,6 +34,7 @@ from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import build_objective
 from ssast.engine.settings import Audio, Data
 from ssast.kernels.matmul import fast_matmul
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.holdout import assign_folds, recordings_of
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
@@ -117,6 +118,7 @@ def probe(
     audio: Audio,
     device: torch.device,
     max_rejected: float = Data().max_rejected,
+    table: TableFormat = PLAIN,
     progress: bool = False,
 ) -> list[Score]:
     """Score each encoder on each task.
@@ -130,6 +132,7 @@ def probe(
         device: Device of the encoders.
         max_rejected: Largest share of the clips of a manifest that may be unreadable; they are
             left out.
+        table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -138,7 +141,8 @@ def probe(
             are made.
     """
     labels = {
-        task: [_labels(path) for path in pair if path is not None] for task, pair in tasks.items()
+        task: [_labels(path, table) for path in pair if path is not None]
+        for task, pair in tasks.items()
     }
     # Tasks share clips: each is encoded once.
     paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
@@ -249,6 +253,7 @@ def probe_model(
     manifest: Path,
     train: Path | None = None,
     max_rejected: float | None = None,
+    table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> list[Score]:
     """Score the encoder of any model on labelled clips, and an untrained one like it.
@@ -258,6 +263,7 @@ def probe_model(
         manifest: Manifest of clips with one label each.
         train: Manifest of clips to train on; cross-validation if None, see :func:`probe`.
         max_rejected: See :func:`probe`; ``data.max_rejected`` of the model's run if None.
+        table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -270,7 +276,7 @@ def probe_model(
     device = default_device()
     encoders = {"untrained": fresh, "checkpoint": trained}
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
-    return probe(encoders, tasks, loaded.audio, device, share, progress)
+    return probe(encoders, tasks, loaded.audio, device, share, table, progress)
 
 
 def probe_run(
@@ -320,9 +326,9 @@ def format_scores(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _labels(path: Path) -> dict[ClipPath, tuple[str, int]]:
+def _labels(path: Path, table: TableFormat) -> dict[ClipPath, tuple[str, int]]:
     """The one label and the recording of each clip of a manifest."""
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, table=table)
     if manifest.labels is None:
         raise DataError(f"{path}: has no labels, a probe needs them")
     for clip, names in zip(manifest.paths, manifest.labels, strict=True):

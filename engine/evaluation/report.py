@@ -87,7 +87,7 @@ def write_predictions(
         writer.writerow(header)
         for entry, row, truth in zip(entries, scores, truths, strict=True):
             line = [str(entry.get(name, "")) for name in names]
-            line.append(format_labels(truth, classes))
+            line.append(format_labels(truth, classes, None))
             for name, probability in top_classes(row, classes, count):
                 line += [name, f"{probability:.4f}"]
             writer.writerow(line)
@@ -102,7 +102,7 @@ def read_predictions(path: Path) -> list[tuple[str, str]]:
     found = []
     with path.open(encoding="utf-8", errors=NAME_BYTES, newline="") as file:
         for row in csv.DictReader(file):
-            (label,) = parse_labels(row["labels"])
+            (label,) = parse_labels(row["labels"], separator=None)
             found.append((label, row["class1"]))
     return found
 

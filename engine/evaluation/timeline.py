@@ -19,6 +19,7 @@ from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows
 from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.errors import UnusableError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.text import json_line
@@ -121,6 +122,7 @@ def timelines(
     window_s: float | None = None,
     hop_s: float | None = None,
     *,
+    table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> Iterator[Timeline]:
     """Classify recordings of any length window by window, one recording after the other.
@@ -130,6 +132,7 @@ def timelines(
         sources: Audio files, folders, manifests.
         window_s: Length of a window in seconds; that of the model's input if None.
         hop_s: Seconds from one window to the next; half a window if None.
+        table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -139,7 +142,7 @@ def timelines(
     """
     loaded = as_classifier(model)
     cutting = Windows.from_seconds(fbank_spec(loaded.audio), window_s, hop_s)
-    paths = find_files(sources)
+    paths = find_files(sources, table)
     tracked = with_progress(paths, len(paths), "predict", progress, lambda _: 1)
     return (timeline(loaded, path, cutting, default_device()) for path in tracked)
 

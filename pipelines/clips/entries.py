@@ -1,27 +1,30 @@
-"""The entries of JSON and CSV manifests, many at a time, without holding a whole file in memory."""
+"""The entries of JSON and JSON Lines, many at a time, without holding a whole file in memory."""
 
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ssast.pipelines.clips.segment import TIME_KEYS
+from ssast.pipelines.clips.columns import PATH_KEYS, Columns
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
-from ssast.pipelines.text import csv_rows, parse_json, read_lines, read_text, shown
+from ssast.pipelines.text import parse_json, read_lines, read_text, shown
 
-PATH_KEYS = ("wav", "path")
 PREPARED_KEY, CLIP_KEY = "prepared", "clip"
-LABEL_KEYS = ("labels", "label")  # several with commas between them, or one
 BLOCK_BYTES, BLOCK_ROWS = 2**18, 2**10
 HEAD = re.compile(
-    rb'\s*\{\s*(?:"%s"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*)?"data"\s*:\s*\[' % PREPARED_KEY.encode()
+    rb'\s*(?:(\{)\s*(?:"%s"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*)?"data"\s*:\s*)?\['
+    % PREPARED_KEY.encode()
 )
-TAIL = re.compile(rb"\}\s*\]\s*\}\s*\Z")  # of the last entry, of the list, of the file
+TAILS = {  # of the last entry, of the list, of the file
+    True: re.compile(rb"\}\s*\]\s*\}\s*\Z"),
+    False: re.compile(rb"\}\s*\]\s*\Z"),
+}
+LINE_BYTES = 2**20  # of a first line that tells JSON Lines from JSON
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,42 @@ class Entries:
         return f"{self.unit} {self.numbers[row]}"
 
 
-def json_entries(path: Path) -> tuple[dict[str, Any], Iterator[Entries]]:
-    """Read ``{"data": [...], ...}``; the entries are ``entry 0``, ``entry 1``, ...
+@dataclass(frozen=True)
+class Table:
+    """A table of clips that has been opened.
+
+    Attributes:
+        columns: Its columns.
+        entries: Its rows, to be read once.
+        form: Name of its format.
+        published: Whether it is the published JSON, where commas separate labels.
+        besides: What a JSON file holds besides the list.
+        guessed: Whether its columns are told by what is in them.
+        root: Folder that paths are relative to; None: that of the table.
+    """
+
+    columns: Columns
+    entries: Iterator[Entries]
+    form: str
+    published: bool = False
+    besides: dict[str, Any] = field(default_factory=dict)
+    guessed: bool = False
+    root: str | None = None
+
+    def is_plain(self) -> bool:
+        """Return whether its columns have the usual names and all of them are read."""
+        names = {self.columns.wav, self.columns.labels}
+        usual = names <= {"wav", "path", CLIP_KEY, "labels", "label", None}
+        return usual and not self.columns.unused and not self.guessed
+
+
+def json_entries(path: Path) -> tuple[dict[str, Any] | None, Iterator[Entries]]:
+    """Read ``{"data": [...], ...}`` or a bare list; the entries are ``entry 0``, ``entry 1``, ...
+
+    The entries of a bare list may be paths alone.
 
     Returns:
-        What there is besides ``data``, and the entries.
+        What there is besides ``data``, None of a bare list; and the entries.
 
     Raises:
         DataError: Not JSON, not of this form, or (while iterating) an entry is not an object.
@@ -55,17 +89,26 @@ def json_entries(path: Path) -> tuple[dict[str, Any], Iterator[Entries]]:
     """
     head = _head(path)
     if head is None:
-        besides = json_content(path)
-        blocks = _parts(besides.pop("data"))
+        content = json_content(path)
+        if isinstance(content, list):
+            besides, blocks = None, _parts(content)
+        else:
+            besides, blocks = content, _parts(content.pop("data"))
     else:
         besides, start = head
-        blocks = _blocks(path, start)
-    return besides, _numbered(path, blocks, CLIP_KEY if PREPARED_KEY in besides else PATH_KEYS[0])
+        blocks = _blocks(path, start, besides is not None)
+    return besides, _numbered(path, blocks, besides)
 
 
-def _numbered(path: Path, blocks: Iterable[list[Any]], key: str) -> Iterator[Entries]:
+def _numbered(
+    path: Path, blocks: Iterable[list[Any]], besides: dict[str, Any] | None
+) -> Iterator[Entries]:
+    key = CLIP_KEY if besides is not None and PREPARED_KEY in besides else "wav"
     done = 0
-    for entries in blocks:
+    for block in blocks:
+        entries = block
+        if besides is None and any(isinstance(entry, str) for entry in block):
+            entries = [{key: entry} if isinstance(entry, str) else entry for entry in block]
         for number, entry in enumerate(entries, done):
             if not isinstance(entry, dict):
                 raise DataError(
@@ -75,20 +118,70 @@ def _numbered(path: Path, blocks: Iterable[list[Any]], key: str) -> Iterator[Ent
         done += len(entries)
 
 
-def _head(path: Path) -> tuple[dict[str, Any], int] | None:
+def are_json_lines(path: Path) -> bool:
+    """Return whether the first line is an entry of its own, as NeMo writes its manifests.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        line = file.read(LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
+    if not line.startswith(b"{"):
+        return False
+    try:
+        first = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(first, dict) and (
+        "data" not in first or not first.keys().isdisjoint(PATH_KEYS)
+    )
+
+
+def json_lines(path: Path, codec: str | None = None) -> Iterator[Entries]:
+    """Read an object in each line; the entries are ``line 1``, ``line 2``, ...
+
+    Raises:
+        DataError: A line is no object of JSON.
+        OSError: It cannot be read.
+    """
+    lines = ((n, line) for n, line in enumerate(read_lines(path, codec), 1) if line.strip())
+    while block := list(islice(lines, BLOCK_ROWS)):
+        try:
+            entries = parse_json(f"[{','.join(line for _, line in block)}]")
+        except ValueError:
+            entries = []
+        if len(entries) != len(block) or not all(isinstance(entry, dict) for entry in entries):
+            entries = [_object(f"{path}: line {number}", line) for number, line in block]
+        yield Entries(entries, [number for number, _ in block], "line")
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        entry = parse_json(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not JSON: {reason}") from error
+    if not isinstance(entry, dict):
+        raise DataError(f'{where}: expected {{"wav": ...}}, found {shown(entry)}')
+    return entry
+
+
+def _head(path: Path) -> tuple[dict[str, Any] | None, int] | None:
     """Return what is before the list, and where it begins; None for a file of another form."""
     with open_regular(path) as file:
         head = HEAD.match(file.read(BLOCK_BYTES))
         file.seek(max(0, os.fstat(file.fileno()).st_size - BLOCK_BYTES))
-        if head is None or not TAIL.search(file.read()):
+        if head is None or not TAILS[head[1] is not None].search(file.read()):
             return None
+    if head[1] is None:
+        return None, head.end()
     try:
-        return {PREPARED_KEY: parse_json(head[1].decode())} if head[1] else {}, head.end()
+        return {PREPARED_KEY: parse_json(head[2].decode())} if head[2] else {}, head.end()
     except ValueError:
         return None
 
 
-def _blocks(path: Path, start: int) -> Iterator[list[Any]]:
+def _blocks(path: Path, start: int, in_object: bool) -> Iterator[list[Any]]:
     """Decode the list of a JSON file block by block.
 
     What is between the beginning of an entry and a ``},`` is one or more whole entries if, in
@@ -101,7 +194,7 @@ def _blocks(path: Path, start: int) -> Iterator[list[Any]]:
         data = file.read(BLOCK_BYTES)
         while True:
             more = file.read(BLOCK_BYTES)
-            tail = None if more else TAIL.search(data)
+            tail = None if more else TAILS[in_object].search(data)
             cut = data.rfind(b"},") + 1 if more else tail.start() + 1 if tail else 0
             try:
                 entries = parse_json(f"[{data[:cut].decode()}]")
@@ -112,7 +205,8 @@ def _blocks(path: Path, start: int) -> Iterator[list[Any]]:
             if not more:
                 return
             data = data[cut + 1 :] + more
-    yield from _parts(json_content(path)["data"][done:])
+    content = json_content(path)
+    yield from _parts((content if isinstance(content, list) else content["data"])[done:])
 
 
 def _parts(entries: list[Any]) -> Iterator[list[Any]]:
@@ -120,8 +214,8 @@ def _parts(entries: list[Any]) -> Iterator[list[Any]]:
         yield entries[start : start + BLOCK_ROWS]
 
 
-def json_content(path: Path) -> dict[str, Any]:
-    """Read ``{"data": [...], ...}`` as a whole.
+def json_content(path: Path) -> dict[str, Any] | list[Any]:
+    """Read ``{"data": [...], ...}`` or a list as a whole.
 
     Raises:
         DataError: Not JSON, or not of this form.
@@ -134,34 +228,8 @@ def json_content(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from error
     except ValueError as error:  # a number too long, lists too deep
         raise DataError(f"{path}: not JSON of a manifest: {error}") from error
+    if isinstance(content, list):
+        return content
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
     return content
-
-
-def csv_entries(path: Path) -> Iterator[Entries]:
-    """Read the rows of a CSV manifest, which are ``line 2``, ``line 3``, ...
-
-    Raises:
-        DataError: Not CSV, the header names no path column or one twice, or a line has more or
-            fewer columns.
-        OSError: It cannot be read.
-    """
-    rows = csv_rows(read_lines(path), path)
-    header = [name.strip().lower() for name in next(rows, (1, []))[1]]
-    if not set(header) & set(PATH_KEYS):
-        raise DataError(f"{path}: expected a header with 'wav' or 'path', found {header!s:.200}")
-    keys = PATH_KEYS + LABEL_KEYS + TIME_KEYS
-    for name in keys:
-        if header.count(name) > 1:
-            raise DataError(f"{path}: expected one column {name!r}, found {header.count(name)}")
-    used = [(name, header.index(name)) for name in keys if name in header]
-    while block := list(islice(rows, BLOCK_ROWS)):
-        for line, cells in block:
-            if len(cells) != len(header):
-                hint = "; a cell that holds a comma is quoted" if len(cells) > len(header) else ""
-                raise DataError(
-                    f"{path}: line {line}: expected {len(header)} columns, found {len(cells)}{hint}"
-                )
-        columns = [{name: cells[place] for name, place in used} for _, cells in block]
-        yield Entries(columns, [line for line, _ in block], "line")

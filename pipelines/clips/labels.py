@@ -1,4 +1,4 @@
-"""The labels of a clip as text: one name, several with commas between them, or a JSON list."""
+"""The labels of a clip: one name, several with separators between them, or a list."""
 
 import json
 import logging
@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, TypeGuard
 
-from ssast.pipelines.clips.entries import LABEL_KEYS, Entries
+from ssast.pipelines.clips.columns import LABEL_KEYS
+from ssast.pipelines.clips.entries import Entries, Table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import parse_json, shown
 
@@ -27,9 +28,28 @@ class LabelReader:
     def __init__(self, source: str, classes: Collection[str] | None) -> None:
         self._source, self._classes = source, classes
         self._key: str | None = None
+        self._others: tuple[str, ...] = ()  # keys of labels that no entry may have
+        self._separator: str | None = None
+        self._lists = False
         self._labels: list[Names] = []
         self._given: list[Any] = []  # what is parsed into them
         self._parsed: dict[str, tuple[str, Names]] = {}  # equal texts are kept once
+
+    def begin(self, table: Table, separator: str | None) -> None:
+        """Begin to read a table.
+
+        Args:
+            table: The table.
+            separator: What separates labels in a text; None: what its form says.
+        """
+        columns = table.columns
+        self._key = columns.labels
+        self._others = LABEL_KEYS if "labels" not in columns.set_by_hand else ()
+        published = table.published and columns.labels == LABEL_KEYS[0]
+        self._separator = separator or ("," if published else None)
+        named = (columns.labels or "").strip().lower() == LABEL_KEYS[0]
+        self._lists = named or separator is not None
+        self._labels, self._given, self._parsed = [], [], {}
 
     def add(self, part: Entries) -> None:
         """Read the labels of more clips.
@@ -37,10 +57,12 @@ class LabelReader:
         Raises:
             DataError: A label is wrong, or some clips have labels and others have none.
         """
-        if not self._labels and part.columns:
-            self._key = _label_key(part.columns[0])
         for row, entry in enumerate(part.columns):
-            if _label_key(entry) != self._key:
+            if self._key is None:
+                wrong = any(key in entry for key in self._others)
+            else:
+                wrong = self._key not in entry
+            if wrong:
                 raise DataError(
                     f"{self._source}: {part.where(row)}: expected all entries to have labels, or "
                     "none"
@@ -63,7 +85,7 @@ class LabelReader:
         if self._key is None:
             return None
         if self._classes is None:
-            found = doubtful(self._given, several=self._several)
+            found = doubtful(self._given, separator=self._separator, lists=self._lists)
             if found is not None:
                 message, count = found
                 log.warning(
@@ -71,56 +93,62 @@ class LabelReader:
                 )
         return tuple(self._labels)
 
-    @property
-    def _several(self) -> bool:
-        return self._key == LABEL_KEYS[0]
-
     def _parse(self, given: Any) -> tuple[Any, Names]:
         classes = self._classes or ()
+        form: Any = {"separator": self._separator, "lists": self._lists, "classes": classes}
         if not isinstance(given, str):
-            return given, parse_labels(given, several=self._several, classes=classes)
+            return given, parse_labels(given, **form)
         if given not in self._parsed:
-            names = parse_labels(given, several=self._several, classes=classes)
-            self._parsed[given] = given, names
+            self._parsed[given] = given, parse_labels(given, **form)
         return self._parsed[given]
 
 
-def _label_key(entry: dict[str, Any]) -> str | None:
-    return next((key for key in LABEL_KEYS if key in entry), None)
-
-
-def parse_labels(given: Any, *, several: bool = True, classes: Collection[str] = ()) -> Names:
+def parse_labels(
+    given: Any,
+    *,
+    separator: str | None = ",",
+    lists: bool = True,
+    classes: Collection[str] = (),
+) -> Names:
     """Return the labels of a clip, none for an empty text or list.
 
     Args:
-        given: A list of names, which are taken as they are; or a text.
-        several: Whether commas in a text separate labels; otherwise it is one label.
-        classes: Known names: one that holds commas is found before its parts are.
+        given: A whole number; a list of names and numbers, which are taken as they are; or a text.
+        separator: What separates labels in a text; None: it is one label.
+        lists: Whether a text may be a list in JSON.
+        classes: Known names: one that holds separators is found before its parts are.
 
     Raises:
-        ValueError: It is neither, or a name is empty or not text.
+        ValueError: It is none of these, or a name is empty or not text.
     """
-    if isinstance(given, str) and several:
-        names = _listed(given)
-        if names is None:
-            return _split(given, classes)
-    elif isinstance(given, str):
-        names = [given.strip()] if given.strip() else []
-    else:
-        names = given
-    if not isinstance(names, list) or not all(map(is_name, names)):
-        raise ValueError("expected comma-separated labels, or a list of them")
+    if isinstance(given, str):
+        listed = _listed(given) if lists else None
+        if listed is None:
+            return _split(given, separator, classes)
+        given = listed
+    elif _is_number(given):
+        return (str(given),)
+    names = [str(n) if _is_number(n) else n for n in given] if isinstance(given, list) else None
+    if names is None or not all(map(is_name, names)):
+        raise ValueError("expected labels: text, a whole number, or a list of them")
     return tuple(names)
 
 
-def format_labels(names: Sequence[str], classes: Collection[str] = ()) -> str:
+def _is_number(given: Any) -> bool:
+    return type(given) is int and abs(given) < 2**63
+
+
+def format_labels(
+    names: Sequence[str], classes: Collection[str] = (), separator: str | None = ","
+) -> str:
     """Return a text from which :func:`parse_labels` reads the labels again, given these classes.
 
-    Commas between the names, as in the published manifests; a JSON list where a name would be read
-    in another way.
+    Separators between the names, by default commas as in the published manifests; a JSON list where
+    there is no separator, or a name would be read in another way.
     """
-    text = ",".join(names)
-    if _listed(text) is None and _split(text, classes) == _split(text, ()) == tuple(names):
+    text = (separator or "").join(names)
+    parts = _split(text, separator, classes)
+    if _listed(text) is None and parts == _split(text, separator, ()) == tuple(names):
         return text
     return json.dumps(list(names), ensure_ascii=False)
 
@@ -136,30 +164,41 @@ def is_name(name: Any) -> TypeGuard[str]:
     return True
 
 
-def doubtful(texts: Sequence[Any], *, several: bool) -> tuple[str, int] | None:
-    """Find texts whose commas may mean something else than they are taken for.
+def doubtful(
+    texts: Sequence[Any], *, separator: str | None, lists: bool = True
+) -> tuple[str, int] | None:
+    """Find texts whose separators may mean something else than they are taken for.
 
     Args:
         texts: What is given for each clip.
-        several: See :func:`parse_labels`.
+        separator: See :func:`parse_labels`.
+        lists: See :func:`parse_labels`.
 
     Returns:
         A message, and the number of clips; None if there are none.
     """
-    counts = Counter(t.strip() for t in texts if isinstance(t, str) and "," in t)
-    if several:
-        counts = Counter({t: n for t, n in counts.items() if ", " in t and _listed(t) is None})
+    alone = Counter(t.strip() for t in texts if isinstance(t, str))
+    given = {t: n for t, n in alone.items() if not (lists and _listed(t) is not None)}
+    if separator is not None:
+        mark = f"{separator} "
+        counts = Counter({t: n for t, n in given.items() if mark in t})
         text = "{0}, read as {1} labels: a name that holds commas goes into 'label', or in a list"
     else:
-        alone = {t.strip() for t in texts if isinstance(t, str)}
-        counts = Counter(
-            {t: n for t, n in counts.items() if re.search(r",\S", t) or {*_split(t, ())} <= alone}
-        )
-        text = "{0}, read as one label: several labels go into 'labels'"
+        names = frozenset(alone)
+        separator = next((m for m in ",;|" if any(_is_split(t, m, names) for t in given)), ",")
+        counts = Counter({t: n for t, n in given.items() if _is_split(t, separator, names)})
+        text = f"{{0}}, read as one label: data.label_separator='{separator}' reads several"
     if not counts:
         return None
     first = next(iter(counts))
-    return text.format(shown(first), len(_split(first, ()))), counts.total()
+    return text.format(shown(first), len(_split(first, separator, ()))), counts.total()
+
+
+def _is_split(text: str, mark: str, names: frozenset[str]) -> bool:
+    """Return whether a text looks like several labels: they occur alone as well, or are a,b."""
+    if mark not in text:
+        return False
+    return {*_split(text, mark, ())} <= names or (mark == "," and bool(re.search(r",\S", text)))
 
 
 def _listed(text: str) -> list[Any] | None:
@@ -173,15 +212,15 @@ def _listed(text: str) -> list[Any] | None:
     return names if names and all(map(is_name, names)) else None
 
 
-def _split(text: str, classes: Collection[str]) -> Names:
-    """Split at commas, but not inside of a known name; the longest name is found first."""
-    parts = text.split(",")
+def _split(text: str, separator: str | None, classes: Collection[str]) -> Names:
+    """Split at separators, but not inside of a known name; the longest name is found first."""
+    parts = [text] if separator is None else text.split(separator)
     names: list[str] = []
     while parts:
         count = len(parts) if classes else 1
-        while count > 1 and ",".join(parts[:count]).strip() not in classes:
+        while count > 1 and str(separator).join(parts[:count]).strip() not in classes:
             count -= 1
-        name = ",".join(parts[:count]).strip()
+        name = str(separator).join(parts[:count]).strip()
         if name:
             names.append(name)
         del parts[:count]

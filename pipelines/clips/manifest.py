@@ -1,33 +1,27 @@
 """Read and write the list of clips and their labels.
 
-Five forms are read: the JSON of the published SSAST code, a CSV with a header, a folder of audio
-files, a folder of prepared shards, and a JSON that picks clips of such a folder.
+What is read: tables (the JSON of the published SSAST code, CSV and its kin, JSON Lines, lists,
+``wav.scp``, Parquet), a folder of audio files, a folder of prepared shards, and a JSON that picks
+clips of such a folder.
 Whether the audio files exist is not checked here: the pipeline replaces and reports missing clips.
 """
 
 import json
-import logging
 import math
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from ssast.pipelines.clips.entries import (
-    CLIP_KEY,
-    PATH_KEYS,
-    PREPARED_KEY,
-    Entries,
-    csv_entries,
-    json_entries,
-)
+from ssast.pipelines.clips.columns import PLAIN, TableFormat, say_once
+from ssast.pipelines.clips.entries import CLIP_KEY, PREPARED_KEY, Entries, Table
+from ssast.pipelines.clips.folders import audio_files
 from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
 from ssast.pipelines.clips.listed import FileList, write_files
+from ssast.pipelines.clips.paths import UNUSUAL, plain, resolve, values_of
 from ssast.pipelines.clips.remote import as_path, is_url
 from ssast.pipelines.clips.segment import FileClip, Files, Segment, read_seconds, span_text
 from ssast.pipelines.clips.shards import (
@@ -38,30 +32,13 @@ from ssast.pipelines.clips.shards import (
     is_prepared,
     read_labels,
 )
-from ssast.pipelines.clips.shared import ArrayWriter, shared_arrays, state_of
+from ssast.pipelines.clips.shared import Arrays, ArrayWriter, forget, shared_arrays, state_of
+from ssast.pipelines.clips.tables import SUFFIXES, is_table, open_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import shown
 
-log = logging.getLogger(__name__)
-
-AUDIO_SUFFIXES = frozenset(
-    f".{kind}"
-    for kind in (
-        *("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc"),
-        *("au", "snd", "caf", "w64", "rf64", "sph", "voc"),
-    )
-)
-FFMPEG_SUFFIXES = frozenset(  # of what ffmpeg reads and libsndfile does not
-    f".{kind}"
-    for kind in (
-        *("m4a", "m4b", "mp4", "mov", "3gp", "aac", "wma", "asf", "webm", "weba", "mka", "mkv"),
-        *("ac3", "eac3", "dts", "ape", "wv", "tta", "tak", "amr", "spx", "ra", "rm", "avi", "flv"),
-    )
-)
 LARGE_BYTES = 2**22  # of a manifest whose list of clips is kept for other processes
-# What os.path.normpath would change; names that hold line breaks may match as well.
-UNUSUAL = re.compile(r"//|/\.{0,2}$|/\.{1,2}/|^\.{1,2}(?:/|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -83,17 +60,20 @@ class Manifest:
         return len(self.paths)
 
 
-def read_manifest(path: str | Path, classes: Collection[str] | None = None) -> Manifest:
+def read_manifest(
+    path: str | Path, classes: Collection[str] | None = None, table: TableFormat = PLAIN
+) -> Manifest:
     """Read a manifest.
 
     Args:
         path: One of
 
-            - a JSON file ``{"data": [{"wav": "a.flac", "labels": "dog,bark"}, ...]}``; labels are
-              optional, but all entries have them or none;
-            - a CSV file with a header that has ``wav`` or ``path``, and perhaps ``label`` or
-              ``labels``; as in JSON, ``labels`` are several with commas between them, or a JSON
-              list of names, and ``label`` is one name whatever it holds. Both may be empty;
+            - a table: CSV with any delimiter, JSON, JSON Lines, Parquet, by the suffix of its name.
+              Columns are told by their names (:mod:`~.columns`). Labels are a name, a number or a
+              list (in text, one of JSON in a column ``labels``), and may be empty;
+            - of these, the published JSON ``{"data": [{"wav": "a.flac", "labels": "dog,bark"},
+              ...]}``, where commas separate labels;
+            - a text file with a path in each line, or Kaldi's ``wav.scp``;
             - a folder that was prepared: the clips in its shards;
             - a JSON file ``{"prepared": "..", "data": [{"clip": "a-00000.flac", "labels": "dog"},
               ...]}``: clips of a prepared folder (or of its URL) by their names in the shards;
@@ -102,7 +82,8 @@ def read_manifest(path: str | Path, classes: Collection[str] | None = None) -> M
             A URL must be of a prepared folder.
 
             Relative paths are relative to the manifest's folder.
-        classes: Names of the known classes: where one holds commas, it is one label.
+        classes: Names of the known classes: where one holds separators, it is one label.
+        table: What is set of the format of a table.
 
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
@@ -113,24 +94,25 @@ def read_manifest(path: str | Path, classes: Collection[str] | None = None) -> M
         labels = read_labels(path, len(clips)) if isinstance(clips, ShardIndex) else None
         return Manifest(clips, labels, str(path))
     reader = LabelReader(str(path), classes)
-    clips = _listed_clips(path, reader)
+    clips = _listed_clips(path, table, reader)
     return Manifest(clips, reader.finish(), str(path))
 
 
-def read_clips(path: str | Path) -> ClipPaths:
+def read_clips(path: str | Path, table: TableFormat = PLAIN) -> ClipPaths:
     """Read the clips of a manifest or of a folder without their labels.
 
     The processes of a machine share the list of a large manifest: one of them reads it, once.
 
     Args:
         path: See :func:`read_manifest`, also for the errors.
+        table: What is set of the format of a table.
 
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
     path = as_path(path)
     clips = _clips_of_folder(path)
-    return _listed_clips(path) if clips is None else clips
+    return _listed_clips(path, table) if clips is None else clips
 
 
 def _clips_of_folder(path: Path) -> ClipPaths | None:
@@ -141,16 +123,28 @@ def _clips_of_folder(path: Path) -> ClipPaths | None:
     return ShardIndex(path) if is_prepared(path) else FileList.of(audio_files(path))
 
 
-def _listed_clips(path: Path, labels: LabelReader | None = None) -> ClipPaths:
-    """Return the clips of a JSON or CSV manifest; read the labels as well, if they are wanted."""
-    if path.suffix.lower() not in (".json", ".csv"):
+def _listed_clips(path: Path, table: TableFormat, labels: LabelReader | None = None) -> ClipPaths:
+    """Return the clips of a table; read the labels as well, if they are wanted."""
+    if not is_table(path):
         found = "this file" if path.exists() else "nothing"
-        raise DataError(f"{path}: expected a folder, a .json or a .csv manifest, found {found}")
-    what = ("clips of a manifest", os.path.abspath(path))
+        raise DataError(
+            f"{path}: expected a folder or a manifest ({' '.join(SUFFIXES)}), found {found}"
+        )
+    what = ("clips of a manifest", os.path.abspath(path), *table.key())
     try:
         before = os.stat(path)
         state = state_of(path) if labels is None and before.st_size >= LARGE_BYTES else None
-        arrays = shared_arrays(what, state, lambda writer: _write_clips(path, writer, labels))
+
+        def read() -> Arrays:
+            return shared_arrays(what, state, lambda w: _write_clips(path, table, w, labels))
+
+        opened = open_table(path, table)
+        if not opened.is_plain():
+            say_once(str(path), f"{opened.form}: {opened.columns.describe()}")
+        arrays = read()
+        if not _holds(arrays):
+            forget(what)
+            arrays = read()
         after = os.stat(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
@@ -169,26 +163,35 @@ def _listed_clips(path: Path, labels: LabelReader | None = None) -> ClipPaths:
         raise DataError(f"{path}: {error}") from error
 
 
-def _write_clips(path: Path, writer: ArrayWriter, labels: LabelReader | None) -> None:
+def _holds(arrays: Arrays) -> bool:
+    """Return whether the environment variables in paths have the values that were put in."""
+    used = json.loads(arrays["environment"].tobytes())
+    return bool(used == values_of(used))
+
+
+def _write_clips(
+    path: Path, table: TableFormat, writer: ArrayWriter, labels: LabelReader | None
+) -> None:
     """Write the arrays of a :class:`FileList`, and what the manifest says of a prepared folder."""
-    besides, parts = _entries(path)
-    is_file = PREPARED_KEY not in besides
+    opened = open_table(path, table)
+    is_file = PREPARED_KEY not in opened.besides
+    variables: set[str] = set()
+    if labels is not None:
+        labels.begin(opened, table.label_separator)
 
     def names() -> Iterator[Files]:
-        for part in parts:
-            yield _files(path, part, is_file)
+        for part in opened.entries:
+            yield _files(path, opened, part, variables)
             if labels is not None:
                 labels.add(part)
 
     repeated = write_files(writer, names())
     if len(repeated):
-        _check_unique(path, set(repeated.tolist()))
-    prepared = b"" if is_file else json.dumps(besides[PREPARED_KEY]).encode()
+        _check_unique(path, table, set(repeated.tolist()))
+    prepared = b"" if is_file else json.dumps(opened.besides[PREPARED_KEY]).encode()
     writer.write("prepared", np.frombuffer(prepared, np.uint8))
-
-
-def _entries(path: Path) -> tuple[dict[str, Any], Iterator[Entries]]:
-    return ({}, csv_entries(path)) if path.suffix.lower() == ".csv" else json_entries(path)
+    environment = json.dumps(values_of(variables)).encode()
+    writer.write("environment", np.frombuffer(environment, np.uint8))
 
 
 def prepared_index(path: Path, prepared: Any) -> ShardIndex:
@@ -214,52 +217,59 @@ def prepared_index(path: Path, prepared: Any) -> ShardIndex:
     return ShardIndex(folder)
 
 
-def _files(path: Path, part: Entries, is_file: bool) -> Files:
+def _files(path: Path, opened: Table, part: Entries, variables: set[str] | None = None) -> Files:
     """Return the files of entries and which parts of them are clips, or names in shards.
 
     Raises:
         DataError: One is missing, not text, or not a part.
     """
-    names = _names(path, part, is_file)
-    if not is_file:
+    names = _names(path, opened, part, variables)
+    if PREPARED_KEY in opened.besides:
         return Files(names)
     where = lambda row: f"{path}: {part.where(row)}"  # noqa: E731
-    return Files(names, read_seconds(part.columns, where))
+    return Files(names, read_seconds(part.columns, opened.columns.time_keys, where))
 
 
-def _names(path: Path, part: Entries, is_file: bool) -> list[str]:
+def _names(
+    path: Path, opened: Table, part: Entries, variables: set[str] | None = None
+) -> list[str]:
     """Return the absolute paths of entries, or the names of clips in shards.
 
+    Args:
+        path: Path of the table.
+        opened: The table.
+        part: The entries.
+        variables: Gets the environment variables that paths begin with.
+
     Raises:
-        DataError: One is missing or not text.
+        DataError: One is missing, not text, or leads nowhere.
     """
-    keys = PATH_KEYS if is_file else (CLIP_KEY,)
-    folder = os.path.join(os.path.abspath(path.parent), "")
-    given = _plain_names(part.columns, keys)
+    is_file, key = PREPARED_KEY not in opened.besides, str(opened.columns.wav)
+    folder = os.path.abspath(path.parent)
+    if opened.root is not None:
+        folder = resolve(opened.root, folder, variables)
+    folder = os.path.join(folder, "")
+    given = _plain_names(part.columns, key)
     if given is not None:
         return [n if n[0] == "/" else folder + n for n in given] if is_file else given
     names = []
     for row, entry in enumerate(part.columns):
-        name = _given(entry, keys)
+        name = entry.get(key)
         if not is_name(name):
             what = "path" if is_file else "name"
             raise DataError(
-                f"{path}: {part.where(row)}: expected the {what} of a clip under {keys[0]!r}, "
+                f"{path}: {part.where(row)}: expected the {what} of a clip under {key!r}, "
                 f"found {shown(name)}"
             )
-        names.append(os.path.normpath(os.path.join(folder, name)) if is_file else name)
+        try:
+            names.append(resolve(name, folder, variables) if is_file else name)
+        except ValueError as error:
+            raise DataError(f"{path}: {part.where(row)}: {error}, found {shown(name)}") from error
     return names
 
 
-def _given(entry: dict[str, Any], keys: Sequence[str]) -> Any:
-    return next((entry[key] for key in keys if key in entry), None)
-
-
-def _plain_names(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str] | None:
+def _plain_names(entries: Sequence[dict[str, Any]], key: str) -> list[str] | None:
     """Return what is given in entries, looked at together; None if one needs a closer look."""
-    key = next((key for key in keys if entries and key in entries[0]), None)
-    if key is None or (key != keys[0] and any(keys[0] in entry for entry in entries)):
-        return None
     try:
         given = [entry[key] for entry in entries]
         text = "\n".join(given)
@@ -271,79 +281,26 @@ def _plain_names(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list
     return given
 
 
-def _check_unique(path: Path, hashes: set[int]) -> None:
+def _check_unique(path: Path, table: TableFormat, hashes: set[int]) -> None:
     """Check that no clip whose name has one of these hashes is listed twice.
 
     Raises:
         DataError: One is; the message says where.
     """
-    besides, parts = _entries(path)
-    is_file = PREPARED_KEY not in besides
+    opened = open_table(path, table)
     found: dict[FileClip, str] = {}
-    for part in parts:
-        for row, clip in enumerate(_files(path, part, is_file).clips()):
+    for part in opened.entries:
+        for row, clip in enumerate(_files(path, opened, part).clips()):
             if hash(clip) not in hashes:
                 continue
             if clip in found:
-                given = _given(part.columns[row], PATH_KEYS if is_file else (CLIP_KEY,))
+                given = part.columns[row][str(opened.columns.wav)]
                 if isinstance(clip, Segment):
                     given = f"{given}{span_text(clip.begin_s, clip.duration_s)}"
                 raise DataError(
                     f"{path}: {part.where(row)}: {given} is listed already at {found[clip]}"
                 )
             found[clip] = part.where(row)
-
-
-def audio_files(
-    folder: Path,
-    *,
-    leave_out: Path | None = None,
-    suffixes: frozenset[str] = AUDIO_SUFFIXES,
-    on_error: Callable[[OSError], None] | None = None,
-) -> list[str]:
-    """List the audio files in a folder and below: absolute paths, sorted.
-
-    Hidden files and folders are skipped. Links are followed, each real folder once. Files that
-    only ``ssast data prepare`` reads, with ffmpeg, are logged unless ``suffixes`` has them.
-
-    Args:
-        folder: Folder to search.
-        leave_out: A folder to skip.
-        suffixes: Suffixes of the files to look for, in lower case.
-        on_error: Called for a folder that cannot be read; such folders are skipped.
-
-    Raises:
-        DataError: There are no such files.
-    """
-    files: list[str] = []
-    foreign: Counter[str] = Counter()
-    visited: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
-    top = os.path.abspath(folder)
-    for root, folders, names in os.walk(top, onerror=on_error, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            kind = os.path.splitext(name)[1].lower()
-            if kind in suffixes and not name.startswith("."):
-                files.append(os.path.join(root, name))
-            elif kind in FFMPEG_SUFFIXES and not name.startswith("."):
-                foreign[kind] += 1
-    there = ", ".join(f"{count} {kind}" for kind, count in sorted(foreign.items()))
-    advice = f"{there}: ssast data prepare {folder} OUT converts them with ffmpeg"
-    if not files and foreign:
-        raise DataError(
-            f"{folder}: no audio files that can be read directly in this folder, but {advice}"
-        )
-    if not files:
-        kinds = " ".join(sorted(suffixes))
-        raise DataError(f"{folder}: no audio files in this folder (looked for {kinds})")
-    if foreign:
-        log.warning("%s: %d files are read; left out are %s", folder, len(files), advice)
-    return sorted(files)
 
 
 def write_manifest(
@@ -389,8 +346,8 @@ def write_manifest(
 def clip_columns(clip: ClipPath) -> dict[str, Any]:
     """Return the columns of a manifest that stand for a clip; a clip in a shard has its name."""
     if not isinstance(clip, Segment):
-        return {PATH_KEYS[0]: str(clip)}
-    entry: dict[str, Any] = {PATH_KEYS[0]: clip.path, "begin": clip.begin_s}
+        return {"wav": plain(str(clip))}
+    entry: dict[str, Any] = {"wav": plain(clip.path), "begin": clip.begin_s}
     return entry if math.isinf(clip.duration_s) else entry | {"duration": clip.duration_s}
 
 

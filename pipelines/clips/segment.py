@@ -10,8 +10,7 @@ import numpy as np
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import shown
 
-BEGIN_KEYS, END_KEYS, DURATION_KEYS = ("begin", "start", "offset"), ("end",), ("duration",)
-TIME_KEYS = BEGIN_KEYS + END_KEYS + DURATION_KEYS
+TimeKeys = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 WHOLE = (0.0, math.inf)  # begin and duration of a clip that is a whole file
 
 
@@ -87,12 +86,13 @@ def _number(seconds: float) -> str:
 
 
 def read_seconds(
-    columns: Sequence[Mapping[str, Any]], where: Callable[[int], str]
+    columns: Sequence[Mapping[str, Any]], keys: TimeKeys, where: Callable[[int], str]
 ) -> np.ndarray | None:
     """Read begin and duration of entries; a duration alone tells how long the file is.
 
     Args:
         columns: Columns of each entry, by name.
+        keys: Names of those that may hold begin, end and duration.
         where: Returns the location of an entry, for messages.
 
     Returns:
@@ -101,14 +101,14 @@ def read_seconds(
     Raises:
         DataError: One is no number, the begin is negative, or nothing lies between begin and end.
     """
-    keys = BEGIN_KEYS + END_KEYS
-    if not any(key in entry for entry in columns for key in keys):
+    begins, ends, durations = keys
+    if not any(key in entry for entry in columns for key in begins + ends):
         return None
     seconds = np.empty((len(columns), 2))
     for row, entry in enumerate(columns):
-        begin = _seconds(entry, BEGIN_KEYS, where, row)
-        end = _seconds(entry, END_KEYS, where, row)
-        duration = _seconds(entry, DURATION_KEYS, where, row)
+        begin = _seconds(entry, begins, where, row)
+        end = _seconds(entry, ends, where, row)
+        duration = _seconds(entry, durations, where, row)
         begin_s = 0.0 if begin is None else begin
         if end is not None:
             duration = end - begin_s

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssast.pipelines.clips.manifest import audio_files
+from ssast.pipelines.clips.folders import audio_files
 from ssast.pipelines.datasets.tables import (
     Dataset,
     Listed,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import soundfile
 
-from ssast.pipelines.clips.manifest import audio_files
+from ssast.pipelines.clips.folders import audio_files
 from ssast.pipelines.datasets.tables import (
     Cut,
     Dataset,

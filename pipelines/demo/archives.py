@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssast.pipelines.clips.manifest import AUDIO_SUFFIXES
+from ssast.pipelines.clips.folders import AUDIO_SUFFIXES
 from ssast.pipelines.errors import DataError
 
 ARCHIVES = frozenset({".1c", ".pk3", ".wad"})

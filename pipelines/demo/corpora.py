@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssast.pipelines.audio.convert import Recipe
-from ssast.pipelines.clips.manifest import AUDIO_SUFFIXES
+from ssast.pipelines.clips.folders import AUDIO_SUFFIXES
 from ssast.pipelines.demo.archives import ARCHIVES, members
 from ssast.pipelines.demo.packages import (
     OWN_AUDIO,

@@ -17,6 +17,7 @@ from ssast.pipelines.audio.decode import Item, length_note, sndfile_blocks, to_m
 from ssast.pipelines.audio.encoded import LOUDEST, read_clip
 from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES
 from ssast.pipelines.audio.sndfile import open_sound
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import (
@@ -74,6 +75,7 @@ def check_data(
     path: str | Path,
     *,
     classes: Path | None = None,
+    table: TableFormat = PLAIN,
     report: Path | None = None,
     jobs: int | None = None,
     progress: bool = True,
@@ -88,6 +90,7 @@ def check_data(
         path: Data set, as ``data.train`` takes it.
         classes: A CSV of the known labels, with a column ``mid``; by default ``labels.csv`` beside
             the manifest or in the folder, if there is one.
+        table: What is set of the format of a manifest.
         report: Gets all problems, and wrong lengths as notes, as lines of JSON.
         jobs: Threads; the usable cores by default.
         progress: Show a progress bar on stderr, if that is a terminal.
@@ -99,7 +102,7 @@ def check_data(
         raise DataError(f"--jobs is {jobs}, expected at least 1")
     path = as_path(path)
     known = known_labels(path, classes)
-    manifest = read_manifest(path, known)
+    manifest = read_manifest(path, known, table)
     paths = manifest.paths
     if isinstance(paths, ShardIndex):
         numbers = shard_numbers(paths)

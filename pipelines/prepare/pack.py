@@ -29,7 +29,8 @@ from ssast.pipelines.audio.convert import (
 )
 from ssast.pipelines.audio.decode import Item, length_s, suffix
 from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
-from ssast.pipelines.clips.manifest import FFMPEG_SUFFIXES
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
+from ssast.pipelines.clips.folders import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.remote import as_path, is_url, on_disk
 from ssast.pipelines.clips.segment import span_text
 from ssast.pipelines.clips.shards import REJECTED, REPORT, SHARD, SIDECAR, WRONG_LENGTHS
@@ -96,6 +97,7 @@ def prepare_shards(
     out: str | Path,
     packing: Packing,
     *,
+    table: TableFormat = PLAIN,
     jobs: int | None = None,
     progress: bool = True,
     log: Callable[[str], None] = print,
@@ -106,6 +108,7 @@ def prepare_shards(
         source: A folder, a manifest or a plain tar archive, see :func:`find_recordings`.
         out: Output folder; if it is a URL, nothing keeps two runs from writing to it at once.
         packing: The settings.
+        table: What is set of the format of a manifest.
         jobs: Threads, each with a shard; the usable cores by default.
         progress: Show a progress bar on stderr, if that is a terminal.
         log: Gets a few lines of summary.
@@ -122,7 +125,7 @@ def prepare_shards(
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs is {jobs}, expected at least 1")
     with local_folder(out) as folder:
-        recordings = find_recordings(source, folder)
+        recordings = find_recordings(source, folder, table)
         with exclusive(folder):
             mirror = Mirror(out, folder) if is_url(out) else None
             return pack_recordings(

@@ -12,15 +12,13 @@ from typing import Any, cast
 
 from ssast.pipelines.audio.decode import Item, suffix
 from ssast.pipelines.audio.parts import Span
-from ssast.pipelines.clips.manifest import (
-    AUDIO_SUFFIXES,
-    FFMPEG_SUFFIXES,
-    audio_files,
-    read_manifest,
-)
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
+from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
+from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
+from ssast.pipelines.clips.tables import SUFFIXES, is_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
 
@@ -49,13 +47,13 @@ class Recording:
     labels: tuple[str, ...] = ()
 
 
-def find_recordings(source: Path, out: Path) -> list[Recording]:
+def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list[Recording]:
     """Return the recordings of a source, sorted by name.
 
     Args:
-        source: A folder (files and .tar archives in it and below), a .json or .csv manifest, or a
-            .tar archive.
+        source: A folder (files and .tar archives in it and below), a manifest, or a .tar archive.
         out: A folder that is passed over.
+        table: What is set of the format of a manifest.
 
     Raises:
         DataError: Nothing is there, it is of no such kind, or an archive is compressed.
@@ -63,7 +61,6 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
     labels: tuple[tuple[str, ...], ...] | None = None
     segments: dict[int, Segment] = {}  # by row of the manifest
     recordings: list[Recording] = []
-    kind = suffix(source.name)
     if is_url(source):
         return remote_recordings(source)
     if source.is_dir():
@@ -79,8 +76,8 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
 
         kinds = frozenset({*SOUNDS, ".tar", *(suffix(f"a{packed}") for packed in PACKED)})
         paths = audio_files(source, leave_out=out, suffixes=kinds, on_error=unreadable)
-    elif kind in (".json", ".csv"):
-        manifest = read_manifest(source)
+    elif is_table(source):
+        manifest = read_manifest(source, table=table)
         if isinstance(manifest.paths, ShardIndex):
             raise DataError(f"{source}: lists clips that are prepared: train on it as it is")
         clips, labels = list(manifest.paths), manifest.labels
@@ -93,7 +90,7 @@ def find_recordings(source: Path, out: Path) -> list[Recording]:
     else:
         found = "this file" if source.exists() else "nothing"
         raise DataError(
-            f"{source}: expected a folder, a .json or .csv manifest or a .tar archive, "
+            f"{source}: expected a folder, a manifest ({' '.join(SUFFIXES)}) or a .tar archive, "
             f"found {found}"
         )
     for place, path in enumerate(paths):

@@ -27,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.shards import ClipPaths
@@ -108,6 +109,7 @@ def measure(
     path: str | Path,
     *,
     clips: ClipPaths | None = None,
+    table: TableFormat = PLAIN,
     spec: FbankSpec | None = None,
     padding: bool = True,
     share: float = 1.0,
@@ -123,6 +125,7 @@ def measure(
     Args:
         path: Data set, as ``data.train`` takes it.
         clips: Clips of the data set; all that it lists if None.
+        table: What is set of the format of a manifest.
         spec: Filterbank settings; those of the published models by default.
         padding: Count the frames after a clip's end, as the published get_norm_stats does: zeros,
             which the model sees too.
@@ -146,7 +149,7 @@ def measure(
         if not low <= value <= high:
             raise DataError(f"--{name} is {value:g}, expected a number in [{low:g}, {high:g}]")
     spec = spec or FbankSpec()
-    paths = read_clips(path) if clips is None else clips
+    paths = read_clips(path, table) if clips is None else clips
     wanted = min(math.ceil(share * len(paths)), max_clips or len(paths))
     found = np.zeros((wanted, 3))  # values, sum and sum of squares of each clip
     frames = np.zeros(wanted)

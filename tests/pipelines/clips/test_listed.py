@@ -134,7 +134,7 @@ def test_a_large_manifest_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(train) == [p for p, h in zip(paths, held, strict=True) if not h]
     assert list(valid) == [p for p, h in zip(paths, held, strict=True) if h]
     with monkeypatch.context() as patch:
-        patch.setattr("ssast.pipelines.clips.manifest.json_entries", lambda p: pytest.fail("again"))
+        patch.setattr("ssast.pipelines.clips.manifest.write_files", lambda *a: pytest.fail("again"))
         patch.setattr("ssast.pipelines.clips.holdout.hold_out", lambda *a: pytest.fail("again"))
         again = find_clips(config)
         assert again == (train, valid)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from names import CLASSES, FILES
 
-from ssast.pipelines.clips.manifest import audio_files, read_manifest, write_manifest
+from ssast.pipelines.clips.folders import audio_files
+from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.errors import DataError
 
 
@@ -39,7 +40,7 @@ def test_json_without_labels_in_a_sibling_folder(tmp_path: Path) -> None:
 def test_csv(tmp_path: Path, header: str) -> None:
     manifest = read_manifest(write(tmp_path / "m.csv", f'{header}\na.wav,dog\nb.wav,"cat,dog"\n'))
     assert manifest.paths == (str(tmp_path / "a.wav"), str(tmp_path / "b.wav"))
-    assert manifest.labels == (("dog",), ("cat", "dog"))
+    assert manifest.labels == (("dog",), ("cat,dog",))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -62,7 +63,10 @@ def test_csv_of_paths_alone(tmp_path: Path) -> None:
 BAD_JSON = {
     "": "m.json: not JSON: Expecting value in line 1",
     '{"data": [\n{"wav": ': "not JSON: Expecting value in line 2",
-    "[]": 'm.json: expected {"data"',
+    "[]": "m.json: lists no clips",
+    "3": 'm.json: expected {"data"',
+    '[{"wav": "a"}, 3]': 'm.json: entry 1: expected {"wav": ...}, found 3',
+    '[{"clip": "a"}]': "m.json: expected a column 'wav', 'path', 'file', ... of the clips, found",
     '{"data": {}}': 'm.json: expected {"data"',
     '{"data": []}': "m.json: lists no clips",
     '{"data": ["a.wav"]}': "m.json: entry 0: expected {\"wav\": ...}, found 'a.wav'",
@@ -73,8 +77,9 @@ BAD_JSON = {
     '{"data": [{"wav": "a"}, {"wav": "./a"}]}': "entry 1: ./a is listed already at entry 0",
     '{"data": [{"wav": "a", "labels": "x"}, {"wav": "b"}]}': "entry 1: expected all entries",
     '{"data": [{"wav": "a"}, {"wav": "b", "labels": "x"}]}': "entry 1: expected all entries",
-    '{"data": [{"wav": "a", "labels": null}]}': "entry 0: expected comma-separated labels, or",
-    '{"data": [{"wav": "a", "labels": 7}]}': "labels, or a list of them, found 7",
+    '{"data": [{"wav": "a", "labels": null}]}': "entry 0: expected labels: text, a whole number,",
+    '{"data": [{"wav": "a", "labels": 7.5}]}': "number, or a list of them, found 7.5",
+    '{"data": [{"wav": "a", "labels": true}]}': "number, or a list of them, found True",
     '{"data": [{"wav": "a", "labels": ["b", ""]}]}': "or a list of them, found ['b', '']",
     '{"data": [{"wav": "\\ud800.wav"}]}': "entry 0: expected the path of a clip under 'wav'",
     '{"data": ' + "[" * 100_000: "m.json: not JSON of a manifest: ",
@@ -92,8 +97,8 @@ def test_bad_json(tmp_path: Path, text: str) -> None:
 
 
 BAD_CSV = {
-    "": "expected a header with 'wav' or 'path', found []",
-    "a.wav,dog\n": "expected a header with 'wav' or 'path', found ['a.wav', 'dog']",
+    "": "expected a header with 'wav', 'path', 'file', 'filename', 'file_name', ... or",
+    "a.wav,dog\n": "files that exist, found ['a.wav', 'dog']; data.columns={wav: NAME}",
     "wav,label\n": "lists no clips",
     "wav,label\na.wav,dog\nb.wav\n": "line 3: expected 2 columns, found 1",
     "wav,label\na.wav,dog,cat\n": "line 2: expected 2 columns, found 3; a cell that holds",

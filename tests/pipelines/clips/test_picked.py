@@ -111,12 +111,12 @@ def test_a_folder_that_was_prepared_anew(index: ShardIndex, tmp_path: Path) -> N
         ({"prepared": "out", "data": [{"clip": 7}]}, "the name of a clip under 'clip', found 7"),
         ({"prepared": "out", "data": ["a"]}, "entry 0: expected {\"clip\": ...}, found 'a'"),
         ({"prepared": "out", "data": [{"clip": "a"}, {"clip": "a"}]}, "listed already at entry 0"),
-        ({"prepared": "out", "data": [{"clip": "a", "label": 7}]}, "comma-separated labels"),
+        ({"prepared": "out", "data": [{"clip": "a", "label": 7.5}]}, "expected labels: text, a"),
         (
             {"prepared": "out", "data": [{"clip": "a"}]},
             "1 of 1 clips are not there",
         ),
-        ({"data": [{"clip": "a"}]}, "the path of a clip under 'wav', found None"),
+        ({"data": [{"clip": "a"}]}, "of the clips, found ['clip']; data.columns="),
     ],
 )
 def test_wrong_manifests(index: ShardIndex, tmp_path: Path, content: dict, message: str) -> None:
