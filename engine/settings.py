@@ -418,11 +418,13 @@ class Finetune:
     mixup: float = setting(0.0, 0.0, 1.0)
     """Fraction of the clips mixed with another clip; mixup coefficients are from Beta(10, 10)."""
 
-    freq_mask: int = setting(0, 0)
-    """SpecAugment: maximum width of the frequency mask in mel bins."""
+    freq_mask: float = setting(0, 0)
+    """SpecAugment: maximum width of the frequency mask in mel bins; below 1, as a share of
+    `audio.n_mels`."""
 
-    time_mask: int = setting(0, 0)
-    """SpecAugment: maximum width of the time mask in frames."""
+    time_mask: float = setting(0, 0)
+    """SpecAugment: maximum width of the time mask in frames; below 1, as a share of
+    `audio.num_frames`."""
 
     noise: float = setting(0.0, 0.0)
     """Maximum amplitude of uniform noise added to the normalised features (published: 0.1)."""

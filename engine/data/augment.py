@@ -74,16 +74,22 @@ def mix_targets(targets: Tensor, others: Tensor, share: Tensor) -> Tensor:
     return share[:, None] * targets + (1 - share[:, None]) * others
 
 
-def spec_augment(fbank: Tensor, draw: Draw, freq_mask: int, time_mask: int) -> Tensor:
+def mask_width(mask: float, size: int) -> float:
+    """Return the maximum width of a mask, which is given itself or as a share of the size."""
+    return mask if mask >= 1 else mask * size
+
+
+def spec_augment(fbank: Tensor, draw: Draw, freq_mask: float, time_mask: float) -> Tensor:
     """Mask one band of mel bins and one run of frames in each clip, [B, T, F].
 
-    A width is drawn from [0, mask), then a start where it fits; masked values become 0.
+    A width is drawn from [0, mask), then a start where it fits; masked values become 0. Masks below
+    1 are shares of F and T.
     """
     numbers = draw.uniform(_SHAPES, 4)
     masked = torch.zeros(fbank.shape, dtype=torch.bool, device=fbank.device)
     for axis, widest, at in ((2, freq_mask, 0), (1, time_mask, 2)):
         size = fbank.shape[axis]
-        width = numbers[:, at] * widest
+        width = numbers[:, at] * mask_width(widest, size)
         begin = (numbers[:, at + 1] * (size - width)).long()[:, None]
         index = torch.arange(size, device=fbank.device)
         band = (index >= begin) & (index < begin + width.long()[:, None])  # [B, size]

@@ -129,9 +129,9 @@ def _check_settings(config: Config) -> None:
         )
     if settings.freq_mask > config.audio.n_mels or settings.time_mask > config.audio.num_frames:
         raise ConfigError(
-            f"finetune.freq_mask {settings.freq_mask} and finetune.time_mask {settings.time_mask} "
-            f"must be at most audio.n_mels {config.audio.n_mels} and audio.num_frames "
-            f"{config.audio.num_frames}"
+            f"finetune.freq_mask {settings.freq_mask:g} and finetune.time_mask "
+            f"{settings.time_mask:g} must be at most audio.n_mels {config.audio.n_mels} and "
+            f"audio.num_frames {config.audio.num_frames}, or shares of them below 1"
         )
 
 

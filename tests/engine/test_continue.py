@@ -106,7 +106,7 @@ def make_classifier(config):
 
 def test_fine_tuning_takes_the_input_of_the_checkpoint(pretrained, splits, tmp_path):
     run = tmp_path / "run"
-    given = [*QUICK, *data_overrides(splits), "finetune.epochs=1", "finetune.time_mask=8"]
+    given = [*QUICK, *data_overrides(splits), "finetune.epochs=1"]
     config = load_config("classifier", [*given, f"run.folder={run}"])
     assert finetune(config, pretrained) == 0
     stored = load_config(run / "config.yaml")

@@ -116,6 +116,8 @@ def test_spec_augment_hides_one_band_and_one_run():
         assert (edges <= 2).all() and width.max() == widest - 1  # below the parameter, as published
         assert width.float().mean().item() == pytest.approx((widest - 1) / 2, abs=0.4)
         assert flags[:, 0].any() and flags[:, -2].any()
+    shares = augment.spec_augment(fbank, draw(500), 8 / 20, 12 / 30)
+    assert torch.equal(shares == 0, hidden)
     assert torch.equal(augment.spec_augment(fbank, draw(500), 0, 0), fbank)
 
 
