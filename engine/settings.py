@@ -419,12 +419,10 @@ class Finetune:
     """Fraction of the clips mixed with another clip; mixup coefficients are from Beta(10, 10)."""
 
     freq_mask: float = setting(0, 0)
-    """SpecAugment: maximum width of the frequency mask in mel bins; below 1, as a share of
-    `audio.n_mels`."""
+    """SpecAugment: maximum width of the frequency mask in mel bins; a share of them below 1."""
 
     time_mask: float = setting(0, 0)
-    """SpecAugment: maximum width of the time mask in frames; below 1, as a share of
-    `audio.num_frames`."""
+    """SpecAugment: maximum width of the time mask in frames; a share of the input below 1."""
 
     noise: float = setting(0.0, 0.0)
     """Maximum amplitude of uniform noise added to the normalised features (published: 0.1)."""
