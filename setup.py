@@ -71,6 +71,7 @@ setup(
             "nbformat>=5.10",
             "ipykernel>=6.29",
             "lightning>=2.5",
+            "webdataset>=1.0",
         ],
     },
     entry_points={"console_scripts": ["ssast = ssast.engine.cli.main:main"]},

@@ -97,8 +97,11 @@ def read_stream(folder: Path) -> None:
 
 
 def read_archive(folder: Path) -> None:
-    """Read the recordings of a tar archive."""
+    """Read the recordings of a tar archive, to prepare them and to train on them as they are."""
+    from ssast.kernels.fbank import FbankSpec
     from ssast.pipelines.audio.decode import sndfile_blocks, to_mono
+    from ssast.pipelines.audio.encoded import read_clip
+    from ssast.pipelines.clips.manifest import read_manifest
     from ssast.pipelines.prepare.recordings import find_recordings, with_unique_names
 
     problem = None
@@ -110,6 +113,8 @@ def read_archive(folder: Path) -> None:
                 pass
         except UnusableError as error:
             problem = None if "link" in str(error) else error
+    for clip in read_manifest(only(folder)).paths[:MOST_CLIPS]:
+        read_clip(clip, FbankSpec(num_frames=8))
     if problem is not None:
         raise problem
 

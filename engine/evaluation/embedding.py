@@ -19,6 +19,7 @@ from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.clips.tables import is_table
+from ssast.pipelines.clips.tars import names_tars
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import check_new, replacing
 from ssast.pipelines.text import NAME_BYTES
@@ -205,6 +206,8 @@ def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
 
 
 def _paths(source: str | Path, table: TableFormat) -> ClipPaths:
+    if names_tars(source):
+        return read_clips(source)
     path = as_path(source)
     if path.is_file() and not is_table(path):
         return (str(path),)

@@ -18,6 +18,7 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.tables import is_table
+from ssast.pipelines.clips.tars import names_tars
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -92,6 +93,9 @@ def find_files(sources: Sequence[str | Path], table: TableFormat = PLAIN) -> lis
     """
     paths: list[Any] = []
     for source in sources:
+        if names_tars(source):
+            paths += list(read_clips(source))
+            continue
         path = as_path(source)
         if path.is_dir() or is_table(path):
             paths += list(read_clips(path, table))

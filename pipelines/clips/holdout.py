@@ -19,6 +19,7 @@ from ssast.pipelines.clips.order import permutation, row_type
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ClipPaths, ShardIndex
 from ssast.pipelines.clips.shared import MANY, ArrayWriter, shared_arrays
+from ssast.pipelines.clips.tars import TarIndex
 from ssast.pipelines.errors import TooFewRecordings
 
 SEED = 0  # fixed: a run that is resumed, and every rank of it, must hold out the same clips
@@ -30,13 +31,14 @@ log = logging.getLogger(__name__)
 def recordings_of(paths: ClipPaths) -> np.ndarray:
     """Return the number of the recording that each clip was cut from, [n] integers.
 
-    Prepared shards know it. Any other file is taken for a recording of its own, of which segments
-    are clips; files are numbered in the order of their paths.
+    Prepared shards know it; in other tar archives it is the sample. Any other file is taken for a
+    recording of its own, of which segments are clips; files are numbered in the order of their
+    paths.
 
     Raises:
         DataError: The list of the recordings cannot be read.
     """
-    if isinstance(paths, ShardIndex):
+    if isinstance(paths, ShardIndex | TarIndex):
         return paths.recordings()
     if isinstance(paths, MixedClips):
         parts = [recordings_of(part) for part in paths.parts]
@@ -72,7 +74,7 @@ def split_clips(paths: ClipPaths, share: float) -> tuple[np.ndarray, np.ndarray]
         writer.write("train", train)
         writer.write("held", held)
 
-    identity = paths.identity if isinstance(paths, FileList | ShardIndex) else None
+    identity = paths.identity if isinstance(paths, FileList | ShardIndex | TarIndex) else None
     if identity is None or len(paths) < MANY:
         return rows()
     what, state = identity

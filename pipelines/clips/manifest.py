@@ -7,6 +7,7 @@ Whether the audio files exist is not checked here: the pipeline replaces and rep
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from ssast.pipelines.clips.columns import PLAIN, TableFormat, say_once
 from ssast.pipelines.clips.entries import CLIP_KEY, PREPARED_KEY, Entries, Table
-from ssast.pipelines.clips.folders import audio_files
+from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
 from ssast.pipelines.clips.listed import FileList, write_files
 from ssast.pipelines.clips.paths import UNUSUAL, plain, resolve, values_of
@@ -34,9 +35,12 @@ from ssast.pipelines.clips.shards import (
 )
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, forget, shared_arrays, state_of
 from ssast.pipelines.clips.tables import SUFFIXES, is_table, open_table
+from ssast.pipelines.clips.tars import TarIndex, find_tars, names_tars, tars_in
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import shown
+
+log = logging.getLogger(__name__)
 
 LARGE_BYTES = 2**22  # of a manifest whose list of clips is kept for other processes
 
@@ -77,9 +81,11 @@ def read_manifest(
             - a folder that was prepared: the clips in its shards;
             - a JSON file ``{"prepared": "..", "data": [{"clip": "a-00000.flac", "labels": "dog"},
               ...]}``: clips of a prepared folder (or of its URL) by their names in the shards;
-            - any other folder: all audio files in it and below, sorted.
+            - tar archives in the layout of WebDataset, see :func:`~.tars.find_tars`: the sounds in
+              them, with the labels of their samples;
+            - any other folder: all audio files in it and below, sorted; or all in its tar archives.
 
-            A URL must be of a prepared folder.
+            A URL must be of tar archives or of a folder of them, or of a prepared folder.
 
             Relative paths are relative to the manifest's folder.
         classes: Names of the known classes: where one holds separators, it is one label.
@@ -88,8 +94,10 @@ def read_manifest(
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
+    clips = _unlisted_clips(path)
+    if isinstance(clips, TarIndex):
+        return Manifest(clips, clips.labels(), str(path))
     path = as_path(path)
-    clips = _clips_of_folder(path)
     if clips is not None:
         labels = read_labels(path, len(clips)) if isinstance(clips, ShardIndex) else None
         return Manifest(clips, labels, str(path))
@@ -110,17 +118,46 @@ def read_clips(path: str | Path, table: TableFormat = PLAIN) -> ClipPaths:
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
-    path = as_path(path)
-    clips = _clips_of_folder(path)
-    return _listed_clips(path, table) if clips is None else clips
+    clips = _unlisted_clips(path)
+    return _listed_clips(as_path(path), table) if clips is None else clips
 
 
-def _clips_of_folder(path: Path) -> ClipPaths | None:
+def _unlisted_clips(place: str | Path) -> ClipPaths | None:
+    """Return the clips of a folder or of tar archives; None for a manifest."""
+    if names_tars(place):
+        return _clips_of_tars(find_tars(place))
+    path = as_path(place)
     if is_url(path) and not is_prepared(path):
+        tars = tars_in(path)
+        if tars:
+            return _clips_of_tars(tars)
         raise DataError(f"{path}: not there, or no prepared shards: ssast data prepare makes some")
     if not path.is_dir():
         return None
-    return ShardIndex(path) if is_prepared(path) else FileList.of(audio_files(path))
+    if is_prepared(path):
+        return ShardIndex(path)
+    return _clips_in(path)
+
+
+def _clips_in(folder: Path) -> ClipPaths:
+    """Return the audio files in a folder and below; if there are none, what its archives hold."""
+    found = audio_files(folder, suffixes=AUDIO_SUFFIXES | {".tar"})
+    tars = [path for path in found if path.lower().endswith(".tar")]
+    if not tars:
+        return FileList.of(found)
+    if len(tars) < len(found):
+        count = len(found) - len(tars)
+        log.warning("%s: %d files are read, left out are %d archives", folder, count, len(tars))
+        return FileList.of(path for path in found if not path.lower().endswith(".tar"))
+    for path in tars:
+        prepared = Path(path).parents[1]
+        if os.path.basename(os.path.dirname(path)) == "shards" and is_prepared(prepared):
+            raise DataError(f"{folder}: holds prepared shards in {prepared}: train on that")
+    return _clips_of_tars(tars)
+
+
+def _clips_of_tars(tars: list[str]) -> TarIndex:
+    return TarIndex.open(tars, AUDIO_SUFFIXES, FFMPEG_SUFFIXES)
 
 
 def _listed_clips(path: Path, table: TableFormat, labels: LabelReader | None = None) -> ClipPaths:

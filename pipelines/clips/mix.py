@@ -13,6 +13,7 @@ from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.order import Weights
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths, ShardIndex
+from ssast.pipelines.clips.tars import TarIndex
 
 
 class MixedClips(Sequence[ClipPath]):
@@ -63,7 +64,7 @@ def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
         paths: All clips.
         rows: Rows of the clips to return, [n] int64; ascending for a mix.
     """
-    if isinstance(paths, ShardIndex | FileList):
+    if isinstance(paths, ShardIndex | FileList | TarIndex):
         return paths.subset(rows)
     if not isinstance(paths, MixedClips):
         return [paths[row] for row in rows]
@@ -82,7 +83,11 @@ def select(paths: ClipPaths, rows: np.ndarray) -> ClipPaths:
 def is_remote(paths: ClipPaths) -> bool:
     """Return whether some of the clips are behind a URL."""
     parts = paths.parts if isinstance(paths, MixedClips) else (paths,)
-    return any(isinstance(part, ShardIndex) and is_url(part.folder) for part in parts)
+    return any(
+        (isinstance(part, ShardIndex) and is_url(part.folder))
+        or (isinstance(part, TarIndex) and part.is_remote)
+        for part in parts
+    )
 
 
 def fingerprint(paths: ClipPaths) -> str:
@@ -91,7 +96,7 @@ def fingerprint(paths: ClipPaths) -> str:
     It covers the names of files without their folders, the positions of clips in shards, and the
     shares of a mix: a data set may be moved to another folder.
     """
-    if isinstance(paths, ShardIndex | FileList):
+    if isinstance(paths, ShardIndex | FileList | TarIndex):
         return paths.fingerprint()
     if isinstance(paths, MixedClips):
         text = "\n".join(map(fingerprint, paths.parts)) + f"\n{paths.shares}"

@@ -55,10 +55,13 @@ def read_range(url: str, start: int, end: int) -> bytes:
     """Read a range of bytes of a file, fewer if it ends before.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: It cannot be read, or the server sends all of it.
     """
     system, path = fsspec.core.url_to_fs(url)
-    return as_os_error(lambda: system.cat_file(path, start=start, end=end), url)
+    data = as_os_error(lambda: system.cat_file(path, start=start, end=end), url)
+    if len(data) > end - start:
+        raise OSError(errno.EOPNOTSUPP, "the server does not serve ranges of bytes", url)
+    return data
 
 
 @functools.cache

@@ -54,9 +54,15 @@ def member_name(header: bytes, size: int) -> str | None:
     Returns:
         The name; None if these bytes are no header, or that of a member of another size.
     """
-    if len(header) < BLOCK or header[257:263] != b"ustar\0" or header[124:136] != b"%011o\0" % size:
+    if header[257:263] == b"ustar\0" and header[124:136] == b"%011o\0" % size:  # as we write it
+        return (
+            header[:100].rstrip(b"\0").decode("ascii", "replace") if len(header) == BLOCK else None
+        )
+    try:
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
         return None
-    return header[:100].rstrip(b"\0").decode("ascii", "replace")
+    return member.name if member.size == size and member.isreg() else None
 
 
 @dataclass(frozen=True, slots=True)

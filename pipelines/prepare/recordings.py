@@ -1,31 +1,31 @@
 """Finds the recordings of a folder, a manifest or plain tar archives. Nothing is unpacked."""
 
-import io
+import logging
 import math
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from pathlib import Path
 
 from ssast.pipelines.audio.decode import Item, suffix
 from ssast.pipelines.audio.parts import Span
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.members import PACKED, read_tar
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.clips.tables import SUFFIXES, is_table
+from ssast.pipelines.clips.tars import describe_left_out, find_tars, names_tars
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
 
+log = logging.getLogger(__name__)
+
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
 SEGMENT_BYTES_PER_S = 96_000  # about, of 16 bit samples at 48 kHz
-LONGEST_HEADER = 2**14  # bytes: tarfile's time for one grows with the square of its length
-PACKED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
     """Return the recordings of a source, sorted by name.
 
     Args:
-        source: A folder (files and .tar archives in it and below), a manifest, or a .tar archive.
+        source: A folder (files and .tar archives in it and below), a manifest, or .tar archives,
+            see :func:`find_tars`.
         out: A folder that is passed over.
         table: What is set of the format of a manifest.
 
@@ -84,9 +85,9 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
         segments = {row: clip for row, clip in enumerate(clips) if isinstance(clip, Segment)}
         paths = [clip.path if isinstance(clip, Segment) else str(clip) for clip in clips]
         base = os.path.dirname(os.path.abspath(source))
-    elif source.is_file() and source.name.lower().endswith((".tar", *PACKED)):
-        base = os.path.dirname(os.path.abspath(source))
-        paths = [os.path.abspath(source)]
+    elif names_tars(source):
+        paths = find_tars(source)
+        base = os.path.commonpath([os.path.dirname(path) for path in paths])
     else:
         found = "this file" if source.exists() else "nothing"
         raise DataError(
@@ -142,68 +143,30 @@ def remote_recordings(source: Path) -> list[Recording]:
 
 
 def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
-    """Yield the recordings in a plain tar archive, named ARCHIVE/MEMBER.
+    """Yield the recordings in a plain tar archive, named ARCHIVE/MEMBER, with their labels.
 
-    What is no ordinary member is yielded with its problem: a link, a path that leads out of the
-    archive, a size that reaches beyond its end, and a place where no header stands although the
-    archive goes on.
+    What cannot be used is yielded with its problem, see :func:`read_tar`; so is a place where no
+    header stands although the archive goes on.
 
     Raises:
         DataError: The archive is compressed under a plain name.
     """
     try:
         with open_regular(path) as file:
-            yield from _members(name, path, file)
+            status = os.fstat(file.fileno())
+            found = read_tar(path, file, status.st_size, SOUNDS)
     except OSError as error:
         yield _problem(name, path, f"cannot be read: {error.strerror}")
-
-
-def _members(name: str, path: Path, file: io.FileIO) -> Iterator[Recording]:
-    size, changed = (status := os.fstat(file.fileno())).st_size, status.st_mtime_ns
-    place = 0
-    try:
-        with cast(Any, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:")) as archive:
-            for member in archive:
-                archive.members = []  # else all of them stay in memory
-                if member.size < 0 or archive.offset <= place:  # else it comes again and again
-                    raise tarfile.ReadError(f"a member at byte {place} ends before it begins")
-                place = archive.offset
-                inside = PurePosixPath(member.name)
-                if member.isdir() or suffix(member.name) not in SOUNDS or inside.name[0] == ".":
-                    continue
-                span = Span(path, member.offset_data, member.size)
-                item = Item(f"{name}/{member.name}", span)
-                signature = f"{size}-{changed}-{span.offset}-{span.size}"
-                problem = None
-                if inside.is_absolute() or ".." in inside.parts:
-                    problem = "its path leads out of the archive"
-                elif not member.isreg() or member.issparse():
-                    problem = "a link, a device or sparse, not an ordinary member"
-                elif span.offset + span.size > size:
-                    there = size - span.offset
-                    problem = f"truncated: the archive ends after {there} of {span.size} bytes"
-                yield Recording(item, signature, span.size, problem)
-            place = archive.offset
-        file.seek(place)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            why = f"damaged archive: no header at byte {place} of {size}: what follows is lost"
-            yield _problem(name, path, why)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        file.seek(0)
-        if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-            why = "a compressed archive cannot be read in place: unpack it"
-            raise DataError(f"{path}: {why}") from error
-        yield _problem(name, path, f"damaged archive: {error}")
-
-
-class _Headers:
-    """A file for ``tarfile``, which reads headers alone: as long as one states, without a bound."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self.tell, self.seek, self._read = file.tell, file.seek, file.read
-
-    def read(self, size: int = -1) -> bytes:
-        return self._read(min(size, LONGEST_HEADER) if size >= 0 else LONGEST_HEADER)
+        return
+    for sound in found.sounds:
+        item = Item(f"{name}/{sound.name}", Span(path, sound.offset, sound.size))
+        signature = f"{status.st_size}-{status.st_mtime_ns}-{sound.offset}-{sound.size}"
+        yield Recording(item, signature, sound.size, sound.problem, sound.labels or ())
+    if found.problem is not None:
+        yield _problem(name, path, found.problem)
+    if found.left_out:
+        there = describe_left_out(found.left_out)
+        log.warning("%s: left out are members that are no sounds and no labels: %s", path, there)
 
 
 def file_recording(

@@ -22,10 +22,11 @@ from ssast.pipelines.audio.decode import Item, read_blocks, reader, sndfile_bloc
 from ssast.pipelines.audio.encoded import read_clip
 from ssast.pipelines.audio.lengths import examine
 from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.members import LONGEST_HEADER
 from ssast.pipelines.clips.shards import INDEX, REPORT, ShardIndex
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import open_regular
-from ssast.pipelines.prepare.recordings import LONGEST_HEADER, Recording, tar_recordings
+from ssast.pipelines.prepare.recordings import Recording, tar_recordings
 from ssast.pipelines.text import read_text
 
 SPEC = FbankSpec(num_frames=48)
