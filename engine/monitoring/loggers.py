@@ -226,8 +226,13 @@ class RunLogs:
 
     def close(self) -> None:
         """Close all; :meth:`open` opens them again."""
-        while self._open:
-            self._close(self._open[0])
+        for logger in list(self._open):
+            try:
+                logger.close()
+            except Exception as error:
+                what = f"{logger.title} cannot be finished, what it was sent last may be missing"
+                self._say(f"{what}: {one_line(error)}")
+            self._set_aside(logger)
 
     def _failed(self, logger: Logger, what: str, error: Exception) -> None:
         """Close a logger, which after an error takes nothing more; give up one on a network."""
@@ -240,6 +245,9 @@ class RunLogs:
     def _close(self, logger: Logger) -> None:
         with suppress(Exception):  # what could not be written was told of
             logger.close()
+        self._set_aside(logger)
+
+    def _set_aside(self, logger: Logger) -> None:
         if logger in self._open:
             self._open.remove(logger)
             self._closed.append(logger)

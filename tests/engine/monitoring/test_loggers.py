@@ -137,7 +137,8 @@ class Failing(Logger):
     [
         (("open", 0), [], "Elsewhere cannot be opened: no route to host; the run goes on"),
         (("log", 2), [1], "step 2 is missing in Elsewhere: no route to host; the run goes on"),
-        (("close", 0), [1, 2, 3], ""),
+        (("close", 0), [1, 2, 3], "Elsewhere cannot be finished, what it was sent last may be"),
+        (None, [1, 2, 3], ""),
     ],
 )
 def test_a_logger_that_fails_is_named_once_and_ends_nothing(fails_at, logged, said, tmp_path):
