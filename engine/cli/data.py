@@ -23,6 +23,7 @@ def add_data_commands(commands: Any) -> None:
     _add_prepare(kinds)
     _add_check(kinds)
     _add_stats(kinds)
+    _add_look(kinds)
 
 
 def _add_demo(kinds: Any) -> None:
@@ -180,6 +181,28 @@ def _add_stats(kinds: Any) -> None:
     command.set_defaults(run=_stats)
 
 
+def _add_look(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "look",
+        help="a page about a data set: lengths, classes, levels, copies, spectrograms, settings",
+        description="Listen to a random draw of a data set and write OUT/index.html, its figures, "
+        "and configurations with the settings that fit: pretrain.yaml and, where there are labels, "
+        "finetune.yaml.",
+    )
+    command.add_argument(
+        "path", metavar="PATH", help="prepared shards (or their URL), a manifest or a folder"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets index.html and its figures"
+    )
+    command.add_argument(
+        "--max-clips", type=int, default=2000, metavar="N", help="to listen to, at most (2000)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
+    command.set_defaults(run=_look)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from ssast.pipelines.demo.corpora import fetch_demo, fetch_sounds
 
@@ -280,4 +303,16 @@ def _stats(options: argparse.Namespace) -> int:
         for path in write_stats(stats, options.out):
             print(path)
     print(f"audio.mean={stats.mean:.4f} audio.std={stats.std:.4f}")
+    return 0
+
+
+def _look(options: argparse.Namespace) -> int:
+    from ssast.pipelines.prepare.look import look_at
+    from ssast.pipelines.prepare.look_page import write_look
+
+    look = look_at(options.path, max_clips=options.max_clips, seed=options.seed, jobs=options.jobs)
+    bad = f", {len(look.bad)} of them unusable" if look.bad else ""
+    print(f"{options.path}: {look.num_drawn} of {look.num_clips} clips were listened to{bad}")
+    for path in write_look(look, options.out):
+        print(path)
     return 0

@@ -149,6 +149,25 @@ class Contents:
             for row in rows[1]
         ]
 
+    def repeats(self, clips: ClipPaths) -> list[list[ClipPath]]:
+        """Return groups of clips of one set that hold the same, as :meth:`copies` compares them.
+
+        Raises:
+            DataError: A sidecar cannot be read.
+        """
+        if isinstance(clips, ShardIndex):
+            return _groups(np.array(self._sample_digests(clips)), clips)
+        clips = self._recordings(clips)
+        files = self._files(clips)
+        rows = np.flatnonzero(files.sizes > 0)
+        rows = rows[_repeated(files.sizes[rows])]
+        for kind in ("middle", "whole"):
+            self._read(files, rows, kind)
+            rows = rows[files.digests[kind][rows].any(1)]
+            rows = rows[_repeated(files.digests[kind][rows].view("S16").reshape(-1))]
+        names = files.digests["whole"][rows].view("S16").reshape(-1)
+        return _groups(names, [clips[int(row)] for row in rows])
+
     def summary(self) -> str:
         """Return what was read so far, and what was known already; empty if it is nothing."""
         if not self.num_read + self.num_known:
@@ -289,3 +308,17 @@ def _same_folder(one: ShardIndex, other: ShardIndex) -> bool:
         for index in (one, other)
     ]
     return folders[0] == folders[1]
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """Return which values are there more than once, [n] bool."""
+    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[number.reshape(-1)] > 1
+
+
+def _groups(names: np.ndarray, clips: ClipPaths) -> list[list[ClipPath]]:
+    """Return the clips that share a name with another one, together."""
+    groups: dict[bytes | str, list[ClipPath]] = {}
+    for row in np.flatnonzero(_repeated(names)).tolist():
+        groups.setdefault(names[row], []).append(clips[row])
+    return list(groups.values())
