@@ -219,7 +219,7 @@ def _event_clips(events: Events) -> Iterator[Listed]:
         for event in found:
             labels[event.begin_s, event.end_s].append(event.label)
         for (begin_s, end_s), names in labels.items():
-            span = (begin_s, end_s - begin_s)
+            span = (begin_s, round(end_s - begin_s, 6))
             yield Listed(os.path.basename(path), path, tuple(names), span)
 
 
@@ -247,7 +247,7 @@ def _windows(events: Events, usable: Events, window_s: float, reading: Reading) 
             if not touched and reading.background is not None:
                 names = {reading.background}
             if names:
-                span = (begin_s, end_s - begin_s)
+                span = (begin_s, round(end_s - begin_s, 6))
                 clips.append(Listed(os.path.basename(path), path, tuple(sorted(names)), span))
     return clips
 
