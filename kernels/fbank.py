@@ -31,7 +31,6 @@ from torch import Tensor
 
 from ssast.kernels.fbank_kernel import fbank_on_cuda
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec, mel_matrix, num_frames
-from ssast.kernels.mel import Channel as Channel
 from ssast.kernels.operation import custom_op
 
 BLOCK = 1024  # frames at a time on a CPU: fewer cost more in calls and in the mel matmul

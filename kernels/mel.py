@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ssast.kernels.channel import Channel
 
 PREEMPHASIS = 0.97
 EPS = float(np.finfo(np.float32).eps)  # floor of the mel power, as in Kaldi
 WINDOW_MS, HOP_MS = 25, 10
 
 Count = TypeVar("Count", int, Tensor)
-Channel = Literal["mean", "left", "right"]
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def clip_means(values: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
     """Average values per clip, each [B], over the valid clips; 0 where no clip is valid."""
     weights = valid / valid.sum().clamp(min=1)
     # Filled, not multiplied by 0: an ignored clip may hold an infinity. All at once: few launches.
-    rows = torch.stack(list(values.values())).masked_fill(~valid, 0)
+    rows = torch.stack(list(values.values())).masked_fill(valid.logical_not(), 0)
     return dict(zip(values, (rows * weights).sum(1).unbind(), strict=True))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from ssast.kernels.fbank import Channel
+from ssast.kernels.channel import Channel
 from ssast.pipelines.audio.decode import Item, length_note, read_blocks
 from ssast.pipelines.audio.extents import extent
 from ssast.pipelines.clips.segment import Segment

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 import soundfile
 
-from ssast.kernels.fbank import Channel
+from ssast.kernels.channel import Channel
 from ssast.pipelines.audio.extents import extent, go_to, missing_s
 from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES, ffmpeg_blocks, ffmpeg_installed
 from ssast.pipelines.audio.headers import (

@@ -160,7 +160,8 @@ def check_metadata(metadata: dict[str, str], source: Source, loss: str) -> None:
     assert json.loads(metadata["audio"]) == {
         "sample_rate_hz": 16000, "n_mels": 128, "num_frames": 64, "num_samples": 63 * 160 + 400,
         "window": 400, "hop": 160, "n_fft": 512, "snip_edges": True, "window_type": "hanning",
-        "preemphasis": 0.97, "low_hz": 20.0, "high_hz": 8000.0, "mel_floor": 2.0**-23,
+        "channel": "mean", "preemphasis": 0.97, "low_hz": 20.0, "high_hz": 8000.0,
+        "mel_floor": 2.0**-23,
         "mean": -5.0, "std": 4.0, "truncation_side": "right", "padding_side": "right",
         "padding_value": 0.0,
     }  # fmt: skip
