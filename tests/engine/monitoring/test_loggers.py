@@ -16,14 +16,20 @@ from ssast.engine.parallel.ranks import World
 from ssast.engine.pretrain import pretrain
 
 
-@pytest.fixture
-def wandb(monkeypatch):
+@pytest.fixture(scope="module")
+def wandb_service():
+    """The process behind all runs: after a second one began, finish() no longer waits for files."""
     wandb = pytest.importorskip("wandb")
+    yield wandb
+    wandb.teardown()
+
+
+@pytest.fixture
+def wandb(wandb_service, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
-    yield wandb
-    wandb.teardown()
+    return wandb_service
 
 
 def monitor(folder, *loggers, rank=0, step=0):
