@@ -97,7 +97,13 @@ def _add_prepare(kinds: Any) -> None:
     )
     command.add_argument("out", metavar="OUT", help="folder for the shards, or its URL (s3://...)")
     _add_channel(command)
-    command.add_argument("--codec", choices=("flac", "wav"), default="flac", help="(flac)")
+    command.add_argument(
+        "--codec",
+        choices=("flac", "wav", "float"),
+        default="flac",
+        help="of the clips: flac and wav have 16 bits, and clips with peaks beyond full scale are "
+        "scaled down to it; float is WAV of 32 bit, which keeps all levels (flac)",
+    )
     command.add_argument(
         "--clip-s", type=float, default=10.0, metavar="S", help="longest clip in seconds (10)"
     )
@@ -229,7 +235,11 @@ def _prepare(options: argparse.Namespace) -> int:
     from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
     recipe = Recipe(
-        clip_s=options.clip_s, min_s=options.min_s, hop_s=options.hop_s, channel=options.channel
+        clip_s=options.clip_s,
+        min_s=options.min_s,
+        hop_s=options.hop_s,
+        channel=options.channel,
+        is_float=options.codec == "float",
     )
     packing = Packing(recipe, options.codec, options.shard_mib, options.drop_duplicates)
     table = table_format(options)

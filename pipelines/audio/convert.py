@@ -22,7 +22,7 @@ from ssast.pipelines.audio.extents import extent
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.errors import UnusableError
 
-Codec = Literal["flac", "wav"]
+Codec = Literal["flac", "wav", "float"]  # of 16 bit integers, but for 32 bit float in WAV
 
 FULL_SCALE = 32767.0
 
@@ -38,10 +38,11 @@ class Recipe:
         trim_db: Trim both ends of a clip where they are this far below its peak, except 25 ms
             before and 100 ms after the rest; None does not trim.
         level_rms: RMS that each clip is scaled to (1 is full scale), its peak at most 0.95; None
-            keeps the level, except that a clip beyond full scale is scaled down.
+            keeps the level, except that a clip beyond full scale is scaled down to it.
         hop_s: Time between the starts of two clips of a recording; None is ``clip_s``, so that they
             neither overlap nor leave gaps.
         channel: See :func:`~ssast.pipelines.audio.decode.downmix`.
+        is_float: Keep samples as float32, also beyond full scale, in place of int16.
     """
 
     sample_rate_hz: int = 16000
@@ -51,6 +52,7 @@ class Recipe:
     level_rms: float | None = None
     hop_s: float | None = None
     channel: Channel = "mean"
+    is_float: bool = False
 
     def digest(self) -> str:
         """Return a hash of the settings."""
@@ -59,6 +61,8 @@ class Recipe:
             del settings["hop_s"]
         if settings["channel"] == "mean":  # likewise
             del settings["channel"]
+        if not settings["is_float"]:  # likewise
+            del settings["is_float"]
         return hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest()
 
 
@@ -160,14 +164,14 @@ def windows(
 
 
 def normalised(samples: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Trim a clip [S] float32, scale it and round it to [S'] int16.
+    """Trim a clip [S] float32, scale it and round it to [S'] int16, or keep it as float32.
 
     Raises:
         UnusableError: It is too short, or holds nothing but silence.
     """
     rate = recipe.sample_rate_hz
     peak = float(np.abs(samples).max(initial=0.0))
-    if len(samples) and peak < 0.5 / FULL_SCALE:
+    if len(samples) and (peak < 0.5 / FULL_SCALE if not recipe.is_float else peak == 0):
         raise UnusableError("holds nothing but silence")
     if recipe.trim_db is not None and len(samples):
         loud = np.flatnonzero(np.abs(samples) >= peak * 10 ** (-recipe.trim_db / 20))
@@ -176,17 +180,20 @@ def normalised(samples: np.ndarray, recipe: Recipe) -> np.ndarray:
         raise UnusableError(
             f"too short: {len(samples) / rate:.3f} s of sound, at least {recipe.min_s:g} s needed"
         )
-    gain = 1.0 if peak <= 1.0 else 1.0 / peak
+    gain = 1.0 if peak <= 1.0 or recipe.is_float else 1.0 / peak
     if recipe.level_rms is not None:
         rms = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
         gain = min(recipe.level_rms / rms, 0.95 / peak)
+    if recipe.is_float:
+        return samples * np.float32(gain)
     return np.rint(samples * np.float32(gain * FULL_SCALE)).astype(np.int16)
 
 
 def encode(samples: np.ndarray, rate_hz: int, codec: Codec = "flac") -> memoryview:
-    """Encode samples [S] int16 as a FLAC or WAV file in memory."""
+    """Encode samples [S] int16, of float shards float32, as a FLAC or WAV file in memory."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate_hz, format=codec.upper(), subtype="PCM_16")
+    kind, subtype = ("WAV", "FLOAT") if codec == "float" else (codec.upper(), "PCM_16")
+    soundfile.write(buffer, samples, rate_hz, format=kind, subtype=subtype)
     return buffer.getbuffer()
 
 
@@ -197,7 +204,7 @@ class SampleDigest:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, samples: np.ndarray) -> "SampleDigest":
-        """Add samples [S] int16."""
+        """Add samples [S] int16, or float32 of a float shard."""
         self._hash.update(samples.tobytes())
         return self
 
@@ -211,16 +218,18 @@ class Part(NamedTuple):
 
     Attributes:
         number: Number of the clip in its recording, from 0.
-        samples: Samples [S] int16 at the sample rate of the recipe.
+        samples: Samples [S] int16 or float32 at the sample rate of the recipe.
         source_hz: Sample rate of the recording.
         lengths: With the first clip: the recording's length by its header and the true one, if they
             differ by much; see :func:`length_note`.
+        peak: Largest absolute sample before scaling, if that is beyond full scale, 1.
     """
 
     number: int
     samples: np.ndarray
     source_hz: int
     lengths: dict[str, float] | None = None
+    peak: float | None = None
 
 
 def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
@@ -246,7 +255,9 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
         except UnusableError as error:  # silence or a short remainder: the other clips are fine
             unusable = unusable or error
             continue
-        yield Part(number, samples, first[1], length_note(item) if is_empty else None)
+        lengths = length_note(item) if is_empty else None
+        peak = float(np.abs(window).max())
+        yield Part(number, samples, first[1], lengths, peak if peak > 1 else None)
         is_empty = False
     if is_empty:
         raise unusable or UnusableError("holds no samples")

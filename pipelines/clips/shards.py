@@ -42,6 +42,7 @@ from ssast.pipelines.text import one_line, parse_json
 SHARD, SIDECAR = "shards/{:05d}.tar", "shards/{:05d}.jsonl"
 INDEX, RECORDINGS, LABELS, REPORT = "index.npy", "recordings.npy", "labels.json", "report.json"
 REJECTED, WRONG_LENGTHS = "rejected.jsonl", "wrong_lengths.jsonl"
+OVERFLOWS = "overflows.jsonl"
 
 
 def member_name(header: bytes, size: int) -> str | None:

@@ -343,7 +343,8 @@ def decoded_seconds(clip: ShardClip, expected: dict) -> float:
     try:
         with open_sound(io.BytesIO(clip.read())) as sound:
             num_samples, digest = 0, SampleDigest()
-            for block in sound.blocks(BLOCK_SAMPLES // sound.channels, dtype="int16"):
+            dtype = "float32" if sound.subtype == "FLOAT" else "int16"
+            for block in sound.blocks(BLOCK_SAMPLES // sound.channels, dtype=dtype):
                 num_samples += len(block)
                 digest.add(block)
             rate_hz, channels = sound.samplerate, sound.channels

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from ssast.pipelines.clips.shards import (
     INDEX,
     LABELS,
+    OVERFLOWS,
     RECORDINGS,
     REJECTED,
     REPORT,
@@ -55,6 +57,7 @@ def write_index(
     labels: list[tuple[str, ...]] = []
     rejected: list[str] = []
     wrong_lengths: list[str] = []
+    overflows: list[str] = []
     reasons: Counter[str] = Counter()
     rates: Counter[int] = Counter()
     size = num_recordings = 0
@@ -76,6 +79,9 @@ def write_index(
                 text = {key: clip[key] for key in ("name", "stated_s", "found_s")}
                 text["name"] += clip.get("segment", "")
                 wrong_lengths.append(json.dumps(text) + "\n")
+            if "peak" in clip:
+                text = {key: clip[key] for key in ("name", "part", "peak")}
+                overflows.append(json.dumps(text) + "\n")
             recordings.append(num_recordings - 1)
             durations.append(clip["duration_s"])
             digests.append(bytes.fromhex(clip["digest"]))
@@ -96,6 +102,7 @@ def write_index(
     _, first_of = np.unique(np.array(digests, "S16"), return_index=True)
     kept = np.sort(first_of) if drop_duplicates else np.arange(len(durations))
     files[WRONG_LENGTHS] = "".join(wrong_lengths).encode() if wrong_lengths else None
+    files[OVERFLOWS] = "".join(overflows).encode() if overflows else None
     files[INDEX] = _npy(np.concatenate(rows)[kept])
     files[RECORDINGS] = _npy(np.array(recordings, np.int64)[kept])
     files[LABELS] = None
@@ -114,12 +121,39 @@ def write_index(
         "num_rejected": len(rejected),
         "rejected": dict(sorted(reasons.items())),
         "wrong_lengths": len(wrong_lengths),
+        "overflows": len(overflows),
         "duplicates": len(durations) - len(first_of),
         "settings": settings,
     }
     files[REPORT] = (json.dumps(report, indent=1) + "\n").encode()
     _replace(out, files)
     return report
+
+
+def remarks(report: dict[str, Any], out: Path) -> Iterator[str]:
+    """Yield a line about each thing in a report that its reader must know, and where it stands.
+
+    Args:
+        report: The report.
+        out: The prepared folder, or its URL.
+    """
+    settings = report["settings"]
+    if report["num_rejected"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items())
+        yield f"{report['num_rejected']} recordings cannot be used ({reasons}): {out / REJECTED}"
+    if report["wrong_lengths"]:
+        yield (
+            f"{report['wrong_lengths']} of {report['recordings']} recordings have headers or "
+            f"segments that state another length, and were read to their ends: "
+            f"{out / WRONG_LENGTHS}"
+        )
+    if report["overflows"]:
+        kept = settings["recipe"]["is_float"]
+        what = "kept" if kept else "scaled down to it: see --codec float"
+        yield f"{report['overflows']} clips have peaks beyond full scale, {what}: {out / OVERFLOWS}"
+    if report["duplicates"]:
+        what = "left out" if settings["drop_duplicates"] else "kept: see --drop-duplicates"
+        yield f"{report['duplicates']} clips are exact duplicates of others, {what}"
 
 
 def kind_of(reason: str) -> str:

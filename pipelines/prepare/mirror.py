@@ -10,6 +10,7 @@ from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import (
     INDEX,
     LABELS,
+    OVERFLOWS,
     RECORDINGS,
     REJECTED,
     REPORT,
@@ -19,7 +20,7 @@ from ssast.pipelines.clips.shards import (
 )
 
 # the report says that the others are there
-LISTS = (REJECTED, WRONG_LENGTHS, INDEX, RECORDINGS, LABELS, REPORT)
+LISTS = (REJECTED, WRONG_LENGTHS, OVERFLOWS, INDEX, RECORDINGS, LABELS, REPORT)
 
 
 @contextlib.contextmanager

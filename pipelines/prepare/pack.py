@@ -33,12 +33,12 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.folders import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.remote import as_path, is_url, on_disk
 from ssast.pipelines.clips.segment import span_text
-from ssast.pipelines.clips.shards import REJECTED, REPORT, SHARD, SIDECAR, WRONG_LENGTHS
+from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import replacing, usable_cores, write_atomically
 from ssast.pipelines.locks import exclusive
-from ssast.pipelines.prepare.index import write_index
+from ssast.pipelines.prepare.index import remarks, write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
 from ssast.pipelines.text import shows_progress
@@ -57,7 +57,7 @@ class Packing:
 
     Attributes:
         recipe: Settings of the clips.
-        codec: Codec of the clips.
+        codec: Codec of the clips; "float" goes with ``recipe.is_float``.
         shard_mib: MiB of recordings that go into a shard.
         drop_duplicates: Leave clips out of the index whose samples came before.
     """
@@ -86,6 +86,8 @@ class Packing:
             )
         if not 0 < self.shard_mib < 2**20:
             raise DataError(f"--shard-mib is {self.shard_mib:g}, expected a size above 0")
+        if recipe.is_float != (self.codec == "float"):
+            raise DataError(f"--codec is {self.codec}, expected float for clips of float samples")
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for the report."""
@@ -191,18 +193,8 @@ def pack_recordings(
         f"{out}: {report['clips']} clips, {report['hours']:.2f} h in {len(groups)} shards, "
         f"{len(groups) - len(missing)} of them done before"
     )
-    if report["num_rejected"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items())
-        log(f"{report['num_rejected']} recordings cannot be used ({reasons}): {out / REJECTED}")
-    if report["wrong_lengths"]:
-        log(
-            f"{report['wrong_lengths']} of {report['recordings']} recordings have headers or "
-            f"segments that state another length, and were read to their ends: "
-            f"{out / WRONG_LENGTHS}"
-        )
-    if report["duplicates"]:
-        what = "left out" if packing.drop_duplicates else "kept: see --drop-duplicates"
-        log(f"{report['duplicates']} clips are exact duplicates of others, {what}")
+    for line in remarks(report, out):
+        log(line)
     return report
 
 
@@ -365,9 +357,11 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
     """
     stem, segment = clip_stem(recording.item.full_name, STEM), recording.item.segment
     rate_hz = packing.recipe.sample_rate_hz
-    for part, samples, source_hz, lengths in fetched_and_cut(recording.item, packing.recipe):
+    for part, samples, source_hz, lengths, peak in fetched_and_cut(recording.item, packing.recipe):
         data = encode(samples, rate_hz, packing.codec)
-        member = tarfile.TarInfo(f"{stem}-{part:05d}.{packing.codec}")
+        member = tarfile.TarInfo(
+            f"{stem}-{part:05d}.{'flac' if packing.codec == 'flac' else 'wav'}"
+        )
         member.size = data.nbytes
         file.write(member.tobuf(tarfile.USTAR_FORMAT, "ascii"))
         offset = file.tell()
@@ -385,8 +379,7 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
         }
         if segment is not None:
             line["segment"] = span_text(segment.begin_s, segment.duration_s)
-        if lengths is not None:
-            line |= lengths
+        line |= (lengths or {}) | ({} if peak is None else {"peak": round(peak, 4)})
         yield line | ({"labels": recording.labels} if recording.labels else {})
 
 
@@ -434,7 +427,7 @@ def check_space(out: Path, recordings: Sequence[Recording], packing: Packing) ->
     seconds *= sum(recording.num_bytes for recording in usable) / num_bytes
     recipe = packing.recipe
     overlap = recipe.clip_s / (recipe.hop_s or recipe.clip_s)
-    share = FLAC_SHARE if packing.codec == "flac" else 1.0
+    share = {"flac": FLAC_SHARE, "wav": 1.0, "float": 2.0}[packing.codec]
     needed = overlap * seconds * (2 * recipe.sample_rate_hz * share + 2 * BLOCK / recipe.clip_s)
     free = shutil.disk_usage(out).free
     if needed > free:
