@@ -68,6 +68,18 @@ class Registry:
             f"{self.setting} must be one of {', '.join(known)}, got {shown(name)}{hint}"
         )
 
+    def check_elsewhere(self, name: str) -> None:
+        """Check that another process finds what a name stands for.
+
+        Raises:
+            ConfigError: It is registered in this one alone.
+        """
+        if name in self._registered and name not in self._installed():
+            raise ConfigError(
+                f"{self.setting} {name!r} is registered in this process alone, expected one that "
+                f"another process finds: name it in an entry point, {self.group}"
+            )
+
     def load(self, name: str) -> Any:
         """Return what a name stands for.
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ssast.engine.config import Config, to_plain
 from ssast.engine.parallel.machine import available_gib
+from ssast.engine.registry import BACKBONES, OBJECTIVES
 from ssast.engine.settings import Run
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError")
@@ -66,7 +67,13 @@ def try_out(
         attention: A backend of :mod:`ssast.kernels.attention`; the fastest if None.
         memory_gib: What a CPU process may allocate; what is free now, less a tenth, if None.
         timeout_s: Seconds after which the process is killed.
+
+    Raises:
+        ConfigError: Objective or backbone are registered in this process alone.
     """
+    BACKBONES.check_elsewhere(config.model.backbone)
+    if config.finetune is None:
+        OBJECTIVES.check_elsewhere(config.objective.kind)
     with tempfile.TemporaryDirectory() as folder:  # for what a run would log of its clips
         request = {
             "config": to_plain(replace(config, run=Run(folder=folder))),

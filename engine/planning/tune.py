@@ -60,7 +60,8 @@ def tune(
         What was tried, in that order; the first is the configuration as given.
 
     Raises:
-        ConfigError: No time, or a batch that accumulation does not divide.
+        ConfigError: No time, a batch that accumulation does not divide, or an objective or a
+            backbone that is registered in this process alone.
     """
     if seconds <= 0:
         raise ConfigError(f"--seconds must be positive, got {seconds:g}")

@@ -13,6 +13,7 @@ from ssast.engine.parallel import machine as machines
 from ssast.engine.planning import tune as tuning
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.engine.planning.tune import fastest, format_results, tune, write_tuned
+from ssast.engine.registry import BACKBONES, OBJECTIVES
 
 
 @pytest.fixture
@@ -42,6 +43,20 @@ def machine(overhead_s=0.1, clip_s=0.1, threads=2, fits=1 << 20, compiled=1.0, b
         return Trial("ok", step_s=step_s, clips_per_s=batch / step_s, memory_gib=1.0)
 
     return run, tried
+
+
+@pytest.mark.parametrize(
+    ("registry", "setting"), [(OBJECTIVES, "objective.kind"), (BACKBONES, "model.backbone")]
+)
+def test_what_other_processes_do_not_know_is_refused(registry, setting, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {"mine": object})
+    config = load_config("tiny_patch", [f"{setting}=mine"])
+    with pytest.raises(ConfigError, match=rf"{setting} 'mine' is registered in this process alone"):
+        tune(config)
+    monkeypatch.setattr(registry, "_installed", lambda: {"mine": object})
+    run, _ = machine()
+    monkeypatch.setattr("ssast.engine.planning.trial._run", lambda *_: run(config, num_threads=2))
+    assert try_out(config).outcome == "ok"
 
 
 def test_the_batch_grows_while_it_helps(config):
