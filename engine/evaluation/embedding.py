@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.cut_clips import CutClips
 from ssast.engine.evaluation.features import Level, embed_batch
 from ssast.engine.evaluation.predict import default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
@@ -126,6 +127,8 @@ def embed_recordings(
 ) -> WrittenEmbeddings:
     """Write the embeddings of recordings.
 
+    Only the beginning of a clip longer than the input is used; a warning says of how many.
+
     Args:
         loaded: Any model.
         source: A manifest, a folder, or one audio file. Row i is its i-th clip.
@@ -158,6 +161,7 @@ def embed_recordings(
         shape = (len(paths), columns, encoder.embed_dim)
     rejected: dict[str, str] = {}
     counts = np.zeros(len(paths), dtype=np.int64)
+    cut = CutClips(paths, loaded.audio)
     try:
         with (
             replacing(out) as temporary,
@@ -182,6 +186,7 @@ def embed_recordings(
                 held = held.where(batch.valid, 0)
                 counts[first : first + count] = held[:count].cpu().numpy()
                 rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
+                cut.add(batch)
             rows.close()
             if not counts.any():
                 path, reason = next(iter(rejected.items()))
@@ -192,6 +197,7 @@ def embed_recordings(
             _write_listing(listing, paths, counts)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+    cut.warn()
     return WrittenEmbeddings(out, shape, listing, rejected, int((counts > 0).sum()))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ssast.engine.data.clips import fbank_spec
+from ssast.engine.evaluation.cut_clips import CutClips
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
@@ -131,7 +132,7 @@ def one_pass(
 def score_clips(
     loaded: LoadedModel, paths: Sequence[Any], device: torch.device, progress: bool = False
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Compute the logits [n, C] of clips.
+    """Compute the logits [n, C] of clips; warn of those that are longer than the input.
 
     Returns:
         Logits, 0 for clips that cannot be read, and the reasons for those, by row.
@@ -140,6 +141,7 @@ def score_clips(
     audio = loaded.audio
     logits = np.zeros((len(paths), loaded.num_classes))
     reasons: dict[int, str] = {}
+    cut = CutClips(paths, audio)
     with one_pass(
         paths,
         audio,
@@ -151,4 +153,6 @@ def score_clips(
             found = classifier(batch.fbank, frames).double().cpu().numpy()
             valid = batch.valid.cpu().numpy()
             logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
+            cut.add(batch)
+    cut.warn()
     return logits, reasons

@@ -3,7 +3,9 @@
 import json
 from fnmatch import fnmatch
 
+import numpy as np
 import pytest
+import soundfile
 from finetune_runs import manifest
 from odd_files import ROWS, some_odd_files
 
@@ -56,6 +58,24 @@ def test_the_status_says_whether_files_could_be_read(
     assert "%" in shown.out.splitlines()[-1]
     assert main(["predict", *map(str, [finetuned[0], *good]), *windows]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "embed"])
+def test_clips_longer_than_the_input_are_counted_once(command, finetuned, splits, tmp_path, caplog):
+    """Of 8,000 samples the last 80 fill no frame: nothing is lost of such a clip."""
+    paths = []
+    for number, extra in enumerate((0, 79, 80, 8000)):  # at 16 kHz, and the longest at 32 kHz
+        path = tmp_path / "sounds" / f"{number % 3}_{extra}.wav"
+        path.parent.mkdir(exist_ok=True)
+        rate_hz = 32000 if extra == 8000 else 16000
+        noise = np.random.default_rng(number).standard_normal((8000 + extra) * rate_hz // 16000)
+        soundfile.write(path, 0.1 * noise, rate_hz)
+        paths.append(path)
+    source = {"evaluate": manifest(tmp_path / "a.json", paths)}.get(command, tmp_path / "sounds")
+    more = {"embed": ["--out", str(tmp_path / "a.npy")]}.get(command, [])
+    assert main([command, str(finetuned[0]), str(source), *more]) == 0
+    (said,) = [line for line in caplog.messages if "longer" in line]
+    assert said.startswith("2 of 4 clips are longer than the model's input of 0.495 s: only their")
 
 
 def test_what_predict_is_given(splits, tmp_path):
