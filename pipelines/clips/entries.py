@@ -109,11 +109,11 @@ def _numbered(
         entries = block
         if besides is None and any(isinstance(entry, str) for entry in block):
             entries = [{key: entry} if isinstance(entry, str) else entry for entry in block]
-        for number, entry in enumerate(entries, done):
-            if not isinstance(entry, dict):
-                raise DataError(
-                    f'{path}: entry {number}: expected {{"{key}": ...}}, found {shown(entry)}'
-                )
+        if set(map(type, entries)) - {dict}:
+            number, entry = next((n, e) for n, e in enumerate(entries) if type(e) is not dict)
+            raise DataError(
+                f'{path}: entry {done + number}: expected {{"{key}": ...}}, found {shown(entry)}'
+            )
         yield Entries(entries, range(done, done + len(entries)), "entry")
         done += len(entries)
 

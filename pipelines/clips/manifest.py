@@ -22,7 +22,7 @@ from ssast.pipelines.clips.entries import CLIP_KEY, PREPARED_KEY, Entries, Table
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
 from ssast.pipelines.clips.listed import FileList, write_files
-from ssast.pipelines.clips.paths import UNUSUAL, plain, resolve, values_of
+from ssast.pipelines.clips.paths import are_plain, plain, resolve, values_of
 from ssast.pipelines.clips.remote import as_path, is_url
 from ssast.pipelines.clips.segment import FileClip, Files, Segment, read_seconds, span_text
 from ssast.pipelines.clips.shards import (
@@ -309,13 +309,10 @@ def _plain_names(entries: Sequence[dict[str, Any]], key: str) -> list[str] | Non
     """Return what is given in entries, looked at together; None if one needs a closer look."""
     try:
         given = [entry[key] for entry in entries]
-        text = "\n".join(given)
-        text.encode(errors="surrogateescape")
+        "".join(given).encode(errors="surrogateescape")
     except (KeyError, TypeError, UnicodeEncodeError):
         return None
-    if "" in map(str.strip, given) or "\0" in text or UNUSUAL.search(text):
-        return None
-    return given
+    return given if are_plain(given) else None
 
 
 def _check_unique(path: Path, table: TableFormat, hashes: set[int]) -> None:

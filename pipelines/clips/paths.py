@@ -2,14 +2,20 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from urllib.parse import unquote, urlsplit
 
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})(?=/|$)")  # at the beginning alone
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-# What resolve() does more to than to put the folder before: //, a/../b, ~/a, $X/a, s3://a, file:a.
-# Names that hold line breaks may match as well.
-UNUSUAL = re.compile(r"//|/\.{0,2}$|/\.{1,2}/|^\.{1,2}(?:/|$)|^[~$]|^file:", re.MULTILINE | re.I)
+FILE_URL = re.compile(r"file:/|(?i:file)://")
+# What is in paths between line breaks that os.path.normpath or resolve() may change; and in others.
+UNUSUAL = ("//", "/\n", "/.", "\n.", "\n~", "\n$", "\nfile:/", "\0")
+
+
+def are_plain(names: Sequence[str]) -> bool:
+    """Return whether :func:`resolve` only puts the folder before these paths that are text."""
+    text = "\n".join(("", *names, ""))
+    return not any(mark in text for mark in UNUSUAL) and "" not in map(str.strip, names)
 
 
 def resolve(name: str, folder: str, variables: set[str] | None = None) -> str:
@@ -26,7 +32,7 @@ def resolve(name: str, folder: str, variables: set[str] | None = None) -> str:
         ValueError: It is a URL, or a variable is not set; the message says so.
     """
     variable = None
-    if name[:5].lower() == "file:" and name[5:6] == "/":
+    if FILE_URL.match(name):
         parts = urlsplit(name)
         if parts.netloc not in ("", "localhost"):
             raise ValueError("expected a file of this machine")
@@ -55,8 +61,5 @@ def values_of(variables: Iterable[str]) -> dict[str, str | None]:
 
 def plain(name: str) -> str:
     """Return a path of a file from which :func:`resolve` makes the same file, whatever its name."""
-    return f"./{name}" if name[:1] in ("~", "$") or URL.match(name) or _is_file_url(name) else name
-
-
-def _is_file_url(name: str) -> bool:
-    return name[:6].lower() == "file:/"
+    special = name[:1] in ("~", "$") or URL.match(name) or FILE_URL.match(name)
+    return f"./{name}" if special else name

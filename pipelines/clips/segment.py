@@ -102,7 +102,7 @@ def read_seconds(
         DataError: One is no number, the begin is negative, or nothing lies between begin and end.
     """
     begins, ends, durations = keys
-    if not any(key in entry for entry in columns for key in begins + ends):
+    if all(map(frozenset(begins + ends).isdisjoint, columns)):
         return None
     seconds = np.empty((len(columns), 2))
     for row, entry in enumerate(columns):
