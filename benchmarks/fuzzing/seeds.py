@@ -75,7 +75,7 @@ def manifests() -> list[Files]:
         {"labels.csv": TABLE},
         {"clips.tsv": b'path\tsentence\tcategory\na.wav\t"A," b\tdog\nb.wav\tc\tcat\n'},
         {"clips.csv": b"sep=;\nfile;class\n~/a.wav;Dog, big\n$HOME/b.wav;\xe9\n"},
-        {"clips.json": json.dumps(["a.wav", {"file": "b.wav", "target": 3}]).encode()},
+        {"clips.json": json.dumps(["a.wav", {"wav": "b.wav"}]).encode()},
         {"clips.jsonl": b'{"audio": "a.wav", "label": "x"}\n{"audio": "b.wav", "label": ["y"]}\n'},
         {"clips.txt": b"a.wav\nfile:///b%20c.wav\n"},
         {"wav.scp": b"utt1 a.wav\nutt2 /b/c.flac\n"},
