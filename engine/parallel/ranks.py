@@ -24,6 +24,7 @@ from torch import Tensor
 from ssast.engine.errors import ConfigError, LostPeer
 from ssast.pipelines.files import usable_cores
 
+SET_BY_TORCH_AND_DEEPSPEED = ("DS_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")  # in the environment
 MEET_S = 5.0  # between two meetings of ranks that wait for one of them
 
 T = TypeVar("T")
@@ -235,19 +236,19 @@ def close_world() -> None:
 def leaving_world() -> Iterator[None]:
     """Leave the world that is joined inside, unless this process was in one before.
 
-    What libraries have set in the environment meanwhile is as it was, too.
+    What torch and DeepSpeed have set in the environment meanwhile is removed, too.
     """
     if _world is not None:
         yield
         return
-    before = dict(os.environ)
+    before = set(os.environ)
     try:
         yield
     finally:
         close_world()
-        for key in os.environ.keys() - before.keys():
-            del os.environ[key]
-        os.environ.update(before)
+        for key in os.environ.keys() - before:
+            if key.startswith(SET_BY_TORCH_AND_DEEPSPEED):
+                del os.environ[key]
 
 
 @contextmanager

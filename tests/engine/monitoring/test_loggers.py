@@ -162,6 +162,7 @@ def test_a_logger_that_fails_is_named_once_and_ends_nothing(fails_at, logged, sa
 
 def test_weights_and_biases_without_a_key_is_said_once(wandb, monkeypatch, tmp_path):
     """What its own library raises, for real."""
+    wandb.teardown()  # it has read its settings when the tests above began
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in .netrc
