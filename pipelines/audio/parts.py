@@ -23,6 +23,23 @@ class Span:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A file in a column of a Parquet file.
+
+    Attributes:
+        path: Path of the Parquet file.
+        column: The column, of structures with a field ``bytes``.
+        group: Group of rows.
+        row: Row in the group.
+    """
+
+    path: Path
+    column: str
+    group: int
+    row: int
+
+
 class SpanFile(io.RawIOBase):
     """A raw file object for part of an archive, or for a file with another header.
 

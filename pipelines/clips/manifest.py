@@ -35,7 +35,7 @@ from ssast.pipelines.clips.shards import (
 )
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, forget, shared_arrays, state_of
 from ssast.pipelines.clips.tables import SUFFIXES, is_table, open_table
-from ssast.pipelines.clips.tars import TarIndex, find_tars, names_tars, tars_in
+from ssast.pipelines.clips.tars import TarIndex, find_files, names_tars, tars_in
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import shown
@@ -81,7 +81,7 @@ def read_manifest(
             - a folder that was prepared: the clips in its shards;
             - a JSON file ``{"prepared": "..", "data": [{"clip": "a-00000.flac", "labels": "dog"},
               ...]}``: clips of a prepared folder (or of its URL) by their names in the shards;
-            - tar archives in the layout of WebDataset, see :func:`~.tars.find_tars`: the sounds in
+            - tar archives in the layout of WebDataset, see :func:`~.tars.find_files`: the sounds in
               them, with the labels of their samples;
             - any other folder: all audio files in it and below, sorted; or all in its tar archives.
 
@@ -125,7 +125,7 @@ def read_clips(path: str | Path, table: TableFormat = PLAIN) -> ClipPaths:
 def _unlisted_clips(place: str | Path) -> ClipPaths | None:
     """Return the clips of a folder or of tar archives; None for a manifest."""
     if names_tars(place):
-        return _clips_of_tars(find_tars(place))
+        return _clips_of_tars(find_files(place))
     path = as_path(place)
     if is_url(path) and not is_prepared(path):
         tars = tars_in(path)

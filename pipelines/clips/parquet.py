@@ -11,12 +11,12 @@ from ssast.pipelines.files import open_regular
 from ssast.pipelines.text import one_line
 
 
-def open_parquet(path: Path, table: TableFormat) -> Table:
-    """Open a Parquet file of paths; its rows are ``row 0``, ``row 1``, ...
+def parquet_file(path: Path) -> Any:
+    """Open a Parquet file: a ``pyarrow.parquet.ParquetFile``.
 
     Raises:
         UnavailableError: pyarrow is not installed.
-        DataError: It is no Parquet file, or its column of clips holds no text.
+        DataError: It is no Parquet file.
         OSError: It cannot be read.
     """
     try:
@@ -28,11 +28,44 @@ def open_parquet(path: Path, table: TableFormat) -> Table:
         ) from error
     try:
         file = pq.ParquetFile(pa.PythonFile(open_regular(path)))
-        schema = file.schema_arrow
+        assert file.schema_arrow is not None  # read here, with its errors
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise DataError(f"{path}: not a Parquet file: {one_line(error):.200}") from error
+    return file
+
+
+def sound_column(schema: Any) -> str | None:
+    """Return the first column of sounds, structures with a field ``bytes``; None without one."""
+    import pyarrow as pa
+
+    for field in schema:
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            kind = field.type.field("bytes").type
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return str(field.name)
+    return None
+
+
+def open_parquet(path: Path, table: TableFormat) -> Table:
+    """Open a Parquet file of paths; its rows are ``row 0``, ``row 1``, ...
+
+    Raises:
+        UnavailableError: pyarrow is not installed.
+        DataError: It is no Parquet file, or its column of clips holds no text.
+        OSError: It cannot be read.
+    """
+    file = parquet_file(path)
+    import pyarrow as pa
+
+    schema = file.schema_arrow
+    sounds = sound_column(schema)
+    if sounds is not None and "wav" not in table.columns:
+        raise DataError(
+            f"{path}: holds the sounds themselves, in the column {sounds!r}: ssast data prepare "
+            "makes shards of them, with their labels"
+        )
     columns = find_columns(schema.names, table, path)
     if columns.wav is not None:
         kind: Any = schema.field(columns.wav).type

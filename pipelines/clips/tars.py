@@ -62,8 +62,8 @@ def names_tars(place: object) -> bool:
     return bool(IS_TAR.search(text) or text.lower().endswith(PACKED)) and not os.path.isdir(text)
 
 
-def find_tars(place: str | Path) -> list[str]:
-    """Return the tar archives that a name stands for, sorted: absolute paths or URLs.
+def find_files(place: str | Path) -> list[str]:
+    """Return the files that a name stands for, sorted: absolute paths or URLs of archives.
 
     Args:
         place: Path or URL; ``{000..099}`` stands for each of these numbers, ``{a,b}`` for each of

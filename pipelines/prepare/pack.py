@@ -27,7 +27,7 @@ from ssast.pipelines.audio.convert import (
     cut,
     encode,
 )
-from ssast.pipelines.audio.decode import Item, length_s, suffix
+from ssast.pipelines.audio.decode import length_s, suffix
 from ssast.pipelines.audio.ffmpeg import ffmpeg_installed
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.folders import FFMPEG_SUFFIXES
@@ -40,10 +40,11 @@ from ssast.pipelines.files import replacing, usable_cores, write_atomically
 from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.index import remarks, write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
+from ssast.pipelines.prepare.parquet import read_cell
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
 from ssast.pipelines.text import shows_progress
 
-FORMAT = 2  # raise it when other bytes come out of the same recordings
+FORMAT = 3  # raise it when other bytes come out of the same recordings
 STEM = 64  # characters of a recording's name in a clip's: a member's name has at most 100
 PROBES = 64  # recordings whose headers are read to estimate how much will come out
 FLAC_SHARE = 0.65  # bytes of 16 bit FLAC for one of samples, of speech and music with little noise
@@ -355,9 +356,11 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
         UnusableError: The recording cannot be used; what was appended must be cut off again.
         OSError: The shard cannot be written.
     """
-    stem, segment = clip_stem(recording.item.full_name, STEM), recording.item.segment
+    # Without dots: WebDataset takes what is before the first for the name of a sample.
+    stem = clip_stem(recording.item.full_name, STEM).replace(".", "_")
+    segment = recording.item.segment
     rate_hz = packing.recipe.sample_rate_hz
-    for part, samples, source_hz, lengths, peak in fetched_and_cut(recording.item, packing.recipe):
+    for part, samples, source_hz, lengths, peak in fetched_and_cut(recording, packing.recipe):
         data = encode(samples, rate_hz, packing.codec)
         member = tarfile.TarInfo(
             f"{stem}-{part:05d}.{'flac' if packing.codec == 'flac' else 'wav'}"
@@ -383,12 +386,13 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
         yield line | ({"labels": recording.labels} if recording.labels else {})
 
 
-def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[Part]:
-    """Yield the parts of a recording, see :func:`cut`; fetch it first if it is behind a URL.
+def fetched_and_cut(recording: Recording, recipe: Recipe) -> Iterator[Part]:
+    """Yield the parts of a recording, see :func:`cut`; fetch it from a URL or a Parquet file.
 
     Raises:
         UnusableError: The recording cannot be used, or cannot be fetched now.
     """
+    item = recording.item
     with contextlib.ExitStack() as stack:
         if is_url(item.data):
             try:
@@ -396,7 +400,14 @@ def fetched_and_cut(item: Item, recipe: Recipe) -> Iterator[Part]:
             except OSError as error:
                 why = f"cannot be fetched: {error.strerror or error}"
                 raise UnusableError(why, transient=True) from error
+        if recording.cell is not None:
+            item = replace(item, data=read_cell(recording.cell))
         yield from cut(item, recipe)
+
+
+def _is_file(recording: Recording) -> bool:
+    """Return whether the header of a recording can be read before it is fetched."""
+    return recording.cell is None and not is_url(recording.item.data)
 
 
 def remove_others(out: Path, num_shards: int) -> None:
@@ -413,7 +424,7 @@ def check_space(out: Path, recordings: Sequence[Recording], packing: Packing) ->
     Raises:
         DataError: The disk has no room for that.
     """
-    usable = [r for r in recordings if r.problem is None and not is_url(r.item.data)]
+    usable = [r for r in recordings if r.problem is None and _is_file(r)]
     seconds = num_bytes = 0.0
     for recording in usable[:: max(1, len(usable) // PROBES)]:
         length = length_s(recording.item)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssast.pipelines.audio.decode import Item, suffix
-from ssast.pipelines.audio.parts import Span
+from ssast.pipelines.audio.parts import Cell, Span
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.manifest import read_manifest
@@ -18,9 +18,10 @@ from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.clips.tables import SUFFIXES, is_table
-from ssast.pipelines.clips.tars import describe_left_out, find_tars, names_tars
+from ssast.pipelines.clips.tars import describe_left_out, find_files, names_tars
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
+from ssast.pipelines.prepare.parquet import has_sounds, parquet_rows
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Recording:
         num_bytes: Size in bytes; of a segment, about.
         problem: Reason why it cannot be read, if so.
         labels: Labels from the manifest.
+        cell: Where it is in a Parquet file, which is then the data of ``item``.
     """
 
     item: Item
@@ -45,14 +47,15 @@ class Recording:
     num_bytes: int
     problem: str | None = None
     labels: tuple[str, ...] = ()
+    cell: Cell | None = None
 
 
 def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list[Recording]:
     """Return the recordings of a source, sorted by name.
 
     Args:
-        source: A folder (files and .tar archives in it and below), a manifest, or .tar archives,
-            see :func:`find_tars`.
+        source: A folder (files and .tar archives in it and below), a manifest, .tar archives or
+            Parquet files with sounds, see :func:`find_files`.
         out: A folder that is passed over.
         table: What is set of the format of a manifest.
 
@@ -75,8 +78,13 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
             name = os.path.relpath(error.filename, base)
             recordings.append(_problem(name, Path(error.filename), error.strerror or "?"))
 
-        kinds = frozenset({*SOUNDS, ".tar", *(suffix(f"a{packed}") for packed in PACKED)})
+        kinds = frozenset(
+            {*SOUNDS, ".tar", ".parquet", *(suffix(f"a{packed}") for packed in PACKED)}
+        )
         paths = audio_files(source, leave_out=out, suffixes=kinds, on_error=unreadable)
+    elif suffix(source.name) == ".parquet" and (not source.is_file() or _has_sounds(source)):
+        paths = find_files(source)
+        base = os.path.commonpath([os.path.dirname(path) for path in paths])
     elif is_table(source):
         manifest = read_manifest(source, table=table)
         if isinstance(manifest.paths, ShardIndex):
@@ -86,7 +94,7 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
         paths = [clip.path if isinstance(clip, Segment) else str(clip) for clip in clips]
         base = os.path.dirname(os.path.abspath(source))
     elif names_tars(source):
-        paths = find_tars(source)
+        paths = find_files(source)
         base = os.path.commonpath([os.path.dirname(path) for path in paths])
     else:
         found = "this file" if source.exists() else "nothing"
@@ -103,6 +111,9 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
             if os.path.basename(os.path.dirname(path)) == "shards" and is_prepared(folder):
                 raise DataError(f"{folder}: is prepared already: leave it out of {source}")
             recordings += tar_recordings(name, Path(path))
+        elif suffix(name) == ".parquet" and labels is None:
+            if _has_sounds(Path(path)):
+                recordings += parquet_recordings(name, Path(path), table)
         elif suffix(name) in SOUNDS or labels is not None:
             names = labels[place] if labels else ()
             recordings.append(file_recording(name, Path(path), names, segments.get(place)))
@@ -167,6 +178,29 @@ def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
     if found.left_out:
         there = describe_left_out(found.left_out)
         log.warning("%s: left out are members that are no sounds and no labels: %s", path, there)
+
+
+def _has_sounds(path: Path) -> bool:
+    try:
+        return has_sounds(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parquet_recordings(name: str, path: Path, table: TableFormat) -> Iterator[Recording]:
+    """Yield the recordings in a Parquet file with their labels, named FILE/ROW_NAME.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        status = os.stat(path)
+        rows, _ = parquet_rows(path, table)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for row, cell, size, labels in rows:
+        signature = f"{status.st_size}-{status.st_mtime_ns}-{cell.group}-{cell.row}"
+        yield Recording(Item(f"{name}/{row}", path), signature, size, None, labels, cell)
 
 
 def file_recording(

@@ -18,7 +18,7 @@ from sounds import tone
 from ssast.engine.config import Config
 from ssast.engine.data.clips import find_clips
 from ssast.engine.data.labels import find_classes, read_labelled
-from ssast.engine.evaluation.predict import find_files
+from ssast.engine.evaluation import predict
 from ssast.engine.settings import Data
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.audio.convert import Recipe
@@ -27,7 +27,7 @@ from ssast.pipelines.clips import tar_index
 from ssast.pipelines.clips.manifest import read_clips, read_manifest
 from ssast.pipelines.clips.members import LONGEST_LABEL, parse_sample
 from ssast.pipelines.clips.mix import fingerprint, is_remote, select
-from ssast.pipelines.clips.tars import TarClip, TarIndex, find_tars
+from ssast.pipelines.clips.tars import TarClip, TarIndex, find_files
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.check import check_data
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
@@ -96,7 +96,7 @@ def test_archives_of_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(opened) == sorted(map(str, paths))
     assert find_classes("in", None) == ("cat", "dog, loud")
     assert len(read_labelled("in", ("cat", "dog, loud"), one_label=True).paths) == 12
-    assert list(map(str, find_files(["in/*.tar"]))) == list(map(str, read_clips("in")))
+    assert list(map(str, predict.find_files(["in/*.tar"]))) == list(map(str, read_clips("in")))
 
 
 def test_they_stream_and_hold_out_like_shards(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_second_start_reads_only_what_is_missing(
 def test_names_of_archives(tmp_path: Path) -> None:
     for name in ("a-08", "a-09", "a-10", "b-1", "{c}"):
         write_tar(tmp_path / f"{name}.tar", [])
-    one = lambda text: [Path(path).stem for path in find_tars(tmp_path / text)]  # noqa: E731
+    one = lambda text: [Path(path).stem for path in find_files(tmp_path / text)]  # noqa: E731
     assert one("a-{08..10}.tar") == ["a-08", "a-09", "a-10"] == one("a-{10..08}.tar")
     assert one("{a-09,b-{1..1}}.tar") == ["a-09", "b-1"]
     assert one("{a,b}-*.tar") == ["a-08", "a-09", "a-10", "b-1"]
@@ -321,3 +321,16 @@ def test_a_damaged_archive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     path.write_bytes(data)
     assert len(read_clips(path)) == 2
     assert "damaged archive" in caplog.text and "1 of 3 sounds" in caplog.text
+
+
+def test_webdataset_reads_prepared_shards(tmp_path: Path) -> None:
+    """Each clip is a sample of its own, whatever dots its recording has in its name."""
+    webdataset = pytest.importorskip("webdataset")
+    write_tar(tmp_path / "in/a.tar", [(f"a.{n}.x.flac", flac(n, 20000)) for n in range(3)])
+    packing = Packing(Recipe(clip_s=0.5, min_s=0.1))
+    prepare_shards(tmp_path / "in", tmp_path / "out", packing, progress=False, log=lambda _: None)
+    index = read_clips(tmp_path / "out")
+    shards = str(tmp_path / "out/shards/{00000..00000}.tar")
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert len(samples) == len(index) == 9
+    assert [sample["flac"] for sample in samples] == [clip.read() for clip in index]  # type: ignore[union-attr]
