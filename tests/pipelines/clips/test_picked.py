@@ -89,7 +89,7 @@ def test_a_folder_that_was_prepared_anew(index: ShardIndex, tmp_path: Path) -> N
     with pytest.raises(DataError) as caught:
         read_manifest(path)
     assert str(caught.value).startswith(f"{path}: {tmp_path}/data/out: 2 of 4 clips are not there")
-    assert "(the first is 1.wav_" in str(caught.value) and "prepared anew" in str(caught.value)
+    assert "(the first is 1_wav_" in str(caught.value) and "prepared anew" in str(caught.value)
     (tmp_path / "data/out/report.json").unlink()
     with pytest.raises(DataError, match="prepared in part only"):
         read_manifest(path)
