@@ -8,6 +8,10 @@ class DataError(ValueError):
     """Audio, a manifest or a data folder that cannot be used."""
 
 
+class BeyondEndError(DataError):
+    """A segment that begins beyond the end of its recording."""
+
+
 class UnavailableError(DataError):
     """A package that the distribution does not have."""
 

@@ -36,7 +36,7 @@ from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import BeyondEndError, DataError
 from ssast.pipelines.files import open_regular
 
 LOUDEST = 1e9  # full scale is 1; the power of larger samples in a float file overflows
@@ -114,6 +114,8 @@ def decode(
                 sound.seek(part.first)
             samples = sound.read(wanted, dtype="float32", always_2d=True)
             few = FEW_OF_MP3 if sound.format == "MP3" else FEW_SAMPLES
+    except BeyondEndError:
+        raise
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise DataError(f"cannot be decoded: {reason(error)}") from error
     if missing(wanted, len(samples), few):
@@ -188,6 +190,8 @@ def _read(path: ClipPath, spec: FbankSpec, verify: bool, crop: float) -> np.ndar
         file.seek(0)
         try:
             return _checked(data, size, file, spec, verify, crop, segment)
+        except BeyondEndError:  # the file is fine
+            raise
         except DataError:
             read_through(file)  # libsndfile takes storage that fails for a damaged file
             raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import soundfile
 
 from ssast.pipelines.clips.segment import Segment
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import BeyondEndError
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +94,11 @@ def missing_s(segment: Segment, frames: int, rate_hz: int) -> float:
         rate_hz: Sample rate of the recording.
 
     Raises:
-        DataError: All of it does.
+        BeyondEndError: All of it does.
     """
     length_s = frames / rate_hz
     if round(segment.begin_s * rate_hz) >= frames:
-        raise DataError(
+        raise BeyondEndError(
             f"begins at {segment.begin_s:g} s, beyond the end of the recording, {length_s:g} s"
         )
     if math.isinf(segment.duration_s):

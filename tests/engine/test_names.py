@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +31,7 @@ from ssast.engine.formats.open import open_classifier
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.train.task import RejectLog
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.segment import Segment
 
 LABEL_SETS = st.lists(st.lists(CLASSES, max_size=3, unique=True), min_size=1, max_size=6)
 in_a_folder = settings(
@@ -77,6 +79,15 @@ def test_predictions(tmp_path: Path, file: str, labels: list[list[str]]) -> None
     if all(len(names) == 1 for names in labels):
         expected = [(label, row["class1"]) for (label,), row in zip(labels, rows, strict=True)]
         assert read_predictions(path) == expected
+
+
+def test_predictions_of_segments(tmp_path: Path) -> None:
+    """Their table is a manifest of the same segments, and of whole files among them."""
+    clips = [Segment("/x/a.wav", 1.25, 0.5), "/x/b.wav", Segment("/x/a.wav", 3.0, math.inf)]
+    labels = [["a"], ["b"], ["a"]]
+    write_predictions(tmp_path / "p.csv", clips, np.eye(2)[[0, 1, 1]], ["a", "b"], labels)
+    found = read_manifest(tmp_path / "p.csv", ["a", "b"])
+    assert list(found.paths) == clips and found.labels == (("a",), ("b",), ("a",))
 
 
 @given(st.lists(FILES, min_size=1, max_size=5, unique=True))
