@@ -77,9 +77,11 @@ def test_an_interrupted_engine_has_a_checkpoint_and_goes_on(case, tmp_path, monk
 
 
 @pytest.mark.parametrize("notebook", [True, False])
-def test_a_second_interrupt_acts_at_once(notebook, monkeypatch):
+def test_a_second_interrupt_acts_at_once(notebook, monkeypatch, request):
     """Without ending the kernel of a notebook."""
     monkeypatch.setattr(stopping, "in_notebook", lambda: notebook)
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     before, stop = signal.getsignal(signal.SIGINT), Stop()
     with stop.listening():
         signal.raise_signal(signal.SIGINT)
