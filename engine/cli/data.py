@@ -205,6 +205,7 @@ def _add_look(kinds: Any) -> None:
         "--max-clips", type=int, default=2000, metavar="N", help="to listen to, at most (2000)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    add_table_format(command)
     command.add_argument("--jobs", type=int, metavar="N", help="threads (usable cores)")
     command.set_defaults(run=_look)
 
@@ -320,7 +321,13 @@ def _look(options: argparse.Namespace) -> int:
     from ssast.pipelines.prepare.look import look_at
     from ssast.pipelines.prepare.look_page import write_look
 
-    look = look_at(options.path, max_clips=options.max_clips, seed=options.seed, jobs=options.jobs)
+    look = look_at(
+        options.path,
+        table=table_format(options),
+        max_clips=options.max_clips,
+        seed=options.seed,
+        jobs=options.jobs,
+    )
     bad = f", {len(look.bad)} of them unusable" if look.bad else ""
     print(f"{options.path}: {look.num_drawn} of {look.num_clips} clips were listened to{bad}")
     for path in write_look(look, options.out):

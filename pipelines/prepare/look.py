@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ssast.kernels.fbank import FbankSpec, fbank
 from ssast.pipelines.audio.convert import resampled
 from ssast.pipelines.audio.decode import Item, length_note, length_s, open_item, read_blocks
 from ssast.pipelines.audio.sndfile import open_sound
+from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.overlap import Contents
 from ssast.pipelines.clips.remote import is_url
@@ -75,6 +76,7 @@ class Look:
 
     Attributes:
         source: The data set.
+        table: How it is read, where that is set.
         num_clips: All clips.
         heard: Those of the draw that can be used, in the order of the data set.
         bad: The others of the draw, and why.
@@ -88,6 +90,7 @@ class Look:
     """
 
     source: str
+    table: TableFormat
     num_clips: int
     heard: list[Heard]
     bad: list[tuple[ClipPath, str]]
@@ -113,6 +116,7 @@ class Look:
 def look_at(
     path: str | Path,
     *,
+    table: TableFormat = PLAIN,
     max_clips: int = 2000,
     seed: int = 0,
     jobs: int | None = None,
@@ -122,6 +126,7 @@ def look_at(
 
     Args:
         path: Data set, as ``data.train`` takes it.
+        table: How a manifest is read, where that is set.
         max_clips: Clips to listen to, at most.
         seed: Seed of their draw.
         jobs: Threads; the usable cores by default.
@@ -135,7 +140,7 @@ def look_at(
         if value < 1:
             raise DataError(f"--{name} is {value}, expected at least 1")
     jobs = jobs or usable_cores()
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, table=table)
     clips, labels = manifest.paths, manifest.labels
     rng = random.Random(seed)
     rows = sorted(rng.sample(range(len(clips)), min(max_clips, len(clips))))
@@ -159,6 +164,7 @@ def look_at(
     counts = None if labels is None else Counter(name for given in labels for name in given)
     return Look(
         source=str(path),
+        table=table,
         num_clips=len(clips),
         heard=heard,
         bad=bad,
@@ -306,6 +312,8 @@ def suggestions(look: Look) -> dict[str, dict[str, Any]]:
         },
         "data": {"train": source, "valid_share": suggested_share(look.num_clips)},
     }
+    table = asdict(look.table)
+    found["data"] |= {key: value for key, value in table.items() if value}
     if look.counts:
         most, least = max(look.counts.values()), min(look.counts.values())
         found["finetune"] = {

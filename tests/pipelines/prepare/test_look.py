@@ -98,6 +98,18 @@ def test_every_source_and_a_draw_of_it(folder: Path, tmp_path: Path) -> None:
     assert found.names == [("a", "b")] and found.spectrograms[0][1].shape == (18, 128)
 
 
+def test_a_table_whose_format_is_set(folder: Path, tmp_path: Path) -> None:
+    """The configurations say it as well."""
+    lines = [f"{folder}/{k:02d}.wav;kind {k % 2}" for k in range(1, 7)]
+    (tmp_path / "all.csv").write_text("\n".join(["clip;species", *lines]))
+    table = ["--columns", "wav=clip,labels=species", "--delimiter", ";"]
+    out = tmp_path / "out"
+    assert main(["data", "look", str(tmp_path / "all.csv"), "--out", str(out), *table]) == 0
+    data = load_config(out / "finetune.yaml").data
+    assert (data.columns, data.delimiter) == ({"wav": "clip", "labels": "species"}, ";")
+    assert "&ldquo;kind 0&rdquo; has 3" in (out / "index.html").read_text()
+
+
 def test_what_is_heard(tmp_path: Path) -> None:
     samples = np.zeros(16000, np.float32)
     samples[8000:] = 0.5
