@@ -7,7 +7,7 @@ making them.
 
 import hashlib
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -244,8 +244,7 @@ def write_files(writer: ArrayWriter, chunks: Iterable[Files]) -> np.ndarray:
                 block, sizes = b"".join(encoded), map(len, encoded)
                 utf8 = utf8 and is_text(text)
             lengths.append(np.fromiter(sizes, np.int64, len(names)))
-            clips: Iterable[Hashable] = names if chunk.seconds is None else chunk.clips()
-            hashes.append(np.fromiter(map(hash, clips), np.int64, len(names)))
+            hashes.append(np.fromiter(map(hash, chunk.keys()), np.int64, len(names)))
             seconds.add(chunk)
             yield block
         yield bytes(WORD)

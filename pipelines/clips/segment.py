@@ -1,7 +1,7 @@
 """A clip that is a part of a longer recording, and the columns of a manifest that say which."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,15 @@ class Files(NamedTuple):
         ]
         return Files(names, np.array(spans, np.float64))
 
+    def keys(self) -> Iterator[Hashable]:
+        """Make what has the hash of each clip in turn: its path, or all that a segment holds."""
+        if self.seconds is None:
+            return iter(self.names)
+        begins, durations = self.seconds.T
+        if bool(((begins == WHOLE[0]) & (durations == WHOLE[1])).any()):
+            return self.clips()
+        return zip(self.names, begins.tolist(), durations.tolist(), strict=True)
+
     def clips(self) -> Iterator[FileClip]:
         """Make the clips in turn."""
         if self.seconds is None:
@@ -104,6 +113,9 @@ def read_seconds(
     begins, ends, durations = keys
     if all(map(frozenset(begins + ends).isdisjoint, columns)):
         return None
+    plain = _plain_seconds(columns, keys)
+    if plain is not None:
+        return plain
     seconds = np.empty((len(columns), 2))
     for row, entry in enumerate(columns):
         begin = _seconds(entry, begins, where, row)
@@ -121,6 +133,26 @@ def read_seconds(
             )
         seconds[row] = begin_s, math.inf if duration is None else duration
     return None if bool((seconds == WHOLE).all()) else seconds
+
+
+def _plain_seconds(columns: Sequence[Mapping[str, Any]], keys: TimeKeys) -> np.ndarray | None:
+    """Return begin and duration of entries, looked at together; None if one needs a closer look."""
+    first = columns[0].keys()
+    begin, end, duration = (next((key for key in group if key in first), None) for group in keys)
+    until = end or duration
+    if begin is None or until is None or any(entry.keys() != first for entry in columns):
+        return None
+    given = [(entry[begin], entry[until]) for entry in columns]
+    if any(isinstance(value, bool) for pair in given for value in pair):
+        return None
+    try:
+        seconds = np.array([(float(one), float(other)) for one, other in given])
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if end is not None:
+        seconds[:, 1] -= seconds[:, 0]
+    usable = np.isfinite(seconds).all() and (seconds[:, 0] >= 0).all() and (seconds[:, 1] > 0).all()
+    return seconds if usable else None
 
 
 def _seconds(

@@ -17,7 +17,7 @@ from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.manifest import read_clips, read_manifest, write_manifest
 from ssast.pipelines.clips.mix import fingerprint, select
 from ssast.pipelines.clips.overlap import Contents, shared_recordings
-from ssast.pipelines.clips.segment import Segment
+from ssast.pipelines.clips.segment import Files, Segment
 from ssast.pipelines.errors import DataError, TooFewRecordings
 
 TIMES = st.floats(1e-3, 1e6)
@@ -114,6 +114,13 @@ def test_one_segment_is_listed_once(tmp_path: Path) -> None:
     message = r"entry 3: a.wav\[1.5-2.5 s\] is listed already at entry 1"
     with pytest.raises(DataError, match=message):
         read_clips(tmp_path / "m.json")
+
+
+@given(st.lists(st.builds(Segment, FILES, TIMES, TIMES), min_size=1, max_size=5))
+def test_keys_have_the_hashes_of_clips(clips: list[Segment]) -> None:
+    for some in (clips, [*clips, "whole.wav"]):
+        files = Files.of(some)
+        assert list(map(hash, files.keys())) == list(map(hash, files.clips()))
 
 
 def test_whole_recordings_are_held_out() -> None:
