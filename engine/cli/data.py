@@ -318,9 +318,12 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _look(options: argparse.Namespace) -> int:
+    from ssast.pipelines.files import check_new
     from ssast.pipelines.prepare.look import look_at
-    from ssast.pipelines.prepare.look_page import write_look
+    from ssast.pipelines.prepare.look_page import is_look, write_look
 
+    if not is_look(options.out):
+        check_new([options.out], [options.path])
     look = look_at(
         options.path,
         table=table_format(options),

@@ -28,6 +28,7 @@ from ssast.pipelines.prepare.look_figures import (
 )
 from ssast.pipelines.text import printable
 
+TITLE = "A look at"
 SHOWN = 20  # rows of a list
 QUIET_DB = -50.0  # a clip below is named as quiet
 MUCH_SILENCE = 0.9
@@ -71,11 +72,23 @@ def write_look(look: Look, out: Path) -> list[Path]:
     }
     if look.counts:
         figures["classes"] = draw_classes(look.counts, out / "classes.png")
+    else:
+        (out / "classes.png").unlink(missing_ok=True)  # of an earlier look
     configs = configurations(look)
+    if "finetune.yaml" not in configs:
+        (out / "finetune.yaml").unlink(missing_ok=True)
     for name, text in configs.items():
         write_atomically(out / name, text)
     write_atomically(out / "index.html", page(look, figures, configs))
     return [out / "index.html", *figures.values(), *(out / name for name in configs)]
+
+
+def is_look(out: Path) -> bool:
+    """Return whether a folder holds an earlier look, which a new one may replace."""
+    try:
+        return f"<title>{TITLE} " in (out / "index.html").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def configurations(look: Look) -> dict[str, str]:
@@ -131,7 +144,7 @@ def page(look: Look, figures: dict[str, Path], configs: dict[str, str]) -> str:
         f" {'Above each its labels' if look.counts else 'Above each its name'}.</p>",
         _image(figures["spectrograms"], "Spectrograms of random clips"),
     ]
-    title = _text(f"A look at {look.source}")
+    title = _text(f"{TITLE} {look.source}")
     return (
         "<!doctype html>\n<html lang=en>\n<head><meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'

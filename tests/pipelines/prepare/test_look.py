@@ -56,6 +56,8 @@ def test_the_page_and_the_configurations(
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].endswith("18 of 18 clips were listened to, 1 of them unusable")
     assert all(Path(line).is_file() for line in shown[1:]) and len(shown) == 8
+    assert main(["data", "look", str(folder / "all.json"), "--out", str(folder)]) == 2
+    assert "exists already" in capsys.readouterr().err
     page = (out / "index.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(" in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
@@ -108,6 +110,9 @@ def test_a_table_whose_format_is_set(folder: Path, tmp_path: Path) -> None:
     data = load_config(out / "finetune.yaml").data
     assert (data.columns, data.delimiter) == ({"wav": "clip", "labels": "species"}, ";")
     assert "&ldquo;kind 0&rdquo; has 3" in (out / "index.html").read_text()
+    assert main(["data", "look", str(folder), "--out", str(out), "--max-clips", "9"]) == 0
+    assert load_config(out / "pretrain.yaml").data.train == str(folder)
+    assert not (out / "finetune.yaml").exists() and not (out / "classes.png").exists()
 
 
 def test_what_is_heard(tmp_path: Path) -> None:
