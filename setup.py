@@ -52,6 +52,7 @@ setup(
         "remote": ["universal-pathlib>=0.3"],
         "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "parquet": ["pyarrow>=17"],
+        "lhotse": ["lhotse>=1.33"],
         "wandb": ["wandb>=0.31"],
         "trackio": ["trackio>=0.43"],
         "mteb": ["mteb[audio]>=2.26"],

@@ -53,16 +53,19 @@ def _add_manifests(kinds: Any) -> None:
         metavar="NAME",
         help="audioset, librispeech, esc50, speechcommands_v1, speechcommands_v2, voxceleb1, "
         "iemocap or fsd50k; of events in long recordings raven (selection tables), audacity "
-        "(label tracks) or audioset_segments (whole videos)",
+        "(label tracks) or audioset_segments (whole videos); lhotse (cuts)",
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="the folder of your copy")
+    command.add_argument(
+        "source", type=Path, metavar="SRC", help="the folder of your copy; of cuts also a file"
+    )
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets SPLIT.json, labels.csv, ..."
     )
     command.add_argument(
         "--label-column",
         metavar="NAME",
-        help="of Raven's tables (the first of annotation, label, species, common name, ...)",
+        help="raven: of the labels (the first of annotation, label, species, common name, ...); "
+        "lhotse: text, speaker, custom.NAME, ... of supervisions (custom.label, or else text)",
     )
     command.add_argument(
         "--window-s",

@@ -164,6 +164,8 @@ def _listed_clips(path: Path, table: TableFormat, labels: LabelReader | None = N
     """Return the clips of a table; read the labels as well, if they are wanted."""
     if not is_table(path):
         found = "this file" if path.exists() else "nothing"
+        if found != "nothing" and path.name.endswith(".jsonl.gz"):
+            found += "; ssast data manifests lhotse makes a manifest of cuts"
         raise DataError(
             f"{path}: expected a folder or a manifest ({' '.join(SUFFIXES)}), found {found}"
         )

@@ -54,9 +54,12 @@ def open_table(path: Path, table: TableFormat = PLAIN) -> Table:
         made = Table(Columns(None), entries, form, besides is not None, besides or {})
         found = _with_columns(path, table, made)
     if found.columns.wav is None:
+        remedy = "data.columns={wav: NAME} names it"
+        if {"supervisions", "recording"} <= set(found.columns.unused):
+            remedy = "ssast data manifests lhotse makes a manifest of cuts"
         raise DataError(
             f"{path}: expected a column 'wav', 'path', 'file', ... of the clips, found "
-            f"{list(found.columns.unused)!s:.200}; data.columns={{wav: NAME}} names it"
+            f"{list(found.columns.unused)!s:.200}; {remedy}"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Data sets from the user's own copy to manifests: those of the SSAST paper, and marked events.
+"""Data sets from the user's own copy to manifests: those of the SSAST paper, events, cuts.
 
 A published set is read in the layout of its publishers, with their splits and labels. Each set
 becomes the same files in an output folder::
@@ -25,6 +25,7 @@ import soundfile
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.datasets.annotations import Reading, read_audacity, read_raven
+from ssast.pipelines.datasets.cuts import read_lhotse
 from ssast.pipelines.datasets.events import read_audioset, read_esc50, read_fsd50k
 from ssast.pipelines.datasets.speech import (
     read_iemocap,
@@ -51,6 +52,7 @@ ANNOTATIONS: dict[str, Callable[[Path, Reading], Dataset]] = {
     "raven": read_raven,
     "audacity": read_audacity,
     "audioset_segments": lambda source, _: read_audioset(source, segments=True),
+    "lhotse": read_lhotse,
 }
 REPORT = "report.json"
 
@@ -68,7 +70,7 @@ def write_dataset(
 
     Args:
         name: One of :data:`DATASETS` or :data:`ANNOTATIONS`.
-        source: The user's copy.
+        source: The user's copy: a folder; for lhotse also a file.
         out: Output folder; what an earlier run left there of the same data set is replaced.
         log: Gets a line for each split, and one for what was left out.
         reading: How the events of :data:`ANNOTATIONS` become clips.
@@ -82,18 +84,18 @@ def write_dataset(
     """
     if name not in DATASETS and name not in ANNOTATIONS:
         raise DataError(f"no data set {name!r}{_nearest(name)}")
-    if reading not in (None, Reading()) and name not in ("raven", "audacity"):
-        raise DataError(f"{name}: windows and columns of labels are for raven and audacity")
+    reading = reading or Reading()
+    if name not in ("raven", "audacity") and reading != Reading(reading.label_column):
+        raise DataError(f"{name}: windows are for raven and audacity")
+    if reading.label_column is not None and name not in ("raven", "lhotse"):
+        raise DataError(f"{name}: --label-column is for raven and lhotse")
     source, out = Path(os.path.abspath(source)), Path(os.path.abspath(out))
     if os.path.realpath(source) == os.path.realpath(out):
         raise DataError(f"{out}: the manifests need a folder of their own, not that of the audio")
     earlier = _earlier_files(name, out)
-    if not source.is_dir():
+    if not (source.is_dir() or (name == "lhotse" and source.is_file())):
         raise DataError(f"{source}: expected the folder of {name}, found no folder")
-    if name in DATASETS:
-        dataset = DATASETS[name](source)
-    else:
-        dataset = ANNOTATIONS[name](source, reading or Reading())
+    dataset = DATASETS[name](source) if name in DATASETS else ANNOTATIONS[name](source, reading)
     for split, clips in dataset.splits.items():
         if not any(clip.path for clip in clips):
             raise DataError(_without_clips(source, split, [clip.name for clip in clips]))

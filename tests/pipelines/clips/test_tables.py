@@ -179,6 +179,8 @@ BAD = {
     ("m.tsv", 'path\tlabel\na.wav\tx\t"y"\n'): "line 2: expected 2 columns, found 3; a cell that",
     ("m.csv", "filename;offset\na.wav;1,5\n"): "line 2: expected seconds under 'offset', found",
     ("m.parquet", "PAR1"): "m.parquet: not a Parquet file: ",
+    ("m.jsonl", '{"recording": {}, "supervisions": []}\n'): "; ssast data manifests lhotse",
+    ("m.jsonl.gz", ""): "found this file; ssast data manifests lhotse makes a manifest of cuts",
     ("m.wav", "RIFF"): "m.wav: expected a folder or a manifest (.json .jsonl",
 }  # fmt: skip
 

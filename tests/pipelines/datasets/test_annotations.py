@@ -170,7 +170,7 @@ def test_settings_of_windows(source: Path, tmp_path: Path) -> None:
             write_dataset("raven", source, tmp_path / "out", silent, reading)
     write_dataset("raven", source, tmp_path / "out", silent, Reading(label_column="sp"))
     assert clips(tmp_path / "out", source) == [("a.wav[0-1 s]", ("x",))]
-    with pytest.raises(DataError, match="esc50: windows and columns"):
+    with pytest.raises(DataError, match="esc50: windows are for raven"):
         write_dataset("esc50", source, tmp_path / "esc", silent, Reading(window_s=1.0))
 
 
