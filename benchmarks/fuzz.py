@@ -25,7 +25,7 @@ from ssast.benchmarks.fuzzing.reading import FAILURES, Limits, Reader, Result
 from ssast.benchmarks.fuzzing.worker import CASE, Worker
 from ssast.pipelines.files import usable_cores, write_atomically
 
-INPUTS = 20_000
+INPUTS = 23_000
 RESULTS, FACTS, FILES = "results.json", "case.json", "files"
 SAVE_EVERY = 50  # inputs between two writes of the results
 MOST_FAILURES = 50  # of one reader, whose files are kept

@@ -132,6 +132,38 @@ def read_manifests(folder: Path) -> None:
         read_labelled(str(path), find_classes(str(path), None), one_label=False)
 
 
+def read_sound_table(folder: Path) -> None:
+    """Read the recordings of a Parquet file, to prepare them."""
+    from ssast.pipelines.audio.decode import Item, sndfile_blocks, to_mono
+    from ssast.pipelines.prepare.parquet import read_cell
+    from ssast.pipelines.prepare.recordings import find_recordings, with_unique_names
+
+    for recording in with_unique_names(find_recordings(only(folder), folder / "out"))[:MOST_CLIPS]:
+        if recording.problem is not None:
+            raise UnusableError(recording.problem)
+        assert recording.cell is not None
+        for _ in to_mono(sndfile_blocks(Item(recording.item.name, read_cell(recording.cell)))):
+            pass
+
+
+def read_events(folder: Path) -> None:
+    """Write manifests of marked events, and of windows with their labels."""
+    from ssast.pipelines.datasets.annotations import Reading
+    from ssast.pipelines.datasets.manifests import write_dataset
+
+    name = "audacity" if (folder / "a.labels.txt").exists() else "raven"
+    for out, reading in (("events", Reading()), ("windows", Reading(None, 0.05, None, "none"))):
+        write_dataset(name, folder, folder / out, lambda line: None, reading)
+
+
+def read_cuts(folder: Path) -> None:
+    """Read cuts, whose files need not be there."""
+    from ssast.pipelines.datasets.annotations import Reading
+    from ssast.pipelines.datasets.cuts import read_lhotse
+
+    read_lhotse(folder, Reading())
+
+
 def read_configuration(folder: Path) -> None:
     """Read a configuration, and an accelerator's description."""
     from ssast.engine.config import dump_config, load_config
@@ -206,6 +238,9 @@ READERS = {
     "tar": Reader("tar archives of recordings", sounds.archives, read_archive, 20, packed),
     "shards": Reader("prepared folders", seeds.prepared_folders, read_prepared, 15, packed),
     "manifests": Reader("manifests, class tables", seeds.manifests, read_manifests, 20),
+    "parquet": Reader("Parquet with sounds", seeds.sound_tables, read_sound_table, 10),
+    "events": Reader("events of Raven and Audacity", seeds.event_tables, read_events, 10),
+    "cuts": Reader("cuts of lhotse", seeds.cut_files, read_cuts, 10),
     "config": Reader("configurations", seeds.configurations, read_configuration, 10),
     "runs": Reader("runs and checkpoints", seeds.run_folders, read_run, 6, sealed),
     "weights": Reader("published weights", seeds.weight_files, read_weights, 7, packed),

@@ -1,5 +1,6 @@
 """Manifests, configurations, data folders and models to be mutated, made from scratch."""
 
+import importlib.util
 import io
 import json
 import tempfile
@@ -81,6 +82,56 @@ def manifests() -> list[Files]:
         {"wav.scp": b"utt1 a.wav\nutt2 /b/c.flac\n"},
         {"clips.parquet": _parquet()},
     ]
+
+
+def sound_tables() -> list[Files]:
+    """Return Parquet files with sounds: as ``datasets`` saves them, and of bytes alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sound = encoded("WAV")
+    info = {"info": {"features": {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
+    published = pa.table(
+        {"audio": [{"bytes": sound, "path": f"{k}.wav"} for k in range(4)], "label": [0, 1, -1, 1]}
+    ).replace_schema_metadata({"huggingface": json.dumps(info)})
+    plain = pa.table({"sound": [{"bytes": sound}] * 3})
+    found = []
+    for table, compression, rows in ((published, "snappy", 2), (plain, "none", 3)):
+        file = io.BytesIO()
+        pq.write_table(table, file, compression=compression, row_group_size=rows)
+        found.append({"a.parquet": file.getvalue()})
+    return found
+
+
+def event_tables() -> list[Files]:
+    """Return tables of events beside their recordings: of Raven, and of Audacity."""
+    head = b"Selection\tView\tBegin Time (s)\tEnd Time (s)\tSpecies\n"
+    rows = b"1\tSpectrogram 1\t0.01\t0.05\twren\n2\tWaveform 1\t0.02\t0.1\tSpeech, male\n"
+    files = b"Begin Time (s)\tEnd Time (s)\tBegin File\tFile Offset (s)\tSpecies\n"
+    files += b"0.01\t0.05\ta.wav\t0.01\twren\n0.3\t0.35\tD:\\b.wav\t0\trobin\n"
+    sounds = {name: encoded("WAV") for name in ("a.wav", "b.wav")}
+    return [
+        sounds | {"a.Table.1.selections.txt": head + rows},
+        sounds | {"all.selections.txt": files},
+        sounds | {"a.labels.txt": b"0.01\t0.05\twren\n\\\t500\t4000\n0.1\t0.1\tx\n0\t0.2\ty z\n"},
+    ]
+
+
+def cut_files() -> list[Files]:
+    """Return cuts as lhotse writes them; none where it is not installed."""
+    if importlib.util.find_spec("lhotse") is None:
+        return []
+    source = {"type": "file", "channels": [0], "source": "/x/a.wav"}
+    recording = {"id": "a", "sources": [source], "sampling_rate": 16000, "num_samples": 160000}
+    recording |= {"duration": 10.0, "channel_ids": [0]}
+    event = {"id": "s", "recording_id": "a", "start": 0.5, "duration": 1, "channel": 0}
+    event |= {"text": "hello", "speaker": "bo", "custom": {"label": ["wren", 7]}}
+    cut = {"start": 0, "duration": 10.0, "channel": 0, "supervisions": [event]}
+    cut |= {"recording": recording, "type": "MonoCut"}
+    lines = [json.dumps({"id": f"a-{k}"} | cut) for k in range(3)]
+    mixed = {"id": "m", "tracks": [{"cut": {"id": "x"} | cut, "type": "MonoCut", "offset": 0.0}]}
+    lines.append(json.dumps(mixed | {"type": "MixedCut"}))
+    return [{"cuts.jsonl": "\n".join(lines).encode()}]
 
 
 def configurations() -> list[Files]:

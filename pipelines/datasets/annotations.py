@@ -301,7 +301,7 @@ def _label_column(table: Path, header: Mapping[str, int], wanted: str | None) ->
     if found is None:
         raise DataError(
             f"{table}: expected a column of labels ({', '.join(names)}), found "
-            f"{', '.join(header)}: --label-column names it"
+            f"{', '.join(header)!s:.200}: --label-column names it"
         )
     return found
 

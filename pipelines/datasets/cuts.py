@@ -4,6 +4,7 @@ A cut is a clip, a segment of its recording; its labels are those of its supervi
 that are a span of one file are taken: the others are counted by what they are.
 """
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -79,9 +80,12 @@ def _files(source: Path) -> dict[str, Path]:
 
 def _label_field(files: Mapping[str, Path], wanted: str | None) -> str:
     if wanted is None:
-        everything = (cut for path in files.values() for cut in _cuts(path))
-        custom = any(_values(cut, CUSTOM_LABEL) for cut in everything)
-        return CUSTOM_LABEL if custom else FIELDS[0]
+        for path in files.values():
+            for cut in _cuts(path):
+                with _well_formed(path, cut):
+                    if _values(cut, CUSTOM_LABEL):
+                        return CUSTOM_LABEL
+        return FIELDS[0]
     if wanted not in FIELDS and not (wanted.startswith(CUSTOM) and wanted != CUSTOM):
         known = ", ".join((*FIELDS, f"{CUSTOM}NAME"))
         raise DataError(f"--label-column is {wanted!r}, expected one of {known}")
@@ -116,6 +120,18 @@ def _cuts(path: Path) -> Iterator[Any]:
     raise DataError(f"{path}: expected cuts, found {kind}")
 
 
+@contextlib.contextmanager
+def _well_formed(path: Path, cut: Any) -> Iterator[None]:
+    """Turn what malformed fields raise, whose types lhotse does not check, into one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {one_line(error):.200}"
+        raise DataError(f"{path}: cut {cut.id!s:.80}: malformed: {why}") from error
+
+
 def _read(path: Path, field: str) -> tuple[list[Listed], list[str]]:
     """Return the clips of a file, and what there is to say of them."""
     clips: list[Listed] = []
@@ -124,17 +140,18 @@ def _read(path: Path, field: str) -> tuple[list[Listed], list[str]]:
     unlabelled = parts = count = 0
     for cut in _cuts(path):
         count += 1
-        recording, why = _file_of(cut)
-        if why is not None:
-            left_out[why] += 1
-            first.setdefault(why, str(cut.id))
-            continue
-        labels = _labels(cut, field, f"{path}: cut {cut.id}")
-        unlabelled += not labels
-        parts += any(_is_part(supervision, cut) for supervision in cut.supervisions)
-        found = existing(recording, path.parent / recording)
-        name = str(cut.id) if found else f"{cut.id}: {recording}"
-        clips.append(Listed(name, found and os.path.abspath(found), labels, _span(cut, path)))
+        with _well_formed(path, cut):
+            recording, why = _file_of(cut)
+            if why is not None:
+                left_out[why] += 1
+                first.setdefault(why, str(cut.id))
+                continue
+            labels = _labels(cut, field, f"{path}: cut {cut.id}")
+            unlabelled += not labels
+            parts += any(_is_part(supervision, cut) for supervision in cut.supervisions)
+            found = existing(recording, path.parent / recording)
+            name = str(cut.id) if found else f"{cut.id}: {recording}"
+            clips.append(Listed(name, found and os.path.abspath(found), labels, _span(cut, path)))
     what = "; ".join(f"{n} {why}, the first {first[why]}" for why, n in left_out.items())
     if not clips:
         raise DataError(f"{path}: none of its {count} cuts is a span of a file: {what}: {REMEDY}")

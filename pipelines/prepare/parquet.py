@@ -53,11 +53,14 @@ def parquet_rows(path: Path, table: TableFormat = PLAIN) -> tuple[list[Row], boo
     classes = None if label is None else _classes(schema, label)
     fields = {field.name for field in schema.field(column).type}
     wanted = [f"{column}.path"] * ("path" in fields) + ([label] if label is not None else [])
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    stated, num_bytes = sum(facts.num_rows for facts in groups), os.stat(path).st_size
+    if stated > num_bytes:
+        raise DataError(f"{path}: states {stated} rows of sounds in {num_bytes} bytes")
     rows: list[Row] = []
-    for group in range(file.num_row_groups):
-        facts = file.metadata.row_group(group)
+    for group, facts in enumerate(groups):
         size = facts.total_byte_size // max(facts.num_rows, 1)
-        columns: Any = file.read_row_group(group, columns=wanted) if wanted else None
+        columns = _columns(path, file, group, wanted, facts.num_rows)
         for number in range(facts.num_rows):
             sound = None if "path" not in fields else columns[column][number].as_py()
             inside = PurePosixPath(str((sound or {}).get("path") or "sound")).name
@@ -67,6 +70,27 @@ def parquet_rows(path: Path, table: TableFormat = PLAIN) -> tuple[list[Row], boo
             name = f"{len(rows):08d}_{inside}"
             rows.append((name, Cell(path, column, group, number), size, labels))
     return rows, label is not None
+
+
+def _columns(path: Path, file: Any, group: int, wanted: list[str], num_rows: int) -> Any:
+    """Return some columns of a group, None for none of them.
+
+    Raises:
+        DataError: They are damaged, or have another number of rows than is stated.
+    """
+    import pyarrow as pa
+
+    if not wanted:
+        return None
+    try:
+        columns = file.read_row_group(group, columns=wanted)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DataError(f"{path}: row group {group}: {one_line(error):.200}") from error
+    if len(columns) != num_rows:
+        raise DataError(f"{path}: row group {group}: states {num_rows} rows, has {len(columns)}")
+    return columns
 
 
 def _classes(schema: Any, label: str) -> list[str] | None:

@@ -142,6 +142,7 @@ def test_windows_have_the_labels_of_their_events(source: Path, tmp_path: Path) -
     ("name", "content", "message"),
     [
         ("raven", f"{HEAD}\n{row(1, 0, 1)}\n", r"expected a column of labels \(annotation.*"),
+        ("raven", f"{HEAD}\t{'x' * 900}\n", r"found [^:]{,200}: --label-column names it"),
         ("raven", f"{HEAD}\tLabel\n{row(1, 2, 1, 'x')}\n", "line 2: .*found 2 s to 1 s"),
         ("raven", f"{HEAD}\tLabel\n1\tx\t1\tsoon\t1\n", "line 2: .*'begin time .s.', found 'soon'"),
         ("raven", "nothing\n", "no labelled event in 1 tables"),

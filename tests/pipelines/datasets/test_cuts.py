@@ -53,20 +53,25 @@ def clips(out: Path, split: str = "cuts") -> list[tuple[str, tuple[str, ...] | N
 
 
 def test_a_cut_is_a_span_of_its_file(
-    cuts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lhotse: Any, cuts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cuts.to_file("in/train.jsonl.gz")
+    first = cuts[0].truncate(duration=4)
+    lhotse.CutSet.from_cuts([*cuts, first]).to_file("in/train.jsonl.gz")
     cuts.trim_to_supervisions().to_file("in/cuts.jsonl")
     arguments = ["data", "manifests", "lhotse", "in", "--out", "out"]
     assert main(arguments) == 0
     robin = ("robin", "Speech, male", "7")
-    assert clips(tmp_path / "out", "train") == [("a.wav", ("wren", *robin)), ("b.flac", ())]
+    assert clips(tmp_path / "out", "train") == [
+        ("a.wav", ("wren", *robin)),
+        ("b.flac", ()),
+        ("a.wav[0-4 s]", ("wren", *robin)),
+    ]
     assert clips(tmp_path / "out") == [("a.wav[0.5-1.5 s]", ("wren",)), ("a.wav[3-5.25 s]", robin)]
     assert [row[1] for row in classes(tmp_path / "out")[1:]] == sorted(("wren", *robin))
     printed = capsys.readouterr().out
     assert "labels: custom.label\n" in printed
     assert "train.jsonl.gz: 1 cuts have no label" in printed
-    assert "train.jsonl.gz: 1 cuts are longer than one of their supervisions" in printed
+    assert "train.jsonl.gz: 2 cuts are longer than one of their supervisions" in printed
     assert "cuts.jsonl: " not in printed
     assert main([*arguments, "--label-column", "speaker"]) == 0
     assert clips(tmp_path / "out")[0] == ("a.wav[0.5-1.5 s]", ("bo",))
@@ -176,17 +181,20 @@ def test_labels_and_times_that_are_none(cuts: Any, tmp_path: Path) -> None:
     one = cuts[0]
     one.supervisions[0].custom = {"label": {"a": 1}}
     cuts.to_eager().to_file("cuts.jsonl")
-    with pytest.raises(DataError, match=r"cut a-0: expected labels of text under custom.label"):
+    with pytest.raises(DataError, match=r"cuts.jsonl: cut a-0: expected labels of text"):
         write_dataset("lhotse", tmp_path / "cuts.jsonl", tmp_path / "out", silent)
     with pytest.raises(DataError, match="no supervision has a language"):
         reading = Reading(label_column="language")
         write_dataset("lhotse", tmp_path / "cuts.jsonl", tmp_path / "out", silent, reading)
+    one.start = "soon"
+    cuts.to_file("cuts.jsonl")
+    with pytest.raises(DataError, match="cut a-0: malformed: "):
+        reading = Reading("speaker")
+        write_dataset("lhotse", tmp_path / "cuts.jsonl", tmp_path / "out", silent, reading)
     one.start = -1.0
     cuts.to_file("cuts.jsonl")
-    with pytest.raises(DataError, match="cut a-0: expected a begin of 0 s or later"):
-        write_dataset(
-            "lhotse", tmp_path / "cuts.jsonl", tmp_path / "out", silent, Reading("speaker")
-        )
+    with pytest.raises(DataError, match=r"cuts.jsonl: cut a-0: expected a begin of 0 s or later"):
+        write_dataset("lhotse", tmp_path / "cuts.jsonl", tmp_path / "out", silent, reading)
 
 
 def test_lhotse_is_named_where_it_is_missing(

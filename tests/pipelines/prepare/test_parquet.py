@@ -1,5 +1,6 @@
 """Parquet files with sounds, as ``datasets`` writes them: prepared with their labels."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -105,3 +106,38 @@ def test_what_cannot_be_read(sounds: list[bytes], tmp_path: Path) -> None:
         prepared(path, tmp_path / "out3")
     with pytest.raises(DataError, match="there is no such archive"):
         prepared(tmp_path / "none-*.parquet", tmp_path / "out4")
+
+
+def test_damaged_groups(sounds: list[bytes], tmp_path: Path) -> None:
+    """Whichever byte of the labels is wrong: they are read, or it is one error."""
+    path = write_parquet(tmp_path / "a.parquet", list(sounds[:3]), [2, 0, 1])
+    data = path.read_bytes()
+    labels = pq.ParquetFile(path).metadata.row_group(0).column(3)
+    start = labels.dictionary_page_offset
+    messages = []
+    for place in range(start, start + labels.total_compressed_size):
+        path.write_bytes(data[:place] + b"\x07" + data[place + 1 :])
+        try:
+            parquet_rows(path)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 10 and all(str(path) in message for message in messages)
+    assert any("row group 0: " in message for message in messages)
+
+
+def test_rows_that_are_only_stated(sounds: list[bytes], tmp_path: Path) -> None:
+    """A footer in which a group of 3 rows has a million."""
+    path, million = tmp_path / "a.parquet", b"\x80\x89\x7a"  # as Thrift writes it; 3 is 6
+    pq.write_table(pa.table({"audio": [{"bytes": sounds[0]}] * 3}), path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little")
+    footer = data[-8 - size : -8]
+    for place in (place for place in range(size) if footer[place] == 6):
+        changed = footer[:place] + million + footer[place + 1 :]
+        ending = len(changed).to_bytes(4, "little") + b"PAR1"
+        path.write_bytes(data[: -8 - size] + changed + ending)
+        with contextlib.suppress(pa.ArrowException, OSError):
+            if pq.ParquetFile(path).metadata.row_group(0).num_rows == 10**6:
+                break
+    with pytest.raises(DataError, match=r"states 1000000 rows of sounds in \d+ bytes"):
+        parquet_rows(path)
