@@ -338,6 +338,6 @@ def test_tagging_with_background_and_a_class_without_clips(splits, checkpoint, r
     assert open_classifier(tmp_path / "run").classes == ("pitch1", "gone", "pitch0")
     with (tmp_path / "run/test/predictions.csv").open() as file:
         found = {row["labels"] for row in csv.DictReader(file)}
-    assert found == {"", "pitch0", "pitch1,pitch0"}
+    assert found == {"", "pitch0", '["pitch1", "pitch0"]'}
     values = json.loads((tmp_path / "run/test/metrics.json").read_text())
     assert {"map", "mauc", "macro_f1"} <= values.keys() and "accuracy" not in values

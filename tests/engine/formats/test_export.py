@@ -152,7 +152,7 @@ def test_a_pretrained_run_exports_its_encoder(run, tmp_path, capsys):
             ["embed", "{run}", "{tuned}", "--out", "x.txt"],
             "x.txt: expected a name that ends in .npy or .parquet",
         ),
-        (["embed", "{run}", "{nowhere}", "--out", "x.npy"], "expected a folder, a .json or a .csv"),
+        (["embed", "{run}", "{nowhere}", "--out", "x.npy"], "expected a folder or a manifest"),
         (["embed", "{run}", "a", "--out", "x.npy", "--batch-size", "0"], "must be at least 1"),
         (["embed", "{run}", "{tuned}", "--out", "x.npy"], "none of its 1 clips can be read"),
     ],

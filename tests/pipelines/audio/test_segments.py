@@ -162,7 +162,7 @@ def test_prepared_segments(listed: Path, tmp_path: Path) -> None:
     assert report["shards"] > 3 and report["recordings"] == 3
     assert index.recordings().tolist() == [0] * 4 + [1] * 3 + [2] * 3
     names = index.names()
-    assert names[1].startswith("a.flac_1.25-1.75_s_") and len(set(names)) == 10
+    assert names[1].startswith("a_flac_1_25-1_75_s_") and len(set(names)) == 10
     labels = json.loads((tmp_path / "out/labels.json").read_text())
     assert [labels["names"][numbers[0]] for numbers in labels["clips"]] == [
         "l1", "l0", "l1", "l1", "l0", "l1", "l0", "l0", "l1", "l0"
