@@ -282,7 +282,8 @@ def test_xares_is_not_run_where_it_would_leave_out_all_clips(tmp_path, monkeypat
         "def load(path):\n    raise ImportError('TorchCodec is required')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)  # so that it is as it was afterwards
+    del sys.modules["torchaudio"]
     with pytest.raises(ConfigError, match="install torchcodec and FFmpeg: TorchCodec is required"):
         check_decoding()
     monkeypatch.setitem(sys.modules, "xares", object())
