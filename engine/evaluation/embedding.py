@@ -16,11 +16,9 @@ from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
-from ssast.pipelines.clips.manifest import read_clips
+from ssast.pipelines.clips.manifest import holds_clips, read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
-from ssast.pipelines.clips.tables import is_table
-from ssast.pipelines.clips.tars import names_tars
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import check_new, replacing
 from ssast.pipelines.text import NAME_BYTES
@@ -212,9 +210,6 @@ def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
 
 
 def _paths(source: str | Path, table: TableFormat) -> ClipPaths:
-    if names_tars(source):
-        return read_clips(source)
-    path = as_path(source)
-    if path.is_file() and not is_table(path):
+    if not holds_clips(source) and (path := as_path(source)).is_file():
         return (str(path),)
-    return read_clips(path, table)
+    return read_clips(source, table)

@@ -16,10 +16,7 @@ from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.settings import Audio
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
-from ssast.pipelines.clips.manifest import read_clips
-from ssast.pipelines.clips.remote import as_path
-from ssast.pipelines.clips.tables import is_table
-from ssast.pipelines.clips.tars import names_tars
+from ssast.pipelines.clips.manifest import holds_clips, read_clips
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -94,14 +91,7 @@ def find_files(sources: Sequence[str | Path], table: TableFormat = PLAIN) -> lis
     """
     paths: list[Any] = []
     for source in sources:
-        if names_tars(source):
-            paths += list(read_clips(source))
-            continue
-        path = as_path(source)
-        if path.is_dir() or is_table(path):
-            paths += list(read_clips(path, table))
-        else:
-            paths.append(str(source))
+        paths += read_clips(source, table) if holds_clips(source) else [str(source)]
     if not paths:
         raise DataError("no files: expected audio files, folders or manifests")
     return paths

@@ -11,7 +11,6 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -238,14 +237,11 @@ class RunLogs:
         """Close a logger, which after an error takes nothing more; give up one on a network."""
         end = "" if logger.is_local else "; the run goes on without it"
         self._say(f"{what}: {one_line(error)}{end}")
-        self._close(logger)
-        if not logger.is_local:
-            self._closed.remove(logger)
-
-    def _close(self, logger: Logger) -> None:
-        with suppress(Exception):  # what could not be written was told of
+        with contextlib.suppress(Exception):  # what could not be written was told of
             logger.close()
         self._set_aside(logger)
+        if not logger.is_local:
+            self._closed.remove(logger)
 
     def _set_aside(self, logger: Logger) -> None:
         if logger in self._open:

@@ -122,6 +122,14 @@ def read_clips(path: str | Path, table: TableFormat = PLAIN) -> ClipPaths:
     return _listed_clips(as_path(path), table) if clips is None else clips
 
 
+def holds_clips(place: str | Path) -> bool:
+    """Return whether this is a folder, a table or tar archives, which hold clips, and no sound."""
+    if names_tars(place):
+        return True
+    path = as_path(place)
+    return path.is_dir() or is_table(path)
+
+
 def _unlisted_clips(place: str | Path) -> ClipPaths | None:
     """Return the clips of a folder or of tar archives; None for a manifest."""
     if names_tars(place):

@@ -174,39 +174,38 @@ def check_files(paths: Sequence[ClipPath]) -> Checked:
     result = Checked(len(paths))
     for path in paths:
         try:
-            seconds, note = usable_seconds(path)
-            result.seconds += seconds
-            if note is not None:
-                result.problems.append(Problem(str(path), note))
+            read_clip(path, FbankSpec())  # what training will say of it, decoded or not
             item = Item.of(path)
-            lengths = length_note(item) if item.segment is None else None
-            if lengths is not None:
-                stated_s, found_s = lengths["stated_s"], lengths["found_s"]
-                why = f"its header states {stated_s:g} s, it holds {found_s:g} s"
-                result.wrong_lengths.append(Problem(str(path), why))
+            result.seconds += usable_seconds(item)
         except (DataError, UnusableError) as error:
             result.problems.append(Problem(str(path), str(error)))
+            continue
+        lengths = length_note(item)
+        if lengths is None:
+            continue
+        stated_s, found_s = lengths["stated_s"], lengths["found_s"]
+        if item.segment is None:
+            why = f"its header states {stated_s:g} s, it holds {found_s:g} s"
+            result.wrong_lengths.append(Problem(str(path), why))
+        else:
+            beyond = f"{stated_s - found_s:.2f} s beyond the end of the recording"
+            result.problems.append(Problem(str(path), f"reaches {beyond}: clipped"))
     return result
 
 
-def usable_seconds(path: ClipPath) -> tuple[float, str | None]:
-    """Return the length in s of a clip that training can use, and what is odd about it, if so.
+def usable_seconds(item: Item) -> float:
+    """Decode a clip to its end and return its length in s.
 
     Raises:
         DataError: Training cannot use it, for this reason.
         UnusableError: It cannot be decoded to its end.
     """
-    read_clip(path, FbankSpec())  # what training will say of it, decoded or not
-    seconds, item = 0.0, Item.of(path)
+    seconds = 0.0
     for block, rate_hz in to_mono(sndfile_blocks(item)):
         seconds += len(block) / rate_hz
         if np.abs(block).max() >= LOUDEST:
             raise DataError("holds samples that are NaN, infinite or absurdly large")
-    lengths = None if item.segment is None else length_note(item)
-    if lengths is None:
-        return seconds, None
-    beyond_s = lengths["stated_s"] - lengths["found_s"]
-    return seconds, f"reaches {beyond_s:.2f} s beyond the end of the recording: clipped"
+    return seconds
 
 
 def shard_numbers(index: ShardIndex) -> list[int]:
