@@ -155,9 +155,9 @@ def find_chunks(read: Reader, form: Form, size: int, needed: tuple[bytes, ...]) 
             place = data.find(name, place + 1)
             if place < 0:
                 return None
-            chunk = next(chunks(read, form, at + place, size), None)
-            if chunk is not None and is_plausible(chunk, size, name == needed[-1]):
-                found[name] = chunk
+            first = next(chunks(read, form, at + place, size), None)
+            if first is not None and is_plausible(first, size, name == needed[-1]):
+                found[name] = first
     return Found(found, others, False)
 
 
