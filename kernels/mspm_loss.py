@@ -90,15 +90,23 @@ def _zero_padding(rows: Tensor | None, x: Tensor) -> Tensor:
     return x if rows is None else x.where(rows.view(*rows.shape, *[1] * (x.ndim - 2)), 0)
 
 
+def _prepared(
+    targets: Tensor, predictions: Tensor, num_masked: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | int]:
+    """Return which rows are valid, both in float32 or more with 0 for padding, and the divisor."""
+    M = targets.shape[1]
+    rows = _valid_rows(num_masked, M)
+    t, c = (_zero_padding(rows, _at_least_fp32(x)) for x in (targets, predictions))
+    return rows, t, c, _num_valid(num_masked, M, t.dtype)
+
+
 def _info_nce_torch(
     targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, M, _ = targets.shape
-    rows = _valid_rows(num_masked, M)
-    t, c = (_zero_padding(rows, _at_least_fp32(x)) for x in (targets, predictions))
+    rows, t, c, count = _prepared(targets, predictions, num_masked)
     if M == 0:
         return t.new_zeros(B), t.new_zeros(B), torch.zeros_like(predictions)
-    count = _num_valid(num_masked, M, t.dtype)
     scores, axis = t @ c.transpose(1, 2), 1 if over_targets else 2  # [B, i, j]
     if rows is None:
         log_p = scores.log_softmax(axis)
@@ -121,11 +129,9 @@ def _info_nce_plain(
     targets: Tensor, predictions: Tensor, over_targets: bool, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, M, _ = targets.shape
-    rows = _valid_rows(num_masked, M)
-    t, c = (_zero_padding(rows, _at_least_fp32(x)) for x in (targets, predictions))
+    rows, t, c, count = _prepared(targets, predictions, num_masked)
     if M == 0:
         return c.sum((1, 2)), t.new_zeros(B), torch.zeros_like(predictions)
-    count = _num_valid(num_masked, M, t.dtype)
     scores, axis = t @ c.transpose(1, 2), 1 if over_targets else 2  # [B, i, j]
     if rows is not None:  # finite, as the softmax of a padding row has a derivative
         padding = ~(rows[:, :, None] & rows[:, None, :])

@@ -311,9 +311,9 @@ def in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-def shows_progress() -> bool:
-    """Return whether somebody can watch a progress bar: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or in_notebook()
+def shows_progress(wanted: bool = True) -> bool:
+    """Return whether a progress bar is wanted, and seen: on a terminal or in a notebook."""
+    return wanted and (sys.stderr.isatty() or in_notebook())
 
 
 @cache

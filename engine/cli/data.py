@@ -2,9 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ssast.engine.cli.options import add_table_format, table_format
+from ssast.kernels.channel import Channel
 from ssast.pipelines.text import printable
 
 SHOWN = 10  # problems that are printed
@@ -130,7 +131,7 @@ def _add_prepare(kinds: Any) -> None:
 def _add_channel(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--channel",
-        choices=("mean", "left", "right"),
+        choices=get_args(Channel),
         default="mean",
         help="of recordings with several channels, as audio.channel (mean)",
     )

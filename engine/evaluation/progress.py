@@ -36,7 +36,7 @@ def with_progress(
         miniters=1,  # else a slow batch after fast ones would not be shown
         leave=False,
         dynamic_ncols=True,
-        disable=not (shown and shows_progress()),
+        disable=not shows_progress(shown),
     ) as bar:
         for item in items:
             yield item

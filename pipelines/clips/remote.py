@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 
@@ -62,6 +62,40 @@ def read_range(url: str, start: int, end: int) -> bytes:
     if len(data) > end - start:
         raise OSError(errno.EOPNOTSUPP, "the server does not serve ranges of bytes", url)
     return data
+
+
+def file_size(url: str) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        OSError: It cannot be found, or the storage does not tell.
+    """
+    system, path = fsspec.core.url_to_fs(url)
+    size = as_os_error(lambda: system.size(path), url)
+    if not isinstance(size, int):
+        raise OSError(errno.EINVAL, "its size is not known", url)
+    return size
+
+
+def file_facts(url: str) -> dict[str, Any]:
+    """Return what the storage tells of a file: its size, its times, ..., under names of its own.
+
+    Raises:
+        OSError: It cannot be found.
+    """
+    system, path = fsspec.core.url_to_fs(url)
+    return dict(as_os_error(lambda: system.info(path), url))
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the URLs of the files that a URL with ``*``, ``?`` and ``[...]`` stands for.
+
+    Raises:
+        OSError: The storage cannot list them.
+    """
+    system, path = fsspec.core.url_to_fs(pattern)
+    found = as_os_error(lambda: system.glob(path), pattern)
+    return [system.unstrip_protocol(name) for name in found]
 
 
 @functools.cache

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from ssast.pipelines.clips.listed import FileList, write_files
 from ssast.pipelines.clips.members import Contents, Sound, Window, read_tar
-from ssast.pipelines.clips.remote import as_os_error, as_path, is_url, read_range
+from ssast.pipelines.clips.remote import as_path, file_facts, file_size, is_url, read_range
 from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.segment import Files
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, shared_arrays, state_of
@@ -42,10 +41,7 @@ def open_tar(path: str) -> tuple[Any, int]:
     if not is_url(path):
         file = open_regular(path)
         return file, os.fstat(file.fileno()).st_size
-    system, inside = fsspec.core.url_to_fs(path)
-    size = as_os_error(lambda: system.size(inside), path)
-    if not isinstance(size, int):
-        raise OSError(22, "its size is not known", path)
+    size = file_size(path)
     return Window(partial(read_range, path), size, WINDOW_BYTES), size
 
 
@@ -55,8 +51,7 @@ def state_of_tar(path: str) -> tuple[str, Any]:
         if not is_url(path):
             return path, state_of(path)
         as_path(path)  # says which package is missing
-        system, inside = fsspec.core.url_to_fs(path)
-        facts = Retry(RETRY_S).call(lambda: as_os_error(lambda: system.info(inside), path), path)
+        facts = Retry(RETRY_S).call(lambda: file_facts(path), path)
     except (OSError, StorageError) as error:
         raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
     changing = sorted((key, str(facts[key])) for key in facts if key.lower() in CHANGING)

@@ -18,13 +18,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import overload
 
-import fsspec
 import numpy as np
 from tqdm.auto import tqdm
 
 from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.members import PACKED
-from ssast.pipelines.clips.remote import as_os_error, as_path, is_url
+from ssast.pipelines.clips.remote import as_path, is_url, matching
 from ssast.pipelines.clips.shards import ShardClip
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, Identity, shared_arrays
 from ssast.pipelines.clips.tar_index import FORMAT, index_tar, state_of_tar, write_index
@@ -128,12 +127,10 @@ def _matches(pattern: str) -> list[str]:
     if not is_url(pattern):
         return [os.path.abspath(path) for path in glob.glob(pattern, recursive=True)]
     as_path(pattern.partition("*")[0])  # says which package is missing
-    system, path = fsspec.core.url_to_fs(pattern)
     try:
-        found = as_os_error(lambda: system.glob(path), pattern)
+        return matching(pattern)
     except OSError as error:
         raise DataError(f"{pattern}: cannot be listed: {error.strerror or error}") from error
-    return [system.unstrip_protocol(name) for name in found]
 
 
 class TarIndex(Sequence[TarClip]):

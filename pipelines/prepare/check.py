@@ -142,9 +142,7 @@ def parallel(
         return Checked() if stop.is_set() else task()
 
     with (
-        tqdm(
-            total=total, desc="check", unit=" clips", disable=not (progress and shows_progress())
-        ) as bar,
+        tqdm(total=total, desc="check", unit=" clips", disable=not shows_progress(progress)) as bar,
         ThreadPoolExecutor(jobs, "check") as pool,
     ):
         try:

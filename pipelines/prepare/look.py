@@ -192,7 +192,7 @@ def listen(
             total=len(clips),
             desc="look",
             unit=" clips",
-            disable=not (progress and shows_progress()),
+            disable=not shows_progress(progress),
         ) as bar,
         ThreadPoolExecutor(jobs, "look") as pool,
     ):

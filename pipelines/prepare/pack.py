@@ -272,7 +272,7 @@ def make_shards(
             desc="prepare",
             unit="B",
             unit_scale=True,
-            disable=not (progress and shows_progress()),
+            disable=not shows_progress(progress),
         ) as bar,
         ThreadPoolExecutor(jobs, "shard") as pool,
     ):

@@ -169,7 +169,7 @@ def measure(
             weights=paths.weights() if isinstance(paths, MixedClips) else None,
         ) as stream,
         tqdm(
-            total=wanted, desc="stats", unit=" clips", disable=not (progress and shows_progress())
+            total=wanted, desc="stats", unit=" clips", disable=not shows_progress(progress)
         ) as bar,
     ):
         while seen < wanted:
