@@ -3,6 +3,7 @@
 The engine then runs the operations that it runs on CUDA, with streams and events that do nothing.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,7 @@ def meta_accelerator(wait: Callable[[str], None]) -> Iterator[None]:
         def synchronize(self, device_index: int | None = None) -> None:
             wait("all work of the device is awaited")
 
+    gc.collect()  # an engine that was dropped waits for its device when it is collected
     before = get_accelerator()
     set_accelerator(Meta())
     with (

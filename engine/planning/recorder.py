@@ -51,6 +51,7 @@ from ssast.kernels.operation import NAMESPACE, runs_on_cuda
 META = torch.device("meta")
 _aten = torch.ops.aten
 _ROOT = str(Path(__file__).parents[2]) + "/"
+_OWN = {__file__, str(Path(__file__).parents[1] / "parallel" / "meta_accelerator.py")}
 _ALIGNMENT = 512  # bytes, of PyTorch's allocator on CUDA
 
 
@@ -374,10 +375,10 @@ def _key(x: Tensor) -> int:
 
 
 def _caller() -> str:
-    """Return where the program is, outside of PyTorch and of this file."""
+    """Return where the program is, outside of PyTorch, of this file and of the accelerator."""
     for frame in reversed(traceback.extract_stack()):
         name = frame.filename
-        if name != __file__ and "/torch/" not in name and not name.startswith("<"):
+        if name not in _OWN and "/torch/" not in name and not name.startswith("<"):
             package = name.rpartition("/site-packages/")[2].removeprefix(_ROOT)
             return f"{package}:{frame.lineno} {frame.name}"
     return "?"
