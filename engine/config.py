@@ -20,11 +20,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ssast.engine.errors import ConfigError
+from ssast.engine.finetune_settings import Finetune
 from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
 from ssast.engine.settings import (
     Audio,
     Data,
-    Finetune,
     Model,
     Objective,
     Optim,

@@ -16,7 +16,8 @@ from ssast.engine.config import (
     to_plain,
 )
 from ssast.engine.errors import CheckpointError
-from ssast.engine.settings import Audio, Finetune, Model, Objective
+from ssast.engine.finetune_settings import Finetune
+from ssast.engine.settings import Audio, Model, Objective
 
 AUDIO = ("sample_rate_hz", "channel", "n_mels", "num_frames", "mean", "std", "ignore_padding")
 MODEL = ("backbone", "size", "patch", "depth")

@@ -20,6 +20,7 @@ from ssast.engine.checkpoints.weights import Weights, filled, read_weights
 from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.finetune_settings import Finetune
 from ssast.engine.formats.fetch import local_path
 from ssast.engine.formats.huggingface import import_huggingface
 from ssast.engine.formats.huggingface_config import CONFIG
@@ -33,7 +34,7 @@ from ssast.engine.formats.published import (
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import PretrainingModel, build_objective
-from ssast.engine.settings import Audio, Finetune
+from ssast.engine.settings import Audio
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import shown

@@ -12,11 +12,11 @@ from ssast.engine.config import load_config
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune import FinetuneEngine, finetune
+from ssast.engine.finetune_settings import Finetune
 from ssast.engine.formats.open import load_pretrained, open_encoder
 from ssast.engine.formats.published import save_published
 from ssast.engine.model.objective import MSPM
 from ssast.engine.pretrain import PretrainEngine, pretrain
-from ssast.engine.settings import Finetune
 from ssast.engine.train.pretraining import continue_from
 from ssast.pipelines.prepare.stats import measure
 

@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     ),
     "engine": (
         ("settings", "errors"),
+        ("finetune_settings",),
         ("registry",),
         ("config",),
         ("parallel", "data"),

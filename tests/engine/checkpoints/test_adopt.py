@@ -8,7 +8,8 @@ from finetune_runs import plain_file
 from ssast.engine.checkpoints.adopt import adopt
 from ssast.engine.config import OVERRIDE, Config, load_config
 from ssast.engine.errors import CheckpointError
-from ssast.engine.settings import Audio, Finetune, Model, Objective
+from ssast.engine.finetune_settings import Finetune
+from ssast.engine.settings import Audio, Model, Objective
 
 AUDIO = Audio(
     sample_rate_hz=8000, n_mels=64, num_frames=128, mean=-6.5, std=5.0, ignore_padding=True
