@@ -21,12 +21,12 @@ import yaml
 
 from ssast.engine.errors import ConfigError
 from ssast.engine.finetune_settings import Finetune
+from ssast.engine.objective_settings import Objective, check_objective
 from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
 from ssast.engine.settings import (
     Audio,
     Data,
     Model,
-    Objective,
     Optim,
     Profile,
     Run,
@@ -121,17 +121,7 @@ class Config:
         OBJECTIVES.check(self.objective.kind)
         if self.optim.schedule == "multistep":
             raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")
-        # The published generator never masks the first and the last patch.
-        most = rows * columns - (2 if self.objective.mask == "official" else 1)
-        if self.objective.num_masked > most:
-            raise ConfigError(
-                f"objective.num_masked must be at most {most} of the {rows} x {columns} = "
-                f"{rows * columns} patches, got {self.objective.num_masked}"
-            )
-        if self.objective.two_pass and self.objective.kind != "joint":
-            raise ConfigError(
-                f"objective.two_pass needs objective.kind joint, got {self.objective.kind!r}"
-            )
+        check_objective(self.objective, self.grid)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -93,34 +93,6 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Pretraining objective: masked spectrogram patch modelling (MSPM)."""
-
-    kind: str = "joint"
-    """InfoNCE loss (`discriminative`), MSE loss of the reconstruction (`generative`), or their
-    weighted sum (`joint`); or the name of an objective of your own."""
-
-    num_masked: int = setting(400, 2)
-    """Number of masked patches in each clip. Where a configuration file does not set it, the
-    published share: 400 of 512 patches."""
-
-    mask: Literal["official", "uniform", "random"] = "official"
-    """How masked patches are drawn: clusters as in the published code, clusters at uniformly
-    distributed positions, or single patches uniformly."""
-
-    softmax_axis: Literal["official", "paper"] = "official"
-    """Axis of the InfoNCE softmax: over the predictions (published code) or over the targets
-    (equation 1 of the paper)."""
-
-    two_pass: bool = False
-    """Compute each of the two losses in a forward pass of its own, with its own mask, as the
-    published code does; otherwise they share one."""
-
-    mse_weight: float = setting(10.0, 0.0)
-    """Weight of the MSE loss in the joint objective."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Data:
     """Data sets, and how clips are read."""
 

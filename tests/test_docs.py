@@ -214,9 +214,10 @@ def test_every_setting_is_on_the_settings_page():
     assert "*integer, at least 1, default `800000`*  \n    Total number of optimizer steps;" in page
 
 
-def test_every_setting_is_described():
-    docs = reference.field_docs(inspect.getsource(settings))
-    named = {cls for cls in vars(settings).values() if dataclasses.is_dataclass(cls)}
+@pytest.mark.parametrize("module", reference.MODULES, ids=lambda module: module.__name__)
+def test_every_setting_is_described(module):
+    docs = reference.field_docs(inspect.getsource(module))
+    named = {cls for cls in vars(module).values() if dataclasses.is_dataclass(cls)}
     named.discard(settings.Size)  # not a section
     for cls in named:
         missing = [f.name for f in dataclasses.fields(cls) if (cls.__name__, f.name) not in docs]

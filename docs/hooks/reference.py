@@ -1,8 +1,7 @@
 """A MkDocs hook: the pages that are made from the code and from files beside docs/.
 
 - index, contributing, changelog: README.md, CONTRIBUTING.md and CHANGELOG.md
-- settings: the dataclasses of ``engine/settings.py`` and ``engine/finetune_settings.py`` with the
-  docstrings of their fields
+- settings: the dataclasses of ``engine/*settings.py`` with the docstrings of their fields
 - commands: the parsers of the ``ssast`` command
 
 They are made anew by each build, so none can go stale.
@@ -24,12 +23,13 @@ from typing import Any, Literal
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from ssast.engine import config, finetune_settings, settings
+from ssast.engine import config, finetune_settings, objective_settings, settings
 from ssast.engine.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 FROM_ROOT["CHANGELOG.md"] = "changelog.md"
+MODULES = (settings, objective_settings, finetune_settings)
 LINK = re.compile(r"(?<=\]\()(?:docs/)?([^)#:\s]+)")
 
 
@@ -56,15 +56,16 @@ Every key of a configuration, with its default. A key is set in a YAML file or a
 form `section.key=value`; arguments take precedence over the file. An unknown key, a wrong type
 and a value out of range are errors that name the key and what is allowed.
 
-This page is generated from `engine/settings.py` and `engine/finetune_settings.py`.
+This page is generated from `engine/settings.py`, `engine/objective_settings.py` and
+`engine/finetune_settings.py`.
 """
 
 
 def settings_page() -> str:
     """Return the reference of all settings, section by section."""
-    docs = field_docs(inspect.getsource(settings)) | field_docs(
-        inspect.getsource(finetune_settings)
-    )
+    docs: dict[tuple[str, str], str] = {}
+    for module in MODULES:
+        docs |= field_docs(inspect.getsource(module))
     sections = config.sections().items()
     return "\n".join([SETTINGS_INTRO, *(_section(name, cls, docs) for name, cls in sections)])
 

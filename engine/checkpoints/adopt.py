@@ -17,7 +17,8 @@ from ssast.engine.config import (
 )
 from ssast.engine.errors import CheckpointError
 from ssast.engine.finetune_settings import Finetune
-from ssast.engine.settings import Audio, Model, Objective
+from ssast.engine.objective_settings import Objective
+from ssast.engine.settings import Audio, Model
 
 AUDIO = ("sample_rate_hz", "channel", "n_mels", "num_frames", "mean", "std", "ignore_padding")
 MODEL = ("backbone", "size", "patch", "depth")

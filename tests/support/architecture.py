@@ -30,7 +30,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     ),
     "engine": (
         ("settings", "errors"),
-        ("finetune_settings",),
+        ("finetune_settings", "objective_settings"),
         ("registry",),
         ("config",),
         ("parallel", "data"),

@@ -9,7 +9,8 @@ from ssast.engine.checkpoints.adopt import adopt
 from ssast.engine.config import OVERRIDE, Config, load_config
 from ssast.engine.errors import CheckpointError
 from ssast.engine.finetune_settings import Finetune
-from ssast.engine.settings import Audio, Model, Objective
+from ssast.engine.objective_settings import Objective
+from ssast.engine.settings import Audio, Model
 
 AUDIO = Audio(
     sample_rate_hz=8000, n_mels=64, num_frames=128, mean=-6.5, std=5.0, ignore_padding=True
