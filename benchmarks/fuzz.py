@@ -23,7 +23,8 @@ from threading import Event, Lock
 from ssast.benchmarks.fuzzing.readers import READERS
 from ssast.benchmarks.fuzzing.reading import FAILURES, Limits, Reader, Result
 from ssast.benchmarks.fuzzing.worker import CASE, Worker
-from ssast.pipelines.files import usable_cores, write_atomically
+from ssast.pipelines.cores import usable_cores
+from ssast.pipelines.files import write_atomically
 
 INPUTS = 23_000
 RESULTS, FACTS, FILES = "results.json", "case.json", "files"

@@ -1,4 +1,4 @@
-"""The cache folder, atomic writes, appending, and the number of usable cores."""
+"""The cache folder, atomic writes and appending."""
 
 import contextlib
 import errno
@@ -163,11 +163,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def machine_id() -> str | None:

@@ -18,8 +18,8 @@ from ssast.benchmarks.performance.page import write_page
 from ssast.benchmarks.performance.store import OUT, ResultStore, Scope
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
+from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.demo.corpora import fetch_demo
-from ssast.pipelines.files import usable_cores
 
 PARTS = ("step", "roofline", "scaling", "loader", "runs")
 DOCS = Path("docs")

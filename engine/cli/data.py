@@ -284,8 +284,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _stats(options: argparse.Namespace) -> int:
     from ssast.kernels.fbank import FbankSpec
+    from ssast.pipelines.cores import usable_cores
     from ssast.pipelines.errors import DataError
-    from ssast.pipelines.files import usable_cores
     from ssast.pipelines.prepare.stats import measure, write_stats
 
     try:

@@ -41,6 +41,7 @@ from ssast.engine.errors import (
     TrainingError,
 )
 from ssast.engine.monitoring.watchdog import EX_TEMPFAIL
+from ssast.pipelines.cores import prepare_threads
 from ssast.pipelines.text import print_error, printable
 
 DESCRIPTION = (
@@ -92,6 +93,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
+    prepare_threads()  # before torch is imported, which is done where it is used
     try:
         try:
             return _run(arguments)

@@ -180,10 +180,13 @@ def _ledger(config: "Config", gpu: "Gpu", options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
     from ssast.engine.planning.tune import format_results, tune, write_tuned
+    from ssast.pipelines.cores import find_cores
 
     if options.out is not None:
         check_new([options.out], [options.config])
     config = load_config(options.config, options.overrides)
+    cores = find_cores()
+    print(f"{cores.number} cores ({cores.source})", flush=True)
     results = tune(config, seconds=options.seconds, say=lambda text: print(text, flush=True))
     print(format_results(results))
     if options.out is not None:

@@ -39,7 +39,8 @@ from tqdm.auto import tqdm
 
 from ssast.engine.monitoring.loggers import Logger, RunLogs
 from ssast.engine.parallel.ranks import World
-from ssast.pipelines.files import append, usable_cores, write_atomically
+from ssast.pipelines.cores import describe_waiting, find_cores
+from ssast.pipelines.files import append, write_atomically
 from ssast.pipelines.text import in_notebook, say, shows_progress
 
 # Columns of a training line on the terminal: metric, label, format.
@@ -243,12 +244,14 @@ def scalars(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, fl
 
 def environment(world: World, **choices: str) -> dict[str, Any]:
     """Describe the machine, the package versions and the backends that were chosen."""
-    cuda = world.device.type == "cuda"
+    cuda, cores = world.device.type == "cuda", find_cores()
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
         "cuda": torch.version.cuda,
-        "cores": usable_cores(),
+        "cores": cores.number,
+        "cores_by": cores.source,
         "threads": torch.get_num_threads(),
+        "waiting": describe_waiting(),
         "world_size": world.world_size,
         "launcher": world.launcher,
         **choices,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssast.engine.errors import ConfigError, LostPeer
-from ssast.pipelines.files import usable_cores
+from ssast.pipelines.cores import chosen_threads, usable_cores
 
 SET_BY_TORCH_AND_DEEPSPEED = ("DS_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")  # in the environment
 MEET_S = 5.0  # between two meetings of ranks that wait for one of them
@@ -201,7 +201,7 @@ def init_world(timeout_s: float = 600.0) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     cores = max(1, usable_cores() // launch.local_world_size)
-    if "OMP_NUM_THREADS" not in os.environ:  # torch would take all cores in each process
+    if not chosen_threads(os.environ):  # torch would take all cores in each process
         torch.set_num_threads(cores)
     _world = World(
         launch.rank, launch.local_rank, launch.world_size, launch.launcher, device, timeout_s, cores

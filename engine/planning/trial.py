@@ -17,6 +17,7 @@ from ssast.engine.config import Config, to_plain
 from ssast.engine.parallel.machine import available_gib
 from ssast.engine.registry import BACKBONES, OBJECTIVES
 from ssast.engine.settings import Run
+from ssast.pipelines.cores import spinning
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError")
 
@@ -86,7 +87,7 @@ def try_out(
 
 
 def _run(request: dict[str, Any], num_threads: int | None, timeout_s: float) -> Trial:
-    env = dict(os.environ)
+    env = {**os.environ, **spinning()}
     if num_threads is not None:
         env["OMP_NUM_THREADS"] = str(num_threads)
     process = subprocess.Popen(

@@ -19,7 +19,8 @@ from ssast.engine.config import Config, dump_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.kernels.attention import candidates
-from ssast.pipelines.files import usable_cores, write_atomically
+from ssast.pipelines.cores import usable_cores
+from ssast.pipelines.files import write_atomically
 
 CLOSE = 0.97  # of the best rate: as fast, given how much such runs vary
 _COST_S = 12.0  # of starting a process, at least

@@ -10,8 +10,8 @@ from ssast.pipelines.audio.decode import Item, length_s
 from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.segment import WHOLE, Files, Segment
 from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex
+from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import usable_cores
 
 
 def window_starts(length_s: float, window_s: float, hop_s: float) -> list[float]:

@@ -27,8 +27,8 @@ from ssast.pipelines.clips.remote import as_path, is_url, matching
 from ssast.pipelines.clips.shards import ShardClip
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, Identity, shared_arrays
 from ssast.pipelines.clips.tar_index import FORMAT, index_tar, state_of_tar, write_index
+from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import usable_cores
 from ssast.pipelines.text import shows_progress
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,10 @@ from ssast.pipelines.clips.shards import (
     header_problem,
 )
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
+from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.datasets.tables import table
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.files import usable_cores, write_atomically
+from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import parse_json, shows_progress
 
 AT_ONCE = 64  # files of a manifest that one thread takes

@@ -28,8 +28,8 @@ from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.overlap import Contents
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
+from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.files import usable_cores
 from ssast.pipelines.prepare.stats import Stats, measure
 from ssast.pipelines.text import shows_progress
 

@@ -35,8 +35,9 @@ from ssast.pipelines.clips.remote import as_path, is_url, on_disk
 from ssast.pipelines.clips.segment import span_text
 from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar
+from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.files import replacing, usable_cores, write_atomically
+from ssast.pipelines.files import replacing, write_atomically
 from ssast.pipelines.locks import exclusive
 from ssast.pipelines.prepare.index import remarks, write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder

@@ -18,7 +18,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
     "kernels": (("kernels",),),
     "pipelines": (
         ("errors",),
-        ("files",),
+        ("files", "cores"),
         ("text",),
         ("locks", "figures"),
         ("clips",),

@@ -11,6 +11,7 @@ from runs import call, command, environment
 
 from ssast.engine.cli.main import main
 from ssast.kernels.attention import Backend
+from ssast.pipelines.cores import CHOSEN_BY
 
 HEAVY = ("torch", "triton", "deepspeed", "matplotlib", "scipy", "sklearn")
 
@@ -135,10 +136,17 @@ def test_the_deepspeed_launcher_s_argument_is_accepted(capsys):
 
 
 @pytest.mark.slow
-def test_env_runs_from_any_folder(tmp_path):
+def test_env_runs_from_any_folder(tmp_path, monkeypatch):
+    for name in CHOSEN_BY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
     done = call("env", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
+    assert facts["cores"] >= 1 and facts["cores_by"]
+    assert facts["waiting"].startswith("GOMP_SPINCOUNT=2000 ")
+    if "GOMP" in done.stderr:  # what torch's OpenMP says of itself
+        assert "GOMP_SPINCOUNT = '2000'" in done.stderr
     assert facts["packages"]["ssast-engine"]
     assert facts["attention"] in get_args(Backend)
 
