@@ -7,6 +7,7 @@ from typing import Any
 
 from ssast.engine.cli.options import (
     NAMED,
+    add_layer,
     add_missing_metadata,
     add_quiet,
     add_table_format,
@@ -69,6 +70,7 @@ def add_export_commands(commands: Any) -> None:
         default="clip",
         help="one vector per clip or per frame (default: clip)",
     )
+    add_layer(command)
     command.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="clips per batch (default: 16)"
     )
@@ -209,6 +211,7 @@ def _embed(options: argparse.Namespace) -> int:
         options.source,
         options.out,
         level=options.level,
+        layer=options.layer,
         batch_size=options.batch_size,
         table=table_format(options),
         progress=not options.quiet,

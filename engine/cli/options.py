@@ -71,6 +71,26 @@ def table_format(options: argparse.Namespace) -> Any:
     return TableFormat(columns, separator, options.delimiter, options.encoding)
 
 
+def add_layer(command: argparse.ArgumentParser) -> None:
+    """Add ``--layer``."""
+    command.add_argument(
+        "--layer",
+        type=_layer,
+        default="last",
+        metavar="N",
+        help="layer of the encoder: 0 for its patch embedding, n for the output of its n-th block, "
+        "last, or all, in one array [clips, layers, ...] (default: last)",
+    )
+
+
+def _layer(text: str) -> int | str:
+    if text in ("last", "all"):
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a number, last or all, got {text!r}")
+    return int(text)
+
+
 def add_resume(command: argparse.ArgumentParser) -> None:
     """Add ``--resume``."""
     command.add_argument(

@@ -3,14 +3,14 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.cut_clips import CutClips
-from ssast.engine.evaluation.features import Level, embed_batch
+from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_batch
 from ssast.engine.evaluation.predict import default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
@@ -72,13 +72,13 @@ class ParquetWriter:
     """A writer of a table of path, columns and embedding, null where a clip could not be read.
 
     An embedding is a list of D numbers; at the level ``frame`` a list of such lists, one for each
-    valid column.
+    valid column; of all layers a list of these, one for each layer.
 
     Raises:
         ConfigError: pyarrow is not installed.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], paths: ClipPaths):
+    def __init__(self, path: Path, shape: tuple[int, ...], paths: ClipPaths, level: Level = "clip"):
         try:
             import pyarrow
             import pyarrow.parquet
@@ -86,9 +86,9 @@ class ParquetWriter:
             raise ConfigError(
                 'Parquet needs the package pyarrow: pip install "ssast-engine[parquet]"'
             ) from error
-        self._arrow, self._paths = pyarrow, paths
+        self._arrow, self._paths, self._level = pyarrow, paths, level
         self._type = pyarrow.list_(pyarrow.float32(), shape[-1])
-        if len(shape) == 3:
+        for _ in shape[2:]:
             self._type = pyarrow.list_(self._type)
         fields = [("path", pyarrow.string()), ("columns", pyarrow.int32())]
         self._schema = pyarrow.schema([*fields, ("embedding", self._type)])
@@ -99,9 +99,12 @@ class ParquetWriter:
         names = [str(self._paths[first + row]) for row in range(len(vectors))]
         # A name need not be valid text; Parquet's strings must: other bytes are escaped.
         names = [name.encode(errors="backslashreplace").decode() for name in names]
+        if self._level == "frame":
+            rows = [row[..., :count, :] for row, count in zip(vectors, held, strict=True)]
+        else:
+            rows = list(vectors)
         embeddings = [
-            None if not count else (list(row[:count]) if row.ndim == 2 else row)
-            for row, count in zip(vectors, held, strict=True)
+            _as_list(row) if count else None for row, count in zip(rows, held, strict=True)
         ]
         columns = [names, held.astype(np.int32), self._arrow.array(embeddings, self._type)]
         self._writer.write_batch(self._arrow.record_batch(columns, schema=self._schema))
@@ -109,6 +112,11 @@ class ParquetWriter:
     def close(self) -> None:
         """See :class:`RowWriter`."""
         self._writer.close()
+
+
+def _as_list(array: np.ndarray) -> Any:
+    """Return an array [*, D] as lists, down to its vectors."""
+    return array if array.ndim == 1 else [_as_list(part) for part in array]
 
 
 @fast_matmul()
@@ -119,6 +127,7 @@ def embed_recordings(
     out: str | Path,
     *,
     level: Level = "clip",
+    layer: Layer = "last",
     batch_size: int = 16,
     table: TableFormat = PLAIN,
     progress: bool = True,
@@ -132,31 +141,34 @@ def embed_recordings(
         source: A manifest, a folder, or one audio file. Row i is its i-th clip.
         out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
             over its valid columns. ``frame``: [clips, T', D], the mean over the rows of each column
-            of patches; NaN after a clip's end. Beside it ``out`` with .csv lists row, path, and
+            of patches; NaN after a clip's end. With all layers [clips, L, D] or
+            [clips, L, T', D]. Beside it ``out`` with .csv lists row, path, and
             valid columns, 0 where a clip could not be read. Or a .parquet file, which
             holds all of that; see :class:`ParquetWriter`.
         level: ``clip`` or ``frame``.
+        layer: Layer whose hidden states are taken, see
+            :data:`~ssast.engine.evaluation.features.Layer`.
         batch_size: Clips at once.
         table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
-        ConfigError: A package for the format is missing.
+        ConfigError: A package for the format is missing, or the model has no such layer.
         DataError: The source is wrong, none of its clips can be read, or ``out`` has another
             ending, exists already or cannot be written.
     """
     out = Path(out)
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
+    check_layer(loaded.encoder, layer)
     listing = out.with_suffix(".csv") if out.suffix == ".npy" else out
     check_new([out, listing], [source])
     paths = _paths(source, table)
     device = default_device()
     encoder = loaded.encoder.to(device).eval()
-    columns = encoder.embed.grid[1]
-    shape: tuple[int, ...] = (len(paths), encoder.embed_dim)
-    if level == "frame":
-        shape = (len(paths), columns, encoder.embed_dim)
+    layers = (len(encoder.blocks) + 1,) if layer == "all" else ()
+    columns = (encoder.embed.grid[1],) if level == "frame" else ()
+    shape = (len(paths), *layers, *columns, encoder.embed_dim)
     rejected: dict[str, str] = {}
     counts = np.zeros(len(paths), dtype=np.int64)
     cut = CutClips(paths, loaded.audio)
@@ -175,12 +187,12 @@ def embed_recordings(
             if out.suffix == ".npy":
                 rows = NumpyWriter(temporary, shape)
             else:
-                rows = ParquetWriter(temporary, shape, paths)
+                rows = ParquetWriter(temporary, shape, paths, level)
             tracked = with_progress(batches, len(paths), "embed", progress)
             for number, batch in enumerate(tracked):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
-                vectors, held = embed_batch(loaded, batch.fbank, batch.num_frames, level)
+                vectors, held = embed_batch(loaded, batch.fbank, batch.num_frames, level, layer)
                 held = held.where(batch.valid, 0)
                 counts[first : first + count] = held[:count].cpu().numpy()
                 rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.data.waveforms import fbank_windows
+from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel, open_model
-from ssast.engine.model.classifier import Classifier, embed_clips
-from ssast.engine.model.encoder import PatchEmbed, layer_states, time_states
+from ssast.engine.model.classifier import Classifier, embed_clips, pool_clips
+from ssast.engine.model.encoder import (
+    PatchEmbed,
+    SpectrogramTransformer,
+    layer_states,
+    time_states,
+)
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled
@@ -20,6 +26,9 @@ from ssast.pipelines.audio.decode import Item, read_blocks
 from ssast.pipelines.errors import DataError, UnusableError
 
 Level = Literal["clip", "frame"]
+Layer = int | Literal["last", "all"]
+"""Number of a layer, ``last`` or ``all``: 0 is the patch embedding, n the output of the n-th
+transformer block; the last layer is taken after the final norm."""
 
 
 def embed(
@@ -28,6 +37,7 @@ def embed(
     sample_rate_hz: int = 16000,
     *,
     level: Level = "clip",
+    layer: Layer = "last",
 ) -> Tensor:
     """Compute the features of a waveform, or of a batch of them, of any length.
 
@@ -39,12 +49,15 @@ def embed(
         sample_rate_hz: Sample rate of the waveforms, which are resampled to that of the model. A
             file has its own.
         level: ``clip`` for one vector a waveform, ``frame`` for one a column of patches.
+        layer: Layer whose hidden states are taken, see :data:`Layer`.
 
     Returns:
-        [D] or [B, D]; with ``frame`` [T', D] or [B, T', D]; float32, on the device of ``audio``.
+        [D] or [B, D]; with ``frame`` [T', D] or [B, T', D]; with all layers [L, D], [B, L, D],
+        [L, T', D] or [B, L, T', D]. float32, on the device of ``audio``.
 
     Raises:
         CheckpointError: There is no model at the path.
+        ConfigError: The model has no such layer.
         DataError: The file cannot be read, or the waveform has another shape or type, NaN or
             infinite samples, or is shorter than one frame.
     """
@@ -54,14 +67,14 @@ def embed(
     waves = load_waveforms(audio, sample_rate_hz, fbank_spec(loaded.audio))
     batch = waves.reshape(-1, waves.shape[-1]).to(device)
     lengths = torch.full((len(batch),), batch.shape[1], device=device)
-    found, _ = embed_waveforms(loaded, batch, lengths, level)
+    found, _ = embed_waveforms(loaded, batch, lengths, level, layer)
     return found.reshape(*waves.shape[:-1], *found.shape[1:]).to(waves.device)
 
 
 @fast_matmul()
 @torch.no_grad()
 def embed_waveforms(
-    loaded: LoadedModel, waves: Tensor, lengths: Tensor, level: Level
+    loaded: LoadedModel, waves: Tensor, lengths: Tensor, level: Level, layer: Layer = "last"
 ) -> tuple[Tensor, Tensor]:
     """Embed waveforms of any length, window by window; each is embedded as if it were alone.
 
@@ -71,10 +84,14 @@ def embed_waveforms(
             frame.
         lengths: [B] int64, valid samples of each waveform, at least one frame.
         level: See :func:`embed`.
+        layer: See :func:`embed`.
 
     Returns:
         [B, D], or [B, T', D] with the columns of S samples and 0 after the end of each waveform;
-        float32. And the number of valid columns [B].
+        with all layers [B, L, D] or [B, L, T', D]; float32. And the number of valid columns [B].
+
+    Raises:
+        ConfigError: The model has no such layer.
     """
     embed, spec = loaded.encoder.embed, fbank_spec(loaded.audio)
     hop = embed.grid[1] * embed.stride[1] * spec.hop
@@ -84,21 +101,29 @@ def embed_waveforms(
     vectors, counts = [], []
     end = max(waves.shape[1] - follows, 0) + 1
     for number, (fbank, frames) in enumerate(fbank_windows(waves, lengths, spec, hop, end)):
-        window, held = embed_batch(loaded, fbank, frames, level)
+        window, held = embed_batch(loaded, fbank, frames, level, layer)
         if number:
             held = held.where(lengths - number * hop >= follows, 0)
         if level == "frame":
             rest = torch.tensor(num_frames(waves.shape[1] - number * hop, spec))
-            valid = torch.arange(window.shape[1], device=waves.device) < held[:, None]
-            window = window.where(valid[..., None], 0)[:, : int(_columns(embed, rest))]
+            valid = torch.arange(window.shape[-2], device=waves.device) < held[:, None]
+            window = window.where(_as_rows(valid[..., None], window), 0)
+            window = window[..., : int(_columns(embed, rest)), :]
         else:
-            window = window * held[:, None]
+            window = window * _as_rows(held, window)
         vectors.append(window)
         counts.append(held)
     total = torch.stack(counts).sum(0)
     if level == "frame":
-        return torch.cat(vectors, 1).float(), total
-    return (torch.stack(vectors).sum(0) / total[:, None]).float(), total
+        return torch.cat(vectors, -2).float(), total
+    summed = torch.stack(vectors).sum(0)
+    return (summed / _as_rows(total, summed)).float(), total
+
+
+def _as_rows(values: Tensor, vectors: Tensor) -> Tensor:
+    """Shape values [B] or [B, T', 1] to stand beside vectors [B, *, D] or [B, *, T', D]."""
+    missing = vectors.ndim - values.ndim
+    return values.reshape(len(values), *[1] * missing, *values.shape[1:])
 
 
 def load_waveforms(
@@ -152,7 +177,7 @@ def _checked(waves: Tensor, spec: FbankSpec, name: str) -> Tensor:
 
 
 def embed_batch(
-    loaded: LoadedModel, fbank: Tensor, frames: Tensor, level: Level
+    loaded: LoadedModel, fbank: Tensor, frames: Tensor, level: Level, layer: Layer = "last"
 ) -> tuple[Tensor, Tensor]:
     """Embed a batch of filterbanks.
 
@@ -161,19 +186,45 @@ def embed_batch(
         fbank: [B, T, F] log-mel before normalisation.
         frames: [B], valid frames of each clip.
         level: See :func:`embed`.
+        layer: See :func:`embed`.
 
     Returns:
-        [B, D], or [B, T', D] with NaN after the end of each clip; and the number of valid
-        columns [B].
+        [B, D], or [B, T', D] with NaN after the end of each clip; with all layers [B, L, D] or
+        [B, L, T', D]; and the number of valid columns [B].
+
+    Raises:
+        ConfigError: The model has no such layer.
     """
     encoder = loaded.encoder
     held = _columns(encoder.embed, frames)
-    if level == "frame":
-        states = time_states(encoder, layer_states(encoder, fbank, frames)[-1])
-        ended = torch.arange(states.shape[1], device=fbank.device) >= held[:, None]
-        return states.masked_fill(ended[..., None], torch.nan), held
     pooling = loaded.model.pooling if isinstance(loaded.model, Classifier) else "avgtok"
-    return embed_clips(encoder, fbank, pooling, frames), held
+    if level == "clip" and layer == "last":
+        return embed_clips(encoder, fbank, pooling, frames), held
+    check_layer(encoder, layer)
+    states = layer_states(encoder, fbank, frames)
+    chosen = states if layer == "all" else [states[-1 if layer == "last" else layer]]
+    if level == "clip":
+        vectors = torch.stack([pool_clips(encoder, x, pooling, frames) for x in chosen], 1)
+    else:
+        vectors = torch.stack([time_states(encoder, x) for x in chosen], 1)
+        ended = torch.arange(vectors.shape[2], device=fbank.device) >= held[:, None]
+        vectors = vectors.masked_fill(ended[:, None, :, None], torch.nan)
+    return vectors if layer == "all" else vectors[:, 0], held
+
+
+def check_layer(encoder: SpectrogramTransformer, layer: Layer) -> None:
+    """Check that an encoder has a layer.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    depth = len(encoder.blocks)
+    number = isinstance(layer, int) and not isinstance(layer, bool)
+    if layer not in ("last", "all") and not (number and 0 <= layer <= depth):  # type: ignore[operator]
+        raise ConfigError(
+            f"layer: expected 0 to {depth}, last or all, found {layer!r}: the model has {depth} "
+            "transformer blocks, 0 is its patch embedding"
+        )
 
 
 def _columns(embed: PatchEmbed, frames: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.features import embed_waveforms
+from ssast.engine.evaluation.features import check_layer, embed_waveforms
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.classifier import Classifier
 from ssast.kernels.mel import HOP_MS, WINDOW_MS
@@ -26,19 +26,29 @@ class WaveformEncoder(nn.Module):
         pooling: ``model`` pools a clip as ``ssast embed`` does: the mean of the patch tokens, or
             cls and dist of a classifier that was trained so. ``time``: mean over time of the
             features of each column of patches.
+        layer: Layer whose hidden states are taken: its number, or ``last``.
 
     Raises:
         CheckpointError: There is no model.
-        ConfigError: The pooling is unknown.
+        ConfigError: The pooling is unknown, or the model has no such layer.
     """
 
-    def __init__(self, model: LoadedModel | str | Path, *, pooling: Pooling = "model"):
+    def __init__(
+        self,
+        model: LoadedModel | str | Path,
+        *,
+        pooling: Pooling = "model",
+        layer: int | Literal["last"] = "last",
+    ):
         super().__init__()
         if pooling not in get_args(Pooling):
             raise ConfigError(f"pooling: expected model or time, found {pooling!r}")
         self.loaded = model if isinstance(model, LoadedModel) else open_model(model)
         self.encoder, self.spec = self.loaded.encoder.eval(), fbank_spec(self.loaded.audio)
-        self.pooling = pooling
+        if layer == "all":  # as a file of settings may say
+            raise ConfigError("layer: expected one layer, found 'all'")
+        check_layer(self.encoder, layer)
+        self.pooling, self.layer = pooling, layer
 
     @property
     def embed_dim(self) -> int:
@@ -68,22 +78,23 @@ class WaveformEncoder(nn.Module):
         Raises:
             DataError: The waveforms have another shape, or one is shorter than one frame.
         """
-        return embed_waveforms(self.loaded, *self._checked(waves, lengths), "frame")[0]
+        return embed_waveforms(self.loaded, *self._checked(waves, lengths), "frame", self.layer)[0]
 
     def clips(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Compute one vector for each clip, [B, D] float32; see :meth:`frames`."""
         level: Literal["clip", "frame"] = "clip" if self.pooling == "model" else "frame"
-        found, columns = embed_waveforms(self.loaded, *self._checked(waves, lengths), level)
+        checked = self._checked(waves, lengths)
+        found, columns = embed_waveforms(self.loaded, *checked, level, self.layer)
         return found if level == "clip" else found.sum(1) / columns[:, None]
 
     def fingerprint(self) -> str:
-        """Hash the weights, the settings of the input and the pooling to 12 hexadecimal digits.
+        """Hash the weights, the settings of the input, pooling and layer to 12 hexadecimal digits.
 
         Harnesses keep features and scores under the name of a model, and take those that are there.
         """
         model, embed = self.loaded.model, self.encoder.embed
         pooling = model.pooling if isinstance(model, Classifier) else ""
-        settings = (self.loaded.audio, embed.patch, embed.stride, pooling, self.pooling)
+        settings = (self.loaded.audio, embed.patch, embed.stride, pooling, self.pooling, self.layer)
         found = hashlib.sha256(repr(settings).encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             found.update(f"{name} {list(tensor.shape)}".encode())

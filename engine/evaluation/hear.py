@@ -6,7 +6,7 @@
 {"model_file_path": "runs/mine"} keeps those of models apart, and also takes names and addresses.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,12 +39,18 @@ class HearModel(WaveformEncoder):
         self.scene_embedding_size = self.timestamp_embedding_size = self.embed_dim
 
 
-def load_model(model_file_path: str = "", pooling: Pooling = "model", **metadata: Any) -> HearModel:
+def load_model(
+    model_file_path: str = "",
+    pooling: Pooling = "model",
+    layer: int | Literal["last"] = "last",
+    **metadata: Any,
+) -> HearModel:
     """Load a model.
 
     Args:
         model_file_path: What :func:`~ssast.engine.formats.open.open_model` opens.
         pooling: Of scene embeddings: ``model`` as ``ssast embed``, or ``time``, the mean over time.
+        layer: See :class:`~ssast.engine.evaluation.harness.WaveformEncoder`.
         metadata: Fields of :class:`~ssast.engine.formats.open.MissingMetadata`, which a published
             fine-tuned file lacks.
 
@@ -61,12 +67,12 @@ def load_model(model_file_path: str = "", pooling: Pooling = "model", **metadata
     known = vars(MissingMetadata())
     for key in metadata:
         if key not in known:
-            raise ConfigError(f"{key}: expected pooling or one of {', '.join(known)}")
+            raise ConfigError(f"{key}: expected pooling, layer or one of {', '.join(known)}")
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()
     }
     loaded = open_model(model_file_path, MissingMetadata(**given))
-    return HearModel(loaded, pooling=pooling)
+    return HearModel(loaded, pooling=pooling, layer=layer)
 
 
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:

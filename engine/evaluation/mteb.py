@@ -10,7 +10,7 @@ MTEB itself is needed for the metadata alone.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,14 +31,21 @@ class MtebEncoder(WaveformEncoder):
     Args:
         model: A loaded model, or what :func:`~ssast.engine.formats.open.open_model` opens.
         pooling: ``model`` as ``ssast embed``, or ``time``, the mean over time.
+        layer: Layer whose hidden states are taken: its number, or ``last``.
 
     Raises:
         CheckpointError: There is no model.
-        ConfigError: The pooling is unknown.
+        ConfigError: The pooling is unknown, or the model has no such layer.
     """
 
-    def __init__(self, model: LoadedModel | str | Path, *, pooling: Pooling = "model"):
-        super().__init__(model, pooling=pooling)
+    def __init__(
+        self,
+        model: LoadedModel | str | Path,
+        *,
+        pooling: Pooling = "model",
+        layer: int | Literal["last"] = "last",
+    ):
+        super().__init__(model, pooling=pooling, layer=layer)
         self.to(default_device())
 
     @property

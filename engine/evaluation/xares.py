@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class XaresEncoder(WaveformEncoder):
 
     Args:
         model: A loaded model, or what :func:`~ssast.engine.formats.open.open_model` opens.
+        layer: Layer whose hidden states are taken: its number, or ``last``.
 
     Attributes:
         sampling_rate: Sample rate of the model in Hz; X-ARES resamples to it.
@@ -40,11 +42,12 @@ class XaresEncoder(WaveformEncoder):
 
     Raises:
         CheckpointError: There is no model.
-        ConfigError: X-ARES cannot decode audio here: it would leave out all clips.
+        ConfigError: The model has no such layer; or X-ARES cannot decode audio here: it would
+            leave out all clips.
     """
 
-    def __init__(self, model: LoadedModel | str | Path):
-        super().__init__(model)
+    def __init__(self, model: LoadedModel | str | Path, *, layer: int | Literal["last"] = "last"):
+        super().__init__(model, layer=layer)
         if "xares" in sys.modules:
             check_decoding()
         self.sampling_rate, self.output_dim = self.spec.sample_rate_hz, self.embed_dim

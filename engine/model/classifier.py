@@ -64,11 +64,21 @@ def embed_clips(
     Returns:
         Embeddings [B, D], under autocast float32.
     """
-    rows, columns = encoder.embed.grid
     hidden, _ = encoder(fbank, encoder.no_masks(len(fbank), num_frames))
+    return pool_clips(encoder, hidden, pooling, num_frames)
+
+
+def pool_clips(
+    encoder: SpectrogramTransformer,
+    hidden: Tensor,
+    pooling: Literal["avgtok", "cls"] = "avgtok",
+    num_frames: Tensor | None = None,
+) -> Tensor:
+    """Pool hidden states [B, 2 + N, D] of any layer to [B, D]; see :func:`embed_clips`."""
     if pooling == "cls" or num_frames is None:
         return pool(hidden, pooling)
-    positions = torch.arange(columns, device=fbank.device)
+    rows, columns = encoder.embed.grid
+    positions = torch.arange(columns, device=hidden.device)
     whole = encoder.embed.valid_columns(num_frames)
     if whole is not None:
         valid = positions < whole[:, None]  # [B, columns]

@@ -268,7 +268,9 @@ def test_hear_opens_what_the_loaders_open(tmp_path):
     assert model.loaded.is_classifier and model.pooling == "time"
     with pytest.raises(ConfigError, match="says neither how many frames"):
         hear.load_model(str(tmp_path / "tuned.pth"))
-    with pytest.raises(ConfigError, match="frames: expected pooling or one of num_frames, stride"):
+    with pytest.raises(
+        ConfigError, match="frames: expected pooling, layer or one of num_frames, stride"
+    ):
         hear.load_model(str(tmp_path / "tuned.pth"), frames=64)
     with pytest.raises(ConfigError, match="model_file_path is not set"):
         hear.load_model()
