@@ -22,9 +22,10 @@ class Objective:
     """Number of masked patches in each clip. Where a configuration file does not set it, the
     published share: 400 of 512 patches."""
 
-    mask: Literal["official", "uniform", "random"] = "official"
+    mask: Literal["official", "uniform", "random", "inverse_blocks"] = "official"
     """How masked patches are drawn: clusters as in the published code, clusters at uniformly
-    distributed positions, or single patches uniformly."""
+    distributed positions, single patches uniformly, or all but blocks of 5 x 5 visible patches
+    (`inverse_blocks`, as in EAT)."""
 
     softmax_axis: Literal["official", "paper"] = "official"
     """Axis of the InfoNCE softmax: over the predictions (published code) or over the targets

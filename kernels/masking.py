@@ -15,12 +15,18 @@ The patch grid has F_p rows (frequency) and T_p columns (time); patch (f, t) has
   what lies outside is cut off. When M or more ids are covered, a contiguous run of the surplus
   (draw 1 says where) is dropped. Of 400 in 8 x 64, every row and column gets 0.778 to 0.784.
 - ``random``: M single patches; patch i has draw i as its key, and the M smallest keys win.
+- ``inverse_blocks``: visible clusters, as EAT draws them (Chen et al. 2024). Around each of
+  int((N - M + 0.07 N) / 25) patches, at least one (draws 2**16, 2**16 + 1, ...; one may come
+  twice), a block of 5 x 5 patches is covered; what lies outside of the grid is cut off. Patch i has
+  draw i as its key: of the covered patches, then of the others, those with the smallest keys are
+  visible until N - M are. In a grid of fewer than 5 rows or columns, 25 is the area that fits.
 
 A clip that ends early has padding in its last columns. Its mask is that of the smaller grid of its
 own columns, and padding is neither masked nor visible: it fills up both lists.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,9 +35,13 @@ from torch import Tensor
 from ssast.kernels.masking_kernel import draw_masks_on_cuda
 from ssast.kernels.operation import custom_op
 
-MaskKind = Literal["official", "uniform", "random"]
+MaskKind = Literal["official", "uniform", "random", "inverse_blocks"]
 
+MOST_PATCHES = 1 << 16  # of a grid: keys of patches hold an id in 16 bits
+CENTRES = MOST_PATCHES  # the first draw of inverse_blocks that is no key of a patch
 _WORD = 0xFFFFFFFF
+
+Draw = Callable[[int, int], Tensor]  # (first, count) to [B, count] draws
 
 
 class Masks(NamedTuple):
@@ -49,7 +59,7 @@ class Masks(NamedTuple):
     num_visible: Tensor | None = None  # [B] int64
 
 
-def philox(seed: int, block: Tensor, clip: Tensor, epoch: Tensor, stream: int) -> Tensor:
+def philox(seed: int, block: Tensor, clip: Tensor, epoch: Tensor, stream: int | Tensor) -> Tensor:
     """Philox4x32-10 with the key ``seed`` (64 bits) at the counter (block, clip, epoch, stream).
 
     The counters are int64 tensors that broadcast to a shape S and are taken modulo 2**32.
@@ -57,8 +67,9 @@ def philox(seed: int, block: Tensor, clip: Tensor, epoch: Tensor, stream: int) -
     Returns:
         [*S, 4] int64, four independent words in [0, 2**32).
     """
-    c0, c1, c2 = (c & _WORD for c in torch.broadcast_tensors(block, clip, epoch))
-    c3 = torch.full_like(c0, stream & _WORD)
+    if not isinstance(stream, Tensor):
+        stream = torch.full_like(epoch, stream & _WORD)
+    c0, c1, c2, c3 = (c & _WORD for c in torch.broadcast_tensors(block, clip, epoch, stream))
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # The product of two words may exceed int64 and wrap: its 64 bits are right all the same.
@@ -86,6 +97,14 @@ def draw_masks_reference(
 
     if kind == "random":
         return sorted(sorted(range(N), key=lambda i: (draw(i), i))[:M])
+    if kind == "inverse_blocks":
+        shown: set[int] = set()
+        area = min(5, rows) * min(5, columns)
+        for k in range(max(1, (100 * (N - M) + 7 * N) // (100 * area))):
+            f, t = divmod(draw(CENTRES + k) * N >> 32, columns)
+            cells = ((a, b) for a in range(f - 2, f + 3) for b in range(t - 2, t + 3))
+            shown |= {a * columns + b for a, b in cells if 0 <= a < rows and 0 <= b < columns}
+        return sorted(sorted(range(N), key=lambda i: (i not in shown, draw(i), i))[N - M :])
     C = 3 + (draw(0) * 3 >> 32)
     covered: set[int] = set()
     d = 2
@@ -108,6 +127,7 @@ def draw_masks_reference(
 def _draw_masks_torch(
     clip_ids: Tensor,
     epochs: Tensor,
+    streams: Tensor | None,
     valid_columns: Tensor | None,
     num_masked: Tensor | None,
     seed: int,
@@ -122,15 +142,20 @@ def _draw_masks_torch(
         valid_columns = torch.full((B,), columns, device=device)
         num_masked = torch.full((B,), M, device=device)
     valid, wanted = valid_columns[:, None], num_masked[:, None]  # [B, 1]
+
+    def draw(first: int, count: int) -> Tensor:
+        """Draw numbers of each clip, [B, count], from draw ``first`` on, a multiple of 4."""
+        blocks = first // 4 + torch.arange(-(-count // 4), device=device)
+        counters = (clip_ids[:, None], epochs[:, None])
+        c3 = stream if streams is None else streams[:, None] + stream
+        return philox(seed, blocks, *counters, c3).flatten(1)[:, :count]
+
     if kind == "random":
-        blocks = torch.arange(-(-N // 4), device=device)
-        words = philox(seed, blocks, clip_ids[:, None], epochs[:, None], stream)
-        ids = torch.arange(N, device=device)
-        # The id in the low bits breaks ties, so the order does not depend on how a device sorts.
-        keys = ((words.flatten(1)[:, :N] << 16) | ids).where(ids < rows * valid, 1 << 48)
-        kept = (keys <= _smallest(keys, wanted)) & (wanted > 0)
+        kept = _lowest(draw(0, N), rows * valid, wanted)
+    elif kind == "inverse_blocks":
+        kept = _inverse_blocks(draw, valid, wanted, rows, N)
     else:
-        kept = _clusters(clip_ids, epochs, valid, wanted, seed, stream, kind, rows, N)
+        kept = _clusters(draw, valid, wanted, kind, rows, N)
     # From ids in the grid of the clip's own columns to ids in the whole grid.
     ids = torch.arange(N, device=device)
     f, t = torch.div(ids, columns, rounding_mode="floor"), ids % columns
@@ -154,35 +179,58 @@ def _smallest(values: Tensor, k: Tensor) -> Tensor:
     return values.sort(1).values.gather(1, (k - 1).clamp(min=0))
 
 
-def _clusters(
-    clip_ids: Tensor,
-    epochs: Tensor,
-    columns: Tensor,
-    wanted: Tensor,
-    seed: int,
-    stream: int,
-    kind: str,
-    rows: int,
-    N: int,
-) -> Tensor:
+def _lowest(keys: Tensor, own: Tensor, count: Tensor) -> Tensor:
+    """Return flags of the patches of the ``count`` lowest keys.
+
+    Args:
+        keys: [B, N], non-negative, below 2**33.
+        own: [B, 1], number of patches of each clip, the first of N.
+        count: [B, 1].
+    """
+    ids = torch.arange(keys.shape[1], device=keys.device)
+    # The id in the low bits breaks ties, so the order does not depend on how a device sorts.
+    keys = ((keys << 16) | ids).where(ids < own, 1 << 49)
+    return (keys <= _smallest(keys, count)) & (count > 0)
+
+
+def _inverse_blocks(draw: Draw, columns: Tensor, wanted: Tensor, rows: int, N: int) -> Tensor:
+    """Return the masked patches, [B, N] bool, in the grids of [B, 1] ``columns``."""
+    device, own = columns.device, rows * columns
+    visible = own - wanted
+    area = min(5, rows) * columns.clamp(max=5)
+    count = ((100 * visible + 7 * own) // (100 * area)).clamp(min=1)
+    centres = _below(draw(CENTRES, int(count.max()) if len(count) else 0), own)  # [B, K]
+    offsets = torch.arange(-2, 3, device=device)
+    f = torch.div(centres, columns, rounding_mode="floor")
+    t = centres - f * columns
+    f, t = f[..., None] + offsets.repeat_interleave(5), t[..., None] + offsets.repeat(5)
+    inside = (f >= 0) & (f < rows) & (t >= 0) & (t < columns[..., None])
+    inside &= (torch.arange(centres.shape[1], device=device) < count)[..., None]
+    cells = (f * columns[..., None] + t).where(inside, N).flatten(1)
+    covered = torch.zeros(len(columns), N + 1, dtype=torch.bool, device=device)
+    covered = covered.scatter_(1, cells, True)[:, :N]
+    keys = draw(0, N) + (~covered).long().mul(1 << 32)
+    return ~_lowest(keys, own, visible) & (torch.arange(N, device=device) < own)
+
+
+def _clusters(draw: Draw, columns: Tensor, wanted: Tensor, kind: str, rows: int, N: int) -> Tensor:
     """Return the masked patches, [B, N] bool, in the grids of [B, 1] ``columns``.
 
     Instead of drawing until enough is covered, all starts are drawn at once and each patch learns
     the FIRST draw that covers it; the draw that brings the count to ``need`` is then the need-th
     smallest of these.
     """
-    device, own = clip_ids.device, rows * columns
+    device, own = columns.device, rows * columns
     need = wanted + 1 if kind == "official" else wanted
     offsets = torch.arange(5, device=device)
     i, j = offsets[:, None].expand(5, 5).flatten(), offsets.repeat(5)  # the cells of a 5 x 5 block
     # Expected number of 3 x 3 blocks, with a margin; few clips in a million need the doubling.
     num_blocks = math.ceil(0.6 * math.log(N + 1) * N / 9 / 4) + 8
-    if clip_ids.numel():
+    if len(columns):
         left = (own / (own - need + 1)).log().mul(1.6 * N / 9 / 4).max().item()
         num_blocks = min(num_blocks, math.ceil(left) + 8)
     while True:
-        blocks = torch.arange(num_blocks, device=device)
-        words = philox(seed, blocks, clip_ids[:, None], epochs[:, None], stream).flatten(1)
+        words = draw(0, 4 * num_blocks)
         C = (3 + _below(words[:, 0], 3))[:, None]  # [B, 1]
         starts = words[:, 2:]  # [B, K]
         if kind == "official":
@@ -199,7 +247,7 @@ def _clusters(
         inside &= (torch.maximum(i, j) < C)[:, None]
         never = starts.shape[1]
         draws = torch.arange(never, device=device)[:, None].expand(cells.shape)
-        first = torch.full((len(clip_ids), N + 1), never, device=device)
+        first = torch.full((len(columns), N + 1), never, device=device)
         first.scatter_reduce_(1, cells.where(inside, N).flatten(1), draws.flatten(1), "amin")
         first = first[:, :N]
         last = _smallest(first, need)
@@ -215,8 +263,8 @@ def _clusters(
 
 
 def _draw_masks_fake(
-    clip_ids: Tensor, epochs: Tensor, valid_columns: Tensor | None, num_masked: Tensor | None,
-    seed: int, stream: int, kind: str, rows: int, columns: int, M: int,
+    clip_ids: Tensor, epochs: Tensor, streams: Tensor | None, valid_columns: Tensor | None,
+    num_masked: Tensor | None, seed: int, stream: int, kind: str, rows: int, columns: int, M: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, N = len(clip_ids), rows * columns
     ids = clip_ids.new_empty
@@ -240,7 +288,7 @@ def draw_masks(
     kind: MaskKind,
     grid: tuple[int, int],
     num_masked: int,
-    stream: int = 0,
+    stream: int | Tensor = 0,
     valid_columns: Tensor | None = None,
 ) -> Masks:
     """Draw the mask of each clip of a batch.
@@ -255,13 +303,14 @@ def draw_masks(
         kind: Kind of mask, see the module.
         grid: Rows and columns of patches, [F_p, T_p].
         num_masked: M, masked patches of a clip without padding.
-        stream: Number that makes masks differ at the same clip and epoch (the second pass).
+        stream: Number that makes masks differ at the same clip and epoch, below 2**31: of the
+            second pass, or [B] int64, of the clones of a clip.
         valid_columns: [B] int64, columns of patches before the padding, from 1 to T_p; all of them
             if None. Of a clip with fewer, the same share is masked, rounded up: the same patches
             as in a grid of its own size. Where that grid is too small for a mask, nothing is.
 
     Raises:
-        ValueError: The grid cannot hold that many masked patches.
+        ValueError: The grid cannot hold that many masked patches, or the streams are not [B].
     """
     N = grid[0] * grid[1]
     most = N - 2 if kind == "official" else N
@@ -270,15 +319,23 @@ def draw_masks(
             f"draw_masks: {kind} masks of a {grid[0]} x {grid[1]} grid cover 1 to {most} patches, "
             f"got num_masked={num_masked}"
         )
-    if N > 1 << 16:
-        raise ValueError(f"draw_masks: a grid may have {1 << 16} patches at most, got {N}")
+    if N > MOST_PATCHES:
+        raise ValueError(f"draw_masks: a grid may have {MOST_PATCHES} patches at most, got {N}")
+    streams, stream = (stream, 0) if isinstance(stream, Tensor) else (None, stream)
+    if streams is not None and streams.shape != clip_ids.shape:
+        raise ValueError(
+            f"draw_masks: expected a stream for each of {len(clip_ids)} clips, got "
+            f"{list(streams.shape)}"
+        )
     counts = None
     if valid_columns is not None:
         valid = grid[0] * valid_columns
         share = torch.div(num_masked * valid + N - 1, N, rounding_mode="floor")
         counts = torch.minimum(share, (valid - (N - most)).clamp(min=0))
     masks = Masks(
-        *_draw_masks(clip_ids, epochs, valid_columns, counts, seed, stream, kind, *grid, num_masked)
+        *_draw_masks(
+            clip_ids, epochs, streams, valid_columns, counts, seed, stream, kind, *grid, num_masked
+        )
     )
     return (
         masks if counts is None else masks._replace(num_masked=counts, num_visible=valid - counts)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ssast.kernels.launch import on_its_device
 
+_CENTRES = tl.constexpr(1 << 16)  # as in masking.py
+
 
 @triton.jit
 def _draw(seed, d, clip, epoch, stream):
@@ -24,15 +26,36 @@ def _draw_below(n, seed, d, clip, epoch, stream):
 
 
 @triton.jit
-def _smallest_keys(ids, N, M, seed, clip, epoch, stream):
-    """Return flags of the M ids below N with the smallest (draw, id)."""
-    draws = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
-    keys = tl.where(ids < N, draws << 16 | ids, 1 << 48)
+def _lowest(keys, ids, N, count):
+    """Return flags of the ``count`` ids below N with the smallest (key, id), keys below 2**33."""
+    keys = tl.where(ids < N, keys << 16 | ids, 1 << 49)
     bound = tl.sum(ids, 0).to(tl.int64) * 0
-    for bit in range(48):  # the largest bound with fewer than M keys below is the M-th key
-        trial = bound | tl.full((), 1, tl.int64) << (47 - bit)
-        bound = tl.where(tl.sum((keys < trial).to(tl.int32), 0) < M, trial, bound)
-    return (keys <= bound) & (ids < N) & (M > 0)
+    for bit in range(49):  # the largest bound with fewer than count keys below is the last key
+        trial = bound | tl.full((), 1, tl.int64) << (48 - bit)
+        bound = tl.where(tl.sum((keys < trial).to(tl.int32), 0) < count, trial, bound)
+    return (keys <= bound) & (ids < N) & (count > 0)
+
+
+@triton.jit
+def _inverse_blocks(ids, columns, M, seed, clip, epoch, stream, ROWS: tl.constexpr):
+    """Return flags of the M ids that are masked around visible blocks in a grid ROWS x columns."""
+    N = ROWS * columns
+    visible = N - M
+    count = (100 * visible + 7 * N) // (
+        100 * tl.minimum(columns * 0 + ROWS, 5) * tl.minimum(columns, 5)
+    )
+    count = tl.maximum(count, 1)
+    on = ids < 0
+    k = columns * 0
+    while k < count:
+        centre = _draw_below(N, seed, k + _CENTRES, clip, epoch, stream)
+        f = centre // columns - ids // columns
+        t = centre % columns - ids % columns
+        on |= (f >= -2) & (f <= 2) & (t >= -2) & (t <= 2)
+        k += 1
+    keys = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
+    keys |= (on == 0).to(tl.int64) << 32
+    return (_lowest(keys, ids, N, visible) == 0) & (ids < N)
 
 
 @triton.jit
@@ -72,6 +95,7 @@ def _covered(
 def _masks_kernel(
     clip_ids,
     epochs,
+    streams,
     valid_columns,
     num_masked,
     masked,
@@ -82,6 +106,7 @@ def _masks_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
+    OWN_STREAMS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -90,6 +115,8 @@ def _masks_kernel(
     b = tl.program_id(0).to(tl.int64)
     clip = tl.load(clip_ids + b).to(tl.int32)
     epoch = tl.load(epochs + b).to(tl.int32)
+    if OWN_STREAMS:
+        stream += tl.load(streams + b).to(tl.int32)
     masked += b * M
     visible += b * (N - M)
     columns = M * 0 + COLUMNS
@@ -100,7 +127,10 @@ def _masks_kernel(
     valid = ROWS * columns
     ids = tl.arange(0, BLOCK)  # within the clip's own columns
     if KIND == "random":
-        is_masked = _smallest_keys(ids, valid, wanted, seed, clip, epoch, stream)
+        keys = _draw(seed, ids, clip, epoch, stream).to(tl.int64)
+        is_masked = _lowest(keys, ids, valid, wanted)
+    elif KIND == "inverse_blocks":
+        is_masked = _inverse_blocks(ids, columns, wanted, seed, clip, epoch, stream, ROWS)
     else:
         is_masked = _covered(
             ids, columns, wanted, seed, clip, epoch, stream, ROWS, KIND == "official"
@@ -122,6 +152,7 @@ def _masks_kernel(
 def draw_masks_on_cuda(
     clip_ids: Tensor,
     epochs: Tensor,
+    streams: Tensor | None,
     valid_columns: Tensor | None,
     num_masked: Tensor | None,
     seed: int,
@@ -138,10 +169,12 @@ def draw_masks_on_cuda(
     block = max(32, triton.next_power_of_2(N))
     _masks_kernel[(B,)](
         clip_ids.contiguous(), epochs.contiguous(),
+        clip_ids if streams is None else streams.contiguous(),
         clip_ids if valid_columns is None else valid_columns.contiguous(),
         clip_ids if num_masked is None else num_masked.contiguous(),
         masked, visible, seed, stream, M,
-        ROWS=rows, COLUMNS=columns, KIND=kind, PADDED=valid_columns is not None, BLOCK=block,
+        ROWS=rows, COLUMNS=columns, KIND=kind, OWN_STREAMS=streams is not None,
+        PADDED=valid_columns is not None, BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return masked, visible

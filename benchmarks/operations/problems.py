@@ -133,8 +133,8 @@ def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> P
         {"ours": ours, "eager": eager},
         roofline.draw_masks(B, N),
         kernels=[
-            (kind, _draw_masks, (clips, epochs, None, None, 0, 0, kind, *shape.grid, M))
-            for kind in ("official", "uniform", "random")
+            (kind, _draw_masks, (clips, epochs, None, None, None, 0, 0, kind, *shape.grid, M))
+            for kind in ("official", "uniform", "random", "inverse_blocks")
         ],
         comparable=False,  # each has its own random numbers
     )

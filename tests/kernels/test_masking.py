@@ -4,6 +4,7 @@ import random
 import re
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from ssast.kernels.masking import (
     valid_patches,
 )
 
-KINDS: list[MaskKind] = ["official", "uniform", "random"]
+KINDS: list[MaskKind] = ["official", "uniform", "random", "inverse_blocks"]
 REFERENCE = torch.load(GOLDEN / "masks.pt", weights_only=True)
 
 
@@ -88,15 +89,16 @@ def test_equals_the_definition(data: st.DataObject) -> None:
     if most < 1:
         return
     M, seed = data.draw(st.integers(1, most)), data.draw(st.integers(0, 2**63 - 1))
-    stream = data.draw(st.integers(0, 3))
     clips = data.draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
     epochs = data.draw(st.lists(st.integers(0, 2**33), min_size=len(clips), max_size=len(clips)))
+    streams = data.draw(st.lists(st.integers(0, 63), min_size=len(clips), max_size=len(clips)))
+    shared = len(set(streams)) == 1
     got = draw_masks(
-        torch.tensor(clips), torch.tensor(epochs),
-        seed=seed, kind=kind, grid=(rows, columns), num_masked=M, stream=stream,
+        torch.tensor(clips), torch.tensor(epochs), seed=seed, kind=kind, grid=(rows, columns),
+        num_masked=M, stream=streams[0] if shared else torch.tensor(streams),
     )  # fmt: skip
-    for clip, epoch, masked, visible in zip(
-        clips, epochs, got.mask_ids.tolist(), got.visible_ids.tolist(), strict=True
+    for clip, epoch, stream, masked, visible in zip(
+        clips, epochs, streams, got.mask_ids.tolist(), got.visible_ids.tolist(), strict=True
     ):
         # The reference multiplies whole counters too: they count modulo 2**32.
         want = draw_masks_reference(clip, epoch, seed, stream, kind, (rows, columns), M)
@@ -121,6 +123,28 @@ def test_a_mask_depends_on_its_clip_alone(kind: MaskKind) -> None:
     halves = [draw(part, kind, (8, 16), 100) for part in clips.split(25)]
     alone = [draw(clips[i : i + 1], kind, (8, 16), 100) for i in range(50)]
     assert together.equal(torch.cat(halves)) and together.equal(torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("on", ["torch", "triton"])
+def test_each_clone_of_a_clip_has_the_mask_of_its_stream(kind: MaskKind, on: str) -> None:
+    clips, streams = torch.tensor([4, 4, 4, 9, 9]), torch.tensor([0, 1, 2**31 - 1, 0, 1])
+    columns = torch.tensor([7, 7, 7, 3, 3])
+    settings: dict[str, Any] = {"seed": 5, "kind": kind, "grid": (4, 7), "num_masked": 16}
+    with on_triton(_draw_masks) if on == "triton" else nullcontext():
+        together = draw_masks(clips, clips, stream=streams, valid_columns=columns, **settings)
+    alone = [
+        draw_masks(
+            clips[i : i + 1], clips[i : i + 1], stream=int(streams[i]),
+            valid_columns=columns[i : i + 1], **settings,
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    assert together.mask_ids.equal(torch.cat([m.mask_ids for m in alone]))
+    assert together.visible_ids.equal(torch.cat([m.visible_ids for m in alone]))
+    assert len({tuple(ids) for ids in together.mask_ids.tolist()}) == 5
+    with pytest.raises(ValueError, match=re.escape("a stream for each of 5 clips, got [4]")):
+        draw_masks(clips, clips, stream=streams[:4], **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,7 +294,7 @@ def test_a_clip_with_padding_has_the_mask_of_its_own_grid(
 def test_opcheck(kind: MaskKind) -> None:
     torch.library.opcheck(
         _draw_masks,
-        (torch.arange(3), torch.zeros(3, dtype=torch.int64), None, None, 1, 0, kind, 4, 8, 20),
+        (torch.arange(3), torch.arange(3), torch.arange(3), None, None, 1, 0, kind, 4, 8, 20),
     )
 
 

@@ -263,7 +263,7 @@ def test_masks_have_no_floats() -> None:
         assert all(a.equal(b) for a, b in zip(CASES["draw_masks"].run(), want, strict=True))
     columns = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: torch.ops.ssast.draw_masks(x, x, x, x, 0, 0, "official", 4, 4, 5))(
+        torch.vmap(lambda x: torch.ops.ssast.draw_masks(x, x, x, x, x, 0, 0, "official", 4, 4, 5))(
             columns
         )
 

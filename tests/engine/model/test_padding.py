@@ -54,6 +54,8 @@ def alone(model: torch.nn.Module, small: torch.nn.Module, prefix: str, grid, col
         ("patch", "uniform", "paper"),
         ("frame", "random", "official"),
         ("frame", "official", "paper"),
+        ("patch", "inverse_blocks", "official"),
+        ("frame", "inverse_blocks", "official"),
     ],
 )
 def test_pretraining(patch: str, mask: str, axis: str) -> None:
