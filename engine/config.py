@@ -24,6 +24,7 @@ from ssast.engine.finetune_settings import Finetune
 from ssast.engine.objective_settings import Objective, check_objective
 from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
 from ssast.engine.settings import (
+    EXTRA_TOKENS,
     Audio,
     Data,
     Model,
@@ -86,6 +87,11 @@ class Config:
                 "during the pass"
             )
         BACKBONES.check(self.model.backbone)
+        if self.model.norm == "post" and self.model.backbone != "transformer":
+            raise ConfigError(
+                f"model.norm post is of model.backbone transformer, got {self.model.backbone!r}: "
+                "its blocks have their own norms"
+            )
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise ConfigError(
@@ -132,6 +138,11 @@ class Config:
             (self.audio.n_mels - patch[0]) // rows + 1,
             (self.audio.num_frames - patch[1]) // columns + 1,
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a clip: extra tokens and patches."""
+        return EXTRA_TOKENS[self.model.extra_tokens] + self.grid[0] * self.grid[1]
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -37,6 +37,9 @@ SIZES = {
     "giant": Size(1536, 40, 24),
 }
 
+EXTRA_TOKENS = {"cls_dist": 2, "cls": 1}
+"""Number of tokens before the patches, by ``model.extra_tokens``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Audio:
@@ -90,6 +93,17 @@ class Model:
 
     depth: int | None = setting(None, 1, 256)
     """Number of transformer blocks; null: that of the size."""
+
+    positions: Literal["learned", "sincos"] = "learned"
+    """Position embedding of the patches: learned, or fixed sines and cosines of row and column,
+    which are computed for any input length and never trained."""
+
+    extra_tokens: Literal["cls_dist", "cls"] = "cls_dist"
+    """Tokens before the patches: cls and distillation token as published, or cls alone."""
+
+    norm: Literal["pre", "post"] = "pre"
+    """Place of the LayerNorms: before attention and MLP and after the last block, as published; or
+    after each residual addition, and one before the first block."""
 
 
 @dataclass(frozen=True, kw_only=True)

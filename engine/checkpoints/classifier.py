@@ -1,6 +1,7 @@
 """Build classifiers, fill them with pretrained weights, and save them in run folders."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,8 @@ from ssast.engine.checkpoints.weights import CHOSEN, EMA, WEIGHT
 from ssast.engine.config import Config, finetune_settings, to_plain
 from ssast.engine.model.backbones import build_encoder
 from ssast.engine.model.classifier import Classifier
-from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
+from ssast.engine.model.embedding import resize_pos_embed
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import SIZES, Model
 
 Kind = TypeVar("Kind", bound=Classifier)
@@ -20,14 +22,9 @@ Kind = TypeVar("Kind", bound=Classifier)
 
 def model_settings(encoder: SpectrogramTransformer) -> Model:
     """Return the model settings that an encoder was built from."""
-    size, depth = encoder.embed_dim, len(encoder.blocks)
-    name = next(name for name, known in SIZES.items() if known.embed_dim == size)
-    return Model(
-        size=name,  # type: ignore[arg-type]  # the keys of SIZES
-        patch=encoder.embed.patch,
-        depth=None if depth == SIZES[name].depth else depth,
-        backbone=encoder.backbone,
-    )
+    settings, depth = encoder.settings, len(encoder.blocks)
+    usual = depth == SIZES[settings.size].depth
+    return replace(settings, depth=None if usual else depth, backbone=encoder.backbone)
 
 
 def build_classifier(
@@ -58,14 +55,15 @@ def build_classifier(
 def fill_encoder(encoder: SpectrogramTransformer, pretrained: SpectrogramTransformer) -> None:
     """Copy pretrained weights into an encoder.
 
-    The position embedding is cut or interpolated to the encoder's patch grid.
+    A learned position embedding is cut or interpolated to the encoder's patch grid.
     """
     weights = {name: value.clone() for name, value in pretrained.state_dict().items()}
     old, new = pretrained.embed.grid, encoder.embed.grid
-    # Interpolated in float32, as the published numbers were.
-    positions = weights["embed.pos_embed"]
-    resized = resize_pos_embed(positions.float(), old, new) if old != new else positions
-    weights["embed.pos_embed"] = resized.to(positions.dtype)
+    if "embed.pos_embed" in weights and old != new:
+        # Interpolated in float32, as the published numbers were.
+        positions = weights["embed.pos_embed"]
+        resized = resize_pos_embed(positions.float(), old, new, pretrained.num_extra_tokens)
+        weights["embed.pos_embed"] = resized.to(positions.dtype)
     encoder.load_state_dict(weights)
 
 

@@ -13,12 +13,8 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.classifier import Classifier, embed_clips, pool_clips
-from ssast.engine.model.encoder import (
-    PatchEmbed,
-    SpectrogramTransformer,
-    layer_states,
-    time_states,
-)
+from ssast.engine.model.embedding import PatchEmbed
+from ssast.engine.model.encoder import SpectrogramTransformer, layer_states, time_states
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled

@@ -17,7 +17,7 @@ from ssast.engine.checkpoints.weights import check_complete, check_shapes
 from ssast.engine.errors import CheckpointError
 from ssast.engine.formats.published import IMAGENET_HEADS, detect_layout, read_published
 from ssast.engine.formats.timm_trunk import build_trunk
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, resize_pos_embed
+from ssast.engine.model.embedding import resize_pos_embed
 from ssast.engine.settings import SIZES
 from ssast.kernels.masking import Masks, draw_masks, masks_from_ids
 from ssast.kernels.mspm_loss import info_nce, mse
@@ -89,7 +89,7 @@ class ASTModel(nn.Module):
         self.fshape, self.tshape, self.fstride, self.tstride = *patch, *stride
         self.input_fdim, self.input_tdim = shape
         self.f_dim, self.t_dim = grid
-        self.cls_token_num = 1 if model_size == _ONE_TOKEN else NUM_EXTRA_TOKENS
+        self.cls_token_num = 1 if model_size == _ONE_TOKEN else 2
         self.num_patches = grid[0] * grid[1]
         self.original_embedding_dim = D = SIZES[size].embed_dim
         if load_pretrained_mdl_path is None:
@@ -124,8 +124,8 @@ class ASTModel(nn.Module):
         if layout.input is None:
             raise CheckpointError(f"{path}: expected a pretrained model, p_input_fdim is missing")
         if (layout.size, layout.num_extra) != (size, self.cls_token_num):
-            expected = size if self.cls_token_num == NUM_EXTRA_TOKENS else _ONE_TOKEN
-            found = layout.size if layout.num_extra == NUM_EXTRA_TOKENS else _ONE_TOKEN
+            expected = size if self.cls_token_num == 2 else _ONE_TOKEN
+            found = layout.size if layout.num_extra == 2 else _ONE_TOKEN
             raise CheckpointError(f"{path}: model_size is {found}, expected {expected}")
         if layout.patch != patch:
             raise CheckpointError(
@@ -141,10 +141,8 @@ class ASTModel(nn.Module):
         needed = sorted(name for name in own if not name.startswith(IMAGENET_HEADS))
         check_complete(needed, [name for name in state if not name.startswith(unused)], path)
         pos_embed = weights["v.pos_embed"].float()
-        spare = NUM_EXTRA_TOKENS - self.cls_token_num  # filled up, for a function of two tokens
-        pos_embed = nn.functional.pad(pos_embed, (0, 0, spare, 0))
-        resized = resize_pos_embed(pos_embed, old, (self.f_dim, self.t_dim))
-        weights["v.pos_embed"] = resized[:, spare:]
+        new = (self.f_dim, self.t_dim)
+        weights["v.pos_embed"] = resize_pos_embed(pos_embed, old, new, self.cls_token_num)
         check_shapes(self, weights, path)
         self.load_state_dict(weights, strict=False)  # but for ImageNet's heads: names are checked
 

@@ -49,7 +49,7 @@ class Portable(nn.Module):
     """A model in PyTorch's own operations, which shares the weights of the original.
 
     It maps log-mel filterbanks [B, T, F] to the logits [B, classes] of a classifier, or to the
-    hidden states [B, 2 + N, D] of an encoder.
+    hidden states [B, E + N, D] of an encoder.
     """
 
     def __init__(self, model: Classifier | SpectrogramTransformer):
@@ -65,11 +65,11 @@ class Portable(nn.Module):
         """Map filterbanks [B, T, F] before normalisation to logits or hidden states."""
         v, B = self.trunk, fbank.shape[0]  # len() would make it a constant
         image = ((fbank - self.mean) / (2 * self.std)).transpose(1, 2).unsqueeze(1)
-        extra = (v.cls_token.expand(B, -1, -1), v.dist_token.expand(B, -1, -1))
-        hidden = v.encode(torch.cat((*extra, v.patch_embed(image)), 1) + v.pos_embed)
+        extra = v.extra_tokens.expand(B, -1, -1)
+        hidden = v.encode(torch.cat((extra, v.patch_embed(image)), 1) + v.pos_embed)
         if self.head is None or self.pooling is None:
             return hidden
-        return self.head(pool(hidden, self.pooling))
+        return self.head(pool(hidden, self.pooling, v.extra_tokens.shape[1]))
 
 
 class WaveformPortable(nn.Module):

@@ -20,9 +20,9 @@ from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.weight_files import read_state, write_state
 from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
-from ssast.engine.settings import MOST_FRAMES, SIZES, Audio, Model
+from ssast.engine.settings import EXTRA_TOKENS, MOST_FRAMES, SIZES, Audio, Model
 from ssast.kernels.patch_embed import patch_grid
 from ssast.pipelines.text import shown
 
@@ -64,7 +64,7 @@ class Layout:
     num_classes: int | None
     """Number of classes of a fine-tuned model."""
 
-    num_extra: int = NUM_EXTRA_TOKENS
+    num_extra: int = EXTRA_TOKENS["cls_dist"]
     """Tokens before those of the patches: cls and dist, or cls alone (base_nokd)."""
 
     @property
@@ -150,7 +150,7 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
         known = ", ".join(f"{w} ({name})" for w, name in sizes.items())
         raise CheckpointError(f"{source}: its width is {width}, expected one of {known}")
     patch = (projection.shape[2], projection.shape[3])
-    num_extra = NUM_EXTRA_TOKENS if "v.dist_token" in state else 1
+    num_extra = EXTRA_TOKENS["cls_dist" if "v.dist_token" in state else "cls"]
     num_patches = pos_embed.shape[1] - num_extra
     given = None
     if "p_input_fdim" in state and "p_input_tdim" in state:
@@ -378,7 +378,7 @@ def save_published(
 
 
 def _check_two_tokens(layout: Layout, path: str | Path) -> None:
-    if layout.num_extra != NUM_EXTRA_TOKENS:
+    if layout.num_extra != EXTRA_TOKENS["cls_dist"]:
         raise CheckpointError(
             f"{path}: one extra token (base_nokd), expected two: v.dist_token is missing; "
             "ssast.engine.api.ASTModel takes it"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.formats.published import IMAGENET_CLASSES
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
-from ssast.engine.model.encoder import Block as EncoderBlock
-from ssast.engine.settings import Audio, Model
+from ssast.engine.model.blocks import Block as EncoderBlock
+from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.settings import EXTRA_TOKENS, Audio, Model
 from ssast.kernels.attention import attention
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -72,7 +72,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block.
+    """One transformer block: pre-norm, as timm's.
 
     Args:
         block: Block of the encoder, whose parameters it shares.
@@ -95,35 +95,45 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class PostNormBlock(Block):
+    """One transformer block: post-norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [B, L, D] to [B, L, D]."""
+        x = self.norm1(x + self.drop_path(self.attn(x)))
+        return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
 class Trunk(nn.Module):
     """The transformer with timm's names and ImageNet's heads, which nothing uses.
 
     Args:
         encoder: Encoder whose parameters are shared.
-        num_extra: Number of tokens before those of the patches: cls and dist, or cls alone.
     """
 
-    def __init__(self, encoder: SpectrogramTransformer, num_extra: int = NUM_EXTRA_TOKENS):
+    pos_embed: Tensor
+
+    def __init__(self, encoder: SpectrogramTransformer):
         super().__init__()
         embed, width = encoder.embed, encoder.embed_dim
         self.embed_dim = self.num_features = width
         projection = nn.Conv2d(1, width, embed.patch, stride=embed.stride)
         projection.weight, projection.bias = embed.weight, embed.bias
         self.patch_embed = PatchEmbed(projection, embed.grid[0] * embed.grid[1])
-        self.cls_token, self.pos_embed = embed.cls_token, embed.pos_embed
-        if num_extra == NUM_EXTRA_TOKENS:
-            self.dist_token = embed.dist_token
+        self.cls_token = embed.cls_token
+        if isinstance(embed.pos_embed, nn.Parameter):
+            self.pos_embed = embed.pos_embed
         else:
-            positions = torch.cat(
-                (embed.pos_embed[:, :1], embed.pos_embed[:, NUM_EXTRA_TOKENS:]), 1
-            )
-            self.pos_embed = nn.Parameter(positions.detach())
+            self.register_buffer("pos_embed", embed.pos_embed, persistent=False)
+        if embed.dist_token is not None:
+            self.dist_token = embed.dist_token
         self.pos_drop = nn.Dropout(0.0)
-        self.blocks = nn.ModuleList(Block(block) for block in encoder.blocks)  # type: ignore[arg-type]
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.norm.weight, self.norm.bias = encoder.norm.weight, encoder.norm.bias
+        self.norm_pre = _plain(encoder.embed_norm)
+        block = PostNormBlock if encoder.is_post_norm else Block
+        self.blocks = nn.ModuleList(block(b) for b in encoder.blocks)  # type: ignore[arg-type]
+        self.norm = _plain(encoder.norm)
         self.head = nn.Linear(width, IMAGENET_CLASSES)
-        if num_extra == NUM_EXTRA_TOKENS:
+        if embed.dist_token is not None:
             self.head_dist = nn.Linear(width, IMAGENET_CLASSES)
 
     @property
@@ -135,7 +145,7 @@ class Trunk(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Encode tokens that have their positions to hidden states [B, E + N, D]."""
-        tokens = self.pos_drop(tokens)
+        tokens = self.norm_pre(self.pos_drop(tokens))
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
@@ -157,13 +167,21 @@ def build_trunk(
         patch: Mel bins and frames of a patch.
         stride: Mel bins and frames between two patches.
         shape: Mel bins and frames of the input.
-        num_extra: See :class:`Trunk`.
+        num_extra: Number of tokens before those of the patches: cls and dist, or cls alone.
     """
-    model, audio = (
-        Model(size=size, patch=patch, depth=depth),
-        Audio(n_mels=shape[0], num_frames=shape[1]),
-    )
-    return Trunk(SpectrogramTransformer(model, audio, stride), num_extra)
+    extra: Any = next(name for name, number in EXTRA_TOKENS.items() if number == num_extra)
+    model = Model(size=size, patch=patch, depth=depth, extra_tokens=extra)
+    audio = Audio(n_mels=shape[0], num_frames=shape[1])
+    return Trunk(SpectrogramTransformer(model, audio, stride))
+
+
+def _plain(norm: nn.Module) -> nn.Module:
+    """Return a LayerNorm of PyTorch that shares the parameters of one of the encoder."""
+    if not isinstance(norm, nn.LayerNorm):
+        return nn.Identity()
+    plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+    plain.weight, plain.bias = norm.weight, norm.bias
+    return plain
 
 
 def _is_used(dropout: nn.Module) -> bool:

@@ -1,18 +1,16 @@
 """Encoders by ``model.backbone``, and the base of those with blocks of one's own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssast.engine.errors import ConfigError
-from ssast.engine.model.encoder import (
-    NUM_EXTRA_TOKENS,
-    SpectrogramTransformer,
-    token_padding_mask,
-)
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.registry import BACKBONES
 from ssast.engine.settings import Audio, Model
+from ssast.kernels.attention import PaddingMask
 from ssast.kernels.masking import Masks
 from ssast.kernels.patch_embed import take
 
@@ -40,32 +38,48 @@ def build_encoder(
     return encoder
 
 
-def check_transformer(encoder: SpectrogramTransformer, format_name: str) -> None:
+OPTIONS = ("positions", "extra_tokens", "norm")
+
+
+def check_transformer(
+    encoder: SpectrogramTransformer, format_name: str, options: Sequence[str] = ()
+) -> None:
     """Check that a format can hold an encoder.
 
+    Args:
+        encoder: The encoder.
+        format_name: What the format is called, for the message.
+        options: Those settings of :data:`OPTIONS` that the format can hold in any form.
+
     Raises:
-        ConfigError: Its backbone is another one.
+        ConfigError: Its backbone is another one, or an option is not that of the published model.
     """
     if encoder.backbone != "transformer":
         raise ConfigError(
             f"{format_name} holds the transformer of SSAST alone, got model.backbone "
             f"{encoder.backbone!r}"
         )
+    for key in OPTIONS:
+        found, usual = getattr(encoder.settings, key), getattr(Model, key)
+        if key not in options and found != usual:
+            raise ConfigError(
+                f"{format_name} holds models of model.{key} {usual} alone, got {found!r}"
+            )
 
 
 class Backbone(SpectrogramTransformer):
     """An encoder with blocks of one's own between SSAST's patch embedding and last norm.
 
     A subclass overrides :meth:`build_block`; in it ``self.embed.grid`` has the rows and columns of
-    the patches, which follow the two extra tokens row by row.
+    the patches, which follow the ``num_extra_tokens`` extra tokens row by row.
     """
 
     def build_block(self, embed_dim: int, num_heads: int) -> nn.Module:
         """Build one block, called ``model.depth`` times.
 
-        Its call is given tokens [B, 2 + N, D] and the keyword ``padding_mask`` (None, or which
+        Its call is given tokens [B, E + N, D] and the keyword ``padding_mask`` (None, or which
         tokens are padding, for :func:`~ssast.kernels.attention.attention`), and returns tokens
-        [B, 2 + N, D].
+        [B, E + N, D].
         """
         raise NotImplementedError
 
@@ -74,13 +88,32 @@ class Backbone(SpectrogramTransformer):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`SpectrogramTransformer.forward`."""
         tokens, targets, _ = self.embed(fbank, masks)
-        given: dict[str, Any] = {"padding_mask": token_padding_mask(masks)}
+        tokens = self._apply_blocks(tokens, self.padding_mask(masks))
+        if masked_only:
+            tokens = take(tokens, masks.mask_ids + self.num_extra_tokens)
+        return self.norm(tokens), targets
+
+    def encode_tokens(
+        self, tokens: Tensor, padding_mask: PaddingMask | None = None, *, mlp_outputs: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """See :meth:`SpectrogramTransformer.encode_tokens`.
+
+        Raises:
+            ConfigError: ``mlp_outputs`` of blocks that may have no MLP.
+        """
+        if mlp_outputs:
+            raise ConfigError(
+                f"model.backbone {self.backbone!r}: the outputs of each block's MLP are those of "
+                "the transformer alone"
+            )
+        return self.norm(self._apply_blocks(tokens, padding_mask))
+
+    def _apply_blocks(self, tokens: Tensor, padding_mask: PaddingMask | None) -> Tensor:
+        given: dict[str, Any] = {"padding_mask": padding_mask}
         every = self.activation_checkpoint_every if self.training else None
         for index, block in enumerate(self.blocks):
             if every and index % every == 0:
                 tokens = checkpoint(block, tokens, use_reentrant=False, **given)
             else:
                 tokens = block(tokens, **given)
-        if masked_only:
-            tokens = take(tokens, masks.mask_ids + NUM_EXTRA_TOKENS)
-        return self.norm(tokens), targets
+        return tokens

@@ -6,21 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.kernels.autocast import autocast_off
 
 ACTIVATIONS = {"ce": "softmax", "bce": "sigmoid"}
 """What makes probabilities of the logits of a classifier, by the loss it was trained with."""
 
 
-def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"]) -> Tensor:
-    """Pool hidden states [B, 2 + N, D] to one vector per clip, [B, D].
+def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"], num_extra_tokens: int) -> Tensor:
+    """Pool hidden states [B, E + N, D] to one vector per clip, [B, D].
 
-    ``avgtok`` is the mean of the patch tokens (published default), ``cls`` that of cls and dist.
+    ``avgtok`` is the mean of the patch tokens (published default), ``cls`` that of the extra
+    tokens: cls and dist, or cls alone.
     """
     if pooling == "avgtok":
-        return hidden[:, NUM_EXTRA_TOKENS:].mean(1)
-    return hidden[:, :NUM_EXTRA_TOKENS].mean(1)
+        return hidden[:, num_extra_tokens:].mean(1)
+    return hidden[:, :num_extra_tokens].mean(1)
 
 
 class Classifier(nn.Module):
@@ -74,9 +75,9 @@ def pool_clips(
     pooling: Literal["avgtok", "cls"] = "avgtok",
     num_frames: Tensor | None = None,
 ) -> Tensor:
-    """Pool hidden states [B, 2 + N, D] of any layer to [B, D]; see :func:`embed_clips`."""
+    """Pool hidden states [B, E + N, D] of any layer to [B, D]; see :func:`embed_clips`."""
     if pooling == "cls" or num_frames is None:
-        return pool(hidden, pooling)
+        return pool(hidden, pooling, encoder.num_extra_tokens)
     rows, columns = encoder.embed.grid
     positions = torch.arange(columns, device=hidden.device)
     whole = encoder.embed.valid_columns(num_frames)
@@ -85,7 +86,7 @@ def pool_clips(
     else:
         valid = positions * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
     weights = (valid / valid.sum(1, keepdim=True)).to(hidden.dtype)
-    tokens = hidden[:, NUM_EXTRA_TOKENS:].unflatten(1, (rows, columns))
+    tokens = hidden[:, encoder.num_extra_tokens :].unflatten(1, (rows, columns))
     with autocast_off(tokens.device.type):  # a mean, not a matmul
         return torch.einsum("brcd,bc->bd", tokens, weights) / rows
 

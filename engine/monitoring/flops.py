@@ -8,7 +8,6 @@ say) count as well, so that MFU compares different implementations.
 """
 
 from ssast.engine.config import Config
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
 from ssast.engine.monitoring.gpus import find_gpu
 from ssast.engine.settings import SIZES
 
@@ -23,14 +22,14 @@ def forward_flops(config: Config) -> float:
     D, depth = size.embed_dim, config.model.depth or size.depth
     N = config.grid[0] * config.grid[1]
     P = config.model.patch[0] * config.model.patch[1]
-    L = N + NUM_EXTRA_TOKENS
+    L = config.num_tokens
     return 2.0 * N * P * D + depth * 24.0 * L * D * D + attention_flops(config)
 
 
 def attention_flops(config: Config) -> float:
     """Return the share of attention in these: scores and weighted sums of all blocks."""
     size = SIZES[config.model.size]
-    L = config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
+    L = config.num_tokens
     return (config.model.depth or size.depth) * 4.0 * L * L * size.embed_dim
 
 

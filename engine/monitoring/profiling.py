@@ -17,7 +17,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from ssast.engine.config import Config
-from ssast.engine.model.encoder import Attention, Mlp, SpectrogramTransformer
+from ssast.engine.model.blocks import Attention, Mlp
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.ranks import World
 from ssast.pipelines.files import write_atomically
 

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from ssast.engine.config import Config
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.planning.plan import Choice, Parameters, StepTime, largest_batch, step_time
 
@@ -58,7 +57,7 @@ class Advice:
 
 def is_filled(config: Config, gpu: Gpu, batch: int, time: StepTime) -> bool:
     """Return whether a micro-batch fills a GPU; a device that launches no kernels always is."""
-    tokens = batch * (config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS)
+    tokens = batch * config.num_tokens
     return not gpu.launch_us or (tokens >= TOKENS and time.host <= HOST_SHARE * time.device)
 
 

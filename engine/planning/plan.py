@@ -27,7 +27,6 @@ import torch
 
 from ssast.engine.checkpoints.classifier import build_classifier
 from ssast.engine.config import Config
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
 from ssast.engine.model.objective import build_objective
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
@@ -140,7 +139,7 @@ def block_activations(config: Config, batch: int, e: int) -> list[float]:
     size = SIZES[config.model.size]
     D, H, depth = size.embed_dim, size.num_heads, config.model.depth or size.depth
     N = config.grid[0] * config.grid[1]
-    L = N + NUM_EXTRA_TOKENS
+    L = config.num_tokens
 
     def kept(values: float, queries: float, rows: float) -> float:
         return values * D * e + 4 * H * queries + 8 * rows  # logsumexp; mean and rstd of norms
@@ -169,7 +168,7 @@ def activations(config: Config, batch: int, e: int, every: int | None) -> float:
         every: As ``train.activation_checkpoint_every``.
     """
     size, objective = SIZES[config.model.size], config.objective
-    D, L = size.embed_dim, config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS
+    D, L = size.embed_dim, config.num_tokens
     fbank = 4.0 * batch * config.audio.num_frames * config.audio.n_mels
     if config.finetune is not None and config.finetune.freeze == "encoder":
         return fbank + batch * e * L * D * 16  # one block's at a time, of which nothing is kept
@@ -314,7 +313,7 @@ def step_time(
     passes = work(config, batch, every, torch.bfloat16 if e == 2 else torch.float32)
     launches, moved = passes.launches, micro_steps * passes.moved
     if config.train.compile is True:
-        tokens = batch * (config.grid[0] * config.grid[1] + NUM_EXTRA_TOKENS)
+        tokens = batch * config.num_tokens
         moved = min(moved, micro_steps * tokens * D * depth * e * COMPILED_TRAFFIC)
         launches = min(launches, depth * COMPILED_LAUNCHES)
     if config.train.cuda_graphs is not False:

@@ -116,7 +116,8 @@ class Finetuning(Task):
             return self.settings.head_lr_scale
         if name.startswith("encoder.blocks."):
             return decay ** (depth - 1 - int(name.split(".")[2]))
-        return decay**depth if name.startswith("encoder.embed.") else 1.0
+        below = name.startswith(("encoder.embed.", "encoder.embed_norm."))
+        return decay**depth if below else 1.0
 
     @contextmanager
     def train_batches(self, start: int) -> Iterator[Iterator[Batch]]:

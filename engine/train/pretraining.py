@@ -37,7 +37,8 @@ def continue_from(
         taken += ["fresh heads"]
     old, new = encoder.embed.grid, module.encoder.embed.grid
     if old != new:
-        resized = f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
+        how = "recomputed" if module.encoder.settings.positions == "sincos" else "resized"
+        resized = f"position embedding {how} from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
         taken += [resized]
     return ", ".join(taken)
 

@@ -19,9 +19,9 @@ from golden_model import (
 from ssast.engine.api import published_name
 from ssast.engine.config import from_plain
 from ssast.engine.model.classifier import Classifier, embed_clips
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, take
 from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.kernels.matmul import fast_matmul
+from ssast.kernels.patch_embed import take
 
 OBJECTIVES = {"nce": "discriminative", "mse": "generative", "joint": "joint"}
 OUTPUTS = (
@@ -204,7 +204,7 @@ def test_the_cut_of_the_last_block_is_exact(kind: str) -> None:
     for masked_only in (False, True):
         hidden, targets = encoder(fbank, masks, masked_only=masked_only)
         if not masked_only:
-            hidden = take(hidden, masks.mask_ids + NUM_EXTRA_TOKENS)
+            hidden = take(hidden, masks.mask_ids + encoder.num_extra_tokens)
         gradients = torch.autograd.grad(hidden, list(encoder.parameters()), upstream)
         results.append((hidden, targets, *gradients))
     for whole, cut in zip(*results, strict=True):

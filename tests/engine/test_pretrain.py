@@ -14,7 +14,7 @@ from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import dump_config, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.formats.open import load_pretrained
-from ssast.engine.model.encoder import Block
+from ssast.engine.model.blocks import Block
 from ssast.engine.pretrain import pretrain
 from ssast.kernels.attention import attention_backend
 from ssast.kernels.matmul import fast_matmul

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssast.engine.config import load_config
-from ssast.engine.model.encoder import SharedTokens
+from ssast.engine.model.embedding import SharedTokens
 from ssast.engine.model.objective import MSPM
 from ssast.kernels.masking import Masks, draw_masks
 from ssast.kernels.scatter_tokens import (
@@ -121,5 +121,5 @@ def test_the_cut_of_the_first_block_changes_nothing(
 def test_is_worthwhile_where_masked_patches_repeat() -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64)
     tokens = torch.zeros(8, 3)
-    assert SharedTokens(tokens, Masks(ids, ids[:, :3])).saves_work
-    assert not SharedTokens(tokens, Masks(ids[:1], ids[:1, :3])).saves_work
+    assert SharedTokens(tokens, Masks(ids, ids[:, :3]), 2).saves_work
+    assert not SharedTokens(tokens, Masks(ids[:1], ids[:1, :3]), 2).saves_work

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ssast.engine.api import from_published, published_name
 from ssast.engine.config import Config, from_plain
-from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
+from ssast.engine.model.embedding import resize_pos_embed
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.engine.settings import Audio
 from ssast.kernels.masking import Masks, masks_from_ids
@@ -61,7 +62,7 @@ def encoder_for(kind: str, finetune: dict[str, Any], dtype: torch.dtype) -> Spec
     weights = model.encoder.state_dict()
     # Interpolated in float32, as the published numbers were.
     pos_embed = weights["embed.pos_embed"].float()
-    weights["embed.pos_embed"] = resize_pos_embed(pos_embed, settings.grid, encoder.embed.grid)
+    weights["embed.pos_embed"] = resize_pos_embed(pos_embed, settings.grid, encoder.embed.grid, 2)
     encoder.load_state_dict(weights)
     return encoder
 

@@ -12,7 +12,7 @@ from sounds import RATE_HZ, tone
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
 from ssast.engine.model.classifier import Classifier
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS, SpectrogramTransformer
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
 from ssast.kernels.fbank import FbankSpec, fbank
 
@@ -104,7 +104,7 @@ def test_classifiers_have_our_logits_and_hidden_states(shape, pooling, kind, tmp
     for state, want in zip(out.hidden_states, states, strict=True):
         assert_close(want, state)
     assert_close(last, hidden.last_hidden_state)
-    tokens = slice(NUM_EXTRA_TOKENS) if pooling == "cls" else slice(NUM_EXTRA_TOKENS, None)
+    tokens = slice(2) if pooling == "cls" else slice(2, None)
     assert_close(last[:, tokens].mean(1), hidden.pooler_output)
     want = torch.nn.functional.cross_entropy(out.logits, torch.tensor([1, 3]))
     torch.testing.assert_close(loss, want)

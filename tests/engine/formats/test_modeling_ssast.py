@@ -13,7 +13,8 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClass
 from ssast.engine.errors import CheckpointError
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
 from ssast.engine.model.classifier import Classifier
-from ssast.engine.model.encoder import SpectrogramTransformer, resize_pos_embed
+from ssast.engine.model.embedding import resize_pos_embed
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
 
 AUDIO = Audio(num_frames=32)
@@ -182,7 +183,9 @@ def test_inputs_of_another_length(frames, folders):
     audio = Audio(num_frames=frames)
     encoder = SpectrogramTransformer(Model(size="tiny", depth=2, patch=(128, 2)), audio, (128, 2))
     state, old = ours.state_dict(), ours.encoder.embed
-    state["encoder.embed.pos_embed"] = resize_pos_embed(old.pos_embed, old.grid, encoder.embed.grid)
+    state["encoder.embed.pos_embed"] = resize_pos_embed(
+        old.pos_embed, old.grid, encoder.embed.grid, 2
+    )
     resized = Classifier(encoder, len(LABELS)).eval()
     resized.load_state_dict(state)
     x = torch.randn(2, frames, 128, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,6 @@ from ssast.engine.formats.known_weights import PUBLISHED
 from ssast.engine.formats.s3prl import UpstreamExpert, ssast_local
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import (
-    NUM_EXTRA_TOKENS,
     SpectrogramTransformer,
     layer_states,
     time_states,
@@ -92,7 +91,7 @@ def test_layers_end_with_the_hidden_states_of_the_model(kind):
     torch.testing.assert_close(states[-1], encoder(x, masks)[0])
     torch.testing.assert_close(states[0], encoder.embed(x, masks)[0])
     rows, columns = encoder.embed.grid
-    tokens = states[1][:, NUM_EXTRA_TOKENS:].reshape(3, rows, columns, 192)
+    tokens = states[1][:, encoder.num_extra_tokens :].reshape(3, rows, columns, 192)
     torch.testing.assert_close(time_states(encoder, states[1]), tokens.mean(1))
 
 

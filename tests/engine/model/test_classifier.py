@@ -38,8 +38,9 @@ def test_a_full_clip_is_pooled_as_published():
 
 def test_pooling_and_gradients():
     hidden = torch.randn(2, 34, 192)
-    torch.testing.assert_close(pool(hidden, "cls"), (hidden[:, 0] + hidden[:, 1]) / 2)
-    torch.testing.assert_close(pool(hidden, "avgtok"), hidden[:, 2:].mean(1))
+    torch.testing.assert_close(pool(hidden, "cls", 2), (hidden[:, 0] + hidden[:, 1]) / 2)
+    torch.testing.assert_close(pool(hidden, "cls", 1), hidden[:, 0])
+    torch.testing.assert_close(pool(hidden, "avgtok", 2), hidden[:, 2:].mean(1))
     classifier = Classifier(make(), 5, "cls")
     logits = classifier(torch.randn(3, 64, 128))
     assert logits.shape == (3, 5)

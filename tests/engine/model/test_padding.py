@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ssast.engine.config import Config, load_config
 from ssast.engine.model.classifier import Classifier
-from ssast.engine.model.encoder import NUM_EXTRA_TOKENS
 from ssast.engine.model.objective import MSPM, mean_losses, with_masks
+from ssast.engine.settings import EXTRA_TOKENS
 from ssast.kernels.masking import Masks, valid_patches
 
 FRAMES = 128
@@ -32,6 +32,9 @@ def padded_batch(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     num_frames = torch.tensor(lengths)
     fbank[torch.arange(FRAMES) >= num_frames[:, None]] = 1e3  # not to be looked at
     return fbank, num_frames
+
+
+NUM_EXTRA_TOKENS = EXTRA_TOKENS["cls_dist"]
 
 
 def cut_positions(pos_embed: Tensor, grid: tuple[int, int], columns: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
-from ssast.engine.model.encoder import Block
+from ssast.engine.model.blocks import Block
 from ssast.engine.model.objective import MSPM
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train import execution
