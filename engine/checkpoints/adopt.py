@@ -21,11 +21,11 @@ from ssast.engine.objective_settings import Objective
 from ssast.engine.settings import Audio, Model
 
 AUDIO = ("sample_rate_hz", "channel", "n_mels", "num_frames", "mean", "std", "ignore_padding")
-MODEL = ("backbone", "size", "patch", "depth")
+MODEL = ("backbone", "size", "patch", "depth", "positions", "extra_tokens", "norm")
 OBJECTIVE = ("kind", "num_masked", "mask", "softmax_axis", "two_pass", "mse_weight")
-USUAL = (None, False, "transformer")  # not worth a word
+USUAL = (None, False, "transformer", "learned", "cls_dist", "pre")  # not worth a word
 # Weights cannot be resized along these.
-SHAPES = ("model.backbone", "model.size", "model.patch", "model.depth")
+SHAPES = tuple(f"model.{key}" for key in MODEL)
 
 
 def adopt(
