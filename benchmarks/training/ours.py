@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssast.benchmarks.device import CPU
 from ssast.engine.config import Config
-from ssast.engine.parallel.deepspeed_engine import PendingSum
+from ssast.engine.parallel.pending_sum import PendingSum
 from ssast.engine.parallel.ranks import World, init_world
 from ssast.engine.planning.synthetic import SyntheticContext, synthetic_task
 from ssast.engine.train.building import build_engine

@@ -6,12 +6,16 @@ The paper computes both terms on one mask and one forward pass, which is the def
 code runs a whole forward pass with a mask of its own for each (``two_pass``).
 """
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.backbones import build_encoder
+from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.registry import OBJECTIVES
 from ssast.kernels.masking import Masks, draw_masks
 from ssast.kernels.mspm_loss import info_nce, mse
@@ -23,15 +27,41 @@ class PretrainingModel(nn.Module):
     A subclass adds its heads in ``__init__(config)``, and in :meth:`forward` returns losses.
 
     Attributes:
+        has_teacher: Whether it predicts what a teacher computes: the encoder with averaged weights.
+        ema_decay: Decay of the average by the number of optimizer steps taken before, where it is
+            not that of ``train.ema``: a method of the subclass.
         encoder: The encoder, built by ``model.backbone``.
     """
 
+    has_teacher: bool = False
+    ema_decay: Callable[[int], float] | None = None
+
     def __init__(self, config: Config):
         super().__init__()
+        self._teacher = list[SpectrogramTransformer]()  # in a list: no part of this module
         self.objective = config.objective
         self.seed = config.train.seed
         self.grid = config.grid
         self.encoder = build_encoder(config.model, config.audio)
+
+    @property
+    def teacher(self) -> SpectrogramTransformer | None:
+        """The encoder with averaged weights, if there is to be one.
+
+        In training a copy of the encoder that the engine keeps up to date, in evaluation mode and
+        without gradients; it is no submodule. Elsewhere the encoder itself: a checkpoint is opened
+        with its averaged weights.
+        """
+        if not self.has_teacher:
+            return None
+        return self._teacher[0] if self._teacher else self.encoder
+
+    def build_teacher(self) -> SpectrogramTransformer | None:
+        """Make the teacher a copy of the encoder, if there is to be one, and return it."""
+        if not self.has_teacher:
+            return None
+        self._teacher = [copy.deepcopy(self.encoder).requires_grad_(False).eval()]
+        return self._teacher[0]
 
     def draw_masks(
         self, clip_ids: Tensor, epochs: Tensor, num_frames: Tensor | None = None

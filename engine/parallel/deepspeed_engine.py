@@ -1,7 +1,7 @@
 """The training engine: forward, backward, optimizer step and state over all ranks.
 
-This file, sharded_state.py and zero_overrides.py are all that knows DeepSpeed (0.19). What they
-guarantee:
+This file, sharded_state.py, averaged_copy.py and zero_overrides.py are all that knows DeepSpeed
+(0.19). What they guarantee:
 
 - one code path for 1 to N ranks, ZeRO stages 1 to 3, fp32 and bf16;
 - a gradient that is not finite on any rank skips the step on all ranks;
@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssast.engine.errors import CheckpointError
+from ssast.engine.parallel.averaged_copy import AveragedCopy
+from ssast.engine.parallel.pending_sum import PendingSum
 from ssast.engine.parallel.ranks import World, broadcast_object
 from ssast.engine.parallel.sharded_state import ShardedState, has_average
 from ssast.engine.parallel.zero_overrides import replace_slow_parts
@@ -178,6 +180,7 @@ class TrainEngine:
         self._state = ShardedState(
             module, self._zero, stage=zero_stage, world=world, averages=self.averages
         )
+        self._copies = list[AveragedCopy]()
         if precision == "bf16":
             self._state.write_weights(exact)
             self._state.begin_averages()
@@ -197,9 +200,9 @@ class TrainEngine:
         """Compute gradients of one micro-batch; `loss` is divided by `accumulate` here."""
         self._engine.backward(loss)
 
-    def sum_over_ranks(self, count: Tensor) -> "PendingSum":
+    def sum_over_ranks(self, count: Tensor) -> PendingSum:
         """Begin to sum a count over the ranks, in turn with the gradients. Collective."""
-        return PendingSum(count, self._engine.seq_data_parallel_group, self.world)
+        return PendingSum(count, self._group, self.world)
 
     def step(self, lr: float, grad_scale: float = 1.0) -> bool:
         """End a micro-batch; at the end of an accumulation, take the optimizer step.
@@ -224,6 +227,7 @@ class TrainEngine:
             return False
         if self._ema_decay is not None:
             self._state.update_averages(self._ema_decay(self._steps_taken))
+            self._write_copies()
         self._steps_taken += 1
         return True
 
@@ -237,10 +241,48 @@ class TrainEngine:
         Raises:
             RuntimeError: No average is kept.
         """
+        self._check_averages()
+        return self._state.averaged()
+
+    def copy_averages(self, module: nn.Module, prefix: str = "encoder.") -> None:
+        """Copy the averaged weights into another module, where they are in memory. Collective.
+
+        Between optimizer steps only. With one rank that is one read of the averages; ranks gather
+        them in the module's dtype.
+
+        Args:
+            module: Parameters on the device, in one dtype.
+            prefix: Beginning of the names that the parameters have in the trained module. Those
+                that are not trained there, and buffers, are copied as they are.
+
+        Raises:
+            RuntimeError: No average is kept.
+            ValueError: The trained module has no parameter of a name, or one of another shape.
+        """
+        self._check_averages()
+        self._state.write_copy(self._state.averaged_copy(module, prefix, self._group))
+
+    def average_into(self, module: nn.Module, prefix: str = "encoder.") -> None:
+        """Copy the averages now, after each step that is taken, and with each state that is loaded.
+
+        Arguments and errors as in :meth:`copy_averages`. Collective.
+        """
+        self._check_averages()
+        self._copies.append(self._state.averaged_copy(module, prefix, self._group))
+        self._write_copies()
+
+    def _write_copies(self) -> None:
+        for copy in self._copies:
+            self._state.write_copy(copy)
+
+    def _check_averages(self) -> None:
         self._between_steps()
         if not self.averages:
             raise RuntimeError("no average of the weights is kept")
-        return self._state.averaged()
+
+    @property
+    def _group(self) -> Any:
+        return self._engine.seq_data_parallel_group
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -300,46 +342,13 @@ class TrainEngine:
         if problem is not None:
             raise CheckpointError(f"checkpoint does not fit the model: {problem}")
         self._state.write(tensors, adam_step, averaged=averaged)
+        self._write_copies()
         self._steps_taken = adam_step
         return averaged
 
     def _between_steps(self) -> None:
         if self._engine.micro_steps % self.accumulate:
             raise RuntimeError("the state is complete only between optimizer steps")
-
-
-class PendingSum:
-    """A sum over the ranks that the host reads without letting the device run out of work.
-
-    Args:
-        count: A count of this rank, a scalar on its device.
-        group: Group of the ranks.
-        world: This process's world.
-    """
-
-    def __init__(self, count: Tensor, group: Any, world: World):
-        self._total = self._host = count.clone()
-        self._work: Any = None
-        self._copied: torch.cuda.Event | None = None
-        if world.world_size > 1:
-            self._work = dist.all_reduce(self._total, group=group, async_op=True)
-
-    def wait(self) -> Tensor:
-        """Return the sum on the device, whose later work waits for it; the host does not."""
-        if self._work is not None:
-            self._work.wait()
-        if self._total.is_cuda:
-            self._host = torch.empty_like(self._total, device="cpu", pin_memory=True)
-            self._host.copy_(self._total, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        return self._total
-
-    def read(self) -> int:
-        """Return the sum, after :meth:`wait`; only what the device did before that is awaited."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return int(self._host)
 
 
 def _check(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssast.engine.parallel.averaged_copy import AveragedCopy, find_pieces, whole_shape
 from ssast.engine.parallel.ranks import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -27,7 +28,7 @@ EMA = "ema"  # a fourth kind; it is a state of the optimizer, which is sharded w
 class ShardedState:
     """Reads and writes the state of a module whose Adam is sharded by DeepSpeed.
 
-    Every method but `misfit` is collective.
+    Every method but `misfit` and `averaged_copy` is collective.
 
     Args:
         module: the module that DeepSpeed wraps.
@@ -74,7 +75,7 @@ class ShardedState:
         expected = {f"buffer/{name}": tuple(b.shape) for name, b in self._buffers().items()}
         for name, param in self.module.named_parameters():
             for kind in kinds if param.requires_grad else KINDS[:1]:
-                expected[f"{kind}/{name}"] = tuple(_shape(param))
+                expected[f"{kind}/{name}"] = tuple(whole_shape(param))
         found = {
             name: tuple(tensor.shape)
             for name, tensor in tensors.items()
@@ -141,6 +142,17 @@ class ShardedState:
             raise
         self._exchange()
         self._refresh_evaluated()
+
+    def averaged_copy(self, module: nn.Module, prefix: str, group: Any) -> AveragedCopy:
+        """Return another module as a copy of the averages; see :class:`AveragedCopy`."""
+        pieces = find_pieces(
+            self.module, self._zero, stage=self.stage, world_size=self.world.world_size
+        )
+        return AveragedCopy(module, self.module, prefix, pieces, world=self.world, group=group)
+
+    def write_copy(self, copy: AveragedCopy) -> None:
+        """Set a copy to the averages as they are."""
+        copy.write(self._averages())
 
     def _exchange(self) -> None:
         # The storages change places: no value is copied, and what views them is right again after
@@ -228,7 +240,9 @@ class ShardedState:
                     self._receive(tensors.get(f"weight/{name}"), param.data)
                 continue
             for kind in kinds:
-                value = torch.empty(_shape(param), dtype=torch.float32, device=self.world.device)
+                value = torch.empty(
+                    whole_shape(param), dtype=torch.float32, device=self.world.device
+                )
                 self._receive(tensors.get(f"{kind}/{name}"), value)
                 self._scatter(param, kind, value)
         self._refresh_module()
@@ -266,8 +280,3 @@ class ShardedState:
 def has_average(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a state holds averaged weights."""
     return any(name.startswith(f"{EMA}/") for name in tensors)
-
-
-def _shape(param: nn.Parameter) -> torch.Size:
-    """The whole shape, also of a parameter that stage 3 has partitioned."""
-    return getattr(param, "ds_shape", param.shape)

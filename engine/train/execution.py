@@ -240,7 +240,7 @@ class _Trials:
             self._graphs.remove()
             self._graphs = None
         self.task.__dict__.pop("inputs", None)
-        for block in self.task.encoder.blocks:
+        for block in self.task.blocks():
             if not mode.compiled:
                 block._compiled_call_impl = None
             elif block._compiled_call_impl is None:

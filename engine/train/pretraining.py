@@ -77,6 +77,7 @@ class Pretraining(Task):
             taken = continue_from(module, pretrained.model)
             summary += f", continued from {pretrained.path} ({taken})"
         super().__init__(context, module, module.encoder, train_paths, summary)
+        self.teacher, self.ema_decay = module.build_teacher(), module.ema_decay
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
         """Draw masks: in training others for each clip and epoch, in validation the same ones."""

@@ -229,11 +229,17 @@ class Task(ABC):
         steps_per_epoch: Steps by which the multistep schedule counts epochs.
         patience: Validations without a lower criterion after which training ends; None: never.
         num_valid: Number of clips in a validation.
+        teacher: Encoder that is to have the averaged weights after each step, where the loss is
+            made of its outputs. It is no part of the module.
+        ema_decay: Decay of the averages by the number of optimizer steps taken before, where it is
+            not that of ``train.ema``.
     """
 
     steps_per_epoch: int = 1
     patience: int | None = None
     num_valid: int = 0
+    teacher: SpectrogramTransformer | None = None
+    ema_decay: Callable[[int], float] | None = None
 
     def __init__(
         self,
@@ -260,6 +266,11 @@ class Task(ABC):
 
     def end_validation(self, engine: TrainEngine, step: int) -> None:  # noqa: B027
         """Take note of the weights that were validated, once for each validation. Collective."""
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of the encoder and of the teacher."""
+        encoders = [self.encoder] if self.teacher is None else [self.encoder, self.teacher]
+        return [block for encoder in encoders for block in encoder.blocks]
 
     def train_batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
         """Open the endless stream of training clips at a position of the data order."""

@@ -232,8 +232,8 @@ class Trainer:
     def _validate(self) -> float | None:
         """Validate; return the criterion if no checkpoint on the disk has a lower one.
 
-        It is that of the averaged weights, if there are any. None at the start, whose weights need
-        not be kept. That a validation before was better is not enough: its checkpoint may not have
+        It is that of the averaged weights, if there are any beside those of a teacher, against
+        which the raw ones are validated. None at the start, whose weights need not be kept. That a validation before was better is not enough: its checkpoint may not have
         been written. Collective.
 
         Raises:
@@ -243,7 +243,8 @@ class Trainer:
         progress.validation_due = True
         values = task.validate(engine)
         averaged = None
-        if engine.averages and progress.step > 0:  # before, both are the same weights
+        # At the start both are the same weights.
+        if engine.averages and task.teacher is None and progress.step > 0:
             with engine.averaged():
                 averaged = task.validate(engine)
         task.end_validation(engine, progress.step)

@@ -168,14 +168,23 @@ def skip(world, stage, precision, accumulate):
 def averages(world, stage, precision, accumulate=1, offload="none"):
     """The averages after some steps, of which one is skipped, and the weights after each step.
 
-    On rank 0 both; and what evaluating with the averages gave and has changed, on every rank.
+    On rank 0 both; and what evaluating with the averages gave and has changed, on every rank, with
+    the values and addresses of a copy of the averages, and of one in an engine that took them up.
     """
     settings = {"stage": stage, "precision": precision, "accumulate": accumulate}
     engine = build_engine(world, averages=True, offload=offload, **settings)
+    copy = copy_of_toy(world, precision)
+    copies, addresses = [], [p.data_ptr() for p in copy.parameters()]
+    engine.average_into(copy, "")
     history = [engine.state()[0]]
+    copies.append(snapshot(copy))
     for step in range(4):
         train(engine, range(step, step + 1), poison=2)
         history.append(engine.state()[0])
+        copies.append(snapshot(copy))
+    in_place = addresses == [p.data_ptr() for p in copy.parameters()]
+    part = copy_of_toy(world, precision).blocks
+    engine.copy_averages(part, "blocks.")
     x, _ = clips(0)
     before = [p.detach().clone() for p in engine.module.parameters()]
     engine.train(False)
@@ -186,6 +195,12 @@ def averages(world, stage, precision, accumulate=1, offload="none"):
     state = engine.state()[0]
     losses = train(engine, range(4, 6))
     engine.close()
+    engine = build_engine(world, averages=True, seed=3, offload=offload, **settings)
+    resumed = copy_of_toy(world, precision)
+    engine.average_into(resumed, "")
+    engine.load_state(state, 3)
+    copies.append(snapshot(resumed))
+    engine.close()
     engine = build_engine(world, averages=False, offload=offload, **settings)
     expected = train(engine, range(6), poison=2)[4:]
     engine.close()
@@ -194,8 +209,25 @@ def averages(world, stage, precision, accumulate=1, offload="none"):
         "outputs": outputs,
         "changed": [n for n, t in state.items() if not torch.equal(t, history[-1][n])],
         "module": all(map(torch.equal, before, after)),
+        "copies": copies,
+        "in_place": in_place,
+        "part": snapshot(part),
         "losses": (losses, expected),
     }
+
+
+def copy_of_toy(world, precision):
+    """Another toy on the device, its parameters in the precision of an engine."""
+    module = build_toy(seed=7 + world.rank).to(world.device)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return module
+
+
+def snapshot(module):
+    """Its parameters and buffers as they are."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors}
 
 
 def load_misfit(world, stage):

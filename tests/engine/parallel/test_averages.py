@@ -3,6 +3,7 @@
 import pytest
 import rank_jobs
 import torch
+from torch import nn
 from toy import DECAY, build_engine, build_toy, clips, train
 
 from ssast.engine.errors import Stopped
@@ -28,10 +29,25 @@ def check(result):
             found = state[f"ema/{name}"].double()
             torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
             assert not torch.equal(state[f"ema/{name}"], state[f"weight/{name}"])
+    check_copies(result["copies"], history, result["part"])
     module, weights = build_toy(), history[-1]
     for name, param in module.named_parameters():
         param.data = weights.get(f"ema/{name}", weights[f"weight/{name}"])
     return module(clips(0)[0])["logits"]
+
+
+def check_copies(copies, history, part):
+    """After each step and a load a copy has the rounded averages, and the rest as it is."""
+    states = [*history, history[-1]]
+    for number, (copy, state) in enumerate(zip(copies, states, strict=True)):
+        for name, value in copy.items():
+            known = [f"{kind}/{name}" for kind in ("ema", "weight", "buffer")]
+            expected = next((state[key] for key in known if key in state), torch.tensor(0.5))
+            if name == "seen" and number == SKIPPED + 1:  # counts every pass
+                expected = states[SKIPPED]["buffer/seen"]
+            assert torch.equal(value, expected.to(value.dtype)), (number, name)
+    assert all(torch.equal(value, copies[-1][f"blocks.{name}"]) for name, value in part.items())
+    assert not torch.equal(copies[1]["head.bias"], copies[2]["head.bias"])
 
 
 @pytest.mark.parametrize(("stage", "precision", "accumulate", "offload"), ONE_RANK)
@@ -48,13 +64,15 @@ def test_two_ranks_average_as_float64_does(
     expected = check(main)
     for result in (main, other):
         check_pass(result, expected, precision)
+    for mine, theirs in zip(main["copies"], other["copies"], strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 def check_pass(result, expected, precision):
     """The module had the averages inside alone; the training is the same with them and without."""
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.1, "atol": 0.03}
     torch.testing.assert_close(result["outputs"], expected, **tolerance)
-    assert result["module"] and result["changed"] == []
+    assert result["module"] and result["changed"] == [] and result["in_place"]
     found, expected = result["losses"]
     assert found == expected
 
@@ -91,8 +109,23 @@ def test_averages_that_are_not_kept_are_left_out(device, world):
     assert engine.load_state(*state) is True
     assert {name.partition("/")[0] for name in engine.state()[0]} == {*KINDS, "buffer"}
     assert train(engine, range(2, 4)) == expected
-    with pytest.raises(RuntimeError, match="no average of the weights is kept"):
-        engine.averaged()
+    for use in (engine.averaged, lambda: engine.average_into(build_toy(), "")):
+        with pytest.raises(RuntimeError, match="no average of the weights is kept"):
+            use()
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear(13, 4), r"head.weight: expected shape \(3, 13\), found \(4, 13\)"),
+        (nn.Sequential(nn.Linear(13, 3)), r"head.0.weight: expected shape None, found"),
+    ],
+)
+def test_a_module_of_another_form_is_no_copy(world, module, message):
+    engine = build_engine(world, averages=True)
+    with pytest.raises(ValueError, match=message):
+        engine.copy_averages(module, "head.")
     engine.close()
 
 
