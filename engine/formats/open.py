@@ -43,8 +43,8 @@ Origin = Literal["run", "published", "transformers"]
 Purpose = Literal["model", "encoder", "pretrained"]  # any whole model, its encoder, with heads
 
 WEIGHTS = {
-    "ema": "its averaged weights are used (train.ema), not the raw ones",
-    "raw": "its raw weights are used, not the averaged ones (train.ema)",
+    "ema": "its averaged weights (EMA) are used, not the raw ones",
+    "raw": "its raw weights are used, not the averaged ones (EMA)",
 }
 
 _log = logging.getLogger(__name__)

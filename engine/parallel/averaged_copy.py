@@ -130,7 +130,7 @@ class AveragedCopy:
         if world_size == 1:
             return [share.split(sizes)]
         shares = share.new_empty(world_size * len(share))
-        dist.all_gather_into_tensor(shares, share, group=self._group)
+        dist.all_gather_single(shares, share, group=self._group)
         return [row.split(sizes) for row in shares.chunk(world_size)]
 
     def _copy_fixed(self) -> None:

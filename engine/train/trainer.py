@@ -232,9 +232,10 @@ class Trainer:
     def _validate(self) -> float | None:
         """Validate; return the criterion if no checkpoint on the disk has a lower one.
 
-        It is that of the averaged weights, if there are any beside those of a teacher, against
-        which the raw ones are validated. None at the start, whose weights need not be kept. That a validation before was better is not enough: its checkpoint may not have
-        been written. Collective.
+        It is that of the averaged weights, if there are any, but where they are a teacher's, whose
+        outputs the raw ones predict. None at the start, whose weights need not be kept. That a
+        validation before was better is not enough: its checkpoint may not have been written.
+        Collective.
 
         Raises:
             Stopped: The run was asked to stop.

@@ -118,7 +118,7 @@ def test_a_run_is_opened_with_its_average_unless_told_otherwise(run, choice, kin
         loaded = open_model(run, weights=choice)
     (line,) = caplog.messages
     name = {"ema": "averaged", "weight": "raw"}[kind]
-    assert line.startswith(f"{run}: its {name} weights are used")
+    assert line.startswith(f"{run}: its {name} weights ")
     tensors = best(run)
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, tensors[f"{kind}/{name}"])
@@ -127,7 +127,7 @@ def test_a_run_is_opened_with_its_average_unless_told_otherwise(run, choice, kin
 def test_the_log_says_which_weights_a_run_begins_from(run, plain, configure, tmp_path):
     for source, expected in ((run, 1), (plain, 0)):
         _, notes = adopt_from(configure(tmp_path), open_encoder(source))
-        line = f"{source}: its averaged weights are used (train.ema), not the raw ones"
+        line = f"{source}: its averaged weights (EMA) are used, not the raw ones"
         assert notes.count(line) == expected
 
 
