@@ -1,4 +1,7 @@
-"""Masks on CUDA: one program draws the mask of one clip, bit for bit that of masking.py."""
+"""Masks on CUDA: one program draws the mask of one clip, bit for bit that of masking.py.
+
+And the rows of noise of its masked patches, bit for bit those of fill_masked.py.
+"""
 
 import torch
 import triton
@@ -178,3 +181,32 @@ def draw_masks_on_cuda(
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return masked, visible
+
+
+@triton.jit(do_not_specialize=["seed", "K"])
+def _noise_rows_kernel(
+    clip_ids, epochs, streams, rows, seed, K, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per block of patches of a clip."""
+    b = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    clip = tl.load(clip_ids + b).to(tl.int32)
+    epoch = tl.load(epochs + b).to(tl.int32)
+    stream = (tl.load(streams + b) + (1 << 31)).to(tl.int32)
+    row = _draw_below(K, seed, ids, clip, epoch, stream)
+    tl.store(rows + b * N + ids, row.to(tl.int64), mask=ids < N)
+
+
+@on_its_device
+def noise_rows_on_cuda(
+    clip_ids: Tensor, epochs: Tensor, streams: Tensor, seed: int, num_patches: int, table_rows: int
+) -> Tensor:
+    """Launch the kernel; see :func:`ssast.kernels.fill_masked.noise_rows`."""
+    B, N = len(clip_ids), num_patches
+    rows = torch.empty(B, N, dtype=torch.int64, device=clip_ids.device)
+    block = min(512, max(32, triton.next_power_of_2(N)))
+    _noise_rows_kernel[(B, triton.cdiv(N, block))](
+        clip_ids.contiguous(), epochs.contiguous(), streams.contiguous(), rows,
+        seed, table_rows, N=N, BLOCK=block,
+    )  # fmt: skip
+    return rows

@@ -30,6 +30,16 @@ def draw_masks(B: int, N: int) -> Work:
     return Work(B * (2 + N) * ID_BYTES, 0)
 
 
+def fill_masked(B: int, N: int, M: int, D: int, *, itemsize: int) -> Work:
+    """Count tokens, a row of noise for each masked patch and ids in, the whole grid out."""
+    return Work(2 * B * N * D * itemsize + B * (N + N - M) * ID_BYTES, 0)
+
+
+def fill_masked_backward(B: int, N: int, M: int, D: int, *, itemsize: int) -> Work:
+    """Count the gradient and the ids of visible patches in, and the same gradient out."""
+    return Work(B * (N - M) * (2 * D * itemsize + ID_BYTES), 0)
+
+
 def patch_embed(
     B: int, N: int, M: int, P: int, D: int, *, fbank_bytes: int, weight_bytes: int
 ) -> Work:

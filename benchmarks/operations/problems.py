@@ -22,6 +22,12 @@ from ssast.kernels.attention import (
     run_backend,
 )
 from ssast.kernels.fbank import FbankSpec, _fbank, fbank, fbank_reference
+from ssast.kernels.fill_masked import (
+    _noise_rows,
+    fill_masked,
+    fill_masked_reference,
+    noise_rows,
+)
 from ssast.kernels.linear import _gelu_backward, _join_chunks, linear_chunks, linear_gelu
 from ssast.kernels.masking import Masks, _draw_masks, draw_masks
 from ssast.kernels.mspm_loss import (
@@ -114,7 +120,10 @@ def _masks(shape: Shape, device: torch.device) -> Masks:
 
 
 def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Build the problem of cluster masks; eager is the published loop over clips."""
+    """Build the problem of cluster masks; eager is the published loop over clips.
+
+    The kernels of the other masks and of the noise of masked places, of integers too, are compiled.
+    """
     B, N, M = shape.batch, shape.num_patches, shape.num_masked
     clips = torch.arange(B, device=device)
     epochs = torch.zeros_like(clips)
@@ -135,8 +144,33 @@ def masking_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> P
         kernels=[
             (kind, _draw_masks, (clips, epochs, None, None, None, 0, 0, kind, *shape.grid, M))
             for kind in ("official", "uniform", "random", "inverse_blocks")
-        ],
+        ]
+        + [("", _noise_rows, (clips, clips, clips, 0, N, 4096))],
         comparable=False,  # each has its own random numbers
+    )
+
+
+def fill_masked_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Build the problem of noise at the masked places; both have the same rows of noise."""
+    B, N, D, table_rows = shape.batch, shape.num_patches, shape.embed_dim, 4096
+    clips, masks = torch.arange(B, device=device), _masks(shape, device)
+    table = (0.01 * torch.randn(table_rows, D, device=device)).to(dtype)
+    visible = torch.randn(*masks.visible_ids.shape, D, device=device).to(dtype)
+    drawn: dict[str, Any] = {"seed": 0, "num_patches": N, "table_rows": table_rows}
+    rows = noise_rows(clips, clips, clips, **drawn)
+
+    def ours(x: Tensor) -> Outputs:
+        own = noise_rows(clips, clips, clips, **drawn)
+        return fill_masked(x, table.to(x.dtype), own, masks)
+
+    size = B, N, shape.num_masked, D
+    return Problem(
+        "fill_masked",
+        dtype,
+        [visible],
+        {"ours": ours, "eager": lambda x: fill_masked_reference(x, table, rows, masks)},
+        roofline.fill_masked(*size, itemsize=dtype.itemsize),
+        roofline.fill_masked_backward(*size, itemsize=dtype.itemsize),
     )
 
 
@@ -341,6 +375,7 @@ def fbank_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pro
 
 PROBLEMS: dict[str, Callable[[Shape, torch.dtype, torch.device], Problem]] = {
     "draw_masks": masking_problem,
+    "fill_masked": fill_masked_problem,
     "patch_embed": patch_embed_problem,
     "info_nce": info_nce_problem,
     "mse": mse_problem,

@@ -36,11 +36,13 @@ MARKS = {"data": DATA, "inputs": INPUTS, "backward": BACKWARD, "optimizer": STEP
 # Groups of operations of our own, by the beginning of their names, the longest first.
 OURS = {
     "draw_masks": "masks, targets",
+    "noise_rows": "masks, targets",
     "add_norm": "residual, LayerNorm",
     "gelu_backward": "GELU, ReLU",
     "join_chunks": "cat, copies",
     "patch_embed": "embedding",
     "scatter_tokens": "gather, scatter",
+    "fill_masked": "gather, scatter",
     "info_nce": "losses",
     "mse": "losses",
     "efficient_attention": "attention",

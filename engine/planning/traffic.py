@@ -89,6 +89,7 @@ TRAFFIC: dict[str, Callable[[Sequence[Any], Any], Traffic]] = {
     "scatter_": lambda a, out: _put(a[0], a[2], a[3], adds=False),
     "scatter_add_": lambda a, out: _put(a[0], a[2], a[3], adds=True),
     "scatter_reduce_": lambda a, out: _put(a[0], a[2], a[3], adds=True),
+    "index_copy_": lambda a, out: Traffic(total_bytes(a[2], a[3]), touched(a[3])),
     # Autograd takes the form that is not in place only because it is watched.
     "scatter_add": lambda a, out: _put(a[0], a[2], a[3], adds=True),
     "native_layer_norm_backward": _layer_norm_backward,

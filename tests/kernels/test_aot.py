@@ -23,7 +23,7 @@ MATMULS = {
     "_info_nce_kernel",
     "_fbank_kernel",
 }
-SCALAR_LOADS = {"_masks_kernel"}
+SCALAR_LOADS = {"_masks_kernel", "_noise_rows_kernel"}
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import ssast.kernels
 from ssast.kernels.autocast import RULES
 
 close = torch.testing.assert_close
+INTEGERS = {name for name, case in CASES.items() if not case.shapes}
 
 
 def outputs(results: Any) -> list[Tensor]:
@@ -213,7 +214,7 @@ def test_a_backward_pass_is_not_cast(operation: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("operation", sorted(CASES.keys() - {"draw_masks", "blocked_attention"}))
+@pytest.mark.parametrize("operation", sorted(CASES.keys() - INTEGERS - {"blocked_attention"}))
 def test_autocast_on_a_gpu(operation: str, dtype: torch.dtype, autocast_of_cuda: Callable) -> None:
     """The dtypes, with tensors that have no data."""
     case = CASES[operation]
@@ -246,7 +247,7 @@ def autocast_of_cuda() -> Callable[[torch.dtype], AbstractContextManager[None]]:
     return on
 
 
-@pytest.mark.parametrize("operation", sorted(CASES.keys() - {"draw_masks", "attention", "fbank"}))
+@pytest.mark.parametrize("operation", sorted(CASES.keys() - INTEGERS - {"attention", "fbank"}))
 def test_training_uses_the_formula(operation: str) -> None:
     """Where data needs no gradient: the plain form would be right, but slower."""
     case = CASES[operation]
@@ -258,9 +259,11 @@ def test_training_uses_the_formula(operation: str) -> None:
 
 
 def test_masks_have_no_floats() -> None:
-    want = CASES["draw_masks"].run()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(a.equal(b) for a, b in zip(CASES["draw_masks"].run(), want, strict=True))
+    assert {"draw_masks", "noise_rows"} == INTEGERS
+    for name in INTEGERS:
+        want = CASES[name].run()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(a.equal(b) for a, b in zip(CASES[name].run(), want, strict=True))
     columns = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="vmap"):
         torch.vmap(lambda x: torch.ops.ssast.draw_masks(x, x, x, x, x, 0, 0, "official", 4, 4, 5))(

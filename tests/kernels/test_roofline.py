@@ -12,6 +12,13 @@ def test_draw_masks() -> None:
     assert roofline.draw_masks(B, N) == Work(20 * 8, 0)
 
 
+def test_fill_masked() -> None:
+    # In: 2 x 3 visible tokens of 3, 2 x 5 rows of noise, 2 x 8 rows and 2 x 3 ids. Out: 2 x 8.
+    want = (18 + 30 + 48) * 4 + (16 + 6) * 8
+    assert roofline.fill_masked(B, N, M, D, itemsize=4) == Work(want, 0)
+    assert roofline.fill_masked_backward(B, N, M, D, itemsize=4) == Work((18 + 18) * 4 + 6 * 8, 0)
+
+
 def test_patch_embed() -> None:
     # fp32 in: 64 values; ids: 16. bf16 parameters: weight 12, positions 30, bias 3, mask token 3.
     # Out: 2 x 10 tokens of 3, 2 x 5 targets of 4.

@@ -13,6 +13,7 @@ from ssast.kernels.attention import attention, attention_reference
 from ssast.kernels.blocked_attention import blocked_attention
 from ssast.kernels.efficient_attention import efficient_attention
 from ssast.kernels.fbank import fbank_reference
+from ssast.kernels.fill_masked import fill_masked, fill_masked_reference, noise_rows
 from ssast.kernels.linear import linear_chunks, linear_gelu
 from ssast.kernels.masking import draw_masks, masks_from_ids
 from ssast.kernels.mel import FbankSpec
@@ -60,6 +61,7 @@ class Case:
 
 DTYPE = "dtype of autocast"
 MASKS = masks_from_ids(torch.tensor([[0, 2], [1, 3]]), 4)  # of 2 x 2 patches
+ROWS = torch.tensor([[0, 1, 4, 1], [2, 0, 0, 3]])  # of a table of 5
 COUNTS = torch.tensor([3, 2])
 SPEC = FbankSpec(sample_rate_hz=8000, n_mels=6, num_frames=3)
 _EMBED = {
@@ -103,6 +105,17 @@ CASES = {
         lambda *x: scatter_tokens(*x, MASKS),
         lambda *x: scatter_tokens_reference(*x, MASKS),
         {"visible": (2, 4, 3), "shared": (4, 3)}, "the widest of its inputs",
+    ),
+    "noise_rows": Case(
+        lambda: (
+            noise_rows(*[torch.arange(3)] * 3, seed=0, num_patches=5, table_rows=7),
+        ),
+        lambda: None, {}, "integers",
+    ),
+    "fill_masked": Case(
+        lambda *x: fill_masked(*x, ROWS, MASKS),
+        lambda *x: fill_masked_reference(*x, ROWS, MASKS),
+        {"visible": (2, 2, 3), "table": (5, 3)}, "the widest of its inputs", data=("table",),
     ),
     "info_nce": Case(
         lambda *x: info_nce(*x, "official", COUNTS)[0],
@@ -154,6 +167,10 @@ BACKWARD = {  # what runs in the backward pass of an operation; autocast leaves 
     "scatter_tokens_backward": Case(
         lambda x: op.scatter_tokens_backward(x, *MASKS[:2]), lambda: None, {"grad": (2, 6, 3)},
         "none",
+    ),
+    "fill_masked_backward": Case(
+        lambda x: op.fill_masked_backward(x, MASKS.visible_ids, torch.tensor([2, 1])),
+        lambda: None, {"grad": (2, 4, 3)}, "none",
     ),
     "blocked_attention_backward": Case(
         lambda *x: op.blocked_attention_backward(*x, None), lambda: None, {"grad": (2, 3, 2, 4)}
