@@ -102,11 +102,15 @@ class AveragedCopy:
         self._world, self._group = world, group
 
     @torch.no_grad()
-    def write(self, averages: Sequence[Tensor]) -> None:
+    def write(self, averages: Sequence[Tensor], *, fixed: bool) -> None:
         """Set the parameters from this rank's partitions of the averages. Collective.
 
         On one device they are read where they are. Ranks gather them in the module's dtype, all at
         once.
+
+        Args:
+            averages: This rank's partitions.
+            fixed: Copy as well what is not trained, which steps do not change.
         """
         shards = self._gather(averages)
         flat = {name: param.detach().view(-1) for name, param in self._params.items()}
@@ -115,7 +119,8 @@ class AveragedCopy:
         torch._foreach_copy_(into, given)
         for buffer, value in self._buffers:
             buffer.copy_(value)
-        self._copy_fixed()
+        if fixed and self._fixed:
+            self._copy_fixed()
 
     def _gather(self, averages: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Return the partitions of each rank, on this rank's device."""
@@ -136,8 +141,6 @@ class AveragedCopy:
     def _copy_fixed(self) -> None:
         from deepspeed import zero
 
-        if not self._fixed:
-            return
         sources = [source for _, source in self._fixed]
         sharded = hasattr(sources[0], "ds_id")
         with zero.GatheredParameters(sources, enabled=sharded):

@@ -227,7 +227,7 @@ class TrainEngine:
             return False
         if self._ema_decay is not None:
             self._state.update_averages(self._ema_decay(self._steps_taken))
-            self._write_copies()
+            self._write_copies(fixed=False)
         self._steps_taken += 1
         return True
 
@@ -260,7 +260,7 @@ class TrainEngine:
             ValueError: The trained module has no parameter of a name, or one of another shape.
         """
         self._check_averages()
-        self._state.write_copy(self._state.averaged_copy(module, prefix, self._group))
+        self._state.write_copy(self._state.averaged_copy(module, prefix, self._group), fixed=True)
 
     def average_into(self, module: nn.Module, prefix: str = "encoder.") -> None:
         """Copy the averages now, after each step that is taken, and with each state that is loaded.
@@ -269,11 +269,11 @@ class TrainEngine:
         """
         self._check_averages()
         self._copies.append(self._state.averaged_copy(module, prefix, self._group))
-        self._write_copies()
+        self._state.write_copy(self._copies[-1], fixed=True)
 
-    def _write_copies(self) -> None:
+    def _write_copies(self, *, fixed: bool) -> None:
         for copy in self._copies:
-            self._state.write_copy(copy)
+            self._state.write_copy(copy, fixed=fixed)
 
     def _check_averages(self) -> None:
         self._between_steps()
@@ -342,7 +342,7 @@ class TrainEngine:
         if problem is not None:
             raise CheckpointError(f"checkpoint does not fit the model: {problem}")
         self._state.write(tensors, adam_step, averaged=averaged)
-        self._write_copies()
+        self._write_copies(fixed=True)
         self._steps_taken = adam_step
         return averaged
 

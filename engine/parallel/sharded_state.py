@@ -150,9 +150,9 @@ class ShardedState:
         )
         return AveragedCopy(module, self.module, prefix, pieces, world=self.world, group=group)
 
-    def write_copy(self, copy: AveragedCopy) -> None:
-        """Set a copy to the averages as they are."""
-        copy.write(self._averages())
+    def write_copy(self, copy: AveragedCopy, *, fixed: bool) -> None:
+        """Set a copy to the averages as they are; see :meth:`AveragedCopy.write`."""
+        copy.write(self._averages(), fixed=fixed)
 
     def _exchange(self) -> None:
         # The storages change places: no value is copied, and what views them is right again after
