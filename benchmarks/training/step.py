@@ -49,8 +49,8 @@ from ssast.engine.monitoring.gpus import GPUS, Gpu, find_gpu
 from ssast.engine.monitoring.monitor import peak_memory_gib
 from ssast.engine.planning.synthetic import NUM_CLASSES, noise
 from ssast.engine.settings import SIZES
-from ssast.engine.train.memory import keep_freed_memory
 from ssast.kernels.matmul import fast_matmul
+from ssast.kernels.memory import keep_freed_memory
 
 GPU_STEPS = 10  # of a turn: one takes milliseconds
 STEPS_OF_A_RUN = 100_000  # compiling is for long runs

@@ -22,11 +22,11 @@ from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.step import STEPS_OF_A_RUN, Setting
 from ssast.engine.config import Config
 from ssast.engine.model.objective import MSPM
-from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.optim import build_optimizer
 from ssast.kernels import attention
 from ssast.kernels.masking import draw_masks
 from ssast.kernels.matmul import fast_matmul, is_fast
+from ssast.kernels.memory import keep_freed_memory
 from ssast.kernels.mspm_loss import info_nce, mse
 from ssast.kernels.patch_embed import cut_patches, take
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ssast.engine.cli.imports import imports
 from ssast.engine.cli.options import (
     NAMED,
     add_layer,
@@ -72,7 +73,10 @@ def add_export_commands(commands: Any) -> None:
     )
     add_layer(command)
     command.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="clips per batch (default: 16)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="clips per batch (default: what suits the device)",
     )
     add_quiet(command)
     add_table_format(command, labels=False)
@@ -137,16 +141,17 @@ def _open(options: argparse.Namespace) -> Any:
 
 
 def _export(options: argparse.Namespace) -> int:
-    import torch
+    with imports():
+        import torch
 
-    from ssast.engine.checkpoints.weights import export_weights
-    from ssast.engine.errors import ConfigError
-    from ssast.engine.formats.huggingface import export_huggingface
-    from ssast.engine.formats.open import as_classifier, open_raw, published_metadata
-    from ssast.engine.formats.portable import save_onnx, save_program
-    from ssast.engine.formats.published import save_published
-    from ssast.engine.model.encoder import SpectrogramTransformer
-    from ssast.engine.model.objective import PretrainingModel
+        from ssast.engine.checkpoints.weights import export_weights
+        from ssast.engine.errors import ConfigError
+        from ssast.engine.formats.huggingface import export_huggingface
+        from ssast.engine.formats.open import as_classifier, open_raw, published_metadata
+        from ssast.engine.formats.portable import save_onnx, save_program
+        from ssast.engine.formats.published import save_published
+        from ssast.engine.model.encoder import SpectrogramTransformer
+        from ssast.engine.model.objective import PretrainingModel
 
     if options.push and options.to != "hf":
         raise ConfigError("--push is for --to hf")
@@ -200,10 +205,13 @@ def _without_heads(loaded: Any) -> Any:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from ssast.engine.errors import ConfigError
-    from ssast.engine.evaluation.embedding import embed_recordings
+    with imports():
+        from ssast.engine.errors import ConfigError
+        from ssast.engine.evaluation.embedding import embed_recordings
+        from ssast.kernels.memory import keep_freed_memory
 
-    if options.batch_size < 1:
+    keep_freed_memory()
+    if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {options.batch_size}")
     loaded = _open(options)
     embedded = embed_recordings(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssast.engine.cli.imports import imports
 from ssast.engine.cli.options import (
     NAMED,
     add_config,
@@ -139,9 +140,10 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    from ssast.engine.config import load_config
-    from ssast.engine.finetune import finetune
-    from ssast.engine.folds import cross_validate, uses_folds
+    with imports():
+        from ssast.engine.config import load_config
+        from ssast.engine.finetune import finetune
+        from ssast.engine.folds import cross_validate, uses_folds
 
     config = load_config(options.config, options.overrides)
     train = cross_validate if uses_folds(config) else finetune
@@ -160,10 +162,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         check_new([options.out], [options.manifest])
     if options.probe:
         return _probe(options)
-    from ssast.engine.evaluation.evaluate import evaluate
-    from ssast.engine.evaluation.metrics import COUNTS
-    from ssast.engine.formats.open import open_classifier
+    with imports():
+        from ssast.engine.evaluation.evaluate import evaluate
+        from ssast.engine.evaluation.metrics import COUNTS
+        from ssast.engine.formats.open import open_classifier
+        from ssast.kernels.memory import keep_freed_memory
 
+    keep_freed_memory()
     metadata = missing_metadata(options)
     loaded = open_classifier(options.checkpoint, metadata, options.weights, named=True)
     values = evaluate(
@@ -204,9 +209,12 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from ssast.engine.evaluation.predict import predict
-    from ssast.engine.formats.open import open_classifier
+    with imports():
+        from ssast.engine.evaluation.predict import predict
+        from ssast.engine.formats.open import open_classifier
+        from ssast.kernels.memory import keep_freed_memory
 
+    keep_freed_memory()
     if options.out is not None:
         check_new([options.out], options.sources)
     loaded = open_classifier(options.checkpoint, missing_metadata(options), options.weights)

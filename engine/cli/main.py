@@ -14,6 +14,7 @@ from typing import NoReturn
 from ssast.engine.cli.data import add_data_commands
 from ssast.engine.cli.export import add_export_commands, add_weights_command
 from ssast.engine.cli.finetune import add_finetune_commands
+from ssast.engine.cli.imports import imports
 from ssast.engine.cli.options import (
     NAMED,
     add_config,
@@ -232,8 +233,9 @@ def _recipes() -> list[str]:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from ssast.engine.config import load_config
-    from ssast.engine.pretrain import pretrain
+    with imports():
+        from ssast.engine.config import load_config
+        from ssast.engine.pretrain import pretrain
 
     config = load_config(options.config, options.overrides)
     stopped = pretrain(
@@ -279,11 +281,12 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    import torch
+    with imports():
+        import torch
 
-    from ssast.engine.monitoring.monitor import environment
-    from ssast.engine.parallel.ranks import World
-    from ssast.kernels.attention import attention_backend, attention_trials
+        from ssast.engine.monitoring.monitor import environment
+        from ssast.engine.parallel.ranks import World
+        from ssast.kernels.attention import attention_backend, attention_trials
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

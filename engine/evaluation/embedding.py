@@ -11,7 +11,7 @@ import torch
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.cut_clips import CutClips
 from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_batch
-from ssast.engine.evaluation.predict import default_device, one_pass
+from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
 from ssast.kernels.matmul import fast_matmul
@@ -128,7 +128,7 @@ def embed_recordings(
     *,
     level: Level = "clip",
     layer: Layer = "last",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> WrittenEmbeddings:
@@ -148,7 +148,7 @@ def embed_recordings(
         level: ``clip`` or ``frame``.
         layer: Layer whose hidden states are taken, see
             :data:`~ssast.engine.evaluation.features.Layer`.
-        batch_size: Clips at once.
+        batch_size: Clips at once; None: as many as suit the device.
         table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
@@ -179,7 +179,7 @@ def embed_recordings(
                 paths,
                 loaded.audio,
                 device,
-                batch_size=batch_size,
+                batch_size=batch_size or clips_at_once(loaded, device),
                 on_reject=lambda clip, path, reason: rejected.update({path: reason}),
             ) as batches,
         ):
@@ -192,10 +192,11 @@ def embed_recordings(
             for number, batch in enumerate(tracked):
                 first = number * len(batch)
                 count = min(len(batch), len(paths) - first)  # the last batch is filled up
-                vectors, held = embed_batch(loaded, batch.fbank, batch.num_frames, level, layer)
-                held = held.where(batch.valid, 0)
-                counts[first : first + count] = held[:count].cpu().numpy()
-                rows.put(first, vectors[:count].float().cpu().numpy(), counts[first:][:count])
+                fbank, frames = batch.fbank[:count], batch.num_frames[:count]
+                vectors, held = embed_batch(loaded, fbank, frames, level, layer)
+                held = held.where(batch.valid[:count], 0)
+                counts[first : first + count] = held.cpu().numpy()
+                rows.put(first, vectors.float().cpu().numpy(), counts[first : first + count])
                 cut.add(batch)
             rows.close()
             if not counts.any():

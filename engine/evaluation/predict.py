@@ -20,7 +20,8 @@ from ssast.pipelines.clips.manifest import holds_clips, read_clips
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
-BATCH = 32  # clips at a time outside of training
+BATCH = 32  # clips at a time outside of training, on a GPU
+CPU_TOKENS = 4096  # at a time on a CPU: with more, what is between two layers leaves its caches
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def clips_at_once(loaded: LoadedModel, device: torch.device) -> int:
+    """Return the number of clips of a batch that suits a model on a device."""
+    if device.type != "cpu":
+        return BATCH
+    rows, columns = loaded.encoder.embed.grid
+    return min(BATCH, max(1, CPU_TOKENS // (rows * columns)))
+
+
 def find_files(sources: Sequence[str | Path], table: TableFormat = PLAIN) -> list[Any]:
     """List the clips of sources: files as they are, folders and manifests by their clips.
 
@@ -102,7 +111,7 @@ def one_pass(
     audio: Audio,
     device: torch.device,
     *,
-    batch_size: int = BATCH,
+    batch_size: int,
     on_reject: Callable[[int, str, str], None] | None = None,
 ) -> AudioStream:
     """Return a stream that reads each clip once, in order, however many cannot be read."""
@@ -136,13 +145,15 @@ def score_clips(
         paths,
         audio,
         device,
+        batch_size=clips_at_once(loaded, device),
         on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
     ) as batches:
         for batch in with_progress(batches, len(paths), "predict", progress):
-            frames = batch.num_frames if audio.ignore_padding else None
-            found = classifier(batch.fbank, frames).double().cpu().numpy()
-            valid = batch.valid.cpu().numpy()
-            logits[batch.clip_ids.cpu().numpy()[valid]] = found[valid]
+            valid = batch.valid  # the last batch is filled up
+            if valid.any():
+                frames = batch.num_frames[valid] if audio.ignore_padding else None
+                found = classifier(batch.fbank[valid], frames)
+                logits[batch.clip_ids[valid].cpu().numpy()] = found.double().cpu().numpy()
             cut.add(batch)
     cut.warn()
     return logits, reasons

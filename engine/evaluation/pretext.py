@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ssast.engine.errors import CheckpointError
-from ssast.engine.evaluation.predict import default_device, one_pass
+from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.objective import PretrainingModel, with_masks
@@ -39,7 +39,7 @@ def pretext_losses(
         raise CheckpointError(f"{loaded.path}: expected a model with its pretraining heads")
     paths, device = read_clips(source), default_device()
     module, totals, scored = loaded.model.to(device).eval(), dict[str, float](), 0
-    with one_pass(paths, loaded.audio, device) as batches:
+    with one_pass(paths, loaded.audio, device, batch_size=clips_at_once(loaded, device)) as batches:
         for batch in with_progress(batches, len(paths), "evaluate", progress):
             masks = module.held_out_masks(batch.clip_ids, batch.num_frames)
             valid = with_masks(batch.valid, masks)

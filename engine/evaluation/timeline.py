@@ -11,7 +11,7 @@ import torch
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.predict import default_device, find_files
+from ssast.engine.evaluation.predict import clips_at_once, default_device, find_files
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
@@ -24,7 +24,6 @@ from ssast.pipelines.errors import UnusableError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.text import json_line
 
-BATCH = 32  # windows at a time
 LONGEST_STEM = 200  # bytes in the name of a figure, before its number and ending
 SLICE = 5  # frames that one column of the spectrogram is the mean of
 
@@ -166,7 +165,8 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
     columns: dict[int, np.ndarray] = {}  # of the spectrogram
     reason = None
     try:
-        for batch in _batches(cutting.cut(path, spec), spec.window):
+        count = clips_at_once(loaded, device)
+        for batch in _batches(cutting.cut(path, spec), spec.window, count):
             lengths = torch.tensor([len(window) for _, window in batch])
             waves = torch.zeros(len(batch), int(lengths.max()))
             for row, (_, window) in zip(waves, batch, strict=True):
@@ -175,12 +175,12 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
             frames = num_frames(lengths.to(device), spec)
             found = classifier(features, frames if audio.ignore_padding else None)
             logits.append(found.double().cpu().numpy())
-            for (start, window), rows, count in zip(
+            for (start, window), rows, held in zip(
                 batch, features.cpu().numpy(), frames.tolist(), strict=True
             ):
                 starts.append(start)
                 ends.append(start + len(window))
-                columns |= _columns(rows[:count], start // spec.hop)
+                columns |= _columns(rows[:held], start // spec.hop)
     except UnusableError as error:
         reason = str(error)
     if reason is None and not starts:
@@ -208,14 +208,14 @@ def _columns(frames: np.ndarray, first: int) -> dict[int, np.ndarray]:
 
 
 def _batches(
-    pieces: Iterator[tuple[int, np.ndarray]], shortest: int
+    pieces: Iterator[tuple[int, np.ndarray]], shortest: int, count: int
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Collect windows in batches; one too short for a single frame is left out."""
+    """Collect windows in batches of ``count``; one too short for a single frame is left out."""
     batch: list[tuple[int, np.ndarray]] = []
     for start, window in pieces:
         if len(window) >= shortest:
             batch.append((start, window))
-        if len(batch) == BATCH:
+        if len(batch) == count:
             yield batch
             batch = []
     if batch:

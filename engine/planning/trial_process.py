@@ -21,12 +21,12 @@ from ssast.engine.planning.trial import Trial
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.execution import start_execution
 from ssast.engine.train.finetuning import Finetuning
-from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import RunContext, Task
 from ssast.kernels import attention
 from ssast.kernels.matmul import fast_matmul
+from ssast.kernels.memory import keep_freed_memory
 
 WARM_UP = 2  # steps before those that count
 

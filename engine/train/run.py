@@ -23,7 +23,6 @@ from ssast.engine.train.building import build_engine
 from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
-from ssast.engine.train.memory import keep_freed_memory
 from ssast.engine.train.optim import warmup_steps
 from ssast.engine.train.saving import check_fallback, fallback_checkpoints
 from ssast.engine.train.state import TrainState
@@ -31,6 +30,7 @@ from ssast.engine.train.task import RunContext, Task, run_folder
 from ssast.engine.train.trainer import Trainer
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.kernels.matmul import fast_matmul, is_fast
+from ssast.kernels.memory import keep_freed_memory
 from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.files import write_atomically

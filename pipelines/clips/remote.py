@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import fsspec
-
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import one_line
 
@@ -51,13 +49,20 @@ def as_path(place: str | Path) -> Path:
     return cast(Path, path)
 
 
+def _storage(url: str) -> tuple[Any, str]:
+    """Return the storage of a URL, and the path there."""
+    import fsspec  # takes a while, and most clips are local files
+
+    return fsspec.core.url_to_fs(url)
+
+
 def read_range(url: str, start: int, end: int) -> bytes:
     """Read a range of bytes of a file, fewer if it ends before.
 
     Raises:
         OSError: It cannot be read, or the server sends all of it.
     """
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = _storage(url)
     data = as_os_error(lambda: system.cat_file(path, start=start, end=end), url)
     if len(data) > end - start:
         raise OSError(errno.EOPNOTSUPP, "the server does not serve ranges of bytes", url)
@@ -70,7 +75,7 @@ def file_size(url: str) -> int:
     Raises:
         OSError: It cannot be found, or the storage does not tell.
     """
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = _storage(url)
     size = as_os_error(lambda: system.size(path), url)
     if not isinstance(size, int):
         raise OSError(errno.EINVAL, "its size is not known", url)
@@ -83,7 +88,7 @@ def file_facts(url: str) -> dict[str, Any]:
     Raises:
         OSError: It cannot be found.
     """
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = _storage(url)
     return dict(as_os_error(lambda: system.info(path), url))
 
 
@@ -93,7 +98,7 @@ def matching(pattern: str) -> list[str]:
     Raises:
         OSError: The storage cannot list them.
     """
-    system, path = fsspec.core.url_to_fs(pattern)
+    system, path = _storage(pattern)
     found = as_os_error(lambda: system.glob(path), pattern)
     return [system.unstrip_protocol(name) for name in found]
 
@@ -105,7 +110,7 @@ def version(url: str) -> str:
     Raises:
         OSError: It cannot be found.
     """
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = _storage(url)
     return str(as_os_error(lambda: system.ukey(path), url))
 
 
@@ -119,7 +124,7 @@ def on_disk(place: object) -> Iterator[Path]:
     if not is_url(place):
         yield cast(Path, place)
         return
-    system, path = fsspec.core.url_to_fs(str(place))
+    system, path = _storage(str(place))
     with tempfile.TemporaryDirectory(prefix="ssast-") as folder:
         local = Path(folder) / f"recording{os.path.splitext(path)[1]}"
         as_os_error(lambda: system.get_file(path, os.fspath(local)), str(place))

@@ -13,7 +13,7 @@ from ssast.engine.monitoring.gpus import load_gpu
 
 ALLOCATE = """
 import resource, sys, torch
-from ssast.engine.train.memory import keep_freed_memory
+from ssast.kernels.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for turn in range(12):

@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from runs import call, command, environment
 
+from ssast.engine.cli.imports import imports
 from ssast.engine.cli.main import main
 from ssast.kernels.attention import Backend
 from ssast.pipelines.cores import CHOSEN_BY
@@ -183,3 +185,15 @@ def test_what_needs_no_tensors_answers_at_once(tmp_path, arguments, status):
     )
     assert done.returncode == status, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_imports_are_made_without_the_garbage_collector():
+    for was_on in (True, False):
+        (gc.enable if was_on else gc.disable)()
+        try:
+            with pytest.raises(ImportError), imports():
+                assert not gc.isenabled()
+                raise ImportError
+            assert gc.isenabled() == was_on
+        finally:
+            gc.enable()

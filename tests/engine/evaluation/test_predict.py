@@ -2,10 +2,12 @@
 
 import json
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from finetune_runs import manifest
 from odd_files import ROWS, some_odd_files
 
@@ -13,6 +15,7 @@ from ssast.engine.cli.main import main
 from ssast.engine.evaluation import predict
 from ssast.engine.evaluation.predict import find_files
 from ssast.engine.finetune import FinetuneEngine
+from ssast.engine.formats.open import open_model
 from ssast.pipelines.errors import DataError
 
 
@@ -121,3 +124,20 @@ def test_odd_but_whole_files_are_predicted(device, finetuned, tmp_path):
     engine = FinetuneEngine.from_checkpoint(finetuned[0])
     for found in engine.predict([str(path) for path in kinds.values()]):
         assert found.reason is None and found.classes
+
+
+@pytest.mark.parametrize(("grid", "most"), [((12, 101), 3), ((8, 8), 32), ((128, 1024), 1)])
+def test_batches_on_a_cpu_are_as_many_tokens_as_its_caches_hold(grid, most):
+    embed = SimpleNamespace(grid=grid)
+    loaded = SimpleNamespace(encoder=SimpleNamespace(embed=embed))
+    assert predict.clips_at_once(loaded, torch.device("cpu")) == most
+    assert predict.clips_at_once(loaded, torch.device("cuda")) == predict.BATCH
+
+
+def test_rows_that_fill_up_a_batch_are_not_computed(finetuned, splits, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 3)
+    loaded = open_model(finetuned[0])
+    rows = []
+    loaded.classifier.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    predict.predict(loaded, [*(splits["test"].parent / "test").glob("*.wav")][:4], progress=False)
+    assert sum(rows) == 4

@@ -224,6 +224,7 @@ assert main(["predict", model, clip, "--window-s", "0.2"]) == 0
 assert main(["embed", model, clip, "--out", out]) == 0
 assert len(FinetuneEngine.from_checkpoint(model).predict([clip])) == 1
 names = ("deepspeed", "matplotlib", "sklearn", "scipy", "torch._dynamo", "torch._inductor")
+names += ("fsspec", "transformers", "pandas", "pyarrow")
 names += ("ssast.engine.train", "ssast.engine.parallel")
 print([name for name in sys.modules if name.startswith(names)])
 """
