@@ -258,8 +258,10 @@ class Train:
     """Gradient accumulation: number of micro-batches per optimizer step."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: bf16 weights and activations, fp32 master weights; auto: bf16 on a GPU, fp32 on a
-    CPU."""
+    """bf16: bf16 weights and activations, fp32 master weights. auto: bf16 on a GPU; on a CPU that
+    multiplies bf16 natively (AVX512-BF16, AMX) where a trial at the start is faster with the loss
+    and the gradients of fp32, and the run is long enough to repay it; else fp32. A resumed run
+    keeps what it had."""
 
     zero_stage: int = setting(1, 0, 3)
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""

@@ -113,7 +113,7 @@ def add_plan_commands(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     from ssast.engine.config import load_config
-    from ssast.engine.monitoring.gpus import load_gpu
+    from ssast.engine.monitoring.gpus import CPU, load_gpu
     from ssast.engine.planning.calibrate import calibrate, plain_cpu, write_gpu
     from ssast.engine.planning.report import (
         PlanRequest,
@@ -129,10 +129,13 @@ def _plan(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} must be positive, got {value:g}")
     config = load_config(options.config, options.overrides)
     if options.calibrate is not None:
-        gpu = calibrate(lambda text: print(text, flush=True) if not options.json else None)
+        gpu = calibrate(
+            lambda text: print(text, flush=True) if not options.json else None,
+            precision=config.train.precision,
+        )
         write_gpu(gpu, options.calibrate)
     else:
-        gpu = plain_cpu() if options.gpu == "cpu" else load_gpu(options.gpu)
+        gpu = plain_cpu(config.train.precision) if options.gpu == CPU else load_gpu(options.gpu)
     if options.ledger:
         return _ledger(config, gpu, options)
     request = PlanRequest(

@@ -18,6 +18,8 @@ from ssast.engine.errors import ConfigError
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown
 
+CPU = "cpu"  # name of a CPU
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -56,6 +58,11 @@ class Gpu:
     launch_us: float = 8.0
     base_gib: float = 2.0
     fragmentation: float = 1.08
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether this describes a CPU, in the same terms."""
+        return self.name == CPU
 
 
 _AMPERE: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.38}

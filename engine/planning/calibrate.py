@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from scipy.optimize import nnls
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import PEAK_SHAPE
-from ssast.engine.monitoring.gpus import Gpu, find_gpu
+from ssast.engine.monitoring.gpus import CPU, Gpu, find_gpu
 from ssast.engine.planning.plan import (
     GIB,
     activations,
@@ -30,6 +31,8 @@ from ssast.engine.planning.plan import (
     step_time,
 )
 from ssast.engine.planning.trial import Trial, try_out
+from ssast.engine.train.precision import multiplies_bf16
+from ssast.kernels.matmul import fast_matmul
 
 # Recipe, frames, masked patches, clips.
 PROBES = (
@@ -40,24 +43,32 @@ PROBES = (
 PRIOR = 0.05  # weight of what is usual, against one run
 
 
-def plain_cpu() -> Gpu:
-    """Describe this machine's CPU: the peak of a large matmul, and typical shares of it."""
-    left, right = torch.randn(PEAK_SHAPE[:2]), torch.randn(PEAK_SHAPE[1:])
+def plain_cpu(precision: Literal["auto", "fp32", "bf16"] = "auto") -> Gpu:
+    """Describe this machine's CPU: the peak of a large matmul, and typical shares of it.
+
+    Args:
+        precision: As ``train.precision``; auto: bf16 where the CPU multiplies it natively.
+    """
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16() else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(shape).to(dtype) for shape in (PEAK_SHAPE[:2], PEAK_SHAPE[1:]))
     seconds = []
-    for _ in range(4):
-        begin = time.process_time()
-        left @ right
-        seconds.append((time.process_time() - begin) / torch.get_num_threads())
+    with fast_matmul():
+        for _ in range(4):
+            begin = time.process_time()
+            left @ right
+            seconds.append((time.process_time() - begin) / torch.get_num_threads())
     flops = 2.0 * PEAK_SHAPE[0] * PEAK_SHAPE[1] * PEAK_SHAPE[2]
     return Gpu(
-        name="cpu",
+        name=CPU,
         peak_tflops=flops / min(seconds) / 1e12,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
         bandwidth_gb_s=12.5,
         per_node=1,
-        precision="fp32",
-        gemm_share=0.95,
-        half_width=0.0,
+        precision=precision,
+        gemm_share=0.95 if precision == "fp32" else 0.75,
+        half_width=0.0 if precision == "fp32" else 150.0,
         attention_share=0.65,
         bandwidth_share=1.0,
         launch_us=0.0,
@@ -66,12 +77,18 @@ def plain_cpu() -> Gpu:
     )
 
 
-def calibrate(say: Callable[[str], None], run: Callable[..., Trial] = try_out) -> Gpu:
+def calibrate(
+    say: Callable[[str], None],
+    run: Callable[..., Trial] = try_out,
+    *,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Gpu:
     """Measure this machine's first device.
 
     Args:
         say: Called with a line about each run.
         run: Runs a trial of a configuration.
+        precision: On a CPU, see :func:`plain_cpu`.
 
     Raises:
         ConfigError: A run failed, or the device is not known.
@@ -83,16 +100,17 @@ def calibrate(say: Callable[[str], None], run: Callable[..., Trial] = try_out) -
             raise ConfigError(f"--calibrate: {device} is unknown: describe it in a file for --gpu")
         gpu = replace(known, launch_us=0.0)
     else:
-        gpu = plain_cpu()
+        gpu = plain_cpu(precision)
     configs, trials = [], []
     for recipe, frames, masked, batch in PROBES:
-        batch *= 8 if gpu.precision == "bf16" else 1
+        batch *= 1 if gpu.is_cpu else 8
         config = load_config(
             recipe,
             [
                 f"audio.num_frames={frames}",
                 f"objective.num_masked={masked}",
                 f"train.batch_size={batch}",
+                f"train.precision={gpu.precision}",
             ],
         )
         trial = run(config, seconds=10.0, max_steps=8)
@@ -138,7 +156,7 @@ def fit(gpu: Gpu, configs: list[Config], trials: list[Trial]) -> Gpu:
         attention_share=gpu.attention_share * attention,
         bandwidth_share=gpu.bandwidth_share * rest,
     )
-    if gpu.precision == "bf16":
+    if not gpu.is_cpu:
         return fitted
     kept, base = [], []
     for config, trial in zip(configs, trials, strict=True):

@@ -99,7 +99,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
     advice = advise(config, gpu, parameters, W, choice)
     if advice is not None:
         reasons.append(str(advice))
-    if train.compile is not True and gpu.precision == "bf16":
+    if train.compile is not True and not gpu.is_cpu:
         compiled = replace(config, train=replace(train, compile=True))
         rate = _facts(compiled, gpu, parameters, W, choice)["clips_per_s"]
         gain = rate / facts["clips_per_s"] - 1
@@ -115,8 +115,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
             f"only {math.ceil(clips / global_batch):,} steps: batches of {global_batch:,} clips "
             "learn less from each clip, so train on more of them, or on fewer devices"
         )
-    on_cpu = gpu.precision == "fp32"
-    per_core = request.clips_per_core or CLIPS_PER_CORE["filterbank" if on_cpu else "decoded"]
+    per_core = request.clips_per_core or CLIPS_PER_CORE["filterbank" if gpu.is_cpu else "decoded"]
     seconds = config.audio.num_frames / 100
     reduced, gathered = 0.0, 0.0
     if W > 1:
@@ -268,7 +267,7 @@ def clips_per_core(path: Path, gpu: Gpu) -> float:
     Raises:
         ConfigError: It is something else.
     """
-    key = "files" if gpu.precision == "fp32" else "files decode"
+    key = "files" if gpu.is_cpu else "files decode"
     try:
         return 1e3 / float(json.loads(path.read_text())[0]["cpu_ms"][key])
     except OSError as error:

@@ -1,10 +1,10 @@
 """The fastest settings on this machine, found by short real runs.
 
 One setting after another is varied, the others staying at the best so far: the attention backend
-where there is a choice, threads, the batch, doubled as long as it helps and fits, and compilation.
-Each run is a process of its own, so one that runs out of memory, hangs or crashes is a line in the
-table and no more. The batch changes what is learned: among those within 3 % of the fastest the
-smallest is taken.
+and the precision where there is a choice, threads, the batch, doubled as long as it helps and fits,
+and compilation. Each run is a process of its own, so one that runs out of memory, hangs or crashes
+is a line in the table and no more. The batch changes what is learned: among those within 3 % of the
+fastest the smallest is taken.
 """
 
 import shutil
@@ -18,6 +18,7 @@ import torch
 from ssast.engine.config import Config, dump_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
+from ssast.engine.train.precision import multiplies_bf16
 from ssast.kernels.attention import candidates
 from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.files import write_atomically
@@ -106,7 +107,7 @@ def tune(
                 best = done
         return best
 
-    for vary in (_checkpointing, _attentions, _threads, _loaders):
+    for vary in (_checkpointing, _attentions, _precisions, _threads, _loaders):
         best = improve(vary, best)
     # A larger batch must be faster; a smaller one may be as fast, or the first one that runs.
     if not _follow(best, 2, attempt, lambda done, before: done.rate * CLOSE > before.rate):
@@ -163,6 +164,7 @@ def format_line(candidate: Candidate) -> str:
         settings += f", {candidate.num_threads} threads"
     if candidate.config.data.train is not None:
         settings += f", {candidate.config.data.num_threads or 'default'} DALI threads"
+    settings += f", {train.precision}" if train.precision != "auto" else ""
     settings += f", attention {candidate.attention}" if candidate.attention else ""
     settings += ", compiled" if train.compile is True else ""
     settings += f", every {train.activation_checkpoint_every}. block recomputed" * bool(
@@ -215,6 +217,13 @@ def _attentions(best: Candidate) -> Iterator[Candidate]:
         for backend in candidates(torch.device("cuda"), dtype):
             if backend != "math":
                 yield replace(best, attention=backend)
+
+
+def _precisions(best: Candidate) -> Iterator[Candidate]:
+    """Vary what auto stands for in a long run on a CPU; trials are too short to choose."""
+    train = best.config.train
+    if not torch.cuda.is_available() and train.precision == "auto" and multiplies_bf16():
+        yield replace(best, config=replace(best.config, train=replace(train, precision="bf16")))
 
 
 def _threads(best: Candidate) -> Iterator[Candidate]:

@@ -176,7 +176,7 @@ class _Trials:
         plain = Mode(compile_ is True, False)
         found = Execution(plain)
         exact = self._exact_pass()
-        eager = self._errors(self._pass(), exact)
+        eager = relative_errors(self._pass(), exact)
         self._set_up(plain)
         found.ms[plain] = self._agreed("", self.tools.milliseconds(self._pass))[1]
         for compiled in [compile_] if compile_ != "auto" else [False, True]:
@@ -218,7 +218,7 @@ class _Trials:
         reason, ms = "", 0.0
         try:
             self._set_up(mode)
-            reason = self._wrong(self._errors(self._pass(), exact), exact, eager)
+            reason = self._wrong(relative_errors(self._pass(), exact), exact, eager)
             if not reason:
                 ms = self.tools.milliseconds(self._pass)
         # Whatever a compiler, a driver or a lack of memory may raise.
@@ -275,23 +275,10 @@ class _Trials:
             return self._pass()
         encoder = self.task.encoder
         every, encoder.activation_checkpoint_every = encoder.activation_checkpoint_every, 1
-        weights = {
-            f"module.{name}": p.detach().float().requires_grad_(p.requires_grad)
-            for name, p in self.task.module.named_parameters()
-        }
-        trained = [weight for weight in weights.values() if weight.requires_grad]
         try:
-            # The backward pass recomputes blocks, which must be with these weights too.
-            both = _ForwardAndBackward(self.task, self.batch, trained)
-            return torch.func.functional_call(both, weights, ())
+            return pass_in(self.task, self.batch, torch.float32)()
         finally:
             encoder.activation_checkpoint_every = every
-
-    def _errors(self, found: list[Tensor], exact: list[Tensor]) -> Tensor:
-        """Return the relative errors of the loss and of the gradients."""
-        sizes = _norms(exact)
-        sizes[1:] = sizes[1:].clamp(min=_SMALL * sizes[1:].max())
-        return _norms([f.float() - e.float() for f, e in zip(found, exact, strict=True)]) / sizes
 
     def _wrong(self, errors: Tensor, exact: list[Tensor], eager: Tensor) -> str:
         """Return the worst error, if there is one that the eager pass has not; else ""."""
@@ -319,6 +306,28 @@ def _other(batch: Batch) -> Batch:
     """Return a batch of the same form: its clips in reverse order, of the next epoch."""
     flipped = {name: tensor.flip(0) for name, tensor in vars(batch).items()}
     return type(batch)(**{**flipped, "epochs": flipped["epochs"] + 1})
+
+
+def pass_in(task: Task, batch: Batch, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    """Return the eager pass on a batch with weights and activations in a dtype.
+
+    It returns the loss of the batch, and the gradients of the trained parameters.
+    """
+    weights = {
+        f"module.{name}": p.detach().to(dtype).requires_grad_(p.requires_grad)
+        for name, p in task.module.named_parameters()
+    }
+    trained = [weight for weight in weights.values() if weight.requires_grad]
+    # The backward pass may recompute blocks, which must be with these weights too.
+    both = _ForwardAndBackward(task, batch, trained)
+    return lambda: torch.func.functional_call(both, weights, ())
+
+
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
+    """Return the relative errors of a loss and of its gradients, in that order."""
+    sizes = _norms(exact)
+    sizes[1:] = sizes[1:].clamp(min=_SMALL * sizes[1:].max())
+    return _norms([f.float() - e.float() for f, e in zip(found, exact, strict=True)]) / sizes
 
 
 class _ForwardAndBackward(nn.Module):

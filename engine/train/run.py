@@ -24,6 +24,7 @@ from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
 from ssast.engine.train.optim import warmup_steps
+from ssast.engine.train.precision import choose_precision
 from ssast.engine.train.saving import check_fallback, fallback_checkpoints
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.task import RunContext, Task, run_folder
@@ -103,6 +104,9 @@ def run_training(
             keep_freed_memory()
         torch.manual_seed(config.train.seed)
         task = build(context)
+        choice = choose_precision(task, found)
+        if choice is not None:
+            notes = [*notes, f"train.precision auto: {choice.precision}: {choice.reason}"]
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)

@@ -54,6 +54,7 @@ class TrainState:
         meta = {
             "progress": progress,
             "adam_step": adam_step,
+            "precision": self.task.context.precision,
             "clips": self.clips,
             "inputs": self.inputs,
             "versions": versions(),

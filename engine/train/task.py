@@ -35,6 +35,8 @@ from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.stream import AudioStream
 from ssast.pipelines.text import json_line
 
+Precision = Literal["fp32", "bf16"]
+
 _log = logging.getLogger(__name__)
 
 
@@ -111,6 +113,7 @@ class RunContext:
     heartbeat: Callable[[str], None] = lambda _: None
     stop: Stop = field(default_factory=Stop)
     _rejections: dict[str, Rejections] = field(default_factory=dict, init=False, repr=False)
+    _precision: list[Precision] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the batch can be divided."""
@@ -133,11 +136,17 @@ class RunContext:
         return run_folder(self.config)
 
     @property
-    def precision(self) -> Literal["fp32", "bf16"]:
+    def precision(self) -> Precision:
         """Precision of weights and activations."""
-        if self.config.train.precision == "auto":
-            return "fp32" if self.world.device.type == "cpu" else "bf16"
-        return self.config.train.precision
+        if self.config.train.precision != "auto":
+            return self.config.train.precision
+        if self._precision:
+            return self._precision[-1]
+        return "fp32" if self.world.device.type == "cpu" else "bf16"
+
+    def set_precision(self, precision: Precision) -> None:
+        """Set what ``train.precision: auto`` stands for, before the engine is built."""
+        self._precision.append(precision)
 
     def stream(
         self,

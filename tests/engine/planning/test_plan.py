@@ -193,8 +193,8 @@ def test_computing_blocks_again_costs_a_forward_pass():
 
 def test_shares_are_found_again_from_trials():
     true = replace(
-        plain_cpu(), peak_tflops=0.2, gemm_share=0.7, attention_share=0.25, bandwidth_gb_s=10.0,
-        base_gib=0.6, fragmentation=1.3,
+        plain_cpu("fp32"), peak_tflops=0.2, gemm_share=0.7, attention_share=0.25,
+        bandwidth_gb_s=10.0, base_gib=0.6, fragmentation=1.3,
     )  # fmt: skip
     configs = [
         load_config(name, [f"audio.num_frames={T}", f"objective.num_masked={T // 4}", batch])
@@ -215,7 +215,7 @@ def test_shares_are_found_again_from_trials():
     for config in configs:
         seconds, gib = expected(config, true, config.train.batch_size)
         trials.append(Trial("ok", step_s=9 * seconds, least_s=seconds, memory_gib=gib))
-    start = replace(plain_cpu(), peak_tflops=0.2)
+    start = replace(plain_cpu("fp32"), peak_tflops=0.2)
     found = fit(start, configs, trials)
     assert found.fragmentation == pytest.approx(1.3, rel=0.01)
     assert found.base_gib == pytest.approx(0.6, rel=0.01)
@@ -223,6 +223,18 @@ def test_shares_are_found_again_from_trials():
         other = load_config(name)
         assert expected(other, found, batch) == pytest.approx(expected(other, true, batch), rel=0.1)
         assert expected(other, start, batch) != pytest.approx(expected(other, true, batch), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "native", "used"),
+    [("auto", True, "bf16"), ("auto", False, "fp32"), ("fp32", True, "fp32")],
+)
+def test_a_cpu_is_planned_in_the_precision_of_the_run(given, native, used, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": native})
+    given = f"train.precision={given}"
+    assert main(["plan", "tiny_patch", given, "--gpu", "cpu", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["gpu"]["precision"] == used
 
 
 def test_a_machine_on_which_nothing_runs_is_not_calibrated():

@@ -24,6 +24,7 @@ def config():
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
     monkeypatch.setattr(tuning, "usable_cores", lambda: 2)
+    monkeypatch.setattr(tuning.torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(tuning.shutil, "which", lambda name: None)
 
 
@@ -77,6 +78,25 @@ def test_threads_and_compilation_are_chosen(config, monkeypatch):
     run, _ = machine(threads=1, compiled=0.7)
     best = fastest(tune(config, run=run))
     assert best.num_threads == 1 and best.config.train.compile
+
+
+@pytest.mark.parametrize(
+    ("given", "native", "chosen"),
+    [("auto", True, "bf16"), ("auto", False, "auto"), ("fp32", True, "fp32")],
+)
+def test_bf16_is_tried_where_a_cpu_multiplies_it(given, native, chosen, config, monkeypatch):
+    monkeypatch.setattr(tuning.torch.cpu, "get_capabilities", lambda: {"amx_bf16": native})
+    run, _ = machine()
+
+    def rounded(candidate, **options):
+        trial = run(candidate, **options)
+        factor = 1.5 if candidate.train.precision == "bf16" else 1.0
+        return replace(trial, clips_per_s=factor * trial.clips_per_s)
+
+    config = replace(config, train=replace(config.train, precision=given))
+    results = tune(config, run=rounded)
+    assert fastest(results).config.train.precision == chosen
+    assert (", bf16" in format_results(results)) == (chosen == "bf16")
 
 
 def test_a_batch_that_does_not_fit_ends_nothing(config):
