@@ -78,6 +78,7 @@ EXIT_STATUS = """exit status:
 BENCHMARKS = {  # name: module in ssast.benchmarks
     "kernels": "operations.kernels",
     "step": "training.step",
+    "waiting": "training.waiting",
     "data": "loading.data",
     "lists": "loading.lists",
     "faults": "faults.run",
