@@ -44,7 +44,8 @@ class Finetune:
     single-label clips, else map."""
 
     pooling: Literal["avgtok", "cls"] = "avgtok"
-    """Input of the head: mean of the patch tokens, or mean of the cls and distillation tokens."""
+    """Input of the head: mean of the patch tokens, or mean of the extra tokens (cls and
+    distillation, or cls alone)."""
 
     stride: tuple[int, int] | None = setting(None, 1)
     """Patch stride in mel bins and frames; null: patches do not overlap."""

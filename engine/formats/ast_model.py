@@ -18,7 +18,7 @@ from ssast.engine.errors import CheckpointError
 from ssast.engine.formats.published import IMAGENET_HEADS, detect_layout, read_published
 from ssast.engine.formats.timm_trunk import build_trunk
 from ssast.engine.model.embedding import resize_pos_embed
-from ssast.engine.settings import SIZES
+from ssast.engine.settings import EXTRA_TOKENS, SIZES
 from ssast.kernels.masking import Masks, draw_masks, masks_from_ids
 from ssast.kernels.mspm_loss import info_nce, mse
 from ssast.kernels.patch_embed import cut_patches, join_patches, patch_embed, patch_grid, take
@@ -89,13 +89,14 @@ class ASTModel(nn.Module):
         self.fshape, self.tshape, self.fstride, self.tstride = *patch, *stride
         self.input_fdim, self.input_tdim = shape
         self.f_dim, self.t_dim = grid
-        self.cls_token_num = 1 if model_size == _ONE_TOKEN else 2
+        extra_tokens = "cls" if model_size == _ONE_TOKEN else "cls_dist"
+        self.cls_token_num = EXTRA_TOKENS[extra_tokens]
         self.num_patches = grid[0] * grid[1]
         self.original_embedding_dim = D = SIZES[size].embed_dim
         if load_pretrained_mdl_path is None:
             self.heads, self.depth = SIZES[size].num_heads, SIZES[size].depth
             self.p_f_dim, self.p_t_dim = grid
-            self.v = build_trunk(size, None, patch, stride, shape, self.cls_token_num)
+            self.v = build_trunk(size, None, patch, stride, shape, extra_tokens)
             # Parameters, so that the state dict has them; never trained.
             self.p_input_fdim = nn.Parameter(torch.tensor(input_fdim), requires_grad=False)
             self.p_input_tdim = nn.Parameter(torch.tensor(input_tdim), requires_grad=False)
@@ -123,9 +124,10 @@ class ASTModel(nn.Module):
         layout = detect_layout(state, path)
         if layout.input is None:
             raise CheckpointError(f"{path}: expected a pretrained model, p_input_fdim is missing")
-        if (layout.size, layout.num_extra) != (size, self.cls_token_num):
-            expected = size if self.cls_token_num == 2 else _ONE_TOKEN
-            found = layout.size if layout.num_extra == 2 else _ONE_TOKEN
+        extra_tokens = "cls" if self.cls_token_num == 1 else "cls_dist"
+        if (layout.size, layout.extra_tokens) != (size, extra_tokens):
+            expected = _ONE_TOKEN if extra_tokens == "cls" else size
+            found = _ONE_TOKEN if layout.extra_tokens == "cls" else layout.size
             raise CheckpointError(f"{path}: model_size is {found}, expected {expected}")
         if layout.patch != patch:
             raise CheckpointError(
@@ -134,7 +136,7 @@ class ASTModel(nn.Module):
             )
         self.heads, self.depth = SIZES[size].num_heads, layout.depth
         self.p_f_dim, self.p_t_dim = old = patch_grid(*layout.input, patch, patch)
-        self.v = build_trunk(size, layout.depth, patch, stride, shape, layout.num_extra)
+        self.v = build_trunk(size, layout.depth, patch, stride, shape, extra_tokens)
         own = {f"v.{name}" for name in self.v.state_dict()}
         weights = {name: value for name, value in state.items() if name in own}
         unused = (*IMAGENET_HEADS, *_PRETRAINING)

@@ -1,8 +1,9 @@
 """Folders for Hugging Face transformers, out and in; written and read without transformers.
 
 A patch model that pools cls and dist is exactly transformers' AST: its folder names the stock
-classes. What AST has not, frame patches and the mean of the patch tokens, goes into a folder with
-its own small model file (modeling_ssast.py), to be loaded with ``trust_remote_code=True``.
+classes. What AST has not (frame patches, the mean of the patch tokens, fixed positions, one extra
+token, post-norm blocks) goes into a folder with its own small model file (modeling_ssast.py), to be
+loaded with ``trust_remote_code=True``.
 
 In a stock folder all LayerNorms have one epsilon, the encoder's 1e-6; our head has 1e-5, as
 published. That changes its logits by 4.5e-6 / variance of the pooled hidden states, relatively.

@@ -8,7 +8,7 @@ from ssast.engine.config import Config, from_plain
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.settings import SIZES, Audio
+from ssast.engine.settings import SIZES, Audio, Model
 from ssast.pipelines.text import shown
 
 REMOTE_CODE = Path(__file__).with_name("modeling_ssast.py")
@@ -20,6 +20,7 @@ PROBLEM_TYPES: dict[Loss, str] = {
     "ce": "single_label_classification",
     "bce": "multi_label_classification",
 }
+_PUBLISHED = {key: getattr(Model, key) for key in ("positions", "extra_tokens", "norm")}
 _LABEL_IDS = "label_ids"  # ours: labels of the classes by their names, where the two differ
 
 
@@ -33,11 +34,12 @@ def model_config(model: Classifier | SpectrogramTransformer, audio: Audio) -> di
         "num_hidden_layers": len(encoder.blocks),
         "num_attention_heads": heads[encoder.embed_dim],
         "num_mel_bins": audio.n_mels,
-        "layer_norm_eps": encoder.norm.eps,
+        "layer_norm_eps": encoder.blocks[0].norm1.eps,
         "dtype": "float32",
     }
     pooling = model.pooling if isinstance(model, Classifier) else "cls"
-    stock = patch[0] == patch[1] and pooling == "cls"
+    options = {key: getattr(encoder.settings, key) for key in _PUBLISHED}
+    stock = patch[0] == patch[1] and pooling == "cls" and options == _PUBLISHED
     if stock:
         config |= {
             "model_type": STOCK,
@@ -61,6 +63,7 @@ def model_config(model: Classifier | SpectrogramTransformer, audio: Audio) -> di
             "patch_shape": list(patch),
             "patch_stride": list(stride),
             "pooling": pooling,
+            **options,
             "auto_map": {
                 "AutoConfig": f"{REMOTE_CODE.stem}.SsastConfig",
                 "AutoModel": f"{REMOTE_CODE.stem}.SsastModel",
@@ -168,10 +171,11 @@ def find_settings(config: dict[str, Any], preprocessor: dict[str, Any], folder: 
                     )
             patch = [config["patch_size"], config["patch_size"]]
             stride = [config["frequency_stride"], config["time_stride"]]
-            pooling = "cls"
+            pooling, options = "cls", _PUBLISHED
         else:
             patch, stride = config["patch_shape"], config["patch_stride"]
             pooling = config["pooling"]
+            options = {key: config.get(key, usual) for key, usual in _PUBLISHED.items()}
         audio = {
             "sample_rate_hz": preprocessor["sampling_rate"],
             "channel": preprocessor.get("channel", "mean"),
@@ -183,7 +187,7 @@ def find_settings(config: dict[str, Any], preprocessor: dict[str, Any], folder: 
         depth, size = config["num_hidden_layers"], sizes[width, heads]
     except KeyError as error:
         raise CheckpointError(f"{folder}: the key {error} is missing") from error
-    model = {"size": size, "patch": patch, "depth": depth}
+    model = {"size": size, "patch": patch, "depth": depth, **options}
     finetune = {"stride": stride, "pooling": pooling}
     try:
         return from_plain({"model": model, "audio": audio, "finetune": finetune})

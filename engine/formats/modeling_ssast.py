@@ -1,11 +1,13 @@
 """SSAST for transformers' ``AutoModel``, in one file that stands alone.
 
 ``ssast export --to hf`` copies it beside the weights of the models that transformers' own AST
-cannot hold: frame patches, and the mean of the patch tokens. Load such a folder with
+cannot hold: frame patches, the mean of the patch tokens, fixed positions, one extra token,
+post-norm blocks. Load such a folder with
 
     AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True)
 """
 
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +38,9 @@ class SsastConfig(PretrainedConfig):
         num_mel_bins: int = 128,
         num_frames: int = 1024,
         pooling: str = "avgtok",
+        positions: str = "learned",
+        extra_tokens: str = "cls_dist",
+        norm: str = "pre",
         layer_norm_eps: float = 1e-6,
         head_layer_norm_eps: float = 1e-5,
         **kwargs: Any,
@@ -44,13 +49,26 @@ class SsastConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.patch_shape, self.patch_stride = list(patch_shape), list(patch_stride)
         self.num_mel_bins, self.num_frames = num_mel_bins, num_frames
-        self.pooling = pooling
+        self.pooling, self.positions = pooling, positions
+        self.extra_tokens, self.norm = extra_tokens, norm
         self.layer_norm_eps, self.head_layer_norm_eps = layer_norm_eps, head_layer_norm_eps
         super().__init__(**kwargs)
 
 
+@lru_cache(maxsize=4)
+def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Return fixed positions [N, D] float64: sines and cosines of the row, then of the column."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = (
+        torch.cat((angles.sin(), angles.cos()), 1)
+        for angles in (torch.outer(torch.arange(n).double(), omega) for n in (rows, columns))
+    )
+    pairs = row[:, None].expand(-1, columns, -1), column.expand(rows, -1, -1)
+    return torch.cat(pairs, 2).flatten(0, 1)
+
+
 class SsastEmbed(nn.Module):
-    """Patch embedding: normalised filterbanks [B, T, F] to tokens [B, 2 + N, D]."""
+    """Patch embedding: normalised filterbanks [B, T, F] to tokens [B, E + N, D]."""
 
     def __init__(self, config: SsastConfig):
         super().__init__()
@@ -64,15 +82,22 @@ class SsastEmbed(nn.Module):
         self.weight = nn.Parameter(torch.zeros(D, 1, *shape))
         self.bias = nn.Parameter(torch.zeros(D))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + rows * columns, D))
+        self.dist_token, self.pos_embed, self.num_extra = None, None, 1
+        if config.extra_tokens == "cls_dist":
+            self.dist_token, self.num_extra = nn.Parameter(torch.zeros(1, 1, D)), 2
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra + rows * columns, D))
+
+    def extra_tokens(self) -> list[Tensor]:
+        """Return the tokens before the patches, each [1, 1, D]: cls, and dist if there is one."""
+        return [token for token in (self.cls_token, self.dist_token) if token is not None]
 
     def forward(self, x: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Embed [B, T, F] to [B, 2 + N, D], cls and dist first.
+        """Embed [B, T, F] to [B, E + N, D], extra tokens first.
 
         Raises:
             ValueError: Another number of mel bins than the configuration's; of frames too, if the
-                position embeddings are not to be interpolated.
+                positions are not to be those of another length.
         """
         frames, mel_bins = self.input_shape
         resized = interpolate_pos_encoding and x.ndim == 3 and x.shape[1] >= self.weight.shape[3]
@@ -83,20 +108,23 @@ class SsastEmbed(nn.Module):
             )
         image = x.to(self.weight.dtype).transpose(1, 2).unsqueeze(1)
         patches = nn.functional.conv2d(image, self.weight, self.bias, self.stride)
-        extra = (token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token))
+        extra = (token.expand(len(x), -1, -1) for token in self.extra_tokens())
         tokens = torch.cat((*extra, patches.flatten(2).transpose(1, 2)), 1)
         return tokens + self.interpolate_pos_encoding(patches.shape[3])
 
     def interpolate_pos_encoding(self, columns: int) -> Tensor:
-        """Return the position embeddings [1, 2 + N, D] of another number of columns of patches.
+        """Return the position embeddings [1, E + N, D] of another number of columns of patches.
 
-        As in the published fine-tuning, the middle ones of fewer columns, and those of more by
-        linear interpolation.
+        Of learned ones, as in the published fine-tuning, the middle ones of fewer columns, and
+        those of more by linear interpolation. Fixed ones are those of the grid.
         """
         rows, found = self.grid
+        if self.pos_embed is None:
+            fixed = sincos_positions(rows, columns, self.weight.shape[0]).to(self.weight)
+            return nn.functional.pad(fixed, (0, 0, self.num_extra, 0))[None]
         if columns == found:
             return self.pos_embed
-        extra, image = self.pos_embed[:, :2], self.pos_embed[:, 2:]
+        extra, image = self.pos_embed.tensor_split([self.num_extra], 1)
         image = image.transpose(1, 2).unflatten(2, self.grid)
         if columns < found:
             image = image.narrow(3, found // 2 - columns // 2, columns)
@@ -164,10 +192,11 @@ class SsastMlp(nn.Module):
 
 
 class SsastBlock(GradientCheckpointingLayer):
-    """One pre-norm transformer block."""
+    """One transformer block, pre-norm or post-norm."""
 
     def __init__(self, config: SsastConfig):
         super().__init__()
+        self.is_post_norm = config.norm == "post"
         self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attn = SsastAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -175,6 +204,10 @@ class SsastBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map [B, L, D] to [B, L, D], and to the attention weights."""
+        if self.is_post_norm:
+            out, weights = self.attn(x)
+            x = self.norm1(x + out)
+            return self.norm2(x + self.mlp(x)), weights
         out, weights = self.attn(self.norm1(x))
         x = x + out
         return x + self.mlp(self.norm2(x)), weights
@@ -206,18 +239,22 @@ class SsastPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SsastEmbed):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
             nn.init.zeros_(module.bias)
-            for token in (module.cls_token, module.dist_token, module.pos_embed):
-                nn.init.trunc_normal_(token, std=0.02)
+            for token in (*module.extra_tokens(), module.pos_embed):
+                if token is not None:
+                    nn.init.trunc_normal_(token, std=0.02)
 
 
 class SsastModel(SsastPreTrainedModel):
-    """The encoder: normalised filterbanks [B, T, F] to hidden states [B, 2 + N, D]."""
+    """The encoder: normalised filterbanks [B, T, F] to hidden states [B, E + N, D]."""
 
     def __init__(self, config: SsastConfig):
         super().__init__(config)
         self.embed = SsastEmbed(config)
         self.blocks = nn.ModuleList(SsastBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        is_post_norm = config.norm == "post"
+        self.embed_norm = norm if is_post_norm else nn.Identity()
+        self.norm = nn.Identity() if is_post_norm else norm
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -247,14 +284,15 @@ class SsastModel(SsastPreTrainedModel):
                 "output_attentions: expected attn_implementation='eager', found "
                 f"{self.config._attn_implementation!r}, which does not return the weights"
             )
-        x = self.embed(input_values, interpolate_pos_encoding)
+        x = self.embed_norm(self.embed(input_values, interpolate_pos_encoding))
         states, attentions = [x], []
         for block in self.blocks:
             x, weights = block(x)
             states.append(x)
             attentions.append(weights)
         last = self.norm(x)
-        pooled = last[:, 2:].mean(1) if self.config.pooling == "avgtok" else last[:, :2].mean(1)
+        extra, patches = last.tensor_split([self.embed.num_extra], 1)
+        pooled = (patches if self.config.pooling == "avgtok" else extra).mean(1)
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=pooled,

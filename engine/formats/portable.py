@@ -56,7 +56,8 @@ class Portable(nn.Module):
         super().__init__()
         encoder = model.encoder if isinstance(model, Classifier) else model
         self.trunk = Trunk(encoder)
-        del self.trunk.head, self.trunk.head_dist
+        for unused in ("head", "head_dist")[: encoder.num_extra_tokens]:
+            delattr(self.trunk, unused)
         self.mean, self.std = encoder.embed.mean, encoder.embed.std
         self.pooling = model.pooling if isinstance(model, Classifier) else None
         self.head = model.head if isinstance(model, Classifier) else None

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from ssast.engine.checkpoints.weights import check_complete, check_shapes, sketch
-from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
+from ssast.engine.config import (
+    PUBLISHED_SHARE,
+    Config,
+    from_plain,
+    masked_patches,
+    section_from_plain,
+)
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.weight_files import read_state, write_state
 from ssast.engine.model.backbones import check_transformer
@@ -64,14 +70,19 @@ class Layout:
     num_classes: int | None
     """Number of classes of a fine-tuned model."""
 
-    num_extra: int = EXTRA_TOKENS["cls_dist"]
+    extra_tokens: str = "cls_dist"
     """Tokens before those of the patches: cls and dist, or cls alone (base_nokd)."""
 
     @property
     def model(self) -> dict[str, Any]:
         """The section ``model`` of a configuration."""
         depth = None if self.depth == SIZES[self.size].depth else self.depth
-        return {"size": self.size, "patch": list(self.patch), "depth": depth}
+        return {
+            "size": self.size,
+            "patch": list(self.patch),
+            "depth": depth,
+            "extra_tokens": self.extra_tokens,
+        }
 
 
 def published_name(name: str) -> str:
@@ -142,7 +153,7 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
     if not is_patch or pos_embed.ndim != 3:
         raise CheckpointError(
             f"{source}: expected v.patch_embed.proj.weight [D, 1, f, t] and v.pos_embed "
-            f"[1, 2 + N, D], found {list(projection.shape)} and {list(pos_embed.shape)}"
+            f"[1, E + N, D], found {list(projection.shape)} and {list(pos_embed.shape)}"
         )
     width = projection.shape[0]
     sizes = {size.embed_dim: name for name, size in SIZES.items()}
@@ -150,8 +161,8 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
         known = ", ".join(f"{w} ({name})" for w, name in sizes.items())
         raise CheckpointError(f"{source}: its width is {width}, expected one of {known}")
     patch = (projection.shape[2], projection.shape[3])
-    num_extra = EXTRA_TOKENS["cls_dist" if "v.dist_token" in state else "cls"]
-    num_patches = pos_embed.shape[1] - num_extra
+    extra_tokens = "cls_dist" if "v.dist_token" in state else "cls"
+    num_patches = pos_embed.shape[1] - EXTRA_TOKENS[extra_tokens]
     given = None
     if "p_input_fdim" in state and "p_input_tdim" in state:
         sizes_given = [state["p_input_fdim"], state["p_input_tdim"]]
@@ -178,7 +189,7 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
         num_patches=num_patches,
         input=given,
         num_classes=None if head is None else len(head),
-        num_extra=num_extra,
+        extra_tokens=extra_tokens,
     )
 
 
@@ -214,7 +225,6 @@ def build_pretrained(
         if layout.num_classes is not None:
             kind = f"it is fine-tuned, for {layout.num_classes} classes"
         raise CheckpointError(f"{source}: expected a pretrained model, but {kind}")
-    _check_two_tokens(layout, source)
     n_mels, num_frames = layout.input
     config = from_plain(
         {
@@ -284,7 +294,6 @@ def build_published_classifier(
     """
     if layout.num_classes is None:
         raise CheckpointError(f"{source}: expected a fine-tuned model, found no mlp_head")
-    _check_two_tokens(layout, source)
     n_mels, num_frames = audio.n_mels, audio.num_frames
     rows, columns = patch_grid(n_mels, num_frames, layout.patch, stride)
     if rows * columns != layout.num_patches:
@@ -293,7 +302,7 @@ def build_published_classifier(
             f"{rows} x {columns} = {rows * columns} patches, but v.pos_embed has "
             f"{layout.num_patches}"
         )
-    model = Model(size=layout.size, depth=layout.depth, patch=layout.patch)
+    model = section_from_plain(Model, layout.model, "model")
     num_classes = layout.num_classes
 
     def build() -> Classifier:
@@ -324,10 +333,10 @@ def published_state(
             :func:`imagenet_heads`. What they lack is zeros.
 
     Raises:
-        ConfigError: The patches of a pretrained model overlap, or it has another backbone or
-            objective.
+        ConfigError: The patches of a pretrained model overlap, or it has another backbone,
+            objective, positions or norms, or one extra token and is not base.
     """
-    check_transformer(model.encoder, "the published format")
+    _check_options(model.encoder)
     if not isinstance(model, MSPM | Classifier):
         raise ConfigError(
             f"the published format holds the heads of SSAST alone, got {type(model).__name__}"
@@ -346,7 +355,7 @@ def published_state(
         n_mels, num_frames = size if audio is None else (audio.n_mels, audio.num_frames)
         published["module.p_input_fdim"] = torch.tensor(n_mels)
         published["module.p_input_tdim"] = torch.tensor(num_frames)
-    for head in ("head", "head_dist"):
+    for head in ("head", "head_dist")[: model.encoder.num_extra_tokens]:
         published[f"module.v.{head}.weight"] = torch.zeros(IMAGENET_CLASSES, width)
         published[f"module.v.{head}.bias"] = torch.zeros(IMAGENET_CLASSES)
     published |= {f"module.{name}": value for name, value in (heads or {}).items()}
@@ -377,11 +386,19 @@ def save_published(
     write_state(published_state(model, audio, heads), Path(path), metadata)
 
 
-def _check_two_tokens(layout: Layout, path: str | Path) -> None:
-    if layout.num_extra != EXTRA_TOKENS["cls_dist"]:
-        raise CheckpointError(
-            f"{path}: one extra token (base_nokd), expected two: v.dist_token is missing; "
-            "ssast.engine.api.ASTModel takes it"
+def _check_options(encoder: SpectrogramTransformer) -> None:
+    """Check that the published code has such a model."""
+    check_transformer(encoder, "the published format")
+    for key in ("positions", "norm"):
+        found, usual = getattr(encoder.settings, key), getattr(Model, key)
+        if found != usual:
+            raise ConfigError(
+                f"the published format holds models of model.{key} {usual} alone, got {found!r}"
+            )
+    if encoder.settings.extra_tokens == "cls" and encoder.settings.size != "base":
+        raise ConfigError(
+            "the published format holds models of model.extra_tokens cls in size base alone "
+            f"(base_nokd), got {encoder.settings.size!r}"
         )
 
 

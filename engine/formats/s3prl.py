@@ -146,7 +146,7 @@ class UpstreamExpert(nn.Module):
         return {"hidden_states": hidden, "last_hidden_state": hidden[-1]}
 
     def _states(self, waves: Tensor, lengths: Tensor, steps: int) -> Iterator[list[Tensor]]:
-        """Yield the hidden states [B, 2 + N, D] of all layers, window by window."""
+        """Yield the hidden states [B, E + N, D] of all layers, window by window."""
         if self.superb:
             for clips in self._superb_windows(waves):
                 yield residual_states(self.encoder, clips)[1:]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssast.engine.formats.published import IMAGENET_CLASSES
 from ssast.engine.model.blocks import Block as EncoderBlock
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.settings import EXTRA_TOKENS, Audio, Model
+from ssast.engine.settings import Audio, Model
 from ssast.kernels.attention import attention
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -157,7 +157,7 @@ def build_trunk(
     patch: tuple[int, int],
     stride: tuple[int, int],
     shape: tuple[int, int],
-    num_extra: int,
+    extra_tokens: Any,
 ) -> Trunk:
     """Build a trunk with fresh weights.
 
@@ -167,10 +167,9 @@ def build_trunk(
         patch: Mel bins and frames of a patch.
         stride: Mel bins and frames between two patches.
         shape: Mel bins and frames of the input.
-        num_extra: Number of tokens before those of the patches: cls and dist, or cls alone.
+        extra_tokens: As ``model.extra_tokens``.
     """
-    extra: Any = next(name for name, number in EXTRA_TOKENS.items() if number == num_extra)
-    model = Model(size=size, patch=patch, depth=depth, extra_tokens=extra)
+    model = Model(size=size, patch=patch, depth=depth, extra_tokens=extra_tokens)
     audio = Audio(n_mels=shape[0], num_frames=shape[1])
     return Trunk(SpectrogramTransformer(model, audio, stride))
 

@@ -1,6 +1,5 @@
 """Encoders by ``model.backbone``, and the base of those with blocks of one's own."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,33 +37,17 @@ def build_encoder(
     return encoder
 
 
-OPTIONS = ("positions", "extra_tokens", "norm")
-
-
-def check_transformer(
-    encoder: SpectrogramTransformer, format_name: str, options: Sequence[str] = ()
-) -> None:
+def check_transformer(encoder: SpectrogramTransformer, format_name: str) -> None:
     """Check that a format can hold an encoder.
 
-    Args:
-        encoder: The encoder.
-        format_name: What the format is called, for the message.
-        options: Those settings of :data:`OPTIONS` that the format can hold in any form.
-
     Raises:
-        ConfigError: Its backbone is another one, or an option is not that of the published model.
+        ConfigError: Its backbone is another one.
     """
     if encoder.backbone != "transformer":
         raise ConfigError(
             f"{format_name} holds the transformer of SSAST alone, got model.backbone "
             f"{encoder.backbone!r}"
         )
-    for key in OPTIONS:
-        found, usual = getattr(encoder.settings, key), getattr(Model, key)
-        if key not in options and found != usual:
-            raise ConfigError(
-                f"{format_name} holds models of model.{key} {usual} alone, got {found!r}"
-            )
 
 
 class Backbone(SpectrogramTransformer):

@@ -92,19 +92,20 @@ class PatchEmbed(nn.Module):
     def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor, SharedTokens]:
         """Return tokens and targets (see :func:`patch_embed`), and the shared tokens."""
         assert self.bias is not None
+        pos_embed = self.pos_embed.to(self.weight.dtype)  # fixed positions stay float32
         tokens, targets = patch_embed(
             fbank,
             self.weight,
             self.bias,
             self.mask_embed.flatten(),
-            self.pos_embed,
+            pos_embed,
             self.extra_tokens(),
             masks,
             mean=self.mean,
             std=self.std,
             stride=self.stride,
         )
-        masked = (self.mask_embed + self.pos_embed[:, self.num_extra_tokens :]).squeeze(0)
+        masked = (self.mask_embed + pos_embed[:, self.num_extra_tokens :]).squeeze(0)
         return tokens, targets, SharedTokens(masked, masks, self.num_extra_tokens)
 
 

@@ -1,6 +1,6 @@
 """What a run needs and how long it takes: memory, time and traffic by formula.
 
-    P parameters, W devices, b clips of a device in a micro-step, L = N + 2 tokens of width D,
+    P parameters, W devices, b clips of a device in a micro-step, L = N + E tokens of width D,
     K tokens that the last block computes, e bytes of an activation, 12 = fp32 master weight
     and two moments
 
@@ -145,16 +145,17 @@ def block_activations(config: Config, batch: int, e: int) -> list[float]:
         return values * D * e + 4 * H * queries + 8 * rows  # logsumexp; mean and rstd of norms
 
     # Inputs of both norms, of q k v and of the MLP, q k v, output of attention: 8 L D. Before and
-    # after the GELU: 8 L D.
+    # after the GELU: 8 L D. The same of pre-norm and post-norm.
     blocks = [batch * kept(16 * L, L, 2 * L)] * depth
     if config.finetune is not None:
         return blocks
-    M = config.objective.num_masked
-    blocks[-1] = batch * kept(4 * L + 13 * M, M, L + M)
+    M, own = config.objective.num_masked, L - config.objective.num_masked
+    is_post_norm = config.model.norm == "post"
+    last = kept(3 * L + 14 * M, M, 2 * M) if is_post_norm else kept(4 * L + 13 * M, M, L + M)
+    blocks[-1] = batch * last
     if depth > 1 and M * batch > N:  # masked patches pass the first norm once for all clips
-        own = L - M
-        first = batch * kept(15 * L + 2 * own, L, L + own) + kept(2 * N, 0, N)
-        blocks[0] = first
+        first = kept(16 * L + own, L, 2 * L) if is_post_norm else kept(15 * L + 2 * own, L, L + own)
+        blocks[0] = batch * first + kept(2 * N, 0, N)
     return blocks
 
 
@@ -174,21 +175,26 @@ def activations(config: Config, batch: int, e: int, every: int | None) -> float:
         return fbank + batch * e * L * D * 16  # one block's at a time, of which nothing is kept
     blocks = block_activations(config, batch, e)
     kept = [batch * L * D * e if every and i % every == 0 else b for i, b in enumerate(blocks)]
-    before = [sum(kept[:i]) for i in range(len(kept))]
+    # Of the norm before the first block its input; of that after the last, also its output.
+    is_post_norm = config.model.norm == "post"
+    entry = batch * (L * D * e + 8.0 * L) if is_post_norm else 0.0
+    before = [entry + sum(kept[:i]) for i in range(len(kept))]
     last = L if config.finetune is not None else objective.num_masked
     # A block in its backward pass has the gradient of its output, and of the MLP's hidden layer.
     gradients = [5.0 * batch * D * e * rows for rows in [*[L] * (len(blocks) - 1), last]]
     at_work = max(map(sum, zip(before, blocks, gradients, strict=True)))
     if config.finetune is not None:
-        return fbank + max(at_work, sum(kept) + batch * (2.0 * L * D * e + 8 * L))
+        end = batch * (L * D * e if is_post_norm else 2.0 * L * D * e + 8 * L)
+        return fbank + max(at_work, entry + sum(kept) + end)
     P, M = config.model.patch[0] * config.model.patch[1], objective.num_masked
     heads = 2 if objective.kind == "joint" else 1
     passes = 2 if objective.two_pass else 1
     # Input and output of the last norm; of each head its hidden layer, its predictions and the
     # loss's gradient; targets.
-    tail = passes * 2 * M * D + heads * (M * D + 2 * M * P) + passes * M * P
-    end = passes * sum(kept) + batch * (tail * e + 8.0 * M * passes)
-    return fbank + max(end, (passes - 1) * sum(kept) + at_work)
+    states = M * D * e if is_post_norm else 2.0 * M * D * e + 8 * M
+    tail = passes * (states + M * P * e) + heads * (M * D + 2 * M * P) * e
+    whole = entry + sum(kept)
+    return fbank + max(passes * whole + batch * tail, (passes - 1) * whole + at_work)
 
 
 def memory(

@@ -9,8 +9,6 @@ from torch.nn import functional
 
 from ssast.engine.api import Backbone, Config, Masks, PretrainingModel
 
-EXTRA = 2  # tokens before those of the patches
-
 
 class Huber(PretrainingModel):
     """Reconstruction of the masked patches by one linear layer, with the Huber loss."""
@@ -36,9 +34,9 @@ class Huber(PretrainingModel):
 class ConvolutionBlock(nn.Module):
     """A ConvNeXt block (Liu et al. 2022) on the grid of patches; it sees no padding mask."""
 
-    def __init__(self, width: int, grid: tuple[int, int]):
+    def __init__(self, width: int, grid: tuple[int, int], num_extra_tokens: int):
         super().__init__()
-        self.grid = grid
+        self.grid, self.num_extra_tokens = grid, num_extra_tokens
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
@@ -46,11 +44,11 @@ class ConvolutionBlock(nn.Module):
         )
 
     def forward(self, tokens: Tensor, padding_mask: Any = None) -> Tensor:
-        """Map tokens [B, 2 + N, D] to tokens; the extra ones take the mean of the others."""
-        patches = tokens[:, EXTRA:]
+        """Map tokens [B, E + N, D] to tokens; the E extra ones take the mean of the others."""
+        patches = tokens[:, self.num_extra_tokens :]
         image = patches.transpose(1, 2).unflatten(2, self.grid)
         mixed = self.depthwise(image).flatten(2).transpose(1, 2)
-        mean = mixed.mean(1, keepdim=True).expand(-1, EXTRA, -1)
+        mean = mixed.mean(1, keepdim=True).expand(-1, self.num_extra_tokens, -1)
         return tokens + self.mlp(self.norm(torch.cat((mean, mixed), 1)))
 
 
@@ -59,7 +57,7 @@ class Convolution(Backbone):
 
     def build_block(self, embed_dim: int, num_heads: int) -> nn.Module:
         """Build one block, as wide as ``model.size`` says."""
-        return ConvolutionBlock(embed_dim, self.embed.grid)
+        return ConvolutionBlock(embed_dim, self.embed.grid, self.num_extra_tokens)
 
 
 def recall(logits: np.ndarray, targets: np.ndarray) -> float:

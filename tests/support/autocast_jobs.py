@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ CONFIG = from_plain(
         "audio": {"num_frames": 64, "mean": -1.0, "std": 1.5},
         "objective": {"num_masked": 12},
     }
+)
+OPTIONS = replace(
+    CONFIG, model=replace(CONFIG.model, positions="sincos", extra_tokens="cls", norm="post")
 )
 IDS = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(i))[:12]
                    for i in range(4)])  # fmt: skip
@@ -69,6 +73,7 @@ def _states(model: nn.Module, fbank: Tensor) -> dict[str, Tensor]:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
     "MSPM": (lambda: MSPM(CONFIG), _mspm),
+    "MSPM options": (lambda: MSPM(OPTIONS), _mspm),
     "Classifier": (lambda: Classifier(_encoder(), 3), _classify),
     "LossClassifier": (lambda: LossClassifier(_encoder(), 3), _with_loss),
     "ASTModel pretraining": (_published, _pretrain),

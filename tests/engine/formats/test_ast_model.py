@@ -6,8 +6,9 @@ import pytest
 import torch
 from golden_model import NOISE, PATCHES, golden, whole_state
 
-from ssast.engine.api import ASTModel, load_published, read_published
+from ssast.engine.api import ASTModel, load_published, read_published, save_published
 from ssast.engine.errors import CheckpointError
+from ssast.kernels.masking import masks_from_ids
 from ssast.kernels.patch_embed import cut_patches
 
 KINDS = ["patch", "frame"]
@@ -117,8 +118,15 @@ def test_one_extra_token_pretrains(tmp_path):
         assert model.state_dict()[name].equal(value), name
     with pytest.raises(CheckpointError, match="model_size is base_nokd, expected base"):
         ASTModel(5, 16, 16, 10, 10, 128, 48, "base", False, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"one extra token \(base_nokd\), expected two"):
-        load_published(tmp_path / "a.pth")
+    ours, config = load_published(tmp_path / "a.pth")
+    assert config.model.extra_tokens == "cls"
+    with torch.no_grad():
+        losses = ours(2 * config.audio.std * x + config.audio.mean, masks_from_ids(ids, 32))
+    assert losses["infonce_loss"].mean() == pytest.approx(nce.item(), rel=1e-4)
+    save_published(ours, tmp_path / "b.pth")
+    again = ASTModel(5, 16, 16, 10, 10, 128, 48, "base_nokd", False, tmp_path / "b.pth")
+    assert again.v.cls_token.equal(model.v.cls_token)
+    assert read_published(tmp_path / "b.pth").keys() == model.state_dict().keys()
 
 
 @pytest.mark.compatible("published SSAST code", "names and shapes of the state dict")

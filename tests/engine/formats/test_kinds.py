@@ -32,16 +32,27 @@ SETTINGS = {
     "audio": {"num_frames": 48},
     "objective": {"num_masked": 2},
 }
+OPTIONS = {"positions": "sincos", "extra_tokens": "cls", "norm": "post"}
 METADATA = {"published, fine-tuned": MissingMetadata(num_frames=48, stride=(16, 16))}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """One model of each kind, by the name of its row."""
-    folder = tmp_path_factory.mktemp("kinds")
+    return make_models(tmp_path_factory.mktemp("kinds"), {})
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The same of an encoder with other options; the published format has none."""
+    return make_models(tmp_path_factory.mktemp("options"), OPTIONS)
+
+
+def make_models(folder, options):
     torch.manual_seed(0)
-    config = from_plain(SETTINGS)
-    tuned = from_plain(SETTINGS | {"finetune": {"pooling": "cls"}})
+    settings = SETTINGS | {"model": SETTINGS["model"] | options}
+    config = from_plain(settings)
+    tuned = from_plain(settings | {"finetune": {"pooling": "cls"}})
     model, classifier = MSPM(config), build_classifier(tuned, 3)
     weights = {f"weight/{name}": value for name, value in model.state_dict().items()}
     run = folder / "run"
@@ -49,8 +60,9 @@ def models(tmp_path_factory):
     weights = {f"weight/{name}": value for name, value in classifier.state_dict().items()}
     labels = ["a", "b", "c"]
     save_chosen(folder / "tuned", weights, step=1, config=tuned, classes=labels, facts={"step": 1})
-    save_published(model, folder / "pretrained.pth")
-    save_published(classifier, folder / "tuned.pth")
+    if not options:
+        save_published(model, folder / "pretrained.pth")
+        save_published(classifier, folder / "tuned.pth")
     return {
         "pretraining run": run,
         "exported weights": export_weights(model, config, 1, folder / "weights", torch.float16),
@@ -69,16 +81,31 @@ def test_every_kind_has_a_row(models):
     assert all(len(row) == 1 + len(ACTIONS) for row in CELLS)
 
 
-@pytest.mark.parametrize(
-    ("kind", "action", "cell"),
-    [
-        (row[0], action, cell)
-        for row in CELLS
-        for action, cell in zip(ACTIONS, row[1:], strict=True)
-    ],
-)
+TABLE = [
+    (row[0], action, cell) for row in CELLS for action, cell in zip(ACTIONS, row[1:], strict=True)
+]
+
+
+@pytest.mark.parametrize(("kind", "action", "cell"), TABLE)
 def test_each_cell(models, kind, action, cell, tmp_path):
-    path, metadata = models[kind], METADATA.get(kind)
+    check_cell(models[kind], kind, action, cell, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "action", "cell"), [row for row in TABLE if not row[0].startswith("published")]
+)
+def test_each_cell_of_other_options(others, kind, action, cell, tmp_path, capsys):
+    cell = "no" if action == "export published" else cell
+    config = check_cell(others[kind], kind, action, cell, tmp_path)
+    if config is not None:
+        assert {key: getattr(config.model, key) for key in OPTIONS} == OPTIONS
+    if action == "export published" and kind != "transformers, pretrained":
+        assert "model.positions learned alone, got 'sincos'" in capsys.readouterr().err
+
+
+def check_cell(path, kind, action, cell, tmp_path):
+    """Do what a cell says; the configuration of a run that begins from the model, if one does."""
+    metadata, config = METADATA.get(kind), None
     if action == "predict":
         if cell == "no":
             with pytest.raises(CheckpointError, match="expected a fine-tuned model"):
@@ -107,3 +134,4 @@ def test_each_cell(models, kind, action, cell, tmp_path):
         form = action.removeprefix("export ")
         status = main(["export", str(path), "--to", form, str(tmp_path / "out"), *given])
         assert status == (2 if cell == "no" else 0)
+    return config

@@ -19,18 +19,21 @@ from ssast.engine.settings import Audio, Model
 from ssast.kernels.fbank import fbank
 
 AUDIO = Audio(num_frames=64, mean=-5.0, std=4.0)
+OPTIONS = {"positions": "sincos", "extra_tokens": "cls", "norm": "post"}
 CASES = {
-    "patch": ((16, 16), (10, 10), "avgtok"),
-    "frame": ((128, 2), (128, 1), "cls"),
-    "encoder": ((16, 16), (16, 16), None),
+    "patch": ((16, 16), (10, 10), "avgtok", {}),
+    "frame": ((128, 2), (128, 1), "cls", {}),
+    "encoder": ((16, 16), (16, 16), None, {}),
+    "options": ((16, 16), (10, 10), "cls", OPTIONS),
 }
 LABELS = ["a", "b", "c", "d", "e"]
 
 
 def make(case):
     torch.manual_seed(0)
-    patch, stride, pooling = CASES[case]
-    encoder = SpectrogramTransformer(Model(size="tiny", depth=1, patch=patch), AUDIO, stride).eval()
+    patch, stride, pooling, options = CASES[case]
+    model = Model(size="tiny", depth=1, patch=patch, **options)
+    encoder = SpectrogramTransformer(model, AUDIO, stride).eval()
     return encoder if pooling is None else Classifier(encoder, 5, pooling).eval()
 
 

@@ -86,7 +86,7 @@ def test_autocast_that_is_off_inside_changes_nothing(name):
 
 
 @pytest.mark.compatible("PyTorch", "autocast with torch.compile")
-@pytest.mark.parametrize("name", ["MSPM", "Classifier"])
+@pytest.mark.parametrize("name", ["MSPM", "MSPM options", "Classifier"])
 def test_compiled_under_autocast(name):
     model, losses = build(name)
     want, wanted = step(model, losses, clips(), torch.bfloat16)

@@ -174,7 +174,8 @@ def test_flops_of_a_step(name, shared, two_pass):
     assert step_flops_per_clip(config) == pytest.approx(two_pass * 1e9, rel=5e-3)
 
 
-def test_flops_are_those_that_torch_counts():
+@pytest.mark.parametrize("options", [{}, {"extra_tokens": "cls", "norm": "post"}])
+def test_flops_are_those_that_torch_counts(options):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,7 +183,7 @@ def test_flops_are_those_that_torch_counts():
 
     config = from_plain(
         {
-            "model": {"size": "tiny", "depth": 2},
+            "model": {"size": "tiny", "depth": 2, **options},
             "audio": {"num_frames": 64},
             "objective": {"num_masked": 9},
         }

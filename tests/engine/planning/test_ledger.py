@@ -273,6 +273,11 @@ def test_the_plan_counts_an_average_of_the_weights():
     assert averaged["optimizer"].kernels == plain["optimizer"].kernels + 1
 
 
+def test_the_plan_counts_the_encoders_options():
+    options = ("model.positions=sincos", "model.extra_tokens=cls", "model.norm=post")
+    test_the_plan_counts_what_the_ledger_lists("tiny_patch", None, *options)
+
+
 def test_more_blocks_and_clips_are_more_of_the_same():
     config = load_config("tiny_patch")
     extrapolated = work(config, 100, None, torch.bfloat16)

@@ -64,6 +64,9 @@ def saved_bytes(config, batch):
         ["model.depth=2", "objective.two_pass=true"],
         ["model.depth=2", "model.size=small", "objective.num_masked=20"],
         ["model.depth=2", "model.patch=[128, 2]"],
+        ["model.depth=1", "model.norm=post"],
+        ["model.depth=3", "model.norm=post", "model.extra_tokens=cls", "model.positions=sincos"],
+        ["model.depth=2", "model.norm=post", "objective.num_masked=20"],
     ],
 )
 def test_activations_are_those_that_autograd_keeps(settings, batch):

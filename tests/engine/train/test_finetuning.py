@@ -87,12 +87,15 @@ def test_every_setting_trains(changed, recipe, splits, checkpoint, tmp_path):
             assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
 
 
-def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_learning_rates_of_layers(norm, world, splits, checkpoint, tmp_path):
     """Adam's first step moves every weight by the learning rate of its group."""
     config = load(plain_file(tmp_path), splits, tmp_path, finetune__layer_decay=0.5,
-                  finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12)  # fmt: skip
+                  finetune__head_lr_scale=10.0, optim__name="adam", optim__eps=1e-12,
+                  model__norm=norm)  # fmt: skip
     context = RunContext(config, world)
-    task = Finetuning(context, find_splits(config), open_encoder(checkpoint), 3)
+    pretrained = open_encoder(checkpoint) if norm == "pre" else None
+    task = Finetuning(context, find_splits(config), pretrained, 3)
     before = {name: value.clone() for name, value in task.module.named_parameters()}
     engine = TrainEngine(task.module, task.optimizer(), world=world, batch_size=8)
     with task.train_batches(0) as batches:
@@ -102,7 +105,7 @@ def test_learning_rates_of_layers(world, splits, checkpoint, tmp_path):
     for name, value in task.module.named_parameters():
         moved = (value - before[name]).abs().max().item()
         scale = 10.0 if name.startswith("head") else 1.0
-        for part, rate in (("blocks.0", 0.5), ("embed.", 0.25), ("mask_embed", 0.0)):
+        for part, rate in (("blocks.0", 0.5), ("encoder.embed", 0.25), ("mask_embed", 0.0)):
             scale = rate if part in name else scale
         assert moved == pytest.approx(1e-3 * scale, rel=0.05), name
 
