@@ -69,7 +69,8 @@ def case(shape: str, regime: str = "unit") -> tuple[list[Tensor], Masks, tuple[i
     mean, std = REGIMES[regime]
     noise = torch.randn(B, T, F, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     fbank = (mean + std * noise).float().double()
-    rest = random_inputs((D, 1, *patch), (D,), (D,), (1, 2 + N, D), (1, 2, D), regime="unit")
+    E = 1 if shape == "uneven" else 2  # prefix tokens
+    rest = random_inputs((D, 1, *patch), (D,), (D,), (1, E + N, D), (1, E, D), regime="unit")
     return [fbank, *rest], random_masks(B, N, M), stride
 
 
