@@ -34,7 +34,7 @@ def model_config(model: Classifier | SpectrogramTransformer, audio: Audio) -> di
         "num_hidden_layers": len(encoder.blocks),
         "num_attention_heads": heads[encoder.embed_dim],
         "num_mel_bins": audio.n_mels,
-        "layer_norm_eps": encoder.blocks[0].norm1.eps,
+        "layer_norm_eps": encoder.blocks[0].get_submodule("norm1").eps,
         "dtype": "float32",
     }
     pooling = model.pooling if isinstance(model, Classifier) else "cls"
