@@ -20,6 +20,7 @@ import torch
 from ssast.benchmarks.device import timed, use_device
 from ssast.benchmarks.loading.data import measure as measure_loaders
 from ssast.benchmarks.loading.data import spec_of, write_clips
+from ssast.benchmarks.performance.prediction import prediction_cases
 from ssast.benchmarks.performance.store import Case, Scope
 from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.processes import Sample, in_process, measure, start, take_steps
@@ -53,6 +54,7 @@ def sections(scope: Scope) -> dict[str, dict[str, Case]]:
         "roofline": roofline_cases(scope),
         "scaling": scaling_cases(scope),
         "loader": loader_cases(scope),
+        "predict": prediction_cases(scope),
         "runs": run_cases(scope),
     }
 
@@ -64,6 +66,7 @@ def step_cases(scope: Scope, size: str) -> dict[str, Case]:
         f"{name}, repeat {repeat}": partial(_step, variant, scope.setting(size))
         for repeat in range(1, repeats + 1)
         for name, variant in {**VARIANTS, **OPTIONS}.items()
+        if not scope.variants or name in scope.variants
     }
 
 

@@ -3,53 +3,56 @@
 It can be written at any time: what is not measured yet is left out, and listed.
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from ssast.benchmarks.performance import tables
 from ssast.benchmarks.performance.cases import sections
+from ssast.benchmarks.performance.comparison import machines, predictions, side_by_side
 from ssast.benchmarks.performance.pictures import draw_parts, draw_scaling, draw_steps
-from ssast.benchmarks.performance.store import MOST_OTHER, ResultStore, Scope
+from ssast.benchmarks.performance.records import Record, read_records
+from ssast.benchmarks.performance.store import MOST_OTHER, Scope
 from ssast.benchmarks.study.page import write_sections
 from ssast.engine.errors import ConfigError
 
 COMMANDS = """    ssast bench performance            # measures what is missing, writes this page
     ssast bench performance --page     # only writes it, from the files
-    ssast bench performance --sections step --sizes tiny --repeats 1     # a minute or two"""
+    ssast bench performance --sections step --sizes tiny --repeats 1     # a minute or two
+    ssast bench performance --sections step loader predict --variants main --repeats 1"""
 
 
-def write_page(store: ResultStore, docs: Path) -> Path:
-    """Write performance.md and its pictures.
+def write_page(docs: Path) -> Path:
+    """Write performance.md and its pictures, with the details of the machine measured last.
 
     Args:
-        store: The measurements.
-        docs: Folder for performance.md and, in performance/, its PNGs.
+        docs: Folder of performance.md and of performance/, with the records and the PNGs.
 
     Returns:
         Path of the page.
 
     Raises:
-        ConfigError: Nothing is measured, a file is damaged, or other programs disturbed a case.
+        ConfigError: There is no record, or one is damaged.
     """
-    scope = store.scope()
-    if scope is None:
-        raise ConfigError(f"{store.folder}: no measurements of ssast bench performance there")
-    if disturbed := store.disturbed():
-        key, share = max(disturbed.items(), key=lambda item: item[1])
-        raise ConfigError(
-            f"{len(disturbed)} cases were disturbed by other programs, {key} most, which had "
-            f"{share:.0%} of the machine (allowed: {MOST_OTHER:.0%}): the same command measures "
-            "them again, once it is idle"
-        )
-    images = pictures(store, scope, docs / "performance")
-    left = missing(store, scope)
+    records = read_records(docs / "performance")
+    if not records:
+        raise ConfigError(f"{docs / 'performance'}: no records of ssast bench performance there")
+    record = records[-1]
+    scope = record.scope
+    images = pictures(record, docs / "performance")
+    left = missing(record)
     parts = [
         ("# Performance", [
-            "How fast the engine is, and why, measured on one machine by", "", COMMANDS,
-            "", "The commands write every number on this page.", "",
-            *machines(store),
-            *([f"Not measured yet: {'; '.join(left)}.", ""] if left else []),
+            "How fast the engine is, and why, measured by", "", COMMANDS, "",
+            "The commands write every number on this page, from the files of "
+            "`docs/performance/`, one for each machine. A case during which other programs had "
+            f"more than {MOST_OTHER:.0%} of a machine is measured again, and not published if "
+            "that does not help.", "",
+            *machines(records),
+        ]),
+        ("## Machines side by side", side(records)),
+        (f"## In detail: {record.machine['name']}", [
+            "The sections below are of this machine, which was measured last.", "",
+            *([f"Not measured there: {'; '.join(left)}.", ""] if left else []),
         ]),
         ("## The training step, one change after the other", [
             "Each row adds one change to the row before it; the first is the published step "
@@ -65,36 +68,43 @@ def write_page(store: ResultStore, docs: Path) -> Path:
             "the others. The peak is that of a large matmul in the same process, that is, in the "
             "precision and by the library of the row.", "",
             *images["step"],
-            *(line for size in scope.sizes for line in tables.steps(store, scope, size)),
+            *(line for size in scope.sizes for line in tables.steps(record, scope, size)),
         ]),
         ("## The loader", _unless_empty([
             "Clips per CPU second of the audio stream and of a plain loader (soundfile and torch "
             f"in a DataLoader), {scope.clips} synthetic clips per round, and the stream's CPU time "
             "per clip by stage. `ssast bench data` shows more.", "",
-        ], tables.loaders(store))),
+        ], tables.loaders(record))),
+        ("## Prediction and embedding", _unless_empty([
+            "`ssast predict` and `ssast embed` from FLAC files of 10 s against the loop that one "
+            "would write (soundfile, transformers' `ASTFeatureExtractor` and "
+            "`ASTForAudioClassification`, `benchmarks/performance/plain_loop.py`): the same weights"
+            f", {scope.threads} threads each. \"After one\": without what the first clip takes, "
+            "which is mostly start-up.", "",
+        ], predictions(record))),
         ("## End to end", _unless_empty([
             "Short runs of `ssast pretrain` on files, from decoding to the optimizer: medians over "
             "their log lines but the first. Clips shorter than the input are padded. The step "
             "alone is the same step on one batch of noise instead of files, on the same cores.",
             "",
-        ], tables.runs(store))),
+        ], tables.runs(record))),
         ("## Roofline", [
-            *tables.peaks(store),
+            *tables.peaks(record),
             *_unless_empty([
                 "The least time of the default step: matmuls and attention at the peak of a large "
                 "matmul; norms, activations, residuals and the optimizer's weights at the "
                 "bandwidth of a large copy, by the formulas of `engine/planning/plan.py`.", "",
-            ], tables.rooflines(store, scope)),
+            ], tables.rooflines(record, scope)),
             *_unless_empty([
                 "Where the time of the default step goes (`engine/monitoring/profiling.py`).", "",
-            ], tables.where_time_goes(store, scope)),
+            ], tables.where_time_goes(record, scope)),
             *images["parts"],
         ]),
         ("## Scaling", _unless_empty([
             f"The default step of tiny with batch {scope.batch}, {scope.frames} frames and "
             f"{scope.threads} threads, unless stated otherwise. Two processes (gloo) have half of "
             "the batch and one thread each.", "",
-        ], [*tables.scaling(store, scope), *images["scaling"]])),
+        ], [*tables.scaling(record, scope), *images["scaling"]])),
         ("## Predicted for GPUs", [
             "**Nothing here is measured**: formulas of `ssast plan` with the vendors' peaks and "
             "typical shares of them (`engine/monitoring/gpus.py`). `ssast plan --calibrate` "
@@ -109,20 +119,22 @@ def _unless_empty(words: list[str], lines: list[str]) -> list[str]:
     return [*words, *lines] if lines else []
 
 
-def machines(store: ResultStore) -> list[str]:
-    """List the machines of the measurements."""
-    lines = (
-        f"- {m['device']}, {m['cores']} cores; torch {m['torch']}; commit {m['commit']}"
-        for m in store.machines()
-    )
-    return [*dict.fromkeys(lines), ""]
+def side(records: list[Record]) -> list[str]:
+    """Return the section that compares the machines."""
+    return [
+        "Times as fast as the same work by the published step, a plain loader (clips per CPU "
+        "second), or the plain loop (with start-up, in brackets without), on the same machine "
+        "with as many threads; and clips per second of training.", "",
+        *side_by_side(records),
+    ]  # fmt: skip
 
 
-def missing(store: ResultStore, scope: Scope) -> list[str]:
+def missing(record: Record) -> list[str]:
     """List what is not measured: cases by section, variants of the step without a process."""
+    scope = record.scope
     found, sizes = [], tuple(dict.fromkeys((*Scope().sizes, *scope.sizes)))
     for section, cases in sections(replace(scope, sizes=sizes)).items():
-        there = {_without_repeat(key) for key in store.read(section)}
+        there = {_without_repeat(key) for key in record.read(section)}
         wanted = dict.fromkeys(map(_without_repeat, cases))
         left = [key for key in wanted if key not in there]
         if left:
@@ -134,21 +146,21 @@ def _without_repeat(key: str) -> str:
     return key.partition(", repeat")[0]
 
 
-def pictures(store: ResultStore, scope: Scope, folder: Path) -> dict[str, list[str]]:
+def pictures(record: Record, folder: Path) -> dict[str, list[str]]:
     """Draw what is measured; return lines of Markdown by section."""
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier page
-    folder.mkdir(parents=True)
+    for path in folder.glob("*.png"):  # of an earlier page
+        path.unlink()
+    scope = record.scope
     drawn: dict[str, Path] = {}
-    rows = {size: tables.step_rows(store, scope, size)[0] for size in scope.sizes}
+    rows = {size: tables.step_rows(record, scope, size)[0] for size in scope.sizes}
     if any(rows.values()):
         measured = {size: found for size, found in rows.items() if found}
-        devices = " and ".join(dict.fromkeys(m["device"] for m in store.machines()))
-        words = f"A step of pretraining, {tables.describe(scope)}, {devices}"
+        words = f"A step of pretraining, {tables.describe(scope)}, {record.machine['name']}"
         drawn["step"] = draw_steps(folder / "step.png", measured, words)
-    shares = tables.profiles(store, scope)
+    shares = tables.profiles(record, scope)
     if shares:
         drawn["parts"] = draw_parts(folder / "parts.png", shares)
-    rates = tables.rates(store, scope)
+    rates = tables.rates(record, scope)
     if rates:
         drawn["scaling"] = draw_scaling(folder / "scaling.png", rates)
     return {

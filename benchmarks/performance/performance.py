@@ -1,7 +1,9 @@
 """Measure how fast the engine is, and why, and write docs/performance.md.
 
-The training step, one change after the other; the loader; short real runs; the roofline; scaling.
-Every result is kept in a file: stop it at any time, the same command resumes.
+The training step, one change after the other; the loader; prediction; short real runs; the
+roofline; scaling. Every result is kept in a file: stop it at any time, the same command resumes.
+When all is there, the results of this machine go to a file of docs/performance/, and the page, its
+pictures and the table of the README are written from the files of all machines.
 """
 
 import argparse
@@ -12,16 +14,20 @@ from pathlib import Path
 import torch
 
 from ssast.benchmarks.device import add_device_option, find_device, use_device
-from ssast.benchmarks.operations.kernels import machine_facts
 from ssast.benchmarks.performance.cases import REPEATS, sections
+from ssast.benchmarks.performance.comparison import write_readme
+from ssast.benchmarks.performance.machine import describe_machine
 from ssast.benchmarks.performance.page import write_page
+from ssast.benchmarks.performance.records import publish, read_records
 from ssast.benchmarks.performance.store import OUT, ResultStore, Scope
+from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
 from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.demo.corpora import fetch_demo
 
-PARTS = ("step", "roofline", "scaling", "loader", "runs")
+PARTS = ("step", "roofline", "scaling", "loader", "predict", "runs")
+MAIN = ("published", next(name for name, v in VARIANTS.items() if v == DEFAULT), "bf16")
 DOCS = Path("docs")
 
 
@@ -35,14 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status, 0.
 
     Raises:
-        ConfigError: Wrong options, or other options than those of the files; or a process failed.
+        ConfigError: Wrong options, or other options than those of the files; or a process failed,
+            or other programs disturbed a case.
         DataError: The recordings cannot be downloaded.
     """
     options = _parser().parse_args(arguments)
     store = ResultStore(options.out)
     if not options.page:
         _measure(store, options)
-    print(write_page(store, options.docs))
+    folder = options.docs / "performance"
+    if store.scope() is not None or not options.page:
+        print(publish(store, folder))
+    print(write_page(options.docs))
+    if options.readme.exists():
+        print(write_readme(options.readme, read_records(folder)))
     return 0
 
 
@@ -54,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sizes", nargs="+", choices=list(SIZES), default=list(scope.sizes), help="model sizes")
     repeats = ", ".join(f"{size} {number}" for size, number in REPEATS.items())
     add("--repeats", type=int, help=f"processes of each variant of the step ({repeats}, else 1)")
+    add("--variants", nargs="+", choices=["main", *VARIANTS, *OPTIONS], default=[],
+        help=f"variants of the step (all; main: {', '.join(MAIN)})")  # fmt: skip
     add("--batch", type=int, help=f"clips of a step ({scope.batch})")
     add("--frames", type=int, help=f"frames of a clip ({scope.frames})")
     add("--threads", type=int, help="threads of PyTorch and the loaders (all cores)")
@@ -62,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     add_device_option(parser)
     add("--out", type=Path, default=OUT, help=f"folder of the results ({OUT})")
     add("--docs", type=Path, default=DOCS, help=f"folder of the page ({DOCS})")
-    add("--page", action="store_true", help="only write the page, from the results")
+    add("--readme", type=Path, default=Path("README.md"), help="with a table (README.md)")
+    add("--page", action="store_true", help="measure nothing: only write what is written")
     return parser
 
 
@@ -77,8 +92,11 @@ def _measure(store: ResultStore, options: argparse.Namespace) -> None:
     device = device or find_device(options.device)
     if device.type == "cpu":
         use_device(device)  # nor do processes that are started see a GPU
-    scope = replace(known, sizes=tuple(options.sizes), device=str(device), **changes)
-    machine = machine_facts(device)
+    variants = MAIN if "main" in options.variants else tuple(options.variants)
+    scope = replace(
+        known, sizes=tuple(options.sizes), variants=variants, device=str(device), **changes
+    )
+    machine = describe_machine(device)
     for section, cases in sections(scope).items():
         if section.partition("-")[0] in options.sections:
             if section == "runs" and scope.data == Scope().data:

@@ -21,7 +21,7 @@ OUT = Path("runs/performance")
 Case = Callable[[], Any]  # returns something that JSON can hold
 TRIES = 3  # of a case
 MOST_OTHER = 0.05  # share of all cores that other programs may take while a case is measured
-_NUMBER_OF_CASES = ("sizes", "repeats")  # fields that no case depends on
+_NUMBER_OF_CASES = ("sizes", "repeats", "variants")  # fields that no case depends on
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Scope:
     Attributes:
         sizes: Sizes of the model.
         repeats: Processes of each variant of the step; by size if None.
+        variants: Variants of the step; all if empty.
         batch: Clips of a step.
         frames: Frames of a clip.
         threads: Threads of PyTorch and of the loaders.
@@ -41,6 +42,7 @@ class Scope:
 
     sizes: tuple[str, ...] = ("tiny", "small", "base")
     repeats: int | None = None
+    variants: tuple[str, ...] = ()
     batch: int = 8
     frames: int = 1024
     threads: int = 2
@@ -94,11 +96,23 @@ class ResultStore:
         Raises:
             ConfigError: A file is damaged.
         """
+        return {key: share for key, share in self.shares().items() if share > MOST_OTHER}
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of the machine that others had, of each case.
+
+        Raises:
+            ConfigError: A file is damaged.
+        """
         return {
             f"{path.stem}, {key}": share
             for path in self._files()
-            for key, share in self._content(path).get("disturbed", {}).items()
+            for key, share in self._content(path).get("others", {}).items()
         }
+
+    def sections(self) -> list[str]:
+        """Return the sections that have results."""
+        return [path.stem for path in self._files()]
 
     def machines(self) -> list[dict[str, Any]]:
         """Return the machines, versions and commits of the files, each once."""
@@ -130,17 +144,14 @@ class ResultStore:
                 )
         content = self._content(path) or {"machines": [], "scope": given, "results": {}}
         results = content["results"]
-        disturbed = content.setdefault("disturbed", {})
-        missing = [key for key in cases if key not in results or key in disturbed]
+        others = content.setdefault("others", {})
+        missing = [key for key in cases if key not in results or others[key] > MOST_OTHER]
         for number, key in enumerate(missing, 1):
             print(f"{section}, {number} of {len(missing)}: {key}", flush=True)
             results[key], share = _measured(cases[key])
-            if share > MOST_OTHER:
-                disturbed[key] = round(share, 3)
-            else:
-                disturbed.pop(key, None)
-            if machine not in content["machines"]:
-                content["machines"].append(machine)
+            others[key] = round(share, 3)
+            if dict(machine) not in content["machines"]:
+                content["machines"].append(dict(machine))
             write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def _path(self, section: str) -> Path:

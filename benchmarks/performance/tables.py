@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssast.benchmarks.loading.report import Result
-from ssast.benchmarks.performance.store import ResultStore, Scope
+from ssast.benchmarks.performance.records import Results
+from ssast.benchmarks.performance.store import Scope
 from ssast.benchmarks.study.tables import table
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant, label
 from ssast.engine.config import load_config
@@ -48,12 +49,12 @@ class Row:
     loss_difference: float
 
 
-def step_rows(store: ResultStore, scope: Scope, size: str) -> tuple[list[Row], dict[str, str]]:
+def step_rows(record: Results, scope: Scope, size: str) -> tuple[list[Row], dict[str, str]]:
     """Return the measured variants in order, the published step first, and why others are left out.
 
     Empty without the published step.
     """
-    results = store.read(f"step-{size}")
+    results = record.read(f"step-{size}")
     samples: dict[str, list[dict[str, Any]]] = {}
     for key, sample in results.items():
         samples.setdefault(key.partition(", repeat")[0], []).append(sample)
@@ -96,9 +97,9 @@ def default_row(rows: list[Row]) -> Row | None:
     return next((row for row in rows if row.variant == DEFAULT), None)
 
 
-def steps(store: ResultStore, scope: Scope, size: str) -> list[str]:
+def steps(record: Results, scope: Scope, size: str) -> list[str]:
     """Tabulate the effect of each change."""
-    rows, left_out = step_rows(store, scope, size)
+    rows, left_out = step_rows(record, scope, size)
     if not rows:
         return []
     cells = []
@@ -118,7 +119,7 @@ def steps(store: ResultStore, scope: Scope, size: str) -> list[str]:
     fewest, most = (pick(len(row.cpu_each) for row in rows) for pick in (min, max))
     variation = max((max(row.cpu_each) - min(row.cpu_each)) / row.cpu_s for row in rows)
     counts = f"medians of {fewest} to {most} steps, whose CPU seconds vary by up to {variation:.0%}"
-    counts = counts if most > 1 else "one step of each"
+    counts = record.note or (counts if most > 1 else "one step of each")
     lines = [f"### {size}", ""]
     lines += table(
         ["", "s", "CPU s", "speedup", "speedup in CPU s", "GFLOP per CPU s", "of peak", "GiB",
@@ -131,9 +132,9 @@ def steps(store: ResultStore, scope: Scope, size: str) -> list[str]:
     return [*lines, ""] if left_out else lines
 
 
-def loaders(store: ResultStore) -> list[str]:
+def loaders(record: Results) -> list[str]:
     """Tabulate the audio stream against the plain loader."""
-    results = [Result(**found) for found in store.read("loader").values()]
+    results = [Result(**found) for found in record.read("loader").values()]
     rows = []
     for r in results:
         stages = r.stages("files")
@@ -153,7 +154,7 @@ def loaders(store: ResultStore) -> list[str]:
     return table(header, rows) if rows else []
 
 
-def runs(store: ResultStore) -> list[str]:
+def runs(record: Results) -> list[str]:
     """Tabulate short runs on files."""
     rows = [
         [
@@ -164,33 +165,33 @@ def runs(store: ResultStore) -> list[str]:
             f"{run['clips_per_s_alone']:.1f}",
             f"{run['clips_per_s'] / run['clips_per_s_alone']:.0%}",
         ]
-        for name, run in store.read("runs").items()
+        for name, run in record.read("runs").items()
     ]
     header = ["run", "s per clip", "clips/s", "waiting for data"]
     header += ["step alone, clips/s", "of step alone"]
     return table(header, rows) if rows else []
 
 
-def peaks(store: ResultStore) -> list[str]:
+def peaks(record: Results) -> list[str]:
     """Tabulate the peaks of the machine."""
     rows = [
         [name, f"{peak['gflop_per_s']:.0f}", f"{peak['gb_per_s']:.0f}"]
-        for name, peak in _peaks(store).items()
+        for name, peak in _peaks(record).items()
     ]
     return table(["", "matmul, GFLOP/s", "copy, GB/s"], rows) if rows else []
 
 
-def _peaks(store: ResultStore) -> dict[str, dict[str, float]]:
+def _peaks(record: Results) -> dict[str, dict[str, float]]:
     return {
         key.removeprefix("peak "): peak
-        for key, peak in store.read("roofline").items()
+        for key, peak in record.read("roofline").items()
         if key.startswith("peak ") and "left_out" not in peak
     }
 
 
-def floor(store: ResultStore, scope: Scope, size: str) -> StepTime | None:
+def floor(record: Results, scope: Scope, size: str) -> StepTime | None:
     """Return the least time of the default step: its parts in sequence, each at the peak."""
-    found = _peaks(store)
+    found = _peaks(record)
     peak = found.get("fp32 by AVX-512", found.get("fp32"))
     if peak is None:
         return None
@@ -210,11 +211,11 @@ def floor(store: ResultStore, scope: Scope, size: str) -> StepTime | None:
     return step_time(config, gpu, count_parameters(config), **shape)
 
 
-def rooflines(store: ResultStore, scope: Scope) -> list[str]:
+def rooflines(record: Results, scope: Scope) -> list[str]:
     """Tabulate the default step of each size against the least time on this machine."""
     rows = []
     for size in scope.sizes:
-        row, least = default_row(step_rows(store, scope, size)[0]), floor(store, scope, size)
+        row, least = default_row(step_rows(record, scope, size)[0]), floor(record, scope, size)
         if row is not None and least is not None:
             parts = (least.matmul, least.attention, least.elementwise, least.optimizer)
             rows.append(
@@ -228,9 +229,9 @@ def rooflines(store: ResultStore, scope: Scope) -> list[str]:
     return table([*header, "measured s", "of the roofline"], rows) if rows else []
 
 
-def profiles(store: ResultStore, scope: Scope) -> dict[str, dict[str, float]]:
+def profiles(record: Results, scope: Scope) -> dict[str, dict[str, float]]:
     """Return the shares of the parts of a step, by size, without parts that take no time."""
-    results = store.read("roofline")
+    results = record.read("roofline")
     found = {
         size: results[f"profile {size}"] for size in scope.sizes if f"profile {size}" in results
     }
@@ -244,9 +245,9 @@ def profiles(store: ResultStore, scope: Scope) -> dict[str, dict[str, float]]:
     }
 
 
-def where_time_goes(store: ResultStore, scope: Scope) -> list[str]:
+def where_time_goes(record: Results, scope: Scope) -> list[str]:
     """Tabulate the parts of a step."""
-    found = profiles(store, scope)
+    found = profiles(record, scope)
     if not found:
         return []
     parts = next(iter(found.values()))
@@ -254,9 +255,9 @@ def where_time_goes(store: ResultStore, scope: Scope) -> list[str]:
     return table(["", *found], rows)
 
 
-def scaling(store: ResultStore, scope: Scope) -> list[str]:
+def scaling(record: Results, scope: Scope) -> list[str]:
     """Tabulate the throughput of the default step of tiny, and of each size."""
-    results = store.read("scaling")
+    results = record.read("scaling")
     whole = results.get(f"batch {scope.batch}")
     rows = [
         [
@@ -267,28 +268,28 @@ def scaling(store: ResultStore, scope: Scope) -> list[str]:
         ]
         for key, found in results.items()
     ]
-    for size, found in sizes(store, scope).items():
+    for size, found in sizes(record, scope).items():
         rows.append([f"size {size}", f"{found[0]:.2f}", "", f"{found[1]:.2f}"])
     header = ["", "clips/s", f"of batch {scope.batch}", "GiB"]
     return table(header, rows) if rows else []
 
 
-def rates(store: ResultStore, scope: Scope) -> dict[str, dict[str, float]]:
+def rates(record: Results, scope: Scope) -> dict[str, dict[str, float]]:
     """Return clips per second by what was varied and its value."""
     found: dict[str, dict[str, float]] = {}
-    for key, result in store.read("scaling").items():
+    for key, result in record.read("scaling").items():
         what, value = key.split(" ")
         if what in ("threads", "processes"):
             unit = what.removesuffix("es" if what == "processes" else "s")
             what, value = "threads, or processes", f"{value} {unit if value == '1' else what}"
         found.setdefault(what, {})[value] = result["clips_per_s"]
-    by_size = {size: rate for size, (rate, _) in sizes(store, scope).items()}
+    by_size = {size: rate for size, (rate, _) in sizes(record, scope).items()}
     return found | ({"size": by_size} if by_size else {})
 
 
-def sizes(store: ResultStore, scope: Scope) -> dict[str, tuple[float, float]]:
+def sizes(record: Results, scope: Scope) -> dict[str, tuple[float, float]]:
     """Return clips per second and GiB of the default step of each size."""
-    rows = {size: default_row(step_rows(store, scope, size)[0]) for size in scope.sizes}
+    rows = {size: default_row(step_rows(record, scope, size)[0]) for size in scope.sizes}
     return {s: (scope.batch / r.wall_s, r.memory_gib) for s, r in rows.items() if r is not None}
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from ssast.benchmarks.performance import others
 from ssast.benchmarks.performance.others import OtherWork
-from ssast.benchmarks.performance.page import write_page
+from ssast.benchmarks.performance.records import publish
 from ssast.benchmarks.performance.store import TRIES, ResultStore, Scope
 from ssast.engine.errors import ConfigError
 
-MACHINE = {"device": "a CPU", "cores": 2, "torch": "2.0", "commit": "abc"}
+MACHINE = {"name": "a CPU, 2 cores"}
 BUSY = "import time; end = time.time() + 1.2\nwhile time.time() < end: pass"
 
 
@@ -64,7 +64,7 @@ def test_what_stays_disturbed_is_not_published(shares, tmp_path):
     store.measure("loader", cases, Scope(), MACHINE)
     assert len(taken) == TRIES and store.disturbed() == {"loader, a": 0.5}
     with pytest.raises(ConfigError, match=r"1 cases were disturbed .*loader, a most.*50%"):
-        write_page(store, tmp_path / "docs")
+        publish(store, tmp_path / "docs")
     assert not (tmp_path / "docs").exists()
     store.measure("loader", cases, Scope(), MACHINE)  # idle now
     assert store.read("loader") == {"a": TRIES + 1} and not store.disturbed()

@@ -11,9 +11,11 @@ from finetune_runs import make_sounds
 
 from ssast.benchmarks.performance import cases as performance_cases
 from ssast.benchmarks.performance.cases import sections
+from ssast.benchmarks.performance.comparison import MARKS
 from ssast.benchmarks.performance.others import OtherWork
 from ssast.benchmarks.performance.page import missing, write_page
 from ssast.benchmarks.performance.performance import main
+from ssast.benchmarks.performance.records import Record, publish
 from ssast.benchmarks.performance.store import Case, ResultStore, Scope
 from ssast.benchmarks.performance.tables import floor, step_rows
 from ssast.benchmarks.training.step import Setting
@@ -33,7 +35,17 @@ from ssast.kernels.matmul import is_fast
 from ssast.pipelines.clips.manifest import write_manifest
 
 TOY = Setting("tiny", batch=3, frames=64, threads=1, default_memory=False)
-MACHINE = {"device": "a CPU", "cores": 2, "torch": "2.0", "commit": "abc"}
+MACHINE = {
+    "name": "A CPU, 2 cores",
+    "cpu": "A CPU",
+    "microarchitecture": None,
+    "instructions": ["avx2"],
+    "cores": 2,
+    "torch": "2.0",
+    "commit": "abc",
+    "date": "2026-01-01",
+    "load": 0.25,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,9 +198,16 @@ def store(tmp_path: Path) -> ResultStore:
     return store
 
 
+def published_docs(store: ResultStore, tmp_path: Path) -> Path:
+    """A folder with the record of a machine."""
+    publish(store, tmp_path / "docs" / "performance")
+    return tmp_path / "docs"
+
+
 def test_the_page_is_written_from_the_files(store: ResultStore, tmp_path: Path) -> None:
-    page = write_page(store, tmp_path / "docs").read_text()
-    assert "- a CPU, 2 cores; torch 2.0; commit abc" in page
+    page = write_page(published_docs(store, tmp_path)).read_text()
+    assert "| A CPU, 2 cores | avx2 | 2.0 | abc | 2026-01-01 | 0.25 |" in page
+    assert "## In detail: A CPU, 2 cores" in page and "| tiny: step, fp32 | 8.00 |" in page
     gflop = 2 * step_flops_per_clip(Scope().setting().config()) * 8 / 1e9  # of two passes
     published = next(line for line in page.splitlines() if line.startswith("| published step"))
     assert "| 4 | 8 | 1.00 | 1.00 |" in published
@@ -204,17 +223,20 @@ def test_the_page_is_written_from_the_files(store: ResultStore, tmp_path: Path) 
     assert "**Nothing here is measured**" in page and "| base, h100 |" in page
     assert "waiting for the next batch" not in page  # it takes no time
     drawn = {path.name for path in (tmp_path / "docs" / "performance").iterdir()}
-    assert drawn == {"step.png", "parts.png", "scaling.png"}
+    assert drawn == {"step.png", "parts.png", "scaling.png", "a-cpu-2-cores.json"}
     assert "## The loader" not in page and "## End to end" not in page
 
 
 def test_what_is_not_measured_is_named(store: ResultStore, tmp_path: Path) -> None:
-    left = missing(store, Scope(sizes=("tiny",)))
+    docs = published_docs(store, tmp_path)
+    left = missing(Record(docs / "performance" / "a-cpu-2-cores.json"))
     assert {"step-small", "step-base", "loader", "runs"} <= set(left)
     tiny = next(text for text in left if text.startswith("step-tiny"))
     assert "batched" in tiny and "published" not in tiny and "compiled" not in tiny
     with pytest.raises(ConfigError, match="no measurements of ssast bench performance there"):
-        write_page(ResultStore(tmp_path / "nothing"), tmp_path / "docs")
+        publish(ResultStore(tmp_path / "nothing"), tmp_path)
+    with pytest.raises(ConfigError, match="no records of ssast bench performance there"):
+        write_page(tmp_path)
 
 
 def test_the_floor_is_at_the_peaks(store: ResultStore) -> None:
@@ -259,9 +281,11 @@ def test_everything_once(
         return {"demo": run_cases(scope)["demo"]}
 
     monkeypatch.setattr(performance_cases, "run_cases", one_run)
-    paths = [f"--{name}={tmp_path / name}" for name in ("out", "docs", "data")]
+    paths = [f"--{name}={tmp_path / name}" for name in ("out", "docs", "data", "readme")]
+    (tmp_path / "readme").write_text("\n".join(["before", *MARKS, "after"]))
+    parts = "--sections step roofline scaling loader runs"
     toy = "--sizes tiny --repeats 1 --batch 2 --frames 32 --threads 1 --clips 2"
-    command = [*toy.split(), *paths]
+    command = [*parts.split(), *toy.split(), *paths]
     assert main(command) == 0
     assert "runs, 1 of 1: demo" in capsys.readouterr().out
     page = (tmp_path / "docs" / "performance.md").read_text()
@@ -274,6 +298,8 @@ def test_everything_once(
         assert text in page
     found = json.loads((tmp_path / "out" / "step-tiny.json").read_text())["results"]
     assert len({round(result["loss"], 4) for result in found.values()}) == 1
-    assert len(sections(Scope(("tiny",), 1, 2, 32, 1, 2))) == 5
+    readme = (tmp_path / "readme").read_text().splitlines()
+    assert readme[0] == "before" and readme[-1] == "after" and "| tiny, fp32 |" in readme[2]
+    assert len(sections(Scope(("tiny",)))) == 6
     assert main(command) == 0  # nothing is measured again
     assert " of " not in capsys.readouterr().out
