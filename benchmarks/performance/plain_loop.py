@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from transformers import ASTFeatureExtractor, ASTForAudioClassification
 
 TOP = 5
 
 
 def main(model_folder: str, clips: str, batch: str, *embed: str) -> None:
     """Print the likeliest classes of all clips of a folder, or write their embeddings."""
+    from transformers import ASTFeatureExtractor, ASTForAudioClassification
+
     model = ASTForAudioClassification.from_pretrained(model_folder).eval()
     extractor = ASTFeatureExtractor.from_pretrained(model_folder)
     paths, vectors = sorted(Path(clips).iterdir()), []
