@@ -1,5 +1,8 @@
 """The benchmark of waiting runs steps in processes that wait in their own way, and reports."""
 
+import shutil
+import sys
+
 import pytest
 
 from ssast.benchmarks.training.waiting import PASSIVE, Load, Row, format_rows, measure
@@ -13,9 +16,10 @@ def test_a_step_beside_a_busy_program() -> None:
     assert all(row.cpu_s > 0 and row.wall_s > 0 for row in rows)
 
 
-def test_a_process_that_ends_is_an_error() -> None:
+def test_a_process_that_ends_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ConfigError, match="the process of 100 ended with 1"):
-        next(measure(["100"], Load(size="nonsense"), [0], rounds=1, steps=1))
+        next(measure(["100"], Load(), [0], rounds=1, steps=1))
 
 
 def test_the_table_has_the_ratio_to_the_better_one() -> None:
