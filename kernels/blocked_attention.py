@@ -4,8 +4,9 @@
     dv = P^T g;  dS = P * (g v^T - rowsum(P * g v^T)) / sqrt(D_h);  dq = dS k;  dk = dS^T q
 
 PyTorch's own CPU kernel works on tiles of a head, with matmuls by MKL. Where oneDNN's are far
-faster, whole heads are better: their scores stay in the cache from the first matmul to the last,
-and are recomputed in the backward pass. Scores and softmax are float32 at least.
+faster, whole heads are better: their scores stay in the cache from the first matmul to the last.
+The backward pass reads P, where it is small, and else computes it again, with the same bits:
+reading it takes a fifth of the time. Scores and softmax are float32 at least.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ssast.kernels.operation import custom_op
 
 BLOCK = 1 << 20  # scores at a time, 4 MiB
+KEPT = 1 << 23  # at most so many probabilities are kept for the backward pass, 32 MiB in float32
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -75,6 +77,7 @@ def _buffer(q: Tensor, k: Tensor, blocks: list[slice], dtype: torch.dtype) -> Te
 
 
 def _probabilities(q: Tensor, k: Tensor, padding: Tensor | None, out: Tensor) -> Tensor:
+    """Compute P of some heads in place of ``out``, and return it in the dtype of q."""
     scale = q.shape[2] ** -0.5
     left, right = q.to(out.dtype), k.to(out.dtype).transpose(1, 2)
     torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
@@ -91,19 +94,35 @@ def _rows(padding: Tensor | None, block: slice) -> Tensor | None:
     return None if padding is None else padding[block]
 
 
-def _attention_torch(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+def _attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
     like, padding = q, _padding(valid, q.shape[2])
     q, k, v = map(_by_head, (q, k, v))
     blocks, out = _blocks(q, k), torch.empty_like(q)
-    scores = _buffer(q, k, blocks, _precise(q))
+    kept = q.new_empty(len(q), q.shape[1], k.shape[1]) if keep else q.new_empty(0)
+    in_place = keep and q.dtype == _precise(q)
+    scores = kept if in_place else _buffer(q, k, blocks, _precise(q))
     for b in blocks:
-        P = _probabilities(q[b], k[b], _rows(padding, b), scores[: b.stop - b.start])
+        block = scores[b] if in_place else scores[: b.stop - b.start]
+        P = _probabilities(q[b], k[b], _rows(padding, b), block)
+        if keep and not in_place:
+            kept[b] = P
         torch.bmm(P, v[b], out=out[b])
-    return _by_token(out, like).contiguous()
+    return _by_token(out, like).contiguous(), kept
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    B, L, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B * H, L, k.shape[1]) if keep else 0)
+
+
+def _attention_plain(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    return attention_reference(q, k, v, valid), q.new_empty(0)
 
 
 _attention = custom_op(
@@ -111,23 +130,24 @@ _attention = custom_op(
     _attention_torch,
     fake=_attention_fake,
     autocast="lower_precision",
-    plain=attention_reference,
+    plain=_attention_plain,
     formula_for=("q", "k", "v"),
 )
 
 
 def _attention_backward_torch(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, kept: Tensor
 ) -> Tensor:
     scale, padding = q.shape[3] ** -0.5, _padding(valid, q.shape[2])
     queries, keys = q, k
     grad, q, k, v = map(_by_head, (grad, q, k, v))
     blocks = _blocks(q, k)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    scores, dscores = (_buffer(q, k, blocks, dtype) for dtype in (_precise(q), q.dtype))
+    dscores = _buffer(q, k, blocks, q.dtype)
+    scores = None if kept.numel() else _buffer(q, k, blocks, _precise(q))
     for b in blocks:
         n = b.stop - b.start
-        P = _probabilities(q[b], k[b], _rows(padding, b), scores[:n])
+        P = kept[b] if scores is None else _probabilities(q[b], k[b], _rows(padding, b), scores[:n])
         torch.bmm(P.transpose(1, 2), grad[b], out=dv[b])
         dS = torch.bmm(grad[b], v[b].transpose(1, 2), out=dscores[:n])
         torch._softmax_backward_data(dS, P, 2, q.dtype, grad_input=dS)
@@ -140,7 +160,7 @@ def _attention_backward_torch(
 
 
 def _attention_backward_plain(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, kept: Tensor
 ) -> Tensor:
     P = _softmax(q, k, valid)
     dP = torch.einsum("blhd,bmhd->bhlm", grad, v)
@@ -166,12 +186,17 @@ _attention_backward = custom_op(
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are made in the shape of P
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx, grad: Tensor | None, _: None):
+    if grad is None:
+        return (None,) * 5
     saved = ctx.saved_tensors  # once: activation checkpointing computes them again for each time
-    return *_gradients(_attention_backward(grad, *saved), saved[0], saved[1]), None
+    gradients = _gradients(_attention_backward(grad, *saved), saved[0], saved[1])
+    return *gradients, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -179,6 +204,8 @@ _attention.register_autograd(_backward, setup_context=_save)
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """Compute softmax attention of every query to every valid key.
+
+    The probabilities are kept for the backward pass where they are at most :data:`KEPT`.
 
     Args:
         q: [B, L, H, D_h] on a CPU.
@@ -189,4 +216,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = No
     Returns:
         [B, L, H, D_h].
     """
-    return _attention(q, k, v, valid)
+    B, L, H, _ = q.shape
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    keep = trained and B * H * L * k.shape[1] <= KEPT
+    return _attention(q, k, v, valid, keep)[0]

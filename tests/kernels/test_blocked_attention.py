@@ -1,5 +1,7 @@
 """Attention by batched products of whole heads: a backend for CPUs."""
 
+import itertools
+
 import pytest
 import torch
 from attention_cases import (
@@ -53,6 +55,39 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_probabilities_change_no_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [x.to(dtype) for x in queries_keys_values((3, 9, 9, 5, 8), "unit")]
+    monkeypatch.setattr(module, "BLOCK", 4 * 81)
+    whole = outputs_and_gradients(inputs)
+    monkeypatch.setattr(module, "KEPT", 3 * 5 * 81 - 1)
+    for got, want in zip(outputs_and_gradients(inputs), whole, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_probabilities_are_kept_for_a_backward_pass_where_they_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leaves = [x.requires_grad_() for x in queries_keys_values((3, 9, 9, 5, 8), "unit")]
+
+    def kept_bytes() -> int:
+        sizes = list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            blocked_attention(*leaves)
+        return max(sizes, default=0)
+
+    monkeypatch.setattr(module, "KEPT", 3 * 5 * 81)
+    assert kept_bytes() == 3 * 5 * 81 * 8
+    monkeypatch.setattr(module, "KEPT", 3 * 5 * 81 - 1)
+    assert kept_bytes() == leaves[0].nbytes
+    with torch.no_grad():
+        assert kept_bytes() == 0
+
+
 def outputs_and_gradients(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = blocked_attention(*leaves)
@@ -63,8 +98,8 @@ def test_gradcheck_and_opcheck() -> None:
     inputs = [x.requires_grad_() for x in queries_keys_values((2, 3, 4, 2, 3), "unit")]
     assert torch.autograd.gradcheck(blocked_attention, inputs)
     real = torch.tensor([[True, True, False, True], [False, True, False, False]])
-    for mask in (None, real):
-        torch.library.opcheck(_attention, (*inputs, mask))
+    for mask, keep in itertools.product((None, real), (False, True)):
+        torch.library.opcheck(_attention, (*inputs, mask, keep))
 
 
 def test_padding_has_no_effect() -> None:

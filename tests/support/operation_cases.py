@@ -62,6 +62,7 @@ class Case:
 DTYPE = "dtype of autocast"
 MASKS = masks_from_ids(torch.tensor([[0, 2], [1, 3]]), 4)  # of 2 x 2 patches
 ROWS = torch.tensor([[0, 1, 4, 1], [2, 0, 0, 3]])  # of a table of 5
+_NONE = torch.empty(0)
 COUNTS = torch.tensor([3, 2])
 SPEC = FbankSpec(sample_rate_hz=8000, n_mels=6, num_frames=3)
 _EMBED = {
@@ -173,8 +174,8 @@ BACKWARD = {  # what runs in the backward pass of an operation; autocast leaves 
         lambda: None, {"grad": (2, 4, 3)}, "none",
     ),
     "blocked_attention_backward": Case(
-        lambda *x: op.blocked_attention_backward(*x, None), lambda: None, {"grad": (2, 3, 2, 4)}
-        | _QKV, "none",
+        lambda *x: op.blocked_attention_backward(*x, None, _NONE),
+        lambda: None, {"grad": (2, 3, 2, 4)} | _QKV, "none",
     ),
     "efficient_attention_backward": Case(
         lambda grad, *qkv: op.efficient_attention_backward(
