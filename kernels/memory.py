@@ -37,17 +37,17 @@ def keep_freed_memory() -> bool:
 
 
 def _use_huge_pages(libc: ctypes.CDLL) -> None:
-    """Enlarge the heap by the addresses of the whole memory, and ask for huge pages there.
+    """Enlarge the heap by the addresses of half of the memory, and ask for huge pages there.
 
-    Addresses take no memory before they are used. Where there are not so many, or no huge pages,
-    nothing changes.
+    Addresses take no memory before they are used; of more than there is memory Linux would refuse
+    to fork a process. Where there are not so many, or no huge pages, nothing changes.
     """
     libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     begin = libc.sbrk(0)
-    libc.free(libc.malloc(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    libc.free(libc.malloc(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2))
     first, end = -(-begin // _HUGE_PAGE) * _HUGE_PAGE, libc.sbrk(0)
     if end > first:
         libc.madvise(first, end - first, _MADV_HUGEPAGE)
