@@ -21,7 +21,7 @@ import yaml
 
 from ssast.engine.errors import ConfigError
 from ssast.engine.finetune_settings import Finetune
-from ssast.engine.objective_settings import Objective, check_objective
+from ssast.engine.objective_settings import Objective, check_objective, published_share
 from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
 from ssast.engine.settings import (
     EXTRA_TOKENS,
@@ -40,9 +40,6 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Section = TypeVar("Section")
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
 OVERRIDE = "on the command line"
-
-
-PUBLISHED_SHARE = 400 / 512  # of the patches that are masked
 
 
 def num_patches(n_mels: int, num_frames: int, patch: Sequence[int]) -> int:
@@ -128,6 +125,11 @@ class Config:
         if self.optim.schedule == "multistep":
             raise ConfigError("optim.schedule multistep needs epochs: it is for fine-tuning alone")
         check_objective(self.objective, self.grid)
+        if self.objective.kind == "latent" and self.optim.schedule == "plateau":
+            raise ConfigError(
+                "optim.schedule plateau follows the validation loss, which says little where "
+                "targets move (objective.kind latent): use cosine or constant"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -304,7 +306,8 @@ def _default_masked(raw: Mapping[str, Any]) -> int:
     audio = _build(Audio, raw.get("audio") or {}, "audio.")
     model = _build(Model, raw.get("model") or {}, "model.")
     patches = num_patches(audio.n_mels, audio.num_frames, model.patch)
-    return masked_patches(PUBLISHED_SHARE, patches)
+    objective = _mapping(raw.get("objective") or {}, "objective")
+    return masked_patches(published_share(objective.get("kind")), patches)
 
 
 def _leaves(raw: Mapping[str, Any]) -> list[str]:

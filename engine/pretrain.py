@@ -26,6 +26,7 @@ from ssast.engine.formats.open import (
 )
 from ssast.engine.model.objective import PretrainingModel
 from ssast.engine.monitoring.loggers import check_loggers
+from ssast.engine.objective_settings import OF_GUARD
 from ssast.engine.parallel.ranks import leaving_world
 from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import of_clips
@@ -83,6 +84,7 @@ def pretrain(
     config, measured = with_measured_stats(config, train_paths, resume=resume)
     # What the weights, the masks or the data order depend on must not change on the way.
     fixed = [(s, k) for s in ("audio", "model", "objective") for k in vars(getattr(config, s))]
+    fixed = [(section, key) for section, key in fixed if key not in OF_GUARD]
     return run_training(
         config,
         lambda context: Pretraining(context, train_paths, held_out, pretrained),

@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ssast.engine.errors import ConfigError
+from ssast.engine.objective_settings import MSPM
 from ssast.pipelines.text import one_line, shown
 
 
@@ -108,7 +109,10 @@ class Registry:
 OBJECTIVES = Registry(
     "objective.kind",
     "ssast.objectives",
-    dict.fromkeys(("joint", "discriminative", "generative"), "ssast.engine.model.objective:MSPM"),
+    {
+        **dict.fromkeys(MSPM, "ssast.engine.model.objective:MSPM"),
+        "latent": "ssast.engine.model.latent:Latent",
+    },
 )
 BACKBONES = Registry(
     "model.backbone",

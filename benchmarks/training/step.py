@@ -40,13 +40,14 @@ from ssast.benchmarks.training.groups import (
     measured_groups,
 )
 from ssast.benchmarks.training.ours import OurStep
-from ssast.engine.config import PUBLISHED_SHARE, Config, from_plain, masked_patches
+from ssast.engine.config import Config, from_plain, masked_patches
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.flops import PEAK_SHAPE, step_flops_per_clip
 from ssast.engine.monitoring.gpus import GPUS, Gpu, find_gpu
 from ssast.engine.monitoring.monitor import peak_memory_gib
+from ssast.engine.objective_settings import published_share
 from ssast.engine.planning.synthetic import NUM_CLASSES, noise
 from ssast.engine.settings import SIZES
 from ssast.kernels.matmul import fast_matmul
@@ -86,7 +87,7 @@ class Setting:
                     "finetune": {"stride": [10, 10], "loss": "bce"},
                 }
             )
-        num_masked = masked_patches(PUBLISHED_SHARE, 8 * (self.frames // 16))
+        num_masked = masked_patches(published_share("joint"), 8 * (self.frames // 16))
         return from_plain(
             {
                 "model": {"size": self.size},

@@ -8,7 +8,6 @@ from typing import Any
 
 from ssast.engine.config import (
     OVERRIDE,
-    PUBLISHED_SHARE,
     Config,
     from_plain,
     masked_patches,
@@ -17,12 +16,11 @@ from ssast.engine.config import (
 )
 from ssast.engine.errors import CheckpointError
 from ssast.engine.finetune_settings import Finetune
-from ssast.engine.objective_settings import Objective
+from ssast.engine.objective_settings import Objective, published_share, settings_of
 from ssast.engine.settings import Audio, Model
 
 AUDIO = ("sample_rate_hz", "channel", "n_mels", "num_frames", "mean", "std", "ignore_padding")
 MODEL = ("backbone", "size", "patch", "depth", "positions", "extra_tokens", "norm")
-OBJECTIVE = ("kind", "num_masked", "mask", "softmax_axis", "two_pass", "mse_weight")
 USUAL = (None, False, "transformer", "learned", "cls_dist", "pre")  # not worth a word
 # Weights cannot be resized along these.
 SHAPES = tuple(f"model.{key}" for key in MODEL)
@@ -55,7 +53,7 @@ def adopt(
     """
     plain, theirs = to_plain(config), to_plain(pretrained)
     taken, kept = dict[str, Any](), list[str]()
-    for section, key in _keys(config):
+    for section, key in _keys(config, pretrained):
         name, value = f"{section}.{key}", theirs.get(section, {}).get(key)
         if name == "finetune.stride" and value == theirs["model"]["patch"]:
             value = None
@@ -67,21 +65,24 @@ def adopt(
             _check(name, ours, value, origin, source, resizable=config.finetune is None)
             kept.append(f"{name} {_text(ours)} {origin}, the checkpoint has {_text(value)}")
     if "objective.num_masked" in taken:
-        share = PUBLISHED_SHARE  # of a model without an objective
         if pretrained.finetune is None:
             share = pretrained.objective.num_masked / _patches(theirs)
+        else:  # a model without an objective
+            share = published_share(plain["objective"]["kind"])
         plain["objective"]["num_masked"] = masked_patches(share, _patches(plain))
     adopted = from_plain(plain, config.stated)
     return adopted, _lines(plain, taken, kept, source, assumed)
 
 
-def _keys(config: Config) -> list[tuple[str, str]]:
+def _keys(config: Config, pretrained: Config) -> list[tuple[str, str]]:
     measured = ("mean", "std") if config.audio.stats == "measure" else ()
     keys = [("model", key) for key in MODEL]
     keys += [("audio", key) for key in AUDIO if key not in measured]
-    if config.finetune is None:
-        return keys + [("objective", key) for key in OBJECTIVE]
-    return [*keys, ("finetune", "stride")]
+    if config.finetune is not None:
+        return [*keys, ("finetune", "stride")]
+    ours, theirs = config.objective.kind, pretrained.objective.kind
+    known = settings_of(ours if _is_set(config, "objective.kind", ours) else theirs)
+    return keys + [("objective", key) for key in settings_of(theirs) if key in known]
 
 
 def _is_set(config: Config, name: str, value: Any) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ssast.engine.checkpoints.weights import check_complete, check_shapes, sketch
 from ssast.engine.config import (
-    PUBLISHED_SHARE,
     Config,
     from_plain,
     masked_patches,
@@ -28,6 +27,7 @@ from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
+from ssast.engine.objective_settings import published_share
 from ssast.engine.settings import EXTRA_TOKENS, MOST_FRAMES, SIZES, Audio, Model
 from ssast.kernels.patch_embed import patch_grid
 from ssast.pipelines.text import shown
@@ -231,7 +231,7 @@ def build_pretrained(
             "model": layout.model,
             "audio": {**audio, "n_mels": n_mels, "num_frames": num_frames},
             "objective": {
-                "num_masked": masked_patches(PUBLISHED_SHARE, layout.num_patches),
+                "num_masked": masked_patches(published_share("joint"), layout.num_patches),
                 "mask": "random" if layout.patch[0] == n_mels else "official",
             },
         }

@@ -1,4 +1,4 @@
-"""Masked spectrogram patch modelling: mask, encode, two heads, losses.
+"""Objectives, and ours: masked spectrogram patch modelling: mask, encode, two heads, losses.
 
     joint = InfoNCE + 10 MSE                                SSAST, equation 3 and published code
 
@@ -7,7 +7,8 @@ code runs a whole forward pass with a mask of its own for each (``two_pass``).
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,13 @@ class PretrainingModel(nn.Module):
         ema_decay: Decay of the average by the number of optimizer steps taken before, where it is
             not that of ``train.ema``: a method of the subclass.
         encoder: The encoder, built by ``model.backbone``.
+        floors: Values of :meth:`mean_losses` that show a collapse when they stay below a value:
+            "x_std" below ``objective.min_x_std``.
     """
 
     has_teacher: bool = False
     ema_decay: Callable[[int], float] | None = None
+    floors: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, config: Config):
         super().__init__()
@@ -180,10 +184,13 @@ class MSPM(PretrainingModel):
         return mean_losses(losses, valid, self.objective.mse_weight)
 
 
-def with_masks(valid: Tensor, masks: list[Masks]) -> Tensor:
-    """Return which valid clips [B] bool have masked patches; a very short clip may have none."""
+def with_masks(valid: Tensor, masks: Sequence[Masks]) -> Tensor:
+    """Return which valid clips [B] bool have masked patches; a very short clip may have none.
+
+    Masks of several clones of a clip have as many masked patches each.
+    """
     num_masked = masks[0].num_masked
-    return valid if num_masked is None else valid & (num_masked > 0)
+    return valid if num_masked is None else valid & (num_masked.view(len(valid), -1)[:, 0] > 0)
 
 
 def clip_means(values: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:

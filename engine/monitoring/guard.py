@@ -1,11 +1,11 @@
-"""Detection of training problems: non-finite gradients and loss spikes."""
+"""Detection of training problems: non-finite gradients, loss spikes and collapse."""
 
 import json
 import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -101,3 +101,24 @@ class SpikeGuard:
                 return True
         self._losses.append(loss)
         return False
+
+
+class CollapseGuard:
+    """Detector of a collapse: of metrics that stay below a floor.
+
+    Args:
+        floors: Lowest healthy value by name; other metrics are not looked at.
+        reports: How many log lines in a row must be below it.
+    """
+
+    def __init__(self, floors: Mapping[str, float], reports: int):
+        self.floors, self.reports = floors, reports
+        self._below = dict.fromkeys(floors, 0)
+
+    def collapsed(self, values: Mapping[str, float]) -> str | None:
+        """Take the metrics of one more log line; return the name of one that has collapsed."""
+        for name, floor in self.floors.items():
+            self._below[name] = self._below[name] + 1 if values[name] < floor else 0
+            if self._below[name] >= self.reports:
+                return name
+        return None

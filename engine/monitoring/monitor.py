@@ -7,6 +7,8 @@ over the steps since the line before:
     train/loss, train/lr, train/skipped_steps
     train/grad_norm                                                of the last step, unclipped
     train/infonce_loss, train/mse_loss, train/pretext_accuracy      pretraining
+    train/latent_loss, train/cls_loss                               latent targets
+    train/target_std, train/prediction_std                          latent targets
     train/accuracy                                                  fine-tuning on single labels
     perf/clips_per_s, perf/step_s                                   of all ranks together
     perf/tflops_per_device, perf/mfu                                mfu: of known accelerators
@@ -16,6 +18,7 @@ After each validation:
 
     valid/loss
     valid/infonce_loss, valid/mse_loss, valid/pretext_accuracy      pretraining
+    valid/latent_loss, valid/cls_loss, ...                          latent targets
     valid/accuracy, valid/map, valid/mauc, valid/macro_f1, ...      fine-tuning; see evaluation
     ema/loss, ...                                                   train.ema: averaged weights
 
@@ -47,6 +50,7 @@ from ssast.pipelines.text import in_notebook, say, shows_progress
 COLUMNS = (
     ("train/loss", "loss", "7.4f"),
     ("train/pretext_accuracy", "pretext acc", "6.1%"),
+    ("train/target_std", "target std", "6.3f"),
     ("train/accuracy", "acc", "6.1%"),
     ("train/lr", "lr", ".2e"),
     ("train/grad_norm", "grad norm", "7.3f"),

@@ -78,6 +78,7 @@ class Pretraining(Task):
             summary += f", continued from {pretrained.path} ({taken})"
         super().__init__(context, module, module.encoder, train_paths, summary)
         self.teacher, self.ema_decay = module.build_teacher(), module.ema_decay
+        self.floors = module.floors
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
         """Draw masks: in training others for each clip and epoch, in validation the same ones."""
@@ -94,6 +95,10 @@ class Pretraining(Task):
     def score(self, values: dict[str, float]) -> float:
         """Return the pretext accuracy, as published, or the negative loss where there is none."""
         return values.get("pretext_accuracy", -values["loss"])
+
+    def criterion(self, values: dict[str, float]) -> float | None:
+        """Return the loss; None with a teacher, whose targets move and grow harder to predict."""
+        return None if self.module.has_teacher else values["loss"]
 
     def validate(self, engine: TrainEngine) -> dict[str, float]:
         """Return mean losses of the held-out clips. Collective."""

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -86,11 +87,11 @@ class Progress:
     ended_by: str = ""
     """Name of the callback that ended the run before its last step."""
 
-    def update(self, criterion: float, score: float, optim: Optim) -> None:
+    def update(self, criterion: float | None, score: float, optim: Optim) -> None:
         """Take the result of a validation."""
         self.plateau.update(score, optim)
         self.since_best += 1
-        if criterion < self.best_loss:
+        if criterion is not None and criterion < self.best_loss:
             self.best_loss, self.since_best = criterion, 0
 
 
@@ -242,6 +243,7 @@ class Task(ABC):
             made of its outputs. It is no part of the module.
         ema_decay: Decay of the averages by the number of optimizer steps taken before, where it is
             not that of ``train.ema``.
+        floors: Metrics of training that show a collapse when they stay below a value.
     """
 
     steps_per_epoch: int = 1
@@ -249,6 +251,7 @@ class Task(ABC):
     num_valid: int = 0
     teacher: SpectrogramTransformer | None = None
     ema_decay: Callable[[int], float] | None = None
+    floors: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -293,13 +296,17 @@ class Task(ABC):
         """Build the optimizer of the module's trainable parameters."""
         return build_optimizer(self.module, self.context.config.optim, self.lr_scale)
 
-    def criterion(self, values: dict[str, float]) -> float:
-        """Return what the best checkpoint has the lowest of, from the result of a validation."""
+    def criterion(self, values: dict[str, float]) -> float | None:
+        """Return what the best checkpoint has the lowest of, from the result of a validation.
+
+        None: nothing tells which checkpoint is better, and the latest is used.
+        """
         return values["loss"]
 
     def score(self, values: dict[str, float]) -> float:
         """Return what the plateau schedule watches, the higher the better."""
-        return -self.criterion(values)
+        criterion = self.criterion(values)
+        return -values["loss"] if criterion is None else -criterion
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint holds of the task itself: tensors on rank 0, and JSON values."""

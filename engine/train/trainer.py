@@ -6,13 +6,13 @@ from pathlib import Path
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import Stopped, TrainingError
-from ssast.engine.monitoring.guard import SkipLog, SpikeGuard
+from ssast.engine.monitoring.guard import CollapseGuard, SkipLog, SpikeGuard
 from ssast.engine.monitoring.monitor import Monitor
 from ssast.engine.monitoring.profiling import StepProfiler
 from ssast.engine.parallel.ranks import gather_objects, reduce_sum, run_on_main
 from ssast.engine.train.callbacks import Callback, Callbacks, RunState
 from ssast.engine.train.execution import start_execution
-from ssast.engine.train.optim import learning_rate
+from ssast.engine.train.optim import learning_rate, warmup_steps
 from ssast.engine.train.saving import Saver
 from ssast.engine.train.state import TrainState
 from ssast.engine.train.step import MicroBatch, Totals, train_step
@@ -60,6 +60,7 @@ class Trainer:
             context.folder / "skipped.jsonl", world.rank, lambda row: str(task.train_paths[row])
         )
         self.spike_guard = SpikeGuard(context.config.train.spike_factor)
+        self.collapse_guard = CollapseGuard(task.floors, context.config.objective.collapse_reports)
         self.num_skipped = 0  # steps since the last log line
         self.stop = context.stop
         self.stop.failing = lambda: self.saver.failing
@@ -75,7 +76,8 @@ class Trainer:
 
         Raises:
             TrainingError: ``train.max_skipped_steps`` steps in a row gave no finite gradient (the
-                state before them was saved), or the loss jumped again and again.
+                state before them was saved), or the loss jumped again and again, or training
+                collapsed.
             CheckpointError: ``train.max_failed_saves`` checkpoints in a row could not be written.
             FolderInUse: Another process has taken over the run's folder.
         """
@@ -123,8 +125,9 @@ class Trainer:
                     self._diverged()
                 log = step % settings.log_every == 0 or step == settings.steps
                 if log:
-                    loss = self._log(lr)
-                    if self.spike_guard.spiked(loss) and self._roll_back():
+                    values = self._log(lr)
+                    self._check_collapse(values)
+                    if self.spike_guard.spiked(values["loss"]) and self._roll_back():
                         continue
                 validate = step % settings.validate_every == 0 or step == settings.steps
                 best = self._validate() if validate else None
@@ -219,23 +222,23 @@ class Trainer:
             ],
         )
 
-    def _log(self, lr: float) -> float:
-        """Log the steps since the last line; return their mean loss. Collective."""
+    def _log(self, lr: float) -> dict[str, float]:
+        """Log the steps since the last line; return their means over all ranks. Collective."""
         values = self.totals.read(self.context.world, grad_norm=self.state.engine.grad_norm)
         step, skipped = self.state.progress.step, self.num_skipped
         named = {**values, "lr": lr, "skipped_steps": skipped}
         metrics = self.monitor.log_train(step, named)
         self.num_skipped = 0
         self.callbacks.call("on_log", metrics)
-        return values["loss"]
+        return values
 
     def _validate(self) -> float | None:
         """Validate; return the criterion if no checkpoint on the disk has a lower one.
 
         It is that of the averaged weights, if there are any, but where they are a teacher's, whose
-        outputs the raw ones predict. None at the start, whose weights need not be kept. That a
-        validation before was better is not enough: its checkpoint may not have been written.
-        Collective.
+        outputs the raw ones predict. None at the start, whose weights need not be kept, and where
+        the task has no criterion. That a validation before was better is not enough: its checkpoint
+        may not have been written. Collective.
 
         Raises:
             Stopped: The run was asked to stop.
@@ -259,6 +262,8 @@ class Trainer:
         self.context.heartbeat("writing a checkpoint")
         # The learning rate follows the raw weights: averaging must not change what is trained.
         progress.update(criterion, task.score(values), self.context.config.optim)
+        if criterion is None:
+            return None
         return criterion if criterion < self.saver.best_value() else None
 
     def _save(self, best: float | None, *, last: bool = False) -> None:
@@ -277,6 +282,24 @@ class Trainer:
             f"gave a finite gradient (their clips are in {self.skip_log.path}): lower "
             "optim.lr or set optim.max_grad_norm, then --resume"
         )
+
+    def _check_collapse(self, values: dict[str, float]) -> None:
+        """End the run where the metrics of a log line, which ranks share, show a collapse.
+
+        Not in the warm-up. No checkpoint is written: the weights are of no use.
+        """
+        step, config = self.state.progress.step, self.context.config
+        if step <= warmup_steps(config.optim, config.train.steps):
+            return
+        name = self.collapse_guard.collapsed(values)
+        if name is not None:
+            raise TrainingError(
+                f"training has collapsed at step {step}, what the patches have has become alike: "
+                f"{name} {values[name]:.2g} is below objective.min_{name} "
+                f"{self.collapse_guard.floors[name]:g} in {self.collapse_guard.reports} log lines "
+                "in a row: begin anew with a lower optim.lr, a longer optim.warmup_steps or a "
+                "higher objective.teacher_decay"
+            )
 
     def _roll_back(self) -> bool:
         """Go back to the last checkpoint, on with other clips; return whether there was one."""

@@ -113,6 +113,7 @@ def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
         ("run.loggers=wandb", "run.loggers must be a list, got 'wandb'"),
         ("run.loggers=[tensorbord]", r"run.loggers\[0\] must be one of .*mean tensorboard?"),
         ("objective.num_masked=511", "objective.num_masked must be at most 510 of the 8 x 64"),
+        ("objective={kind: joint, clones: 4}", "objective.clones is for .* latent, got 'joint'"),
         ("train.zero_stage=0", "train.zero_stage must be 1, 2 or 3, got 0: "),
         ("model=3", "model: expected a mapping"),
         ("train.steps", "expected section.key=value, got 'train.steps'"),
@@ -133,6 +134,31 @@ def test_what_needs_the_other_kind_of_training_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(write(tmp_path, text), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.schedule=plateau", "plateau follows the validation loss, which says little"),
+        ("objective.two_pass=true", "objective.two_pass needs objective.kind joint, got 'latent'"),
+        ("objective.mse_weight=5", "objective.mse_weight is for objective.kind joint, discrim"),
+        ("objective.softmax_axis=paper", "objective.softmax_axis is for .*generative, got 'lat"),
+        ("objective.num_masked=512", "objective.num_masked must be at most 511 of the 8 x 64"),
+        ("objective.clones=65", "objective.clones must be between 1 and 64, got 65"),
+        ("objective.teacher_decay=[0.9, 0.8]", r"teacher_decay must not fall, got \[0.9, 0.8\]"),
+        ("objective.teacher_decay=0.9", "objective.teacher_decay must be a list of 2"),
+    ],
+)
+def test_mistakes_with_latent_targets(override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config("eat_tiny", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_latent_targets_have_their_own_share_of_masked_patches(tmp_path):
+    text = "{objective: {kind: latent}, optim: {schedule: cosine}}"
+    assert load_config(write(tmp_path, text)).objective.num_masked == 410
+    assert load_config(write(tmp_path, text), ["audio.num_frames=128"]).objective.num_masked == 51
 
 
 @pytest.mark.parametrize(
