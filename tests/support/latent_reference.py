@@ -35,6 +35,10 @@ class Case:
     def extra(self) -> int:
         return 1 + self.dist
 
+    @property
+    def norm(self) -> str:
+        return "embed_norm" if self.post else "norm"
+
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights, by the engine's names."""
@@ -44,8 +48,8 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
         "encoder.embed.bias": (D,),
         "encoder.embed.cls_token": (1, 1, D),
         "encoder.embed.mask_embed": (1, 1, D),
-        "encoder.norm.weight": (D,),
-        "encoder.norm.bias": (D,),
+        f"encoder.{case.norm}.weight": (D,),
+        f"encoder.{case.norm}.bias": (D,),
         "decoder.proj.weight": (D, D),
         "decoder.proj.bias": (D,),
     }
@@ -162,7 +166,7 @@ class Reference:
         """States [L, D] after the last block, and the MLP output of each block."""
         x, outputs = torch.stack([*self.extra_tokens(), *tokens]), []
         if self.case.post:
-            x = self.norm(x, "encoder.norm")
+            x = self.norm(x, f"encoder.{self.case.norm}")
         for i in range(self.case.depth):
             name = f"encoder.blocks.{i}"
             if self.case.post:
@@ -173,7 +177,7 @@ class Reference:
                 x = x + self.attention(self.norm(x, f"{name}.norm1"), f"{name}.attn")
                 outputs.append(self.mlp(self.norm(x, f"{name}.norm2"), f"{name}.mlp"))
                 x = x + outputs[-1]
-        return x if self.case.post else self.norm(x, "encoder.norm"), outputs
+        return x if self.case.post else self.norm(x, f"encoder.{self.case.norm}"), outputs
 
     def targets(self, clip: Tensor, columns: int) -> dict[int, Tensor]:
         """Targets [D] of the patches of the first columns, by id."""
