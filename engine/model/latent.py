@@ -63,7 +63,7 @@ class Latent(PretrainingModel):
         self.noise: Tensor
         self.register_buffer("noise", noise, persistent=False)
 
-    def ema_decay(self, steps: int) -> float:  # type: ignore[override]  # a method of the class
+    def ema_decay(self, steps: int) -> float:
         """Return the decay of the teacher after so many optimizer steps.
 
         It rises linearly, as ``objective.teacher_decay`` says.
@@ -133,6 +133,7 @@ class Latent(PretrainingModel):
         seen = _of_clones(tokens, visible_token_ids(masks, E))
         padding_mask = _padding_mask(_first(masks.visible_ids, masks.num_visible), E)
         states = self.encoder.encode_tokens(seen, padding_mask)
+        assert isinstance(states, Tensor)
         hidden = fill_masked(states[:, E:], self.noise, rows, masks)
         predictions = self.decoder(hidden, masks.mask_ids, valid)
 
@@ -167,7 +168,9 @@ class Latent(PretrainingModel):
         E = teacher.num_extra_tokens
         tokens, _ = teacher.embed_tokens(fbank)
         _, outputs = teacher.encode_tokens(tokens, _padding_mask(valid, E), mlp_outputs=True)
-        total = sum(_instance_norm(output[:, E:], valid) for output in outputs)
+        total = torch.zeros((), device=tokens.device)
+        for output in outputs:
+            total = total + _instance_norm(output[:, E:], valid)
         return functional.layer_norm(total / len(outputs), total.shape[2:], eps=_EPS)
 
     def mean_losses(self, losses: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
