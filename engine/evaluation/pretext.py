@@ -7,7 +7,7 @@ import torch
 from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
-from ssast.engine.formats.open import LoadedModel, open_model
+from ssast.engine.formats.open import LoadedModel, open_model, open_raw
 from ssast.engine.model.objective import PretrainingModel, with_masks
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.manifest import read_clips
@@ -35,10 +35,10 @@ def pretext_losses(
         DataError: The list of clips is wrong, or none can be read.
     """
     loaded = model if isinstance(model, LoadedModel) else open_model(model)
-    if not isinstance(loaded.model, PretrainingModel):
-        raise CheckpointError(f"{loaded.path}: expected a model with its pretraining heads")
     paths, device = read_clips(source), default_device()
-    module, totals, scored = loaded.model.to(device).eval(), dict[str, float](), 0
+    module, totals, scored = _as_trained(loaded).to(device).eval(), dict[str, float](), 0
+    if module.teacher is not None:
+        module.teacher.to(device)
     with one_pass(paths, loaded.audio, device, batch_size=clips_at_once(loaded, device)) as batches:
         for batch in with_progress(batches, len(paths), "evaluate", progress):
             masks = module.held_out_masks(batch.clip_ids, batch.num_frames)
@@ -52,3 +52,25 @@ def pretext_losses(
         raise DataError(f"{source}: none of {len(paths)} clips can be used, see ssast data check")
     values = {name: total / scored for name, total in totals.items()}
     return {"num_scored": scored, "num_clips": len(paths), **values}
+
+
+def _as_trained(loaded: LoadedModel) -> PretrainingModel:
+    """Return the model as a validation has it: of one with a teacher, raw weights beside averaged.
+
+    Raises:
+        CheckpointError: It has no pretraining heads, or a teacher and one kind of weights only.
+    """
+    if not isinstance(loaded.model, PretrainingModel):
+        raise CheckpointError(f"{loaded.path}: expected a model with its pretraining heads")
+    if not loaded.model.has_teacher:
+        return loaded.model
+    raw = open_raw(loaded)
+    if raw is None or not isinstance(raw.model, PretrainingModel):
+        raise CheckpointError(
+            f"{loaded.path}: expected raw and averaged weights, which are student and teacher of "
+            f"objective.kind {loaded.config.objective.kind!r}, found one kind"
+        )
+    teacher = raw.model.build_teacher()
+    assert teacher is not None
+    teacher.load_state_dict(loaded.encoder.state_dict())
+    return raw.model
