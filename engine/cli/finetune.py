@@ -21,6 +21,7 @@ from ssast.engine.cli.options import (
     missing_metadata,
     table_format,
 )
+from ssast.engine.cli.probe import add_layers, check_options, run_probe
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.pipelines.files import check_new
 from ssast.pipelines.text import printable
@@ -74,6 +75,7 @@ def add_finetune_commands(commands: Any) -> None:
         action="store_true",
         help="evaluate the frozen encoder of any model: linear probe and nearest neighbours",
     )
+    add_layers(command)
     command.add_argument(
         "--train",
         type=Path,
@@ -161,7 +163,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_new([options.out], [options.manifest])
     if options.probe:
-        return _probe(options)
+        manifest = Path(options.manifest)
+        pair = (manifest, None) if options.train is None else (options.train, manifest)
+        return run_probe(options, {manifest.stem: pair})
+    check_options(options)
     with imports():
         from ssast.engine.evaluation.evaluate import evaluate
         from ssast.engine.evaluation.metrics import COUNTS
@@ -185,26 +190,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"{name:10}{value:8.4f}")
     if options.out is not None:
         print(options.out)
-    return 0
-
-
-def _probe(options: argparse.Namespace) -> int:
-    from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
-    from ssast.engine.formats.open import open_model
-
-    loaded = open_model(options.checkpoint, missing_metadata(options), options.weights)
-    scores = probe_model(
-        loaded,
-        Path(options.manifest),
-        options.train,
-        options.max_rejected,
-        table=table_format(options),
-        progress=not options.quiet,
-    )
-    print(format_scores(scores))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        print(write_scores(scores, options.out / "probe.json"))
     return 0
 
 

@@ -25,6 +25,7 @@ from ssast.engine.cli.options import (
     missing_metadata,
 )
 from ssast.engine.cli.plan import add_plan_commands
+from ssast.engine.cli.probe import add_probe_command
 from ssast.engine.cli.status import (
     CLOSED_OUTPUT,
     USER_ERROR,
@@ -162,7 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = commands.add_parser(
-        "demo", help="download a small corpus, pretrain on it and show the results"
+        "demo",
+        help="download a small corpus, pretrain, and fine-tune from scratch and from weights",
     )
     command.add_argument(
         "--source", type=Path, metavar="DIR", help="use your own audio files instead"
@@ -191,18 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_finetune_commands(commands)
     add_weights_command(commands)
 
-    command = commands.add_parser("probe", help="evaluate frozen features on labelled tasks")
-    command.add_argument(
-        "checkpoint", metavar="CKPT", type=Path, help="folder of a run, or a checkpoint"
-    )
-    command.add_argument(
-        "--tasks",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of manifests <task>_{train,eval}.json",
-    )
-    command.set_defaults(run=_probe)
+    add_probe_command(commands)
 
     command = commands.add_parser(
         "visualize", help="plot metrics and reconstructed spectrograms of a pretraining run"
@@ -251,15 +242,6 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _status(stopped: int) -> int:
     return 128 + stopped if stopped else 0
-
-
-def _probe(options: argparse.Namespace) -> int:
-    from ssast.engine.evaluation.probe import format_scores, probe_run
-
-    scores, written = probe_run(options.checkpoint, options.tasks)
-    print(format_scores(scores))
-    print(written)
-    return 0
 
 
 def _visualize(options: argparse.Namespace) -> int:

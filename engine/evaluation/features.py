@@ -191,9 +191,20 @@ def embed_batch(
     Raises:
         ConfigError: The model has no such layer.
     """
-    encoder = loaded.encoder
-    held = _columns(encoder.embed, frames)
     pooling = loaded.model.pooling if isinstance(loaded.model, Classifier) else "avgtok"
+    return embed_encoder(loaded.encoder, fbank, frames, level, layer, pooling)
+
+
+def embed_encoder(
+    encoder: SpectrogramTransformer,
+    fbank: Tensor,
+    frames: Tensor,
+    level: Level,
+    layer: Layer = "last",
+    pooling: Literal["avgtok", "cls"] = "avgtok",
+) -> tuple[Tensor, Tensor]:
+    """Embed a batch of filterbanks by an encoder alone; see :func:`embed_batch`."""
+    held = _columns(encoder.embed, frames)
     if level == "clip" and layer == "last":
         return embed_clips(encoder, fbank, pooling, frames), held
     check_layer(encoder, layer)

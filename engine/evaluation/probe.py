@@ -23,25 +23,26 @@ from sklearn.preprocessing import StandardScaler
 from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
-from ssast.engine.data.labels import check_read
 from ssast.engine.evaluation.metrics import verification_metrics
 from ssast.engine.evaluation.predict import default_device
+from ssast.engine.evaluation.probe_tasks import (
+    check_classes,
+    read_labels,
+    readable_clips,
+    recording_folds,
+)
 from ssast.engine.evaluation.progress import with_progress
-from ssast.engine.formats.open import LoadedModel, load_pretrained
+from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.backbones import build_encoder
 from ssast.engine.model.classifier import embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.model.objective import build_objective
+from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.settings import Audio, Data
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
-from ssast.pipelines.clips.holdout import assign_folds, recordings_of
-from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
-from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
-NUM_FOLDS = 5  # where there are no evaluation clips
 MAX_PAIRED = 2000  # clips whose pairs are looked at
 
 
@@ -67,20 +68,6 @@ class Score:
     num_eval: int
     all_eval: int
     num_classes: int
-
-
-def find_tasks(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Find the tasks in a folder: pairs of <task>_train.json and <task>_eval.json, by name.
-
-    Raises:
-        DataError: There is none.
-    """
-    pairs = {p.name.removesuffix("_train.json"): p for p in sorted(folder.glob("*_train.json"))}
-    tasks = {name: (p, folder / f"{name}_eval.json") for name, p in pairs.items()}
-    tasks = {name: pair for name, pair in tasks.items() if pair[1].is_file()}
-    if not tasks:
-        raise DataError(f"{folder}: no <task>_train.json with a <task>_eval.json beside it")
-    return tasks
 
 
 def untrained_encoder(config: Config) -> SpectrogramTransformer:
@@ -141,7 +128,7 @@ def probe(
             are made.
     """
     labels = {
-        task: [_labels(path, table) for path in pair if path is not None]
+        task: [read_labels(path, table) for path in pair if path is not None]
         for task, pair in tasks.items()
     }
     # Tasks share clips: each is encoded once.
@@ -150,18 +137,20 @@ def probe(
     for weights, encoder in encoders.items():
         vectors = features(encoder, paths, audio, device, progress)
         for task, (train, *rest) in labels.items():
-            x, y, recordings = _arrays(train, vectors, tasks[task][0], max_rejected)
+            clips, y, recordings = readable_clips(train, vectors, tasks[task][0], max_rejected)
+            x = np.stack([vectors[clip] for clip in clips])
             x_eval, y_eval, of_eval = x, y, recordings
             if rest:
-                x_eval, y_eval, of_eval = _arrays(
+                clips, y_eval, of_eval = readable_clips(
                     rest[0], vectors, tasks[task][1] or "", max_rejected
                 )
-                _check_classes(y, tasks[task][0])
+                x_eval = np.stack([vectors[clip] for clip in clips])
+                check_classes(y, tasks[task][0])
                 linear, knn = (
                     model.fit(x, y).score(x_eval, y_eval) for model in _models(len(x) // 2)
                 )
             else:
-                folds = _folds(y, recordings, tasks[task][0])
+                folds = recording_folds(y, recordings, tasks[task][0])
                 linear, knn = _cross_scores(x, y, folds)
             classes, counts = np.unique(y, return_counts=True)
             score = Score(
@@ -187,31 +176,6 @@ def _models(num_voters: int) -> tuple[BaseEstimator, BaseEstimator]:
     linear = LogisticRegression(C=0.1, tol=1e-3, max_iter=2000)
     vote = KNeighborsClassifier(min(10, max(1, num_voters)), metric="cosine", weights="distance")
     return make_pipeline(StandardScaler(), linear), make_pipeline(StandardScaler(), vote)
-
-
-def _check_classes(y: np.ndarray, path: Path) -> None:
-    if len(np.unique(y)) < 2:
-        raise DataError(
-            f"{path}: the clips to train on are all {y[0]}, expected two classes or more"
-        )
-
-
-def _folds(
-    y: np.ndarray, recordings: np.ndarray, path: Path
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the rows to train on and to evaluate on of each fold of whole recordings."""
-    counts = {name: len(np.unique(recordings[y == name])) for name in np.unique(y)}
-    rarest = min(counts, key=lambda name: counts[name])
-    if counts[rarest] < 2:
-        raise DataError(
-            f"{path}: {rarest} has one recording alone, expected two or more of each class, or "
-            "other clips to train on"
-        )
-    fold = assign_folds(recordings, [(name,) for name in y], min(NUM_FOLDS, counts[rarest]))
-    parts = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in np.unique(fold)]
-    for train, _ in parts:
-        _check_classes(y[train], path)
-    return parts
 
 
 def _cross_scores(
@@ -248,10 +212,20 @@ def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
     return verification_metrics((x @ x.T)[one, other], same)["eer"]
 
 
+def probed_encoders(loaded: LoadedModel) -> dict[str, SpectrogramTransformer]:
+    """Return the encoder of any model, and an untrained one like it."""
+    trained = loaded.encoder
+    if isinstance(loaded.model, PretrainingModel):
+        fresh = untrained_encoder(loaded.config)
+    else:
+        torch.manual_seed(0)
+        fresh = build_encoder(model_settings(trained), loaded.audio, trained.embed.stride).eval()
+    return {"untrained": fresh, "checkpoint": trained}
+
+
 def probe_model(
     loaded: LoadedModel,
-    manifest: Path,
-    train: Path | None = None,
+    tasks: Mapping[str, tuple[Path, Path | None]],
     max_rejected: float | None = None,
     table: TableFormat = PLAIN,
     progress: bool = True,
@@ -260,8 +234,7 @@ def probe_model(
 
     Args:
         loaded: Any model; a head is ignored.
-        manifest: Manifest of clips with one label each.
-        train: Manifest of clips to train on; cross-validation if None, see :func:`probe`.
+        tasks: See :func:`probe`.
         max_rejected: See :func:`probe`; ``data.max_rejected`` of the model's run if None.
         table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
@@ -269,40 +242,9 @@ def probe_model(
     Raises:
         DataError: See :func:`probe`.
     """
-    trained = loaded.encoder
-    torch.manual_seed(0)
-    fresh = build_encoder(model_settings(trained), loaded.audio, trained.embed.stride).eval()
-    tasks = {manifest.stem: (manifest, None) if train is None else (train, manifest)}
-    device = default_device()
-    encoders = {"untrained": fresh, "checkpoint": trained}
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
-    return probe(encoders, tasks, loaded.audio, device, share, table, progress)
-
-
-def probe_run(
-    run: Path, tasks: Path, others: Mapping[str, SpectrogramTransformer] | None = None
-) -> tuple[list[Score], Path]:
-    """Score the encoder of a pretraining run, and the untrained one.
-
-    Args:
-        run: Run folder.
-        tasks: Folder of the tasks.
-        others: More encoders with the same input, by a name for their weights.
-
-    Returns:
-        The scores, and where they were written: probe.json in the run's folder.
-
-    Raises:
-        CheckpointError: The run has no whole checkpoint.
-        DataError: See :func:`find_tasks` and :func:`probe`.
-    """
-    pairs = find_tasks(tasks)
-    model, config = load_pretrained(run)
-    encoders = {"untrained": untrained_encoder(config), "pretrained": model.encoder}
-    encoders |= others or {}
-    device = default_device()
-    scores = probe(encoders, pairs, config.audio, device, config.data.max_rejected)
-    return scores, write_scores(scores, run / "probe.json")
+    encoders = probed_encoders(loaded)
+    return probe(encoders, tasks, loaded.audio, default_device(), share, table, progress)
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:
@@ -324,30 +266,3 @@ def format_scores(scores: Sequence[Score]) -> str:
             f"{s.linear:8.1%}{s.knn:8.1%}{s.chance:8.1%}{s.eer:8.1%}"
         )
     return "\n".join(lines)
-
-
-def _labels(path: Path, table: TableFormat) -> dict[ClipPath, tuple[str, int]]:
-    """The one label and the recording of each clip of a manifest."""
-    manifest = read_manifest(path, table=table)
-    if manifest.labels is None:
-        raise DataError(f"{path}: has no labels, a probe needs them")
-    for clip, names in zip(manifest.paths, manifest.labels, strict=True):
-        if len(names) != 1:
-            raise DataError(f"{path}: {clip} has {len(names)} labels, a probe needs one")
-    recordings = recordings_of(manifest.paths).tolist()
-    rows = zip(manifest.paths, manifest.labels, recordings, strict=True)
-    return {clip: (names[0], recording) for clip, names, recording in rows}
-
-
-def _arrays(
-    labels: dict[ClipPath, tuple[str, int]],
-    vectors: dict[ClipPath, np.ndarray],
-    path: Path | str,
-    share: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stack features, labels and recordings of the readable clips."""
-    read = np.array([clip in vectors for clip in labels])
-    check_read(str(path), list(labels), read, share)
-    clips = [clip for clip in labels if clip in vectors]
-    names, recordings = zip(*(labels[clip] for clip in clips), strict=True)
-    return np.stack([vectors[clip] for clip in clips]), np.array(names), np.array(recordings)

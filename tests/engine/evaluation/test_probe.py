@@ -11,13 +11,13 @@ from ssast.engine.api import save_published
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain
 from ssast.engine.evaluation.probe import (
-    find_tasks,
     format_scores,
     pairwise_eer,
     probe,
     untrained_encoder,
     write_scores,
 )
+from ssast.engine.evaluation.probe_tasks import find_tasks
 from ssast.engine.model.classifier import Classifier
 from ssast.pipelines.clips.holdout import recordings_of
 from ssast.pipelines.clips.manifest import write_manifest
