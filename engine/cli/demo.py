@@ -1,26 +1,28 @@
-"""The demonstration: real recordings, a short pretraining, and what came out of it."""
+"""The demonstration: real recordings, a short pretraining, and what pretraining is for."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssast.engine.config import Config, load_config
-from ssast.engine.evaluation.probe import format_scores, probe_run
+from ssast.engine.cli.comparison import draw_comparison, finetune_twice
+from ssast.engine.config import load_config
+from ssast.engine.evaluation.probe_tasks import find_tasks
 from ssast.engine.evaluation.reconstructions import visualize
-from ssast.engine.formats.open import load_pretrained
-from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.engine.formats.known_weights import ours
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.pretrain import pretrain
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.demo.corpora import fetch_demo
 from ssast.pipelines.demo.publish import TASKS, publish_labels
+from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 
-RELEASED = Path(__file__).parents[2] / "checkpoints" / "tiny_patch"
+AGAIN = "run the same command again to go on"
+RELEASED, TASK = "tiny_patch", "voice"
 
 
 def demo(source: Path | None, overrides: Sequence[str] = ()) -> int:
-    """Get audio, pretrain on it as configs/demo.yaml says, draw pictures, score the features.
+    """Get audio, pretrain on it as configs/demo.yaml says, draw pictures; fine-tune on one task.
 
     Each part goes on where an earlier call was stopped.
 
@@ -44,12 +46,12 @@ def demo(source: Path | None, overrides: Sequence[str] = ()) -> int:
     else:
         recipe = Recipe(channel=load_config("demo", overrides).audio.channel)
         prepare_shards(source, folder, Packing(recipe, drop_duplicates=True))
-        train = publish_labels(folder)
+        train = publish_labels(folder, source)
     places = [f"data.train={train}", f"run.folder={run}"]
     config = load_config("demo", [*places, *overrides])
     stopped = pretrain(config, resume=True)
     if stopped:
-        print("run the same command again to go on")
+        print(AGAIN)
         return stopped
 
     pictures = visualize(run)
@@ -61,20 +63,31 @@ def demo(source: Path | None, overrides: Sequence[str] = ()) -> int:
             f"\nPretext (InfoNCE) accuracy on held-out clips: {after:.1%}\n"
             f"(untrained {before:.1%}, chance {1 / hidden:.1%}: {hidden} masked patches)."
         )
-    results = [*pictures, run / "metrics.jsonl"]
-    if (folder / TASKS).is_dir():
-        scores, written = probe_run(run, folder / TASKS, _released(config))
-        print("\nAccuracy on held-out labelled clips, from frozen features:")
-        print(format_scores(scores))
-        results.append(written)
-    print("\nResults:", *results, sep="\n  ")
+    print("\nResults:", *pictures, run / "metrics.jsonl", sep="\n  ")
+    if not (folder / TASKS).is_dir():
+        return 0
+    return _compare(folder / TASKS, run, config.data.num_threads)
+
+
+def _compare(tasks: Path, run: Path, num_threads: int | None) -> int:
+    """Fine-tune on one task from scratch and from the released weights, and draw both curves."""
+    found, pretrained = find_tasks(tasks), ours().get(RELEASED)
+    task = TASK if TASK in found else next(iter(found))
+    if pretrained is None:  # an installed package has none
+        print(f"fine-tuning on {task}: left out, checkpoints/{RELEASED} comes with a clone alone")
+        return 0
+    print(f"\nFine-tuning on the task {task}, from scratch and from {pretrained}:")
+    try:
+        curves = finetune_twice(found[task], pretrained, run / "finetuning", num_threads)
+    except DataError as error:
+        print(f"fine-tuning on {task}: left out, {error}")
+        return 0
+    if isinstance(curves, int):
+        print(AGAIN)
+        return curves
+    picture = draw_comparison(curves, task, run / "finetuning.png")
+    print(f"\nAccuracy on {curves[0].num_test} test clips of the task {task}, fine-tuned:")
+    for curve in curves:
+        print(f"  {curve.start:22}{curve.test:6.1%}")
+    print(f"  {picture}")
     return 0
-
-
-def _released(config: Config) -> dict[str, SpectrogramTransformer]:
-    """Return the encoder of the released weights, if they are of the same model."""
-    if not RELEASED.is_dir():
-        return {}  # an installed package has none
-    model, theirs = load_pretrained(RELEASED)
-    same = (theirs.audio, theirs.model) == (config.audio, config.model)
-    return {"released": model.encoder} if same else {}

@@ -128,13 +128,17 @@ def finished(out: Path, settings: dict[str, Any]) -> DemoData | None:
     return data if all(is_finished(out, number) for number in range(num_shards)) else None
 
 
-def publish_labels(folder: Path, log: Callable[[str], None] = print) -> Path:
-    """Make a task ``labels`` of the labels in a prepared folder.
+def publish_labels(
+    folder: Path, source: Path | None = None, log: Callable[[str], None] = print
+) -> Path:
+    """Make a task ``labels`` of the labels in a prepared folder, or of the folders of its sounds.
 
     Its evaluation clips, a fifth of each class, are kept out of pretraining.
 
     Args:
         folder: The prepared folder.
+        source: What it was made of: if this is a folder, all sounds of which are in folders of it,
+            the names of these are the labels where there are no others.
         log: Called with one line about the task.
 
     Returns:
@@ -142,15 +146,18 @@ def publish_labels(folder: Path, log: Callable[[str], None] = print) -> Path:
     """
     shutil.rmtree(folder / TASKS, ignore_errors=True)  # of an earlier source
     manifest = read_manifest(folder)
-    if manifest.labels is None:
-        return folder
     assert isinstance(manifest.paths, ShardIndex)
-    if any(len(names) != 1 for names in manifest.labels):
+    given: Sequence[tuple[str, ...]] | None = manifest.labels
+    if given is None and source is not None and source.is_dir():
+        given = _folder_labels(manifest.paths, source)
+    if given is None:
+        return folder
+    if any(len(names) != 1 for names in given):
         log("task labels: left out, clips have several labels, expected one each")
         return folder
-    labels = np.array([name for (name,) in manifest.labels])
+    labels = np.array([name for (name,) in given])
     try:
-        held = hold_out_clips(manifest.paths, EVAL_SHARE, manifest.labels)
+        held = hold_out_clips(manifest.paths, EVAL_SHARE, given)
     except DataError as error:
         log(f"task labels: left out, {error}")
         return folder
@@ -166,3 +173,14 @@ def publish_labels(folder: Path, log: Callable[[str], None] = print) -> Path:
     log(f"task labels: {len(classes)} classes, {parts['train'].sum()} + {held.sum()} clips")
     write_manifest(folder / TRAIN, manifest.paths.subset(np.flatnonzero(~held)))
     return folder / TRAIN
+
+
+def _folder_labels(index: ShardIndex, source: Path) -> list[tuple[str]] | None:
+    """Return the folder below the source of each clip; None where clips are in none, or in one."""
+    tops = [clip.name.partition("/") for clip in clips_of(index)]
+    classes = {top for top, _, _ in tops}
+    if len(classes) < 2 or not all(inside for _, _, inside in tops):
+        return None
+    if not all((source / top).is_dir() for top in classes):  # an archive
+        return None
+    return [(top,) for top, _, _ in tops]

@@ -24,7 +24,7 @@ def own(folder: Path, labels: list[list[str]] | None) -> tuple[Path, list[str]]:
     packing = Packing(Recipe(clip_s=0.5))
     prepare_shards(folder / "m.json", folder / "out", packing, progress=False, log=[].append)
     said: list[str] = []
-    return publish_labels(folder / "out", said.append), said
+    return publish_labels(folder / "out", log=said.append), said
 
 
 def test_a_labelled_source_is_a_task(tmp_path: Path) -> None:
@@ -71,3 +71,24 @@ def test_labels_that_are_no_task(tmp_path: Path) -> None:
         train, [said] = own(tmp_path / name, labels)
         assert said.startswith("task labels: left out, ") and why in said
         assert train == tmp_path / name / "out"
+
+
+def test_folders_are_labels(tmp_path: Path) -> None:
+    """Where all sounds are in folders, two or more."""
+    found = []
+    source = tmp_path / "in"
+    for folders in (["one"], ["one", "t $wo/deep"], [".", "one", "t $wo/deep"]):
+        for name in folders:
+            (source / name).mkdir(parents=True, exist_ok=True)
+            for n in range(5):
+                sound = tone(8000, seed=len(name) + n)
+                write(source / name / f"{n}.wav", sound, subtype="PCM_16")
+        said: list[str] = []
+        out = tmp_path / str(len(folders))
+        prepare_shards(source, out, Packing(Recipe()), progress=False, log=[].append)
+        found.append((publish_labels(out, source, said.append), said))
+    assert found[0] == (tmp_path / "1", []) and found[2] == (tmp_path / "3", [])
+    assert found[1] == (tmp_path / "2/train.json", ["task labels: 2 classes, 8 + 2 clips"])
+    labels = read_manifest(tmp_path / "2/tasks/labels_eval.json").labels
+    assert labels is not None and set(labels) == {("one",), ("t $wo",)}
+    assert publish_labels(tmp_path / "2") == tmp_path / "2"  # nothing says where they were
