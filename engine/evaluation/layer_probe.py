@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ssast.engine.evaluation.features import Level, embed_encoder
-from ssast.engine.evaluation.predict import default_device, one_pass
+from ssast.engine.evaluation.predict import BATCH, default_device, one_pass
 from ssast.engine.evaluation.probe import probed_encoders
 from ssast.engine.evaluation.probe_head import Features, Pooling, fit_head
 from ssast.engine.evaluation.probe_tasks import (
@@ -127,7 +127,7 @@ def all_layers(
             f"{MAX_GIB:g}: give fewer clips" + (", or leave out --attentive" if columns else "")
         )
     found, counts = np.zeros(shape, np.float32), np.zeros(len(paths), np.int64)
-    with one_pass(paths, audio, device) as batches:
+    with one_pass(paths, audio, device, batch_size=BATCH) as batches:
         for batch in with_progress(batches, len(paths), "encode", progress):
             level: Level = "frame" if columns else "clip"
             vectors, held = embed_encoder(encoder, batch.fbank, batch.num_frames, level, "all")
