@@ -37,6 +37,7 @@ class Gpu:
         gemm_share: Fraction of the peak that matmuls of very wide layers reach.
         half_width: Layer width at which half of ``gemm_share`` is reached, D / (D + half_width).
         attention_share: Fraction of the peak that attention reaches, forward and backward.
+        convolution_share: Fraction of the peak that convolutions in groups reach.
         bandwidth_share: Fraction of the bandwidth that norms, activations and the optimizer reach.
         launch_us: Host time to launch one operation, microseconds.
         base_gib: Memory of driver, libraries and communicators, GiB.
@@ -54,6 +55,7 @@ class Gpu:
     gemm_share: float = 0.66
     half_width: float = 250.0
     attention_share: float = 0.27
+    convolution_share: float = 0.1
     bandwidth_share: float = 0.8
     launch_us: float = 8.0
     base_gib: float = 2.0

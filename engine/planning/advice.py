@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from ssast.engine.config import Config
+from ssast.engine.monitoring.flops import encoded_tokens
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.planning.plan import Choice, Parameters, StepTime, largest_batch, step_time
 
@@ -57,7 +58,7 @@ class Advice:
 
 def is_filled(config: Config, gpu: Gpu, batch: int, time: StepTime) -> bool:
     """Return whether a micro-batch fills a GPU; a device that launches no kernels always is."""
-    tokens = batch * config.num_tokens
+    tokens = batch * encoded_tokens(config)
     return not gpu.launch_us or (tokens >= TOKENS and time.host <= HOST_SHARE * time.device)
 
 

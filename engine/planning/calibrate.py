@@ -22,14 +22,8 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import PEAK_SHAPE
 from ssast.engine.monitoring.gpus import CPU, Gpu, find_gpu
-from ssast.engine.planning.plan import (
-    GIB,
-    activations,
-    count_parameters,
-    element_bytes,
-    memory,
-    step_time,
-)
+from ssast.engine.planning.activations import activations, element_bytes
+from ssast.engine.planning.plan import GIB, count_parameters, memory, step_time
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.engine.train.precision import multiplies_bf16
 from ssast.kernels.matmul import fast_matmul
@@ -70,6 +64,7 @@ def plain_cpu(precision: Literal["auto", "fp32", "bf16"] = "auto") -> Gpu:
         gemm_share=0.95 if precision == "fp32" else 0.75,
         half_width=0.0 if precision == "fp32" else 150.0,
         attention_share=0.65,
+        convolution_share=0.5,
         bandwidth_share=1.0,
         launch_us=0.0,
         base_gib=0.7,

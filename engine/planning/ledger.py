@@ -54,6 +54,8 @@ GROUPS = {
     "bmm": "matmul",
     "baddbmm": "matmul",
     "_addmm_activation": "matmul",
+    "convolution": "convolution",
+    "convolution_backward": "convolution",
     "gelu": "GELU, ReLU",
     "gelu_backward": "GELU, ReLU",
     "relu": "GELU, ReLU",
@@ -77,7 +79,7 @@ GROUPS = {
     "add_": "residual",
 }
 ORDER = (
-    "matmul", "attention", "GELU, ReLU", "LayerNorm", "residual",
+    "matmul", "attention", "convolution", "GELU, ReLU", "LayerNorm", "residual",
     "residual, LayerNorm", "bias gradients", "cat, copies",
     "gather, scatter", "embedding", "masks, targets", "losses", "flat copies", "gradient norm",
     "optimizer", "other",
@@ -249,8 +251,9 @@ def record_passes(config: Config, batch: int, every: int | None, dtype: torch.dt
         fbank = torch.empty(batch, audio.num_frames, audio.n_mels)
         task = synthetic_task(SyntheticContext(config, world, fbank=fbank))
     task.encoder.activation_checkpoint_every = every
-    for parameter in task.module.to(META).parameters():
-        parameter.data = parameter.data.to(dtype)
+    for module in (task.module, *([task.teacher] if task.teacher is not None else [])):
+        for parameter in module.to(META).parameters():
+            parameter.data = parameter.data.to(dtype)
     with recorder, task.train_batches(0) as batches:
         mark = _mark(task, recorder)
         mark("data")

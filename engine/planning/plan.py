@@ -1,23 +1,21 @@
 """What a run needs and how long it takes: memory, time and traffic by formula.
 
-    P parameters, W devices, b clips of a device in a micro-step, L = N + E tokens of width D,
-    K tokens that the last block computes, e bytes of an activation, 12 = fp32 master weight
-    and two moments
+    P parameters, W devices, e bytes of a weight or an activation, 12 = fp32 master weight and two
+    moments
 
     weights            e P; ZeRO 3: e P / W + live     Rajbhandari et al. 2020, DeepSpeed 0.19
-    optimizer          12 P / W; train.ema: 16 P / W
+    teacher            e times the encoder's weights
+    optimizer          12 P / W; with an average (train.ema, a teacher) 16 P / W
     gradients          e P; ZeRO 2, 3: e P / W         + 4 P / W, the flat copy of the step;
                                                        accumulating: + 4 P, ZeRO 2, 3: 4 P / W
-    activations, block 16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
-                                                       dropout and with attention in tiles
     FLOPs, bytes       of a step's operations: the ledger of a few layers, work.py
-    time               matmul / (their share of the peak) + attention / (its share)
+    time               matmul / (their share of the peak) + attention, convolution / (theirs)
                        + bytes of norms, activations, residuals / (share of the bandwidth)
     collectives        volume (W - 1) / W / bus bandwidth + latency       nccl-tests, PERFORMANCE.md
     on the wire        ZeRO 1: 2 P reduced + P gathered, ZeRO 2: P reduced + P gathered,
-                       ZeRO 3: P reduced + 2 P gathered, in elements
+                       ZeRO 3: P reduced + 2 P gathered, in elements; a teacher: + P gathered
 
-Activations are exact for eager PyTorch; a compiled block keeps somewhat less.
+Activations: see activations.py.
 """
 
 import math
@@ -27,9 +25,10 @@ import torch
 
 from ssast.engine.checkpoints.classifier import build_classifier
 from ssast.engine.config import Config
-from ssast.engine.model.objective import build_objective
+from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
+from ssast.engine.planning.activations import activations, element_bytes
 from ssast.engine.planning.work import work
 from ssast.engine.settings import SIZES
 
@@ -40,6 +39,7 @@ COMPILED_TRAFFIC, COMPILED_LAUNCHES = 40.0, 40
 ENGINE_S = {1: 0.007, 2: 0.007, 3: 0.050}  # DeepSpeed's own host time of a step, besides launches
 GRAPHS = 3  # launches where masks, forward and backward pass are CUDA graphs
 STEP_LAUNCHES = 57  # of the norm and the optimizer, and of the mean over valid clips
+GROUP_LAUNCHES = 16  # of another group of parameters, and of clipping the gradient of a group
 COPIES = 2  # of each parameter's gradient, to DeepSpeed's bucket and to its partition
 HOP_S = 6e-6  # of a ring, from machine to machine
 LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
@@ -47,6 +47,7 @@ LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and pre
 # and its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient
 # in fp32, Adam, weight in bf16.
 COPIED_BYTES, STEP_BYTES = 16, 42
+CLIP_BYTES = 8  # likewise, of clipping: the gradient read and written
 EMA_BYTES = 12  # likewise, of the average: itself and the weight read, itself written
 MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
 HIDDEN = 0.9  # share of the backward pass behind which reductions disappear
@@ -81,6 +82,7 @@ class StepTime:
 
     matmul: float
     attention: float
+    convolution: float
     elementwise: float
     optimizer: float
     reduce: float
@@ -93,7 +95,8 @@ class StepTime:
     @property
     def device(self) -> float:
         """Time of computing, without waiting for other devices."""
-        return self.matmul + self.attention + self.elementwise + self.optimizer
+        computing = self.matmul + self.attention + self.convolution + self.elementwise
+        return computing + self.optimizer
 
     @property
     def total(self) -> float:
@@ -103,11 +106,12 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights: all, those that are trained, and the tensors of those."""
+    """Numbers of weights: all, those that are trained, the tensors of those, and a teacher's."""
 
     total: int
     trained: int
     tensors: int = 0
+    teacher: int = 0
 
 
 def count_parameters(config: Config) -> Parameters:
@@ -120,81 +124,9 @@ def count_parameters(config: Config) -> Parameters:
         )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = [n for n, is_trained in counts if is_trained]
-    return Parameters(sum(n for n, _ in counts), sum(trained), len(trained))
-
-
-def element_bytes(gpu: Gpu) -> int:
-    """Return the bytes of a weight, a gradient or an activation."""
-    return 2 if gpu.precision == "bf16" else 4
-
-
-def block_activations(config: Config, batch: int, e: int) -> list[float]:
-    """Return the bytes that each block keeps for its backward pass.
-
-    Args:
-        config: Configuration of the run.
-        batch: b, clips.
-        e: Bytes of an activation.
-    """
-    size = SIZES[config.model.size]
-    D, H, depth = size.embed_dim, size.num_heads, config.model.depth or size.depth
-    N = config.grid[0] * config.grid[1]
-    L = config.num_tokens
-
-    def kept(values: float, queries: float, rows: float) -> float:
-        return values * D * e + 4 * H * queries + 8 * rows  # logsumexp; mean and rstd of norms
-
-    # Inputs of both norms, of q k v and of the MLP, q k v, output of attention: 8 L D. Before and
-    # after the GELU: 8 L D. The same of pre-norm and post-norm.
-    blocks = [batch * kept(16 * L, L, 2 * L)] * depth
-    if config.finetune is not None:
-        return blocks
-    M, own = config.objective.num_masked, L - config.objective.num_masked
-    is_post_norm = config.model.norm == "post"
-    last = kept(3 * L + 14 * M, M, 2 * M) if is_post_norm else kept(4 * L + 13 * M, M, L + M)
-    blocks[-1] = batch * last
-    if depth > 1 and M * batch > N:  # masked patches pass the first norm once for all clips
-        first = kept(16 * L + own, L, 2 * L) if is_post_norm else kept(15 * L + 2 * own, L, L + own)
-        blocks[0] = batch * first + kept(2 * N, 0, N)
-    return blocks
-
-
-def activations(config: Config, batch: int, e: int, every: int | None) -> float:
-    """Return the most bytes of activations, at the end of the forward pass or in the backward pass.
-
-    Args:
-        config: Configuration of the run.
-        batch: b, clips of one device in one micro-step.
-        e: Bytes of an activation.
-        every: As ``train.activation_checkpoint_every``.
-    """
-    size, objective = SIZES[config.model.size], config.objective
-    D, L = size.embed_dim, config.num_tokens
-    fbank = 4.0 * batch * config.audio.num_frames * config.audio.n_mels
-    if config.finetune is not None and config.finetune.freeze == "encoder":
-        return fbank + batch * e * L * D * 16  # one block's at a time, of which nothing is kept
-    blocks = block_activations(config, batch, e)
-    kept = [batch * L * D * e if every and i % every == 0 else b for i, b in enumerate(blocks)]
-    # Of the norm before the first block its input; of that after the last, also its output.
-    is_post_norm = config.model.norm == "post"
-    entry = batch * (L * D * e + 8.0 * L) if is_post_norm else 0.0
-    before = [entry + sum(kept[:i]) for i in range(len(kept))]
-    last = L if config.finetune is not None else objective.num_masked
-    # A block in its backward pass has the gradient of its output, and of the MLP's hidden layer.
-    gradients = [5.0 * batch * D * e * rows for rows in [*[L] * (len(blocks) - 1), last]]
-    at_work = max(map(sum, zip(before, blocks, gradients, strict=True)))
-    if config.finetune is not None:
-        end = batch * (L * D * e if is_post_norm else 2.0 * L * D * e + 8 * L)
-        return fbank + max(at_work, entry + sum(kept) + end)
-    P, M = config.model.patch[0] * config.model.patch[1], objective.num_masked
-    heads = 2 if objective.kind == "joint" else 1
-    passes = 2 if objective.two_pass else 1
-    # Input and output of the last norm; of each head its hidden layer, its predictions and the
-    # loss's gradient; targets.
-    states = M * D * e if is_post_norm else 2.0 * M * D * e + 8 * M
-    tail = passes * (states + M * P * e) + heads * (M * D + 2 * M * P) * e
-    whole = entry + sum(kept)
-    return fbank + max(passes * whole + batch * tail, (passes - 1) * whole + at_work)
+    has_teacher = isinstance(model, PretrainingModel) and model.has_teacher
+    teacher = sum(p.numel() for p in model.encoder.parameters()) if has_teacher else 0
+    return Parameters(sum(n for n, _ in counts), sum(trained), len(trained), teacher)
 
 
 def memory(
@@ -231,23 +163,30 @@ def memory(
     )["zero_optimization"]
     bucket = (2 if zero["overlap_comm"] else 1) * e * min(zero["reduce_bucket_size"], T)
     weights = e * P / W + e * min(P, LIVE_ELEMENTS) * (W > 1) if stage == 3 else e * P
+    weights += e * parameters.teacher
     gradients = e * T / W if stage > 1 else e * T
     flat = 4 * T / W if e == 2 else 0
     accumulates = config.train.accumulation_steps > 1
+    offloaded = config.train.offload == "cpu"
     return Memory(
         weights=weights,
         accumulated=accumulates * 4 * (T / W if stage > 1 else T),
         gradients=gradients + flat,
-        optimizer=(0 if config.train.offload == "cpu" else optimizer_bytes(config)) * T / W,
+        optimizer=0 if offloaded else optimizer_bytes(config, parameters) * T / W,
         buckets=bucket,
         activations=gpu.fragmentation * activations(config, batch, e, every),
         base=gpu.base_gib * GIB,
     )
 
 
-def optimizer_bytes(config: Config) -> int:
+def keeps_average(config: Config, parameters: Parameters) -> bool:
+    """Return whether an average of the weights is kept."""
+    return config.train.ema is not None or parameters.teacher > 0
+
+
+def optimizer_bytes(config: Config, parameters: Parameters) -> int:
     """Return the bytes per trained weight of master weight, two moments and average, if kept."""
-    return 12 if config.train.ema is None else 16
+    return 16 if keeps_average(config, parameters) else 12
 
 
 def largest_batch(
@@ -318,7 +257,8 @@ def step_time(
     e = element_bytes(gpu)
     passes = work(config, batch, every, torch.bfloat16 if e == 2 else torch.float32)
     launches, moved = passes.launches, micro_steps * passes.moved
-    if config.train.compile is True:
+    # With latent targets most of it is the decoder's, which is not compiled.
+    if config.train.compile is True and not parameters.teacher:
         tokens = batch * config.num_tokens
         moved = min(moved, micro_steps * tokens * D * depth * e * COMPILED_TRAFFIC)
         launches = min(launches, depth * COMPILED_LAUNCHES)
@@ -329,28 +269,39 @@ def step_time(
     peak = gpu.peak_tflops * 1e12
     matmul_s = micro_steps * passes.matmul / peak / (gpu.gemm_share * D / (D + gpu.half_width))
     attention_s = micro_steps * passes.attention / peak / gpu.attention_share
+    convolution_s = micro_steps * passes.convolution / peak / gpu.convolution_share
     bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
     step_bytes = micro_steps * COPIED_BYTES * copied + STEP_BYTES / world_size
-    ema_bytes = 0 if config.train.ema is None else EMA_BYTES
+    averages = keeps_average(config, parameters)
+    ema_bytes = EMA_BYTES if averages else 0
     offloaded = config.train.offload == "cpu"
     step_bytes += 0 if offloaded else ema_bytes / world_size
+    clips = config.optim.max_grad_norm is not None
+    step_bytes += 0 if offloaded else clips * CLIP_BYTES / world_size
     optimizer_s = step_bytes * parameters.trained / bandwidth
+    optimizer_s += teacher_bytes(parameters, world_size, e) / bandwidth
     if offloaded:  # over PCIe, and on the host
         optimizer_s += (16 + ema_bytes) * parameters.trained / world_size / 20e9
     reduced, gathered = wire_elements(parameters, stage, micro_steps)
     reduce_s = collective_s(gpu, world_size, e * reduced, 5 * micro_steps)
     gather_pieces = depth * 2 * micro_steps if stage == 3 else max(1, math.ceil(gathered / 2e8))
     gather_s = collective_s(gpu, world_size, e * gathered, gather_pieces)
-    backward_s = HIDDEN * (matmul_s + attention_s + moved / bandwidth) * 2 / 3
+    if parameters.teacher:
+        gather_s += collective_s(gpu, world_size, e * parameters.trained, 1)
+    computing_s = matmul_s + attention_s + convolution_s + moved / bandwidth
+    backward_s = HIDDEN * computing_s * 2 / 3
     if stage == 3:  # all of it beside computing
         exposed = max(0.0, reduce_s + gather_s - 1.5 * backward_s) if world_size > 1 else 0.0
     else:
         exposed = max(reduce_s - backward_s, reduce_s / 5) + gather_s
-    launches = micro_steps * launches + STEP_LAUNCHES + (config.train.ema is not None)
+    groups = 1 + (config.optim.name == "adamw")  # what is decayed, and what is not
+    launches = micro_steps * launches + STEP_LAUNCHES + GROUP_LAUNCHES * (groups - 1)
+    launches += GROUP_LAUNCHES * groups * clips + averages + 2 * (parameters.teacher > 0)
     host_s = launches * gpu.launch_us * 1e-6 + ENGINE_S[stage]
     return StepTime(
         matmul=matmul_s,
         attention=attention_s,
+        convolution=convolution_s,
         elementwise=moved / bandwidth,
         optimizer=optimizer_s,
         reduce=reduce_s,
@@ -358,6 +309,16 @@ def step_time(
         exposed=exposed,
         host=host_s if gpu.launch_us else 0.0,
     )
+
+
+def teacher_bytes(parameters: Parameters, world_size: int, e: int) -> float:
+    """Return the bytes read and written to copy the average into a teacher after a step.
+
+    Several ranks put their shares in its precision first, and copy from what they gathered.
+    """
+    if world_size == 1 or not parameters.teacher:
+        return (4.0 + e) * parameters.teacher
+    return (4.0 + e) * parameters.trained / world_size + 2.0 * e * parameters.teacher
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from ssast.engine.planning.traffic import (
     TRAFFIC,
     WRITES,
     Traffic,
+    convolution_backward_flops,
     foreach_kernels,
     tensors_in,
     total_bytes,
@@ -224,8 +225,11 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         traffic, targets = self._traffic(func, name, args, kwargs, out)
-        formula = flop_registry.get(func._overloadpacket)
-        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        if name == "convolution_backward":
+            flops = convolution_backward_flops(args, out)
+        else:
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
         self._unwritten.difference_update(_key(x) for x in targets)
         self._note(name, traffic, flops, max((x.numel() for x in targets), default=0))
 

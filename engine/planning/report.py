@@ -11,6 +11,7 @@ from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.gpus import Gpu
+from ssast.engine.planning.activations import element_bytes
 from ssast.engine.planning.advice import advise
 from ssast.engine.planning.plan import (
     GIB,
@@ -22,7 +23,6 @@ from ssast.engine.planning.plan import (
     bus_bandwidth,
     choose,
     count_parameters,
-    element_bytes,
     largest_batch,
     memory,
     step_time,
@@ -167,7 +167,9 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
         "cost": None if request.price is None else hours * W * request.price,
         "memory_table": _memory_table(config, gpu, parameters, W),
         "scaling": _scaling(config, gpu, parameters, choice, sorted({*SCALES, W})),
-        "assumptions": _assumptions(config, gpu, per_core, request.clips_per_core is not None),
+        "assumptions": _assumptions(
+            config, gpu, per_core, request.clips_per_core is not None, time.convolution > 0
+        ),
     }
 
 
@@ -229,14 +231,18 @@ def _scaling(
     return [{**row, "efficiency": row["clips_per_s"] / alone / row["gpus"]} for row in rows]
 
 
-def _assumptions(config: Config, gpu: Gpu, per_core: float, measured: bool) -> list[str]:
+def _assumptions(
+    config: Config, gpu: Gpu, per_core: float, measured: bool, convolves: bool
+) -> list[str]:
     D_share = f"{gpu.gemm_share:.0%} x D / (D + {gpu.half_width:g})" if gpu.half_width else ""
     return [
         f"{gpu.name}: {gpu.peak_tflops:.4g} TFLOP/s {gpu.precision}, {gpu.memory_gib:.4g} GiB, "
         f"{gpu.bandwidth_gb_s:.4g} GB/s; {gpu.per_node} to a machine, {gpu.link_gb_s:g} GB/s "
         f"within, {gpu.network_gb_s:g} GB/s a device between machines",
         f"reached: {D_share or f'{gpu.gemm_share:.0%}'} of the peak in matmul, "
-        f"{gpu.attention_share:.0%} in attention, {gpu.bandwidth_share:.0%} of the bandwidth; "
+        f"{gpu.attention_share:.0%} in attention, "
+        + (f"{gpu.convolution_share:.0%} in grouped convolutions, " if convolves else "")
+        + f"{gpu.bandwidth_share:.0%} of the bandwidth; "
         "launches, bytes and FLOPs of the operations as --ledger lists them",
         _launching(config, gpu),
         f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
@@ -299,7 +305,9 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"  memory per GPU   {plan['memory_per_gpu']:.1f} of {plan['gpu']['memory_gib']:.0f} GiB: "
         + ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005),
         f"  step             {1e3 * step['total']:.1f} ms: matmul {1e3 * step['matmul']:.1f}, "
-        f"attention {1e3 * step['attention']:.1f}, elementwise {1e3 * step['elementwise']:.1f}, "
+        f"attention {1e3 * step['attention']:.1f}, "
+        + (f"convolution {1e3 * step['convolution']:.1f}, " if step["convolution"] else "")
+        + f"elementwise {1e3 * step['elementwise']:.1f}, "
         f"optimizer {1e3 * step['optimizer']:.1f}, waiting for others "
         f"{1e3 * step['exposed']:.1f} (launches take {1e3 * step['host']:.1f} beside that)",
         f"  communication    {wire['reduced_gib']:.2f} GiB reduced, {wire['gathered_gib']:.2f} GiB "

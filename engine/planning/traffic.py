@@ -63,6 +63,25 @@ def _layer_norm_backward(args: Sequence[Any], out: Any) -> Traffic:
     return Traffic(2 * total_bytes(grad, x, mean, rstd) + total_bytes(weight), total_bytes(out), 2)
 
 
+def _convolution(args: Sequence[Any], out: Tensor) -> Traffic:
+    x, weight, bias = args[:3]
+    if bias is None:
+        return Traffic(total_bytes(x, weight), touched(out))
+    # cuDNN's, then PyTorch adds the bias.
+    return Traffic(total_bytes(x, weight, bias, out), 2 * touched(out), 2)
+
+
+def _convolution_backward(args: Sequence[Any], out: Any) -> Traffic:
+    gradient, x, weight = args[:3]
+    # A kernel each for the gradients of input, weight and bias.
+    sources = [
+        total_bytes(gradient, other)
+        for other, result in zip((weight, x, ()), out, strict=True)
+        if result is not None
+    ]
+    return Traffic(sum(sources), total_bytes(out), len(sources))
+
+
 def _part_of_zeros(args: Sequence[Any], out: Tensor) -> Traffic:
     return Traffic(total_bytes(args[0]), touched(out) + total_bytes(args[0]), 2)
 
@@ -95,6 +114,8 @@ TRAFFIC: dict[str, Callable[[Sequence[Any], Any], Traffic]] = {
     "native_layer_norm_backward": _layer_norm_backward,
     "slice_backward": _part_of_zeros,
     "select_backward": _part_of_zeros,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
     "_fused_adam_": _fused_adam,
     "_fused_adamw_": _fused_adam,
 }
@@ -119,6 +140,13 @@ KERNELS = {
 
 def _attention_flops(q: Tensor, products: int) -> float:
     return 2.0 * products * q.numel() * q.shape[1]  # [B, L, H, D_h]
+
+
+def convolution_backward_flops(args: Sequence[Any], out: Any) -> float:
+    """Return the FLOPs of the gradients of input and weight; PyTorch's formula knows no groups."""
+    gradient, weight = args[0], args[2]
+    each = 2.0 * gradient.numel() * weight[0].numel()
+    return each * sum(result is not None for result in out[:2])
 
 
 # Of operations of ours whose matmuls PyTorch does not know, or counts for other shapes.

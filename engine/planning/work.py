@@ -24,14 +24,16 @@ class Work:
 
     Attributes:
         launches: Kernels.
-        moved: Bytes read and written besides matmuls and attention.
-        matmul: FLOPs of matmuls besides attention.
+        moved: Bytes read and written besides matmuls, convolutions and attention.
+        matmul: FLOPs of matmuls besides attention and convolutions.
+        convolution: FLOPs of convolutions.
         attention: FLOPs of attention, the backward pass as two forward passes.
     """
 
     launches: float
     moved: float
     matmul: float
+    convolution: float
     attention: float
 
 
@@ -75,7 +77,7 @@ def _measure(config: Config, batch: int, every: int | None, dtype: torch.dtype) 
     from ssast.engine.planning.ledger import group_of, record_passes
 
     launches = record_passes(config, batch, every, dtype).launches
-    products = {"matmul": 0.0, "attention": 0.0}
+    products = {"matmul": 0.0, "convolution": 0.0, "attention": 0.0}
     moved = 0
     for launch in launches:
         group = group_of(launch)

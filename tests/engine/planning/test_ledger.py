@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.model.objective import MSPM
+from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.gpus import load_gpu
 from ssast.engine.planning.ledger import (
     BACKWARD,
@@ -19,6 +20,7 @@ from ssast.engine.planning.ledger import (
     INPUTS,
     LOSS,
     STEP,
+    Row,
     make_ledger,
     record_passes,
 )
@@ -84,6 +86,22 @@ def test_a_linear_layer_and_its_gradients():
     weight, into, out = 16 * 32 * 2, 8 * 16 * 2, 8 * 32 * 2
     moved = [x.read + x.written for x in recorder.recording.launches]
     assert moved == [weight + 64 + into + out, *[weight + into + out] * 2, out + 64]
+
+
+def test_a_grouped_convolution_and_its_gradients():
+    layer = nn.Conv2d(32, 32, 3, padding=1, groups=4, device=META, dtype=torch.bfloat16)
+    x = empty(2, 32, 5, 7, requires_grad=True)
+    with Recorder() as recorder:
+        y = layer(x)
+        y.backward(empty(*y.shape))
+    forward, backward = recorder.recording.launches
+    product = 2.0 * 2 * 5 * 7 * 32 * (8 * 9)
+    assert (forward.flops, backward.flops) == (product, 2 * product)
+    image, weight, bias = 2 * 32 * 5 * 7 * 2, 32 * 8 * 9 * 2, 32 * 2
+    assert (forward.kernels, backward.kernels) == (2, 3)
+    assert forward.read + forward.written == image + weight + bias + 3 * image
+    assert backward.read == 2 * image + (image + weight) + image
+    assert backward.written == image + weight + bias
 
 
 def test_attention_is_one_operation_also_when_it_is_computed_again():
@@ -232,6 +250,9 @@ CASES = [
     *((f"{size}_frame", None) for size in ("tiny", "small", "base")),
     *((f"{size}_{kind}", 1) for size in ("tiny", "base") for kind in ("patch", "frame")),
     ("small_patch", 2),
+    ("eat_tiny", None),
+    ("eat_tiny", 1),
+    ("eat_base", None),
 ]
 
 
@@ -241,19 +262,28 @@ def test_the_plan_counts_what_the_ledger_lists(name, every, *more):
     overrides = ["model.depth=5", "train.cuda_graphs=false", *more]
     config = load_config(name, [*overrides, f"train.activation_checkpoint_every={every or 'null'}"])
     gpu = replace(H100, fragmentation=1.0, base_gib=0.0, half_width=0.0)
-    gpu = replace(gpu, gemm_share=1.0, attention_share=1.0, bandwidth_share=1.0)
+    shares = ("gemm", "attention", "convolution", "bandwidth")
+    gpu = replace(gpu, **{f"{name}_share": 1.0 for name in shares})
     ledger, parameters = make_ledger(config, gpu, 16), count_parameters(config)
     shape = {"world_size": 1, "batch": 16, "stage": 1, "every": every}
     time = step_time(config, gpu, parameters, **shape)
     rows, total = ledger.rows(), ledger.total()
     bandwidth, peak = gpu.bandwidth_gb_s * 1e9, gpu.peak_tflops * 1e12
     step = sum(rows[name].moved for name in ("flat copies", "gradient norm", "optimizer"))
-    rest = total.moved - step - rows["matmul"].moved - rows["attention"].moved
+    convolutions = rows.get("convolution", Row("none"))
+    products = sum(row.moved for row in (rows["matmul"], rows["attention"], convolutions))
+    rest = total.moved - step - products
     launches = (time.host - ENGINE_S[1]) / gpu.launch_us * 1e6
     kernels = [x for x in ledger.recording.launches if "attention" in x.name]
     attended = sum(x.flops / (1.25 if "backward" in x.name else 1) for x in kernels)
     assert time.attention * peak == pytest.approx(attended, rel=0.05)
-    assert time.matmul * peak == pytest.approx(total.flops - rows["attention"].flops, rel=0.05)
+    others = rows["attention"].flops + convolutions.flops
+    assert time.matmul * peak == pytest.approx(total.flops - others, rel=0.05)
+    assert time.convolution * peak == pytest.approx(convolutions.flops, rel=0.05)
+    if every is None and config.model.norm == "post":  # which avoids none
+        assert step_flops_per_clip(config) * 16 == pytest.approx(
+            total.flops - rows["attention"].flops + attended, rel=0.01
+        )
     assert time.elementwise * bandwidth == pytest.approx(rest, rel=0.05)
     assert time.optimizer * bandwidth == pytest.approx(step, rel=0.05)
     assert launches == pytest.approx(total.kernels, rel=0.05)

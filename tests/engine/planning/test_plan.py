@@ -13,11 +13,11 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.model.objective import MSPM, mean_losses
 from ssast.engine.monitoring.gpus import GPUS, Gpu, find_gpu, load_gpu
 from ssast.engine.planning import order as plan_order
+from ssast.engine.planning.activations import activations
 from ssast.engine.planning.calibrate import calibrate, fit, plain_cpu, write_gpu
 from ssast.engine.planning.plan import (
     GIB,
     Parameters,
-    activations,
     bus_bandwidth,
     choose,
     collective_s,
