@@ -120,6 +120,7 @@ class Config:
                 raise ConfigError(
                     "train.spike_factor is for pretraining: fine-tuning goes by epochs"
                 )
+            self.finetune.check_grid(rows, columns)
             return
         OBJECTIVES.check(self.objective.kind)
         if self.optim.schedule == "multistep":
@@ -143,8 +144,11 @@ class Config:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a clip: extra tokens and patches."""
-        return EXTRA_TOKENS[self.model.extra_tokens] + self.grid[0] * self.grid[1]
+        """Tokens of a clip in training: extra tokens, and the patches that are not dropped."""
+        rows, columns = self.grid
+        drops = self.finetune is not None and self.finetune.drops
+        patches = self.finetune.kept_patches(rows, columns, columns) if drops else rows * columns
+        return EXTRA_TOKENS[self.model.extra_tokens] + patches
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:

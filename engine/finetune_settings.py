@@ -4,9 +4,12 @@ The docstrings below the fields are what the settings page of the documentation 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from ssast.engine.errors import ConfigError
 from ssast.engine.settings import setting
+
+Number = TypeVar("Number", int, Any)  # or a tensor of integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,18 @@ class Finetune:
     roll: int = setting(0, 0)
     """Maximum shift in frames of a clip, which wraps around (published: 10)."""
 
+    drop_tokens: float = setting(0.0, 0.0, 0.99)
+    """Token dropping (Patchout): share of the patches of a clip that are left out in training, of
+    those that `drop_columns` and `drop_rows` leave, others in each epoch. The encoder computes the
+    rest alone; evaluation uses all."""
+
+    drop_columns: int = setting(0, 0)
+    """Structured token dropping: number of columns (time) of patches that are left out in training
+    (PaSST: 40); of a clip that ends early in proportion, with `audio.ignore_padding`."""
+
+    drop_rows: int = setting(0, 0)
+    """Number of rows (frequency) of patches that are left out in training (PaSST: 4)."""
+
     label_smoothing: float = setting(0.0, 0.0, 1.0)
     """Label smoothing of the loss."""
 
@@ -95,3 +110,38 @@ class Finetune:
 
     allow_leakage: bool = False
     """Train even if training, validation and test clips share recordings."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether patches are dropped in training."""
+        return bool(self.drop_tokens or self.drop_columns or self.drop_rows)
+
+    def check_grid(self, rows: int, columns: int) -> None:
+        """Check that patches of a grid are left.
+
+        Raises:
+            ConfigError: All rows or all columns are dropped.
+        """
+        for name, dropped, there in (
+            ("rows", self.drop_rows, rows),
+            ("columns", self.drop_columns, columns),
+        ):
+            if dropped >= there:
+                raise ConfigError(
+                    f"finetune.drop_{name} must leave some of the {rows} x {columns} patches: at "
+                    f"most {there - 1}, got {dropped}"
+                )
+
+    def kept_columns(self, own: Number, columns: int) -> Number:
+        """Return how many of a clip's ``own`` columns of patches are kept in training.
+
+        Args:
+            own: Columns before the padding, at least one.
+            columns: All columns of the grid.
+        """
+        return own - self.drop_columns * own // columns
+
+    def kept_patches(self, rows: int, own: Number, columns: int) -> Number:
+        """Return how many patches of a clip are kept in training; see :meth:`kept_columns`."""
+        left = (rows - self.drop_rows) * self.kept_columns(own, columns)
+        return left - left * round(self.drop_tokens * 10**6) // 10**6

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssast.engine.data.token_dropping import KeptPatches
 from ssast.engine.model.encoder import SpectrogramTransformer
+from ssast.kernels.attention import make_padding_mask
 from ssast.kernels.autocast import autocast_off
+from ssast.kernels.patch_embed import take
 
 ACTIVATIONS = {"ce": "softmax", "bce": "sigmoid"}
 """What makes probabilities of the logits of a classifier, by the loss it was trained with."""
@@ -69,6 +72,35 @@ def embed_clips(
     return pool_clips(encoder, hidden, pooling, num_frames)
 
 
+def embed_kept(
+    encoder: SpectrogramTransformer,
+    fbank: Tensor,
+    kept: KeptPatches,
+    pooling: Literal["avgtok", "cls"] = "avgtok",
+) -> Tensor:
+    """Compute one embedding per clip from some of its patches alone, [B, D].
+
+    Args:
+        encoder: The encoder.
+        fbank: [B, T, F] log-mel before normalisation.
+        kept: The patches, without padding.
+        pooling: See :func:`pool`; the mean is that of the kept patches.
+    """
+    E, valid = encoder.num_extra_tokens, kept.valid()
+    tokens, _ = encoder.embed_tokens(fbank)
+    tokens = torch.cat((tokens[:, :E], take(tokens[:, E:], kept.ids)), 1)
+    mask = None
+    if valid is not None:
+        mask = make_padding_mask(functional.pad(valid, (E, 0), value=True))
+    hidden = encoder.encode_tokens(tokens, mask)
+    assert isinstance(hidden, Tensor)
+    if pooling == "cls" or valid is None:
+        return pool(hidden, pooling, E)
+    weights = (valid / valid.sum(1, keepdim=True)).to(hidden.dtype)
+    with autocast_off(hidden.device.type):  # a mean, not a matmul
+        return torch.einsum("bkd,bk->bd", hidden[:, E:], weights)
+
+
 def pool_clips(
     encoder: SpectrogramTransformer,
     hidden: Tensor,
@@ -103,17 +135,30 @@ class LossClassifier(Classifier):
         self.register_buffer("class_weights", None, persistent=False)
 
     def forward(  # type: ignore[override]  # filterbanks and targets to losses
-        self, fbank: Tensor, targets: Tensor, num_frames: Tensor | None = None
+        self,
+        fbank: Tensor,
+        targets: Tensor,
+        num_frames: Tensor | None = None,
+        kept: KeptPatches | None = None,
     ) -> dict[str, Tensor]:
         """Return the losses of filterbanks [B, T, F] for targets [B, C] in [0, 1].
 
         Label smoothing and class weights apply in training mode only.
 
+        Args:
+            fbank: [B, T, F] log-mel before normalisation.
+            targets: [B, C].
+            num_frames: [B], valid (unpadded) frames; see :func:`embed_clips`.
+            kept: The patches that are computed; all that are no padding if None.
+
         Returns:
             "loss" and "accuracy" (0 or 1: the prediction is the target's largest class), [B];
             "logits" [B, C].
         """
-        logits = super().forward(fbank, num_frames).float()
+        if kept is None:
+            logits = super().forward(fbank, num_frames).float()
+        else:
+            logits = self.head(embed_kept(self.encoder, fbank, kept, self.pooling)).float()
         smoothing = self.label_smoothing if self.training else 0.0
         weights = self.class_weights if self.training else None
         if self.loss == "ce":

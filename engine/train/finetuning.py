@@ -23,6 +23,7 @@ from ssast.engine.data.clips import describe_clips
 from ssast.engine.data.labels import LabelledClips, targets_of
 from ssast.engine.data.sampling import Partners, balanced_weights
 from ssast.engine.data.splits import Splits
+from ssast.engine.data.token_dropping import keep_patches
 from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.metrics import classification_metrics
 from ssast.engine.evaluation.report import REPORT, write_report, write_split
@@ -155,13 +156,21 @@ class Finetuning(Task):
         )
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[tuple[Any, ...], Tensor]:
-        """Return filterbanks and targets, augmented in training, and where padding begins."""
+        """Return filterbanks, targets and where padding begins.
+
+        In training they are augmented, and the patches come last that are not dropped.
+        """
         labels = self._train_labels if training else self._valid_labels
         fbank, targets = batch.fbank, targets_of(labels, batch.clip_ids, len(self.splits.classes))
         if training:
             fbank, targets = self._augment(batch, targets)
         frames = batch.num_frames if self.context.config.audio.ignore_padding else None
-        return (fbank, targets, frames), batch.valid
+        if not (training and self.settings.drops):
+            return (fbank, targets, frames), batch.valid
+        draw = augment.Draw(self.seed, batch.clip_ids, batch.epochs)
+        embed = self.encoder.embed
+        kept = keep_patches(draw, self.settings, embed.grid, embed.valid_columns(frames))
+        return (fbank, targets, frames, kept), batch.valid
 
     def _augment(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
         settings, audio, fbank = self.settings, self.context.config.audio, batch.fbank

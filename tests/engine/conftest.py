@@ -18,7 +18,8 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "small.yaml"
-    path.write_text("finetune: {mixup: 0.5, freq_mask: 4, time_mask: 6, noise: 0.1, roll: 3}\n")
+    augmented = "mixup: 0.5, freq_mask: 4, time_mask: 6, noise: 0.1, roll: 3, drop_tokens: 0.25"
+    path.write_text(f"finetune: {{{augmented}}}\n")
     return path
 
 

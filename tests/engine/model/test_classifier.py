@@ -4,9 +4,19 @@ from golden_model import golden, pretraining_case
 
 from ssast.engine.checkpoints.classifier import build_classifier, fill_encoder
 from ssast.engine.config import from_plain
-from ssast.engine.model.classifier import Classifier, LossClassifier, embed_clips, pool
+from ssast.engine.data.augment import Draw
+from ssast.engine.data.token_dropping import keep_patches
+from ssast.engine.finetune_settings import Finetune
+from ssast.engine.model.classifier import (
+    Classifier,
+    LossClassifier,
+    embed_clips,
+    embed_kept,
+    pool,
+)
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
+from ssast.kernels.attention import make_padding_mask
 
 
 def make(stride=None):
@@ -28,6 +38,59 @@ def test_padding_is_left_out_of_the_mean(stride):
         kept = [t for t, start in enumerate(starts) if start < max(frames, 1)]
         tokens = [hidden[clip, 2 + f * columns + t] for f in range(rows) for t in kept]
         torch.testing.assert_close(given[clip], torch.stack(tokens).mean(0))
+
+
+@pytest.mark.parametrize("pooling", ["avgtok", "cls"])
+@pytest.mark.parametrize(
+    ("options", "stride", "padded"),
+    [
+        ({}, None, True),
+        ({}, (10, 10), False),
+        ({"patch": (128, 2)}, None, True),
+        ({"norm": "post", "extra_tokens": "cls", "positions": "sincos"}, None, True),
+    ],
+    ids=["patch", "stride", "frame", "post"],
+)
+def test_dropped_tokens_are_as_if_never_there(options, stride, padded, pooling):
+    """Beside all tokens with an attention mask, values and gradients in float64."""
+    torch.manual_seed(0)
+    model = Model(size="tiny", depth=2, **options)
+    audio = Audio(num_frames=64, ignore_padding=padded)
+    encoder = SpectrogramTransformer(model, audio, stride).double()
+    fbank = torch.randn(4, 64, 128, dtype=torch.float64)
+    frames = torch.tensor([64, 40, 16, 50]) if padded else None
+    rows, columns = encoder.embed.grid
+    settings = Finetune(drop_tokens=0.3, drop_columns=1, drop_rows=min(2, rows - 1))
+    draw = Draw(0, torch.arange(4), torch.arange(4))
+    own = encoder.embed.valid_columns(frames)
+    kept = keep_patches(draw, settings, encoder.embed.grid, own)
+    is_kept = torch.zeros(4, rows * columns, dtype=torch.bool)
+    for b in range(4):
+        count = kept.ids.shape[1] if kept.count is None else kept.count[b]
+        is_kept[b, kept.ids[b, :count]] = True
+    assert 0 < is_kept.sum() < 4 * rows * columns
+
+    E = encoder.num_extra_tokens
+    tokens, _ = encoder.embed_tokens(fbank)
+    mask = make_padding_mask(torch.cat((torch.ones(4, E, dtype=torch.bool), is_kept), 1))
+    hidden = encoder.encode_tokens(tokens, mask)
+    if pooling == "cls":
+        want = hidden[:, :E].mean(1)
+    else:
+        want = torch.stack(
+            [h[flags].mean(0) for h, flags in zip(hidden[:, E:], is_kept, strict=True)]
+        )
+    got = embed_kept(encoder, fbank, kept, pooling)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    weights = torch.randn_like(got)
+    named = [(n, p) for n, p in encoder.named_parameters() if p.requires_grad]
+    results = [
+        torch.autograd.grad((x * weights).sum(), [p for _, p in named], allow_unused=True)
+        for x in (got, want)
+    ]
+    for (name, _), a, b in zip(named, *results, strict=True):
+        if b is not None:
+            assert (a - b).abs().max() <= 1e-11 * max(1.0, float(b.abs().max())), name
 
 
 def test_a_full_clip_is_pooled_as_published():

@@ -4,6 +4,7 @@ import json
 import math
 import random
 
+import noise_runs
 import pytest
 import torch
 from finetune_runs import load, make_sounds, manifest, overrides, plain_file
@@ -16,6 +17,7 @@ from ssast.engine.data.splits import find_splits
 from ssast.engine.finetune import FinetuneEngine, finetune
 from ssast.engine.formats.open import open_classifier, open_encoder
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
+from ssast.engine.planning.synthetic import SyntheticContext, noise, synthetic_task
 from ssast.engine.train.finetuning import Finetuning
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import RunContext
@@ -74,6 +76,12 @@ def test_shuffled_labels_are_not_learned(splits, checkpoint, tmp_path):
         {"optim__schedule": "multistep", "optim__name": "adam", "train__precision": "bf16"},
         {"train__zero_stage": 3, "train__accumulation_steps": 2, "finetune__patience": 1},
         {"finetune__class_weights": "balanced", "finetune__loss": "bce", "finetune__mixup": 0.5},
+        {
+            "finetune__drop_rows": 1,
+            "finetune__drop_columns": 1,
+            "audio__ignore_padding": True,
+            "train__activation_checkpoint_every": 1,
+        },
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
@@ -85,6 +93,34 @@ def test_every_setting_trains(changed, recipe, splits, checkpoint, tmp_path):
     if changed.get("finetune__freeze") == "encoder":
         for name, value in open_encoder(checkpoint).encoder.blocks.state_dict().items():
             assert torch.equal(trained.classifier.encoder.blocks.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("stride", [None, [10, 10]], ids=str)
+@pytest.mark.parametrize("padded", [True, False])
+def test_dropped_tokens_are_not_computed_and_evaluation_uses_all(world, stride, padded):
+    config = noise_runs.configure(
+        finetune=True, finetune__stride=stride, finetune__drop_tokens=0.3,
+        finetune__drop_columns=1, audio__ignore_padding=padded,
+    )  # fmt: skip
+    batch_size = config.train.batch_size
+    task = synthetic_task(SyntheticContext(config, world, fbank=noise(config, batch_size)))
+    lengths = []
+    task.encoder.blocks[-1].norm2.register_forward_hook(
+        lambda module, args, output: lengths.append(output[0].shape[1])
+    )
+    with task.train_batches(0) as batches:
+        first, second = next(batches), next(batches)
+    (rows, columns), kept = config.grid, []
+    for batch in (first, second, first):
+        inputs, _ = task.inputs(batch, training=True)
+        kept.append(inputs[3].ids)
+        task.module(*inputs)
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+    task.module(*task.inputs(first, training=False)[0])
+    patches = config.finetune.kept_patches(rows, columns, columns)
+    assert patches < rows * (columns - 1)
+    assert lengths == [2 + patches] * 3 + [2 + rows * columns]
+    assert config.num_tokens == 2 + patches
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
