@@ -91,6 +91,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "gpu": "gpu.session",
     "batches": "study.batches",
     "continued": "study.continued",
+    "dropping": "study.dropping",
 }
 
 

@@ -1,0 +1,42 @@
+"""``ssast bench dropping``: what it drops, its sounds, its tables."""
+
+from ssast.benchmarks.study import dropping
+from ssast.pipelines.clips.manifest import read_manifest
+
+
+def test_the_same_shares_are_dropped_in_both_grids() -> None:
+    for rows, columns, want in ((8, 32, (2, 12)), (4, 8, (1, 3))):
+        given = dropping.dropped("drop_columns, drop_rows", rows, columns)
+        assert given == (f"finetune.drop_columns={want[1]}", f"finetune.drop_rows={want[0]}")
+        assert dropping.dropped("drop_tokens 0.4", rows, columns) == ("finetune.drop_tokens=0.4",)
+
+
+def test_the_tables(tmp_path, monkeypatch, capsys) -> None:
+    scores = iter([0.5, 0.25, 0.75, 1.0, 0.6, 0.35, 0.65, 1.0])
+    configs = []
+
+    def train(config, *, resume):
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr(dropping, "finetune", train)
+    monkeypatch.setattr(dropping, "accuracy", lambda folder, split: next(scores))
+    given = ["--batch", "1", "--repeats", "1", "--clips", "2", "--seeds", "2"]
+    assert dropping.main([*given, "--out", str(tmp_path), "optim.lr=0.002"]) == 0
+    drops = [
+        (c.finetune.drop_tokens, c.finetune.drop_columns, c.finetune.drop_rows) for c in configs
+    ]
+    assert drops == 2 * [(0.0, 0, 0), (0.2, 0, 0), (0.4, 0, 0), (0.0, 3, 1)]
+    assert [c.train.seed for c in configs] == [0] * 4 + [1] * 4
+    assert {c.optim.lr for c in configs} == {0.002}
+    labels = read_manifest(tmp_path / "train.json").labels
+    assert len(labels) == 16 and len(set(labels)) == 8
+    shown = capsys.readouterr().out
+    assert "| all tokens | 1.00 |" in shown
+    assert "| drop_tokens 0.2 | 30.0" in shown and "| drop_columns, drop_rows | 100.0" in shown
+
+
+def test_a_stopped_training_stops_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dropping, "measure_passes", lambda *_: {"all tokens": 1.0})
+    monkeypatch.setattr(dropping, "finetune", lambda config, *, resume: 15)
+    assert dropping.main(["--clips", "1", "--out", str(tmp_path)]) == 143
