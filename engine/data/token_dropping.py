@@ -77,4 +77,4 @@ def keep_patches(
     kept = _smallest(by_patch, among, count[:, None])
     ids = kept.logical_not().byte().argsort(dim=1, stable=True)
     ids = ids[:, : settings.kept_patches(rows, columns, columns)]
-    return KeptPatches(ids.contiguous(), None if valid_columns is None else count)
+    return KeptPatches(ids, None if valid_columns is None else count)

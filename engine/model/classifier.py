@@ -72,6 +72,12 @@ def embed_clips(
     return pool_clips(encoder, hidden, pooling, num_frames)
 
 
+def _weights(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights of a mean over the valid entries of each row, [B, n]."""
+    flags = valid.to(torch.promote_types(dtype, torch.float32))
+    return (flags / flags.sum(1, keepdim=True)).to(dtype)
+
+
 def embed_kept(
     encoder: SpectrogramTransformer,
     fbank: Tensor,
@@ -96,7 +102,7 @@ def embed_kept(
     assert isinstance(hidden, Tensor)
     if pooling == "cls" or valid is None:
         return pool(hidden, pooling, E)
-    weights = (valid / valid.sum(1, keepdim=True)).to(hidden.dtype)
+    weights = _weights(valid, hidden.dtype)
     with autocast_off(hidden.device.type):  # a mean, not a matmul
         return torch.einsum("bkd,bk->bd", hidden[:, E:], weights)
 
@@ -117,7 +123,7 @@ def pool_clips(
         valid = positions < whole[:, None]  # [B, columns]
     else:
         valid = positions * encoder.embed.stride[1] < num_frames.clamp(min=1)[:, None]
-    weights = (valid / valid.sum(1, keepdim=True)).to(hidden.dtype)
+    weights = _weights(valid, hidden.dtype)
     tokens = hidden[:, encoder.num_extra_tokens :].unflatten(1, (rows, columns))
     with autocast_off(tokens.device.type):  # a mean, not a matmul
         return torch.einsum("brcd,bc->bd", tokens, weights) / rows
