@@ -33,7 +33,7 @@ def task_on(gpu, **changed):
         {"objective__softmax_axis": "paper", "objective__mask": "random"},
         {"finetune": True},
         {"finetune": True, "finetune__loss": "bce", "finetune__pooling": "cls"},
-        {"finetune": True, "finetune__drop_tokens": 0.3, "audio__ignore_padding": True},
+        {"finetune": True, "finetune__drop_tokens": 0.3, "finetune__drop_columns": 1},
     ],
     ids=str,
 )
