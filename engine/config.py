@@ -146,8 +146,8 @@ class Config:
     def num_tokens(self) -> int:
         """Tokens of a clip in training: extra tokens, and the patches that are not dropped."""
         rows, columns = self.grid
-        drops = self.finetune is not None and self.finetune.drops
-        patches = self.finetune.kept_patches(rows, columns, columns) if drops else rows * columns
+        finetune = self.finetune
+        patches = finetune.kept_patches(rows, columns, columns) if finetune else rows * columns
         return EXTRA_TOKENS[self.model.extra_tokens] + patches
 
 

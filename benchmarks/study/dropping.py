@@ -25,14 +25,19 @@ from ssast.engine.train.finetuning import is_finished
 from ssast.pipelines.clips.manifest import write_manifest
 
 RATE_HZ, NUM_CLASSES = 16000, 8
-SETTINGS = {  # name: what is dropped
+SETTINGS: dict[str, tuple[str, ...]] = {  # name: what is dropped
     "all tokens": (),
     "drop_tokens 0.2": ("finetune.drop_tokens=0.2",),
     "drop_tokens 0.4": ("finetune.drop_tokens=0.4",),
     "drop_columns, drop_rows": (),  # in proportion to PaSST's 40 of 99 columns and 4 of 12 rows
 }
 AUDIO = ("audio.n_mels=64", "audio.num_frames=128", "audio.mean=-6", "audio.std=4")
-TRAINING = ("model.size=tiny", "model.depth=2", "finetune.loss=ce", "optim.lr=1e-3")
+TRAINING: tuple[str, ...] = (
+    "model.size=tiny",
+    "model.depth=2",
+    "finetune.loss=ce",
+    "optim.lr=1e-3",
+)
 TRAINING += ("optim.warmup_steps=10", "train.batch_size=16", "train.precision=fp32")
 TRAINING += ("finetune.freq_mask=0", "finetune.time_mask=0", "data.valid_share=0.2")
 

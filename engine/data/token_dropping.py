@@ -26,13 +26,13 @@ class KeptPatches(NamedTuple):
     """
 
     ids: Tensor  # [B, K] int64
-    count: Tensor | None = None  # [B] int64, how many of them are valid; all if None
+    num_valid: Tensor | None = None  # [B] int64, how many of them are valid; all if None
 
     def valid(self) -> Tensor | None:
         """Return which are valid, [B, K] bool; None if all are."""
-        if self.count is None:
+        if self.num_valid is None:
             return None
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.count[:, None]
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.num_valid[:, None]
 
 
 def _smallest(numbers: Tensor, among: Tensor, count: Tensor | int) -> Tensor:

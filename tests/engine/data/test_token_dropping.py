@@ -25,7 +25,7 @@ def flags(kept: KeptPatches, grid: tuple[int, int] = GRID) -> torch.Tensor:
     result.scatter_(1, kept.ids, torch.ones_like(kept.ids, dtype=torch.bool))
     if valid is not None:
         result = torch.zeros_like(result)
-        for b, count in enumerate(kept.count.tolist()):
+        for b, count in enumerate(kept.num_valid.tolist()):
             result[b, kept.ids[b, :count]] = True
     return result.view(-1, *grid)
 
@@ -43,7 +43,7 @@ def flags(kept: KeptPatches, grid: tuple[int, int] = GRID) -> torch.Tensor:
 )
 def test_how_many_are_kept(settings: Finetune, want: int) -> None:
     kept = keep_patches(draw(50), settings, GRID)
-    assert kept.ids.shape == (50, want) and kept.count is None
+    assert kept.ids.shape == (50, want) and kept.num_valid is None
     assert (kept.ids[:, 1:] > kept.ids[:, :-1]).all()
     on = flags(kept)
     rows, columns = on.any(2), on.any(1)
@@ -90,15 +90,15 @@ def test_a_clip_keeps_the_same_in_any_batch_and_others_in_each_epoch() -> None:
 def test_a_clip_with_padding_keeps_its_own_patches(settings: Finetune) -> None:
     own = torch.arange(1, 11).repeat(20)
     kept = keep_patches(draw(200), settings, GRID, own)
-    assert kept.count is not None and kept.count.min() >= 1
+    assert kept.num_valid is not None and kept.num_valid.min() >= 1
     assert kept.ids.shape == (200, settings.kept_patches(4, 10, 10))
     on = flags(kept)
-    assert torch.equal(on.sum((1, 2)), kept.count)
+    assert torch.equal(on.sum((1, 2)), kept.num_valid)
     assert not on[torch.arange(10).expand(200, 4, 10) >= own[:, None, None]].any()
     for b, columns in enumerate(own.tolist()):
         left = columns - settings.drop_columns * columns // 10
         patches = (4 - settings.drop_rows) * left
-        assert kept.count[b] == patches - int(patches * settings.drop_tokens + 1e-9)
+        assert kept.num_valid[b] == patches - int(patches * settings.drop_tokens + 1e-9)
         assert on[b].any(0).sum() <= left
     whole = keep_patches(draw(200), settings, GRID, torch.full((200,), 10))
     assert torch.equal(whole.ids, keep_patches(draw(200), settings, GRID).ids)

@@ -66,7 +66,7 @@ def test_dropped_tokens_are_as_if_never_there(options, stride, padded, pooling):
     kept = keep_patches(draw, settings, encoder.embed.grid, own)
     is_kept = torch.zeros(4, rows * columns, dtype=torch.bool)
     for b in range(4):
-        count = kept.ids.shape[1] if kept.count is None else kept.count[b]
+        count = kept.ids.shape[1] if kept.num_valid is None else kept.num_valid[b]
         is_kept[b, kept.ids[b, :count]] = True
     assert 0 < is_kept.sum() < 4 * rows * columns
 
