@@ -33,7 +33,8 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 def _add_norm_torch(
     x: Tensor, update: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = torch.add(x, update).add_(bias)
+    # The bias goes to the update first: in bf16, beside a large x, it would be rounded away.
+    total = torch.add(update, bias).add_(x)
     out, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, norm_bias, eps)
     dtype = _statistics_dtype(x)
     return total, out, mean.squeeze(-1).to(dtype), rstd.squeeze(-1).to(dtype)
@@ -42,7 +43,7 @@ def _add_norm_torch(
 def _add_norm_plain(
     x: Tensor, update: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x + update + bias
+    total = x + (update + bias)
     out, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, norm_bias, eps)
     dtype = _statistics_dtype(x)
     return total, out, mean.squeeze(-1).to(dtype), rstd.squeeze(-1).to(dtype)

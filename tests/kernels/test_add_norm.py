@@ -64,6 +64,15 @@ def test_a_program_sums_many_rows(dtype: torch.dtype, monkeypatch: pytest.Monkey
         check("many_rows", "unit", dtype, "cpu")
 
 
+def test_bf16_keeps_a_small_bias_beside_a_large_stream(device: str) -> None:
+    x, bias = torch.full((512, 64), 6.0), torch.full((64,), 0.01)  # numbers near 6 are 1/32 apart
+    update = 0.25 * torch.rand(512, 64, generator=torch.Generator().manual_seed(0))
+    inputs = [t.to(device, torch.bfloat16) for t in (x, update, bias, bias, bias)]
+    total = add_norm(*inputs, EPS)[0]
+    added = (total.double() - inputs[0].double() - inputs[1].double()).mean().item()
+    assert added == pytest.approx(0.01, rel=0.05)  # each sum is rounded, their mean is not
+
+
 @pytest.mark.parametrize("used", ["sum", "normalised"])
 def test_one_of_the_results_may_be_unused(used: str, device: str) -> None:
     def pick(results: tuple[Tensor, Tensor]) -> Tensor:
