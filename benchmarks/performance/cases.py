@@ -24,7 +24,8 @@ from ssast.benchmarks.performance.prediction import prediction_cases
 from ssast.benchmarks.performance.store import Case, Scope
 from ssast.benchmarks.training.ours import OurStep
 from ssast.benchmarks.training.processes import Sample, in_process, measure, start, take_steps
-from ssast.benchmarks.training.step import Setting, peak_gflops, product_s
+from ssast.benchmarks.training.setting import Setting
+from ssast.benchmarks.training.step import peak_gflops, product_s
 from ssast.benchmarks.training.variants import DEFAULT, OPTIONS, VARIANTS, Variant
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.benchmarks.performance.others import OtherWork
-from ssast.benchmarks.training.step import Setting
+from ssast.benchmarks.training.setting import Setting
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
 from ssast.pipelines.files import write_atomically

@@ -41,7 +41,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
         self.num_heads, self.attend = num_heads, explicit_attention
@@ -49,19 +51,23 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, L, D] to the same shape."""
         B, L, D = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, L, D))
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, embed_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
         self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, L, D] to the same shape."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -69,9 +75,9 @@ class _Block(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.attn = _Attention(embed_dim, num_heads)
+        self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.mlp = _Mlp(embed_dim)
+        self.mlp = Mlp(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ssast.benchmarks.device import timed, use_device
-from ssast.benchmarks.training.step import GPU_STEPS, Setting, peak_gflops, product_s
+from ssast.benchmarks.training.setting import Setting
+from ssast.benchmarks.training.step import GPU_STEPS, peak_gflops, product_s
 from ssast.benchmarks.training.variants import Variant, check_mask_ids
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.monitor import peak_memory_gib

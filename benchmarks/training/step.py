@@ -21,10 +21,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.nn.functional import one_hot
 
 from ssast.benchmarks.device import CPU, add_device_option, find_device, timed, use_device
 from ssast.benchmarks.training.baseline import (
@@ -39,16 +38,16 @@ from ssast.benchmarks.training.groups import (
     format_groups,
     measured_groups,
 )
+from ssast.benchmarks.training.latent_baseline import LatentBaseline, latent_step, own_masks
 from ssast.benchmarks.training.ours import OurStep
-from ssast.engine.config import Config, from_plain, masked_patches
+from ssast.benchmarks.training.setting import Setting
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.classifier import LossClassifier
+from ssast.engine.model.latent import Latent
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.flops import PEAK_SHAPE, step_flops_per_clip
 from ssast.engine.monitoring.gpus import GPUS, Gpu, find_gpu
 from ssast.engine.monitoring.monitor import peak_memory_gib
-from ssast.engine.objective_settings import published_share
-from ssast.engine.planning.synthetic import NUM_CLASSES, noise
 from ssast.engine.settings import SIZES
 from ssast.kernels.matmul import fast_matmul
 from ssast.kernels.memory import keep_freed_memory
@@ -56,54 +55,6 @@ from ssast.kernels.memory import keep_freed_memory
 GPU_STEPS = 10  # of a turn: one takes milliseconds
 STEPS_OF_A_RUN = 100_000  # compiling is for long runs
 _PROFILED_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Size of what both sides compute."""
-
-    size: str
-    batch: int
-    frames: int
-    threads: int
-    default_memory: bool  # leave the C library's allocator as it is in our process too
-    finetune: bool = False  # instead of pretraining
-    device: str = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
-        return self.device != "cpu"
-
-    def config(self, *, two_pass: bool = False) -> Config:
-        """Return the patch model's configuration, with its share of masked patches: 400 of 512."""
-        if self.finetune:
-            return from_plain(
-                {
-                    "model": {"size": self.size},
-                    "audio": {"num_frames": self.frames},
-                    "train": {"precision": self.precision},
-                    "finetune": {"stride": [10, 10], "loss": "bce"},
-                }
-            )
-        num_masked = masked_patches(published_share("joint"), 8 * (self.frames // 16))
-        return from_plain(
-            {
-                "model": {"size": self.size},
-                "audio": {"num_frames": self.frames},
-                "train": {"precision": self.precision},
-                "objective": {"num_masked": num_masked, "two_pass": two_pass},
-            }
-        )
-
-    def fbank(self) -> torch.Tensor:
-        """Return log-mel filterbanks [B, T, F]."""
-        return noise(self.config(), self.batch)
-
-    def targets(self) -> torch.Tensor:
-        """Return targets [B, C], one class a clip."""
-        return one_hot(torch.arange(self.batch) % NUM_CLASSES, NUM_CLASSES).float()
 
 
 @dataclass(frozen=True)
@@ -155,6 +106,10 @@ def _published_step(setting: Setting) -> Callable[[], object]:
     module = OurStep(config, fbank, device=device).task.module
     # The published data loader normalises before the step.
     x = (fbank - config.audio.mean) / (2 * config.audio.std)
+    bf16 = setting.precision == "bf16"
+    if isinstance(module, Latent):
+        latent = LatentBaseline(config, module).to(device)
+        return partial(latent_step, latent, latent.optimizer(config.optim), x, bf16=bf16)
     model: Baseline | ClassifierBaseline
     batch: tuple[torch.Tensor, ...] = (x,)
     if isinstance(module, MSPM):
@@ -164,7 +119,7 @@ def _published_step(setting: Setting) -> Callable[[], object]:
         model = ClassifierBaseline(config, module).to(device)
         batch = x, setting.targets().to(device)
     optimizer = published_optimizer(model)
-    return partial(train_step, model, optimizer, *batch, bf16=setting.precision == "bf16")
+    return partial(train_step, model, optimizer, *batch, bf16=bf16)
 
 
 def _our_step(setting: Setting) -> tuple[Callable[[], object], list[str]]:
@@ -172,9 +127,11 @@ def _our_step(setting: Setting) -> tuple[Callable[[], object], list[str]]:
     step = OurStep(
         setting.config(),
         setting.fbank(),
-        deepspeed=setting.on_gpu,
+        # Only the engine averages the weights of a teacher.
+        deepspeed=setting.on_gpu or setting.objective == "latent",
         device=torch.device(setting.device),
     )
+    torch.set_num_threads(setting.threads)  # DeepSpeed sets them as well
     return step.take, step.start_execution(STEPS_OF_A_RUN).lines()
 
 
@@ -326,7 +283,9 @@ def loss_difference(setting: Setting) -> float:
     task, x = step.task, step.task.encoder.embed.normalise(fbank)
     inputs, valid = task.inputs(next(step.batches), training=True)
     ours = task.means(task.module(*inputs), valid)["loss"].item()
-    if isinstance(task.module, MSPM):
+    if isinstance(task.module, Latent):
+        losses = LatentBaseline(config, task.module).losses(x, *own_masks(task.module, *inputs[1:]))
+    elif isinstance(task.module, MSPM):
         losses = Baseline(config, task.module).losses(x, *(m.mask_ids for m in inputs[1:]))
     else:
         assert isinstance(task.module, LossClassifier)
@@ -343,7 +302,8 @@ def _table(result: Result) -> str:
     s, peak = result.setting, result.peak_gflops_per_cpu_s
     d = ".4f" if s.on_gpu else ".2f"
     rows = [
-        f"{'fine-tuning' if s.finetune else 'pretraining'} {s.size}, {s.frames} frames, "
+        f"{'fine-tuning' if s.finetune else f'pretraining ({s.objective})'} {s.size}, "
+        f"{s.frames} frames, "
         f"batch {s.batch}, {s.threads} threads"
         + (f", {s.device}, {s.precision}" if s.on_gpu else "")
         + "; median (quartiles) of one step",
@@ -391,6 +351,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--finetune", action="store_true", help="a step of fine-tuning instead of pretraining"
     )
+    parser.add_argument(
+        "--objective",
+        choices=["joint", "latent"],
+        default="joint",
+        help="of pretraining: SSAST's or EAT's (default joint)",
+    )
     add_device_option(parser)
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], help="(default: bf16 on a GPU, fp32 on a CPU)"
@@ -404,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.repeats < 2 or args.frames < 32:
         parser.error("needs at least 2 repeats and 32 frames")
+    if args.finetune and args.objective != "joint":
+        parser.error("--objective is of pretraining, and --finetune of fine-tuning: give one")
     results, device = [], find_device(args.device)
     for size in args.sizes:
         setting = Setting(
@@ -415,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.finetune,
             str(device),
             args.precision or ("fp32" if device == CPU else "bf16"),
+            args.objective,
         )
         results.append(measure(setting, args.repeats, groups=args.groups))
         if not args.json:

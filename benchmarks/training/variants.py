@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ssast.benchmarks.device import CPU
 from ssast.benchmarks.training.baseline import Baseline, published_optimizer
 from ssast.benchmarks.training.ours import OurStep
-from ssast.benchmarks.training.step import STEPS_OF_A_RUN, Setting
+from ssast.benchmarks.training.setting import Setting
+from ssast.benchmarks.training.step import STEPS_OF_A_RUN
 from ssast.engine.config import Config
 from ssast.engine.model.objective import MSPM
 from ssast.engine.train.optim import build_optimizer

@@ -18,7 +18,7 @@ from ssast.benchmarks.performance.performance import main
 from ssast.benchmarks.performance.records import Record, publish
 from ssast.benchmarks.performance.store import Case, ResultStore, Scope
 from ssast.benchmarks.performance.tables import floor, step_rows
-from ssast.benchmarks.training.step import Setting
+from ssast.benchmarks.training.setting import Setting
 from ssast.benchmarks.training.variants import (
     DEFAULT,
     LACKING,

@@ -11,7 +11,7 @@ from ssast.benchmarks.training.groups import (
     measured_groups,
 )
 from ssast.benchmarks.training.ours import OurStep
-from ssast.benchmarks.training.step import Setting
+from ssast.benchmarks.training.setting import Setting
 from ssast.engine.monitoring.gpus import load_gpu
 from ssast.engine.planning.ledger import BACKWARD, FORWARD, INPUTS, group_of
 

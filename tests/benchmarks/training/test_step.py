@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ssast.benchmarks.training.groups import GroupTime
-from ssast.benchmarks.training.step import Quartiles, Result, Setting, _mfu, _table, main
+from ssast.benchmarks.training.setting import Setting
+from ssast.benchmarks.training.step import Quartiles, Result, _mfu, _table, main
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.gpus import load_gpu
 
