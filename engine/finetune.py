@@ -23,6 +23,7 @@ from ssast.engine.config import (
 )
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.evaluation.precision import Precision
 from ssast.engine.evaluation.predict import Prediction, predict
 from ssast.engine.evaluation.timeline import Timeline, timelines
 from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
@@ -258,37 +259,45 @@ class FinetuneEngine:
         self.trained = open_classifier(self.config.run.folder)
         return self
 
-    def evaluate(self, manifest: str | Path, out: Path | None = None) -> dict[str, float]:
+    def evaluate(
+        self, manifest: str | Path, out: Path | None = None, *, precision: Precision = "fp32"
+    ) -> dict[str, float]:
         """Compute the metrics on the clips of a manifest.
 
         Args:
             manifest: See :func:`~ssast.engine.evaluation.evaluate.evaluate`, also for the errors.
             out: See there.
+            precision: See there.
 
         Raises:
             ConfigError: The classifier is not fine-tuned yet.
         """
         from ssast.engine.evaluation.evaluate import evaluate  # scikit-learn takes a second
 
-        return evaluate(self._trained(), manifest, out)
+        return evaluate(self._trained(), manifest, out, precision=precision)
 
-    def predict(self, sources: Sequence[str | Path], top: int = 5) -> list[Prediction]:
+    def predict(
+        self, sources: Sequence[str | Path], top: int = 5, *, precision: Precision = "fp32"
+    ) -> list[Prediction]:
         """Predict the classes of files, of all files in folders, or of the clips of manifests.
 
         Args:
             sources: See :func:`~ssast.engine.evaluation.predict.predict`, also for the errors.
             top: See there.
+            precision: See there.
 
         Raises:
             ConfigError: The classifier is not fine-tuned yet.
         """
-        return predict(self._trained(), sources, top)
+        return predict(self._trained(), sources, top, precision=precision)
 
     def timelines(
         self,
         sources: Sequence[str | Path],
         window_s: float | None = None,
         hop_s: float | None = None,
+        *,
+        precision: Precision = "fp32",
     ) -> Iterator[Timeline]:
         """Classify recordings of any length window by window.
 
@@ -296,11 +305,12 @@ class FinetuneEngine:
             sources: See :func:`~ssast.engine.evaluation.timeline.timelines`, also for the errors.
             window_s: See there.
             hop_s: See there.
+            precision: See there.
 
         Raises:
             ConfigError: The classifier is not fine-tuned yet.
         """
-        return timelines(self._trained(), sources, window_s, hop_s)
+        return timelines(self._trained(), sources, window_s, hop_s, precision=precision)
 
     def _trained(self) -> LoadedModel:
         if self.trained is None:

@@ -23,6 +23,12 @@ def onednn_is_faster() -> bool:
     return bool(cpu.get("avx512_f")) and "intel" not in str(cpu.get("cpu_name", "intel")).lower()
 
 
+def multiplies_bf16() -> bool:
+    """Return whether this CPU has instructions that multiply bf16, AVX512-BF16 or AMX."""
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
 def is_exact() -> bool:
     """Try whether matmuls are exact to float32 with the current settings.
 

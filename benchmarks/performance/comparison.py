@@ -55,8 +55,10 @@ def side_by_side(records: Sequence[Record]) -> list[str]:
     for size in SIZES:
         for what in ("predict", "embed"):
             for batch in (1, clip_count(size)):
-                compared = partial(_predicted, size=size, what=what, batch=batch)
-                rows[f"{size}: ssast {what}, against batch {batch}"] = compared
+                for command in (f"ssast {what}", f"ssast {what}, bf16"):
+                    ours, loop = f"{size}: {command}", f"{size}: {what} by a loop, batch {batch}"
+                    compared = partial(_predicted, ours=ours, loop=loop)
+                    rows[f"{ours}, against batch {batch}"] = compared
     cells = [[name, *(value(record) for record in records)] for name, value in rows.items()]
     filled = [row for row in cells if any(row[1:])]
     return table(["", *(record.machine["name"] for record in records)], filled)
@@ -103,15 +105,14 @@ def _loader(record: Record, key: str) -> str:
     return "" if found is None else f"{Result(**found).ratio('files'):.2f}"
 
 
-def _predicted(record: Record, size: str, what: str, batch: int) -> str:
+def _predicted(record: Record, ours: str, loop: str) -> str:
     """Return how many times as fast a command is as the loop: with start-up, and without."""
     results = record.read("predict")
-    ours, loop = results.get(f"{size}: ssast {what}"), f"{size}: {what} by a loop, batch {batch}"
-    if ours is None or loop not in results:
+    if ours not in results or loop not in results:
         return ""
-    theirs = results[loop]
-    after = [found["wall_s"] - found["start_wall_s"] for found in (theirs, ours)]
-    return f"{theirs['wall_s'] / ours['wall_s']:.2f} ({after[0] / after[1]:.2f})"
+    theirs, found = results[loop], results[ours]
+    after = [result["wall_s"] - result["start_wall_s"] for result in (theirs, found)]
+    return f"{theirs['wall_s'] / found['wall_s']:.2f} ({after[0] / after[1]:.2f})"
 
 
 def readme_block(records: Sequence[Record]) -> str:

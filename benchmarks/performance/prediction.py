@@ -20,6 +20,7 @@ from ssast.benchmarks.loading.data import write_clips
 from ssast.benchmarks.performance.store import Case, Scope
 from ssast.engine.errors import ConfigError
 from ssast.engine.settings import SIZES
+from ssast.kernels.matmul import multiplies_bf16
 
 OURS = {"predict": "ssast predict", "embed": "ssast embed"}
 CLIPS = {"tiny": 32, "small": 32}  # of a run, else BASE_CLIPS
@@ -29,7 +30,10 @@ NUM_CLASSES = 10
 
 
 def prediction_cases(scope: Scope) -> dict[str, Case]:
-    """Return both commands, and the loop with one clip and with many at a time, of each size."""
+    """Return both commands, and the loop with one clip and with many at a time, of each size.
+
+    The commands are also run with ``--precision bf16``, where the device multiplies it natively.
+    """
     cases: dict[str, Case] = {}
     for size in scope.sizes:
         count = clip_count(size)
@@ -39,6 +43,9 @@ def prediction_cases(scope: Scope) -> dict[str, Case]:
                 cases[f"{size}: {what} by a loop, batch {batch}"] = partial(
                     _run, scope, size, what, batch
                 )
+            if scope.device != "cpu" or multiplies_bf16():
+                bf16 = partial(_run, scope, size, what, None, ("--precision", "bf16"))
+                cases[f"{size}: {name}, bf16"] = bf16
     return cases
 
 
@@ -64,7 +71,9 @@ def save_model(folder: Path, size: str) -> None:
     ASTFeatureExtractor().save_pretrained(folder)
 
 
-def _run(scope: Scope, size: str, what: str, batch: int | None) -> dict[str, float]:
+def _run(
+    scope: Scope, size: str, what: str, batch: int | None, options: tuple[str, ...] = ()
+) -> dict[str, float]:
     count = clip_count(size)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,8 +81,10 @@ def _run(scope: Scope, size: str, what: str, batch: int | None) -> dict[str, flo
         for clips, number in (("one", 1), ("all", count)):
             (folder / clips).mkdir()
             write_clips(folder / clips, number)
-        starts = [_timed(scope, _command(folder, what, "one", batch)) for _ in range(STARTS)]
-        cpu_s, wall_s = _timed(scope, _command(folder, what, "all", batch))
+        starts = [
+            _timed(scope, _command(folder, what, "one", batch, options)) for _ in range(STARTS)
+        ]
+        cpu_s, wall_s = _timed(scope, _command(folder, what, "all", batch, options))
     return {
         "clips": count,
         "start_cpu_s": min(cpu_s for cpu_s, _ in starts),
@@ -83,12 +94,15 @@ def _run(scope: Scope, size: str, what: str, batch: int | None) -> dict[str, flo
     }
 
 
-def _command(folder: Path, what: str, clips: str, batch: int | None) -> list[str]:
+def _command(
+    folder: Path, what: str, clips: str, batch: int | None, options: tuple[str, ...]
+) -> list[str]:
     """Return what is run after ``python -m``."""
     out = str(folder / f"{time.monotonic_ns()}.npy")
     given = [str(folder / "model"), str(folder / clips)]
     if batch is None:
-        return ["ssast.engine.cli", what, *given, *(["--out", out] if what == "embed" else [])]
+        given += ["--out", out] if what == "embed" else []
+        return ["ssast.engine.cli", what, *given, *options]
     program = ["ssast.benchmarks.performance.plain_loop", *given, str(batch)]
     return [*program, *(["--embed", out] if what == "embed" else [])]
 

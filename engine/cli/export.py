@@ -10,6 +10,7 @@ from ssast.engine.cli.options import (
     NAMED,
     add_layer,
     add_missing_metadata,
+    add_precision,
     add_quiet,
     add_table_format,
     add_weights,
@@ -78,6 +79,7 @@ def add_export_commands(commands: Any) -> None:
         metavar="N",
         help="clips per batch (default: what suits the device)",
     )
+    add_precision(command)
     add_quiet(command)
     add_table_format(command, labels=False)
     command.set_defaults(run=_embed)
@@ -221,6 +223,7 @@ def _embed(options: argparse.Namespace) -> int:
         level=options.level,
         layer=options.layer,
         batch_size=options.batch_size,
+        precision=options.precision,
         table=table_format(options),
         progress=not options.quiet,
     )

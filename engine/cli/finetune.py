@@ -14,6 +14,7 @@ from ssast.engine.cli.options import (
     add_config,
     add_input_metadata,
     add_missing_metadata,
+    add_precision,
     add_quiet,
     add_resume,
     add_table_format,
@@ -138,6 +139,7 @@ def _add_classifier(command: argparse.ArgumentParser) -> None:
     )
     add_weights(command)
     add_missing_metadata(command, classifier=True)
+    add_precision(command)
     add_quiet(command)
 
 
@@ -181,6 +183,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.manifest,
         options.out,
         options.max_rejected,
+        precision=options.precision,
         table=table_format(options),
         progress=not options.quiet,
     )
@@ -205,8 +208,14 @@ def _predict(options: argparse.Namespace) -> int:
     loaded = open_classifier(options.checkpoint, missing_metadata(options), options.weights)
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)
-    table, progress = table_format(options), not options.quiet
-    predictions = predict(loaded, options.sources, options.top, table=table, progress=progress)
+    predictions = predict(
+        loaded,
+        options.sources,
+        options.top,
+        precision=options.precision,
+        table=table_format(options),
+        progress=not options.quiet,
+    )
     for found in predictions:
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
@@ -223,8 +232,16 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
     num_read = total = 0
     # Where the lines come on a terminal, they are the progress.
     progress = not options.quiet and not sys.stdout.isatty()
-    seconds, table = (options.window_s, options.hop_s), table_format(options)
-    for timeline in timelines(loaded, options.sources, *seconds, table=table, progress=progress):
+    windows = timelines(
+        loaded,
+        options.sources,
+        options.window_s,
+        options.hop_s,
+        precision=options.precision,
+        table=table_format(options),
+        progress=progress,
+    )
+    for timeline in windows:
         for line in timeline.lines(options.top):
             if options.json:
                 print(json.dumps(line))

@@ -31,6 +31,17 @@ def add_quiet(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_precision(command: argparse.ArgumentParser) -> None:
+    """Add ``--precision``."""
+    command.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of matmuls and attention; bf16 is faster on GPUs, and on CPUs with AVX512-BF16 or "
+        "AMX; what is written is float32 (default: fp32)",
+    )
+
+
 def add_table_format(command: argparse.ArgumentParser, *, labels: bool = True) -> None:
     """Add what can be set of the format of manifests.
 

@@ -8,6 +8,7 @@ from typing import Any
 from ssast.engine.cli.options import (
     NAMED,
     add_missing_metadata,
+    add_precision,
     add_quiet,
     add_weights,
     missing_metadata,
@@ -41,6 +42,7 @@ def add_probe_command(commands: Any) -> None:
     add_layers(command)
     add_weights(command)
     add_missing_metadata(command)
+    add_precision(command)
     add_quiet(command)
     command.set_defaults(run=_probe, max_rejected=None)
 
@@ -88,7 +90,11 @@ def run_probe(options: argparse.Namespace, tasks: Mapping[str, tuple[Path, Path 
     check_options(options)
     loaded = open_model(options.checkpoint, missing_metadata(options), options.weights)
     table = table_format(options) if hasattr(options, "columns") else layer_probe.PLAIN
-    given: dict[str, Any] = {"table": table, "progress": not options.quiet}
+    given: dict[str, Any] = {
+        "table": table,
+        "progress": not options.quiet,
+        "precision": options.precision,
+    }
     out = options.out
     if out is None and loaded.origin == "run" and not hasattr(options, "probe"):
         out = loaded.path

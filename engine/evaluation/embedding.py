@@ -11,6 +11,7 @@ import torch
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.cut_clips import CutClips
 from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_batch
+from ssast.engine.evaluation.precision import Precision, autocast_in
 from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
@@ -129,6 +130,7 @@ def embed_recordings(
     level: Level = "clip",
     layer: Layer = "last",
     batch_size: int | None = None,
+    precision: Precision = "fp32",
     table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> WrittenEmbeddings:
@@ -149,6 +151,7 @@ def embed_recordings(
         layer: Layer whose hidden states are taken, see
             :data:`~ssast.engine.evaluation.features.Layer`.
         batch_size: Clips at once; None: as many as suit the device.
+        precision: Precision of matmuls and attention; embeddings are float32.
         table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
@@ -174,6 +177,7 @@ def embed_recordings(
     cut = CutClips(paths, loaded.audio)
     try:
         with (
+            autocast_in(precision, device),
             replacing(out) as temporary,
             one_pass(
                 paths,
@@ -196,7 +200,7 @@ def embed_recordings(
                 vectors, held = embed_batch(loaded, fbank, frames, level, layer)
                 held = held.where(batch.valid[:count], 0)
                 counts[first : first + count] = held.cpu().numpy()
-                rows.put(first, vectors.float().cpu().numpy(), counts[first : first + count])
+                rows.put(first, vectors.cpu().numpy(), counts[first : first + count])
                 cut.add(batch)
             rows.close()
             if not counts.any():

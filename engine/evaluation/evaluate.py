@@ -8,6 +8,7 @@ import numpy as np
 from ssast.engine.config import finetune_settings
 from ssast.engine.data.labels import check_read, read_labelled
 from ssast.engine.evaluation.metrics import classification_metrics, clip_counts
+from ssast.engine.evaluation.precision import Precision
 from ssast.engine.evaluation.predict import default_device, score_clips
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.registry import METRICS
@@ -24,6 +25,7 @@ def evaluate(
     out: Path | None = None,
     max_rejected: float | None = None,
     *,
+    precision: Precision = "fp32",
     table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -35,6 +37,7 @@ def evaluate(
         out: Folder for predictions and figures; none are written if None.
         max_rejected: Largest share of clips that may be unreadable; ``data.max_rejected`` of the
             model's run if None. They are left out of the metrics, and logged.
+        precision: Precision of matmuls and attention; logits are float32.
         table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
@@ -51,7 +54,7 @@ def evaluate(
     """
     loaded = as_classifier(model)
     clips = read_labelled(str(manifest), loaded.classes, one_label=loaded.loss == "ce", table=table)
-    logits, reasons = score_clips(loaded, clips.paths, default_device(), progress)
+    logits, reasons = score_clips(loaded, clips.paths, default_device(), progress, precision)
     read = np.array([row not in reasons for row in range(len(clips))])
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
     check_read(str(manifest), clips.paths, read, share)

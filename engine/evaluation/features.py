@@ -10,6 +10,7 @@ from torch import Tensor
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.data.waveforms import fbank_windows
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.precision import Precision, autocast_in
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.classifier import Classifier, embed_clips, pool_clips
@@ -34,6 +35,7 @@ def embed(
     *,
     level: Level = "clip",
     layer: Layer = "last",
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Compute the features of a waveform, or of a batch of them, of any length.
 
@@ -46,6 +48,7 @@ def embed(
             file has its own.
         level: ``clip`` for one vector a waveform, ``frame`` for one a column of patches.
         layer: Layer whose hidden states are taken, see :data:`Layer`.
+        precision: Precision of matmuls and attention.
 
     Returns:
         [D] or [B, D]; with ``frame`` [T', D] or [B, T', D]; with all layers [L, D], [B, L, D],
@@ -63,7 +66,8 @@ def embed(
     waves = load_waveforms(audio, sample_rate_hz, fbank_spec(loaded.audio))
     batch = waves.reshape(-1, waves.shape[-1]).to(device)
     lengths = torch.full((len(batch),), batch.shape[1], device=device)
-    found, _ = embed_waveforms(loaded, batch, lengths, level, layer)
+    with autocast_in(precision, device):
+        found, _ = embed_waveforms(loaded, batch, lengths, level, layer)
     return found.reshape(*waves.shape[:-1], *found.shape[1:]).to(waves.device)
 
 
@@ -186,7 +190,7 @@ def embed_batch(
 
     Returns:
         [B, D], or [B, T', D] with NaN after the end of each clip; with all layers [B, L, D] or
-        [B, L, T', D]; and the number of valid columns [B].
+        [B, L, T', D]; float32 at least, also under autocast. And the number of valid columns [B].
 
     Raises:
         ConfigError: The model has no such layer.
@@ -210,6 +214,8 @@ def embed_encoder(
     check_layer(encoder, layer)
     states = layer_states(encoder, fbank, frames)
     chosen = states if layer == "all" else [states[-1 if layer == "last" else layer]]
+    # Under autocast the patch embedding is rounded: means of it are to be exact.
+    chosen = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in chosen]
     if level == "clip":
         vectors = torch.stack([pool_clips(encoder, x, pooling, frames) for x in chosen], 1)
     else:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ssast.engine.evaluation.features import Level, embed_encoder
+from ssast.engine.evaluation.precision import Precision, autocast_in
 from ssast.engine.evaluation.predict import BATCH, default_device, one_pass
 from ssast.engine.evaluation.probe import probed_encoders
 from ssast.engine.evaluation.probe_head import Features, Pooling, fit_head
@@ -103,6 +104,7 @@ def all_layers(
     *,
     columns: bool,
     progress: bool = False,
+    precision: Precision = "fp32",
 ) -> Features:
     """Compute the features of all layers of clips in one pass; the count of unreadable ones is 0.
 
@@ -113,6 +115,7 @@ def all_layers(
         device: Device of the encoder.
         columns: Keep each column of patches, not their mean alone.
         progress: Show a progress bar on stderr, if that is a terminal.
+        precision: Precision of matmuls and attention; features are float32.
 
     Raises:
         DataError: They take more than :data:`MAX_GIB` of memory.
@@ -127,12 +130,15 @@ def all_layers(
             f"{MAX_GIB:g}: give fewer clips" + (", or leave out --attentive" if columns else "")
         )
     found, counts = np.zeros(shape, np.float32), np.zeros(len(paths), np.int64)
-    with one_pass(paths, audio, device, batch_size=BATCH) as batches:
+    with (
+        autocast_in(precision, device),
+        one_pass(paths, audio, device, batch_size=BATCH) as batches,
+    ):
         for batch in with_progress(batches, len(paths), "encode", progress):
             level: Level = "frame" if columns else "clip"
             vectors, held = embed_encoder(encoder, batch.fbank, batch.num_frames, level, "all")
             rows, valid = batch.clip_ids.cpu().numpy(), batch.valid.cpu().numpy()
-            values = vectors.float().nan_to_num(0).cpu().numpy()
+            values = vectors.nan_to_num(0).cpu().numpy()
             found[rows[valid]] = (values if columns else values[:, :, None])[valid]
             counts[rows[valid]] = held.cpu().numpy()[valid] if columns else 1
     return Features(found, counts)
@@ -145,6 +151,7 @@ def probe_layers(
     max_rejected: float | None = None,
     table: TableFormat = PLAIN,
     progress: bool = True,
+    precision: Precision = "fp32",
 ) -> Iterator[LayerReport]:
     """Score each layer of the encoder of any model, and of an untrained one like it.
 
@@ -155,6 +162,7 @@ def probe_layers(
         max_rejected: See :func:`~ssast.engine.evaluation.probe.probe_model`.
         table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
+        precision: Precision of matmuls and attention; features are float32.
 
     Yields:
         A report for each encoder and task.
@@ -171,7 +179,13 @@ def probe_layers(
     for weights, encoder in probed_encoders(loaded).items():
         device, columns = default_device(), "attentive" in poolings
         features = all_layers(
-            encoder, paths, loaded.audio, device, columns=columns, progress=progress
+            encoder,
+            paths,
+            loaded.audio,
+            device,
+            columns=columns,
+            progress=progress,
+            precision=precision,
         )
         row_of: dict[ClipPath, int] = {
             path: row for row, path in enumerate(paths) if features.counts[row]

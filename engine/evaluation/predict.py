@@ -10,6 +10,7 @@ import torch
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.cut_clips import CutClips
+from ssast.engine.evaluation.precision import Precision, autocast_in, class_logits
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
@@ -44,6 +45,7 @@ def predict(
     sources: Sequence[str | Path],
     top: int = 5,
     *,
+    precision: Precision = "fp32",
     table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> list[Prediction]:
@@ -56,6 +58,7 @@ def predict(
         model: A fine-tuned classifier, or the path of one.
         sources: Audio files, folders, manifests.
         top: Number of classes for each clip.
+        precision: Precision of matmuls and attention; probabilities are float32.
         table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
@@ -67,7 +70,7 @@ def predict(
     """
     loaded = as_classifier(model)
     paths = find_files(sources, table)
-    logits, reasons = score_clips(loaded, paths, default_device(), progress)
+    logits, reasons = score_clips(loaded, paths, default_device(), progress, precision)
     scores = probabilities(logits, loaded.loss)
     return [
         Prediction(str(path), (), reasons[row])
@@ -129,7 +132,11 @@ def one_pass(
 @fast_matmul()
 @torch.inference_mode()
 def score_clips(
-    loaded: LoadedModel, paths: Sequence[Any], device: torch.device, progress: bool = False
+    loaded: LoadedModel,
+    paths: Sequence[Any],
+    device: torch.device,
+    progress: bool = False,
+    precision: Precision = "fp32",
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Compute the logits [n, C] of clips; warn of those that are longer than the input.
 
@@ -141,18 +148,21 @@ def score_clips(
     logits = np.zeros((len(paths), loaded.num_classes))
     reasons: dict[int, str] = {}
     cut = CutClips(paths, audio)
-    with one_pass(
-        paths,
-        audio,
-        device,
-        batch_size=clips_at_once(loaded, device),
-        on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
-    ) as batches:
+    with (
+        autocast_in(precision, device),
+        one_pass(
+            paths,
+            audio,
+            device,
+            batch_size=clips_at_once(loaded, device),
+            on_reject=lambda clip, path, reason: reasons.__setitem__(clip, reason),
+        ) as batches,
+    ):
         for batch in with_progress(batches, len(paths), "predict", progress):
             valid = batch.valid  # the last batch is filled up
             if valid.any():
                 frames = batch.num_frames[valid] if audio.ignore_padding else None
-                found = classifier(batch.fbank[valid], frames)
+                found = class_logits(classifier, batch.fbank[valid], frames)
                 logits[batch.clip_ids[valid].cpu().numpy()] = found.double().cpu().numpy()
             cut.add(batch)
     cut.warn()

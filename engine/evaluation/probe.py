@@ -24,6 +24,7 @@ from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.metrics import verification_metrics
+from ssast.engine.evaluation.precision import Precision, autocast_in
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
@@ -84,12 +85,16 @@ def features(
     audio: Audio,
     device: torch.device,
     progress: bool = False,
+    precision: Precision = "fp32",
 ) -> dict[ClipPath, np.ndarray]:
     """Compute the mean of the valid patch tokens, [D], of each readable clip, by path."""
     encoder, found = encoder.to(device), {}
-    with AudioStream(
-        paths, fbank_spec(audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
-    ) as batches:
+    with (
+        autocast_in(precision, device),
+        AudioStream(
+            paths, fbank_spec(audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
+        ) as batches,
+    ):
         for batch in with_progress(batches, len(paths), "encode", progress):
             pooled = embed_clips(encoder, batch.fbank, num_frames=batch.num_frames)
             vectors = pooled.double().cpu().numpy()
@@ -107,6 +112,7 @@ def probe(
     max_rejected: float = Data().max_rejected,
     table: TableFormat = PLAIN,
     progress: bool = False,
+    precision: Precision = "fp32",
 ) -> list[Score]:
     """Score each encoder on each task.
 
@@ -121,6 +127,7 @@ def probe(
             left out.
         table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
+        precision: Precision of matmuls and attention; features are float32.
 
     Raises:
         DataError: A manifest is wrong or has no labels, too few of its clips can be read,
@@ -135,7 +142,7 @@ def probe(
     paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
     scores = []
     for weights, encoder in encoders.items():
-        vectors = features(encoder, paths, audio, device, progress)
+        vectors = features(encoder, paths, audio, device, progress, precision)
         for task, (train, *rest) in labels.items():
             clips, y, recordings = readable_clips(train, vectors, tasks[task][0], max_rejected)
             x = np.stack([vectors[clip] for clip in clips])
@@ -229,6 +236,7 @@ def probe_model(
     max_rejected: float | None = None,
     table: TableFormat = PLAIN,
     progress: bool = True,
+    precision: Precision = "fp32",
 ) -> list[Score]:
     """Score the encoder of any model on labelled clips, and an untrained one like it.
 
@@ -238,13 +246,15 @@ def probe_model(
         max_rejected: See :func:`probe`; ``data.max_rejected`` of the model's run if None.
         table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
+        precision: Precision of matmuls and attention; features are float32.
 
     Raises:
         DataError: See :func:`probe`.
     """
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
     encoders = probed_encoders(loaded)
-    return probe(encoders, tasks, loaded.audio, default_device(), share, table, progress)
+    device = default_device()
+    return probe(encoders, tasks, loaded.audio, device, share, table, progress, precision)
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:

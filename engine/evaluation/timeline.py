@@ -11,6 +11,7 @@ import torch
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.precision import Precision, autocast_in, class_logits
 from ssast.engine.evaluation.predict import clips_at_once, default_device, find_files
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
@@ -121,6 +122,7 @@ def timelines(
     window_s: float | None = None,
     hop_s: float | None = None,
     *,
+    precision: Precision = "fp32",
     table: TableFormat = PLAIN,
     progress: bool = True,
 ) -> Iterator[Timeline]:
@@ -131,6 +133,7 @@ def timelines(
         sources: Audio files, folders, manifests.
         window_s: Length of a window in seconds; that of the model's input if None.
         hop_s: Seconds from one window to the next; half a window if None.
+        precision: Precision of matmuls and attention; probabilities are float32.
         table: What is set of the format of a manifest.
         progress: Show a progress bar on stderr, if that is a terminal.
 
@@ -143,12 +146,18 @@ def timelines(
     cutting = Windows.from_seconds(fbank_spec(loaded.audio), window_s, hop_s)
     paths = find_files(sources, table)
     tracked = with_progress(paths, len(paths), "predict", progress, lambda _: 1)
-    return (timeline(loaded, path, cutting, default_device()) for path in tracked)
+    return (timeline(loaded, path, cutting, default_device(), precision) for path in tracked)
 
 
 @fast_matmul()
 @torch.inference_mode()
-def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.device) -> Timeline:
+def timeline(
+    loaded: LoadedModel,
+    path: Any,
+    cutting: Windows,
+    device: torch.device,
+    precision: Precision = "fp32",
+) -> Timeline:
     """Classify the windows of a recording, which is read block by block.
 
     Args:
@@ -156,6 +165,7 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
         path: A file, or a clip in a shard.
         cutting: Length and hop of the windows.
         device: Device of the classifier.
+        precision: Precision of matmuls and attention.
     """
     audio, classifier = loaded.audio, loaded.classifier.to(device).eval()
     spec, num_classes = fbank_spec(audio), loaded.num_classes
@@ -173,7 +183,8 @@ def timeline(loaded: LoadedModel, path: Any, cutting: Windows, device: torch.dev
                 row[: len(window)] = torch.from_numpy(window - window.mean())
             features = fbank(waves.to(device), lengths.to(device), spec)
             frames = num_frames(lengths.to(device), spec)
-            found = classifier(features, frames if audio.ignore_padding else None)
+            with autocast_in(precision, device):
+                found = class_logits(classifier, features, frames if audio.ignore_padding else None)
             logits.append(found.double().cpu().numpy())
             for (start, window), rows, held in zip(
                 batch, features.cpu().numpy(), frames.tolist(), strict=True

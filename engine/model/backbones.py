@@ -77,7 +77,12 @@ class Backbone(SpectrogramTransformer):
         return self.norm(tokens), targets
 
     def encode_tokens(
-        self, tokens: Tensor, padding_mask: PaddingMask | None = None, *, mlp_outputs: bool = False
+        self,
+        tokens: Tensor,
+        padding_mask: PaddingMask | None = None,
+        *,
+        mlp_outputs: bool = False,
+        query_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """See :meth:`SpectrogramTransformer.encode_tokens`.
 
@@ -89,7 +94,8 @@ class Backbone(SpectrogramTransformer):
                 f"model.backbone {self.backbone!r}: the outputs of each block's MLP are those of "
                 "the transformer alone"
             )
-        return self.norm(self._apply_blocks(tokens, padding_mask))
+        tokens = self._apply_blocks(tokens, padding_mask)
+        return self.norm(tokens if query_ids is None else take(tokens, query_ids))
 
     def _apply_blocks(self, tokens: Tensor, padding_mask: PaddingMask | None) -> Tensor:
         given: dict[str, Any] = {"padding_mask": padding_mask}

@@ -68,6 +68,12 @@ def embed_clips(
     Returns:
         Embeddings [B, D], under autocast float32.
     """
+    if pooling == "cls" and _can_skip_patches(encoder):
+        tokens, masks = encoder.embed_tokens(fbank, num_frames)
+        ids = torch.arange(encoder.num_extra_tokens, device=fbank.device).expand(len(fbank), -1)
+        hidden = encoder.encode_tokens(tokens, encoder.padding_mask(masks), query_ids=ids)
+        assert isinstance(hidden, Tensor)
+        return hidden.mean(1)
     hidden, _ = encoder(fbank, encoder.no_masks(len(fbank), num_frames))
     return pool_clips(encoder, hidden, pooling, num_frames)
 
@@ -105,6 +111,12 @@ def embed_kept(
     weights = _weights(valid, hidden.dtype)
     with autocast_off(hidden.device.type):  # a mean, not a matmul
         return torch.einsum("bkd,bk->bd", hidden[:, E:], weights)
+
+
+def _can_skip_patches(encoder: SpectrogramTransformer) -> bool:
+    """Return whether the last block may compute the extra tokens alone: all that ``cls`` needs."""
+    own_blocks = encoder.backbone != "transformer"
+    return not (own_blocks or torch.is_grad_enabled() or torch.compiler.is_exporting())
 
 
 def pool_clips(

@@ -93,7 +93,12 @@ class SpectrogramTransformer(nn.Module):
         return tokens, masks
 
     def encode_tokens(
-        self, tokens: Tensor, padding_mask: PaddingMask | None = None, *, mlp_outputs: bool = False
+        self,
+        tokens: Tensor,
+        padding_mask: PaddingMask | None = None,
+        *,
+        mlp_outputs: bool = False,
+        query_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Encode any tokens of :meth:`embed_tokens`: all that comes after the embedding.
 
@@ -102,12 +107,14 @@ class SpectrogramTransformer(nn.Module):
             padding_mask: Tokens that attention leaves out; none if None.
             mlp_outputs: Return what the MLP of each block adds as well. No block's activations are
                 then recomputed in the backward pass.
+            query_ids: [R, K], tokens whose hidden states are returned; all if None. The last block
+                computes queries and the MLP for them only.
 
         Returns:
-            Hidden states [R, L, D]; with ``mlp_outputs`` also a list of ``depth`` tensors
-            [R, L, D].
+            Hidden states [R, L, D], or [R, K, D] with ``query_ids``; with ``mlp_outputs`` also a
+            list of ``depth`` tensors [R, L, D], the last of which is like the hidden states.
         """
-        hidden, outputs = self._encode(tokens, padding_mask, mlp_outputs=mlp_outputs)
+        hidden, outputs = self._encode(tokens, padding_mask, query_ids, mlp_outputs=mlp_outputs)
         return (hidden, outputs) if mlp_outputs else hidden
 
     def _encode(

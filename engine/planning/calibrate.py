@@ -25,8 +25,7 @@ from ssast.engine.monitoring.gpus import CPU, Gpu, find_gpu
 from ssast.engine.planning.activations import activations, element_bytes
 from ssast.engine.planning.plan import GIB, count_parameters, memory, step_time
 from ssast.engine.planning.trial import Trial, try_out
-from ssast.engine.train.precision import multiplies_bf16
-from ssast.kernels.matmul import fast_matmul
+from ssast.kernels.matmul import fast_matmul, multiplies_bf16
 
 # Recipe, frames, masked patches, clips.
 PROBES = (

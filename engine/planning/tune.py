@@ -18,8 +18,8 @@ import torch
 from ssast.engine.config import Config, dump_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
-from ssast.engine.train.precision import multiplies_bf16
 from ssast.kernels.attention import candidates
+from ssast.kernels.matmul import multiplies_bf16
 from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.files import write_atomically
 

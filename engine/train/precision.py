@@ -18,6 +18,7 @@ from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.parallel.ranks import reduce_max, run_on_main
 from ssast.engine.train.execution import pass_in, relative_errors
 from ssast.engine.train.task import Precision, Task
+from ssast.kernels.matmul import multiplies_bf16
 from ssast.pipelines.stream.batch import Batch
 
 LOSS_TOLERANCE = 0.02
@@ -38,12 +39,6 @@ class Choice(NamedTuple):
 
     precision: Precision
     reason: str
-
-
-def multiplies_bf16() -> bool:
-    """Return whether this CPU has instructions that multiply bf16, AVX512-BF16 or AMX."""
-    cpu = torch.cpu.get_capabilities()
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 def choose_precision(task: Task, resumed: Path | None) -> Choice | None:

@@ -1,7 +1,6 @@
 """Machines side by side: how they are named, their records, the README's table, prediction."""
 
 import json
-from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -79,6 +78,7 @@ def test_machines_have_a_column_each_and_the_last_one_comes_last(tmp_path, idle)
         results = {
             "tiny: ssast predict": loaded(ours),
             "tiny: predict by a loop, batch 1": loaded(1.0),
+            "tiny: ssast predict, bf16": loaded(0.2),
         }
         cases = {key: lambda value=value: value for key, value in results.items()}
         store.measure("predict", cases, Scope(), machine(name, date))
@@ -90,7 +90,8 @@ def test_machines_have_a_column_each_and_the_last_one_comes_last(tmp_path, idle)
     # (1 + 10) / (1 + 5) with start-up, 10 / 5 without
     assert "| tiny: ssast predict, against batch 1 | 1.83 (2.00) | 3.14 (4.00) |" in lines
     assert "| B, 2 cores |  | 2.0 | abc | 2026-02-01 | 0.00 |" in machines(records)
-    (row,) = (line for line in predictions(records[0]) if "ssast" in line)
+    assert "| tiny: ssast predict, bf16, against batch 1 | 3.67 (5.00) | 3.67 (5.00) |" in lines
+    row, _ = (line for line in predictions(records[0]) if "ssast" in line)
     assert row == "| tiny: ssast predict | 11 | 2.00 | 1.00 | 1.83 | 2.00 | 1.00 |"
     assert len(readme_block(records).splitlines()) == 4  # no step was measured
 
@@ -136,7 +137,7 @@ def test_prediction_is_compared_with_what_computes_the_same(tmp_path, capsys):
     assert theirs.startswith(f"{path} (")
 
 
-def test_a_process_is_timed_and_may_not_fail(tmp_path: Path):
+def test_a_process_is_timed_and_may_not_fail(monkeypatch: pytest.MonkeyPatch):
     cpu_s, wall_s = prediction._timed(
         Scope(threads=1), ["timeit", "-n1", "-r1", "sum(range(9**7))"]
     )
@@ -146,3 +147,15 @@ def test_a_process_is_timed_and_may_not_fail(tmp_path: Path):
     keys = list(prediction.prediction_cases(Scope(("tiny", "base"))))
     assert keys[:2] == ["tiny: ssast predict", "tiny: predict by a loop, batch 1"]
     assert "base: embed by a loop, batch 8" in keys
+    for native in (True, False):
+        monkeypatch.setattr(prediction, "multiplies_bf16", lambda native=native: native)
+        cases = prediction.prediction_cases(Scope(("tiny",)))
+        assert len(cases) == (8 if native else 6)
+    monkeypatch.setattr(prediction, "multiplies_bf16", lambda: True)
+    case = prediction.prediction_cases(Scope(("tiny",)))["tiny: ssast embed, bf16"]
+    ran = []
+    monkeypatch.setattr(prediction, "_timed", lambda scope, given: ran.append(given) or (1.0, 1.0))
+    monkeypatch.setattr(prediction, "save_model", lambda *given: None)
+    monkeypatch.setattr(prediction, "write_clips", lambda *given: None)
+    assert case()["clips"] == 32
+    assert all(given[-2:] == ["--precision", "bf16"] for given in ran) and len(ran) == 3
