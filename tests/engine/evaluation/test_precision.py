@@ -20,8 +20,10 @@ from ssast.engine.evaluation.probabilities import probabilities
 from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.classifier import embed_clips
 
-TOLERANCE = 0.02
-"""Of a probability under bf16; measured here: 0.006. Embeddings have unit variance: 0.02 of 1."""
+TOLERANCE = 0.005
+"""Of a probability under bf16; measured on the tiny model with 10 s of input: 0.0007."""
+
+EMBEDDED = 0.06  # of an embedding, relative to its standard deviation
 
 
 def published_tiny(path, pooling="avgtok") -> LoadedModel:
@@ -78,7 +80,7 @@ def test_embeddings_are_float32(level, layer, tmp_path):
     assert found["bf16"].dtype == np.float32 and found["fp32"].shape == found["bf16"].shape
     valid = ~np.isnan(found["fp32"])
     want, values = found["fp32"][valid], found["bf16"][valid]
-    assert 0 < np.abs(values - want).max() < TOLERANCE * want.std() * 3
+    assert 0 < np.abs(values - want).max() < EMBEDDED * want.std()
     if level == "clip":  # a mean, which is not rounded
         assert not np.array_equal(values, as_bf16(values.astype(float)))
 
