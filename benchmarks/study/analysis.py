@@ -135,6 +135,15 @@ def significant_sign(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
     return (difference > 2 * variance**0.5) - (difference < -2 * variance**0.5)
 
 
+def compare(
+    cells: Cells, one: str, other: str, tasks: Sequence[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Split tasks by whether a model is significantly better than another, worse, or neither."""
+    signs = {t: significant_sign([cells[one, t]], [cells[other, t]]) for t in tasks}
+    higher, lower, neither = ([t for t in tasks if signs[t] == sign] for sign in (1, -1, 0))
+    return higher, lower, neither
+
+
 def on_tasks(cells: Cells, name: str, tasks: Sequence[str]) -> list[Cell]:
     """Return the results of a model on some tasks; none if one is not finished."""
     found = [cells[name, task] for task in tasks if (name, task) in cells]

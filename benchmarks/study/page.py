@@ -11,14 +11,24 @@ from pathlib import Path
 from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
+    compare,
     gains,
     gather,
     on_tasks,
     published_gain,
     significant_sign,
 )
+from ssast.benchmarks.study.objectives import objectives
 from ssast.benchmarks.study.pictures import draw_gains, draw_learning, draw_pretraining
-from ssast.benchmarks.study.plan import ABLATIONS, FAMILIES, MODELS, VALID_SHARE, FineTuning, Plan
+from ssast.benchmarks.study.plan import (
+    ABLATIONS,
+    FAMILIES,
+    MODELS,
+    OBJECTIVES,
+    VALID_SHARE,
+    FineTuning,
+    Plan,
+)
 from ssast.benchmarks.study.tables import (
     ablations,
     average_gain,
@@ -26,6 +36,7 @@ from ssast.benchmarks.study.tables import (
     facts,
     headline,
     learning_rates,
+    listed,
     pretraining,
 )
 from ssast.engine.errors import ConfigError
@@ -44,7 +55,7 @@ def summary(plan: Plan, cells: Cells) -> list[str]:
         if not found:
             lines.append(f"- *Pretraining improves every task*, {family} model: not finished yet.")
             continue
-        higher, lower, neither = _compare(cells, family, f"{family}-scratch", list(found))
+        higher, lower, neither = compare(cells, family, f"{family}-scratch", list(found))
         verdict = "**not reproduced**" if lower or neither else "**reproduced**"
         if higher and verdict.startswith("**not"):
             verdict = f"**reproduced on {len(higher)} of {len(found)} tasks**"
@@ -54,31 +65,18 @@ def summary(plan: Plan, cells: Cells) -> list[str]:
             f"- *Pretraining improves every task*, {family} model: {verdict}. Relative gain over "
             f"training from scratch: {average_gain(cells, family)} % on average (paper, with other "
             f"tasks and base models: {published_gain(family):+.1f} %)."
-            + _named("Significantly better on", higher)
-            + _named("Significantly worse on", lower)
-            + _named("Not significantly different on", neither)
+            + listed("Significantly better on", higher)
+            + listed("Significantly worse on", lower)
+            + listed("Not significantly different on", neither)
         )
     return [*lines, *_trade(cells), *_ablation_claims(plan, cells), ""]
-
-
-def _compare(
-    cells: Cells, one: str, other: str, tasks: Sequence[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Split tasks by whether a model is significantly better than another, worse, or neither."""
-    signs = {t: significant_sign([cells[one, t]], [cells[other, t]]) for t in tasks}
-    higher, lower, neither = ([t for t in tasks if signs[t] == sign] for sign in (1, -1, 0))
-    return higher, lower, neither
-
-
-def _named(text: str, names: Sequence[str]) -> str:
-    return f" {text}: {', '.join(names)}." if names else ""
 
 
 def _trade(cells: Cells) -> list[str]:
     both = [task for name, task in cells if name == "patch" and ("frame", task) in cells]
     if not both:
         return []
-    patch, frame, neither = _compare(cells, "patch", "frame", both)
+    patch, frame, neither = compare(cells, "patch", "frame", both)
     sounds = SOUND_TASKS & set(both)
     as_claimed = set(patch) == sounds and set(frame) == set(both) - sounds
     verdict = "**reproduced**" if as_claimed else "**not reproduced**"
@@ -86,9 +84,9 @@ def _trade(cells: Cells) -> list[str]:
         verdict = f"for speech {verdict}, for sounds there is no task"
     return [
         f"- *Patches are better for sounds, frames for speech*: {verdict}."
-        + _named("Patch model significantly better on", patch)
-        + _named("Frame model significantly better on", frame)
-        + _named("Not significantly different on", neither)
+        + listed("Patch model significantly better on", patch)
+        + listed("Frame model significantly better on", frame)
+        + listed("Not significantly different on", neither)
     ]
 
 
@@ -215,7 +213,7 @@ def write_page(out: Path, docs: Path) -> Path:
         f"{model.name}, {task}"
         for model in MODELS.values()
         for task in plan.tasks_of(model)
-        if (model.name, task) not in cells
+        if (model.name, task) not in cells and model not in OBJECTIVES  # marked in their section
     ]
     sections = [
         ("# Results", [
@@ -243,6 +241,7 @@ def write_page(out: Path, docs: Path) -> Path:
             *pretraining(out), *images["pretraining"],
         ]),
         ("## Reconstructions", images["reconstructions"]),
+        ("## Joint objective and latent targets", objectives(plan, out, cells)),
         ("## Ablations", [
             "Test accuracy in percent. The ablations have equally many pretraining steps and the "
             "learning rates chosen for the patch model; the last row is pretrained for all steps.",

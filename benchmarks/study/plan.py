@@ -2,6 +2,7 @@
 
     pretrain/MODEL/                          a run of ssast pretrain
     finetune/MODEL/TASK/lr0.001-seed0/       a run of ssast finetune, and test/ of the chosen ones
+    probe/MODEL/                             scores of ssast probe --layers
     plan.json                                the plan, which later calls keep
 
 Models are in groups, the main comparison first: the page can be written before all are finished.
@@ -12,9 +13,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.overlap import Contents, shared_recordings
 from ssast.pipelines.errors import DataError
@@ -43,6 +46,9 @@ class Model:
         num_masked: Masked patches, of 512.
         changes: Overrides of the published pretraining settings.
         tuned: Whether its learning rate is searched; else that of the patch model is used.
+        recipe: Recipe of its encoder and its objective.
+        budget: What it has as much of as the patch model: pretraining steps, FLOPs or time.
+        probed: Whether its layers are probed.
     """
 
     name: str
@@ -52,20 +58,39 @@ class Model:
     num_masked: int = 400
     changes: tuple[str, ...] = ()
     tuned: bool = True
+    recipe: str = "demo"
+    budget: Literal["steps", "flops", "time"] = "steps"
+    probed: bool = False
 
 
 def _ablation(name: str, what: str, *changes: str, num_masked: int = 400) -> Model:
     return Model(name, what, "patch", SHORT, num_masked, changes, tuned=False)
 
 
+def _latent(
+    name: str,
+    what: str,
+    budget: Literal["steps", "flops", "time"] = "steps",
+    share: float = 1.0,
+) -> Model:
+    return Model(
+        name, what, share=share, num_masked=410, recipe="eat_demo", budget=budget, probed=share > 0
+    )
+
+
 GROUPS: tuple[tuple[Model, ...], ...] = (
     (
-        Model("patch", "patch, pretrained"),
+        Model("patch", "patch, pretrained", probed=True),
         Model("patch-scratch", "patch, from scratch", share=0.0),
     ),
     (
         Model("frame", "frame, pretrained", "frame"),
         Model("frame-scratch", "frame, from scratch", "frame", 0.0),
+    ),
+    (
+        _latent("latent-flops", "latent targets, FLOPs of the patch model", "flops"),
+        _latent("latent-time", "latent targets, time of the patch model", "time"),
+        _latent("latent-scratch", "encoder of latent targets, from scratch", share=0.0),
     ),
     (
         _ablation("short", "joint, 400 of 512 masked, as published"),
@@ -78,7 +103,7 @@ GROUPS: tuple[tuple[Model, ...], ...] = (
     ),
 )
 MODELS = {model.name: model for group in GROUPS for model in group}
-ABLATIONS = GROUPS[2]
+OBJECTIVES, ABLATIONS = GROUPS[2:]
 
 
 @dataclass(frozen=True)
@@ -94,6 +119,8 @@ class Plan:
         rates: Learning rates to try.
         overrides: Overrides of all runs, ``section.key=value``.
         hours: Time that steps and epochs were chosen to fill; None if they were given.
+        latent_time: Measured time of a pretraining step with latent targets, as a multiple of that
+            of the patch model; None before it was measured.
     """
 
     data: str
@@ -104,6 +131,7 @@ class Plan:
     rates: tuple[float, ...] = RATES
     overrides: tuple[str, ...] = ()
     hours: float | None = None
+    latent_time: float | None = None
 
     def labelled(self, task: str, part: str) -> Path:
         """Return the manifest of a task; ``part`` is ``train`` or ``eval``."""
@@ -151,12 +179,36 @@ class FineTuning:
 
 
 def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
-    """Return the pretraining settings of a model: configs/demo.yaml with the published masks.
+    """Return the pretraining settings of a model: those of its recipe with the published masks.
 
     Raises:
-        ConfigError: A setting is wrong.
+        ConfigError: A setting is wrong, or the plan lacks the time of a step.
     """
-    steps = max(1, round(model.share * plan.steps))
+    return _pretraining(
+        plan, model, out, max(1, round(model.share * plan.steps / cost(plan, model)))
+    )
+
+
+def cost(plan: Plan, model: Model) -> float:
+    """Return what a pretraining step costs of the model's budget, in steps of the patch model.
+
+    Raises:
+        ConfigError: The plan lacks the time of a step.
+    """
+    if model.budget == "flops":
+        ours, theirs = (
+            step_flops_per_clip(_pretraining(plan, each, Path(), 1))
+            for each in (model, MODELS["patch"])
+        )
+        return ours / theirs
+    if model.budget == "steps":
+        return 1.0
+    if plan.latent_time is None:
+        raise ConfigError("plan.json: latent_time is missing, expected a measured one")
+    return plan.latent_time
+
+
+def _pretraining(plan: Plan, model: Model, out: Path, steps: int) -> Config:
     settings = [
         f"data.train={Path(plan.data, 'train.json')}",
         "data.random_crop=true",  # else only the beginning of long clips is used
@@ -168,14 +220,14 @@ def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
         "train.keep_checkpoints=1",
         "optim.lr=1e-3",
         f"optim.warmup_steps={min(1000, steps // 10)}",
-        *_family(plan, model),
+        *_objective(plan, model, steps),
         *model.changes,
         *plan.overrides,
         f"run.folder={out / 'pretrain' / model.name}",
     ]
-    rows, columns = load_config("demo", [*settings, "objective.num_masked=2"]).grid
+    rows, columns = load_config(model.recipe, [*settings, "objective.num_masked=2"]).grid
     num_masked = max(2, round(rows * columns * model.num_masked / PUBLISHED_PATCHES))
-    return load_config("demo", [*settings, f"objective.num_masked={num_masked}"])
+    return load_config(model.recipe, [*settings, f"objective.num_masked={num_masked}"])
 
 
 def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
@@ -197,7 +249,7 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
             f"optim.lr={run.rate!r}",
             f"train.batch_size={BATCH['finetune']}",
             "train.keep_checkpoints=1",
-            *_family(plan, run.model),
+            *_encoder(plan, run.model),
             *plan.overrides,
             f"train.seed={run.seed}",
             f"run.folder={run.folder(out)}",
@@ -205,12 +257,30 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
     )
 
 
-def _family(plan: Plan, model: Model) -> list[str]:
-    """Return patch size and masks: frame-model patches span all mel bins and 2 frames."""
-    if model.family == "patch":
-        return ["objective.mask=official"]
-    n_mels = load_config("demo", [*plan.overrides, "objective.num_masked=2"]).audio.n_mels
-    return [f"model.patch=[{n_mels}, 2]", "objective.mask=random"]
+def _objective(plan: Plan, model: Model, steps: int) -> list[str]:
+    """Return the settings of objective and patches that are not those of the recipe."""
+    if model.recipe == "eat_demo":  # the decay of the teacher rises over as much of a run
+        recipe = load_config(model.recipe)
+        share = recipe.objective.teacher_decay_steps / recipe.train.steps
+        return [f"objective.teacher_decay_steps={max(1, round(share * steps))}"]
+    mask = "official" if model.family == "patch" else "random"
+    return [*_encoder(plan, model), f"objective.mask={mask}"]
+
+
+def _encoder(plan: Plan, model: Model) -> list[str]:
+    """Return the settings of the encoder that are not those of the recipe of the patch model.
+
+    Patches of a frame model span all mel bins and 2 frames.
+    """
+    if model.family == "frame":
+        n_mels = load_config("demo", [*plan.overrides, "objective.num_masked=2"]).audio.n_mels
+        return [f"model.patch=[{n_mels}, 2]"]
+    if model.recipe == "demo":
+        return []
+    ours, theirs = (load_config(recipe).model for recipe in (model.recipe, "demo"))
+    return [
+        f"model.{key}={value}" for key, value in vars(ours).items() if value != vars(theirs)[key]
+    ]
 
 
 def runs_of(plan: Plan, model: Model, seed: int) -> Iterator[tuple[str, tuple[float, ...]]]:
@@ -263,6 +333,11 @@ def accuracy(run: Path, split: str) -> float | None:
     """Return the accuracy of a fine-tuning run on ``valid`` or ``test``; None if not finished."""
     path = run / split / "metrics.json"
     return json.loads(path.read_text())["accuracy"] if path.exists() else None
+
+
+def probe_folder(out: Path, model: Model) -> Path:
+    """Return the folder of a model's probe_layers.json."""
+    return out / "probe" / model.name
 
 
 def diverged(run: Path) -> bool:

@@ -29,13 +29,17 @@ from ssast.benchmarks.study.plan import (
     finetuning_config,
     num_runs,
     pretraining_config,
+    probe_folder,
     runs_of,
     steps_and_epochs,
 )
 from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError, TrainingError
+from ssast.engine.evaluation.layer_probe import REPORTS, probe_layers, write_reports
 from ssast.engine.evaluation.reconstructions import visualize
 from ssast.engine.finetune import FinetuneEngine, finetune
+from ssast.engine.formats.open import open_model
 from ssast.engine.planning.trial import try_out
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train.finetuning import is_finished
@@ -66,12 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.data is None and (stored is None or stored.data == str(DATA)):
         fetch_sounds(DATA)
     plan = make_plan(options, stored)
+    names = options.only or tuple(MODELS)
+    if plan.latent_time is None and any(MODELS[name].budget == "time" for name in names):
+        plan = replace(plan, latent_time=measure_latent_time(plan, options.out))
     compared = check_no_leak(plan)
     print(f"no test clip ({compared['test']}) is a pretraining clip ({compared['pretraining']})")
     plan.write(options.out)
     write_atomically(options.out / "leaks.json", json.dumps(compared) + "\n")
     try:
-        Study(plan, options.out).run(options.only or tuple(MODELS))
+        Study(plan, options.out).run(names)
     except Stopped as stopped:
         print("run the same command again to resume; ssast bench results writes the page so far")
         return 128 + stopped.number
@@ -190,7 +197,7 @@ def check_settings(plan: Plan, out: Path) -> None:
         ConfigError: A setting is wrong.
     """
     for model in MODELS.values():
-        if model.share:
+        if model.share and model.budget != "time":  # its settings are those of equal FLOPs
             pretraining_config(plan, model, out)
         finetuning_config(plan, FineTuning(model, plan.tasks[0], plan.rates[0], 0), out)
 
@@ -202,18 +209,33 @@ def _fill(plan: Plan, out: Path) -> Plan:
         "pretrain": pretraining_config(plan, MODELS["patch"], out),
         "finetune": finetuning_config(plan, run, out),
     }
-    rates = {}
-    for name, config in configs.items():
-        trial = try_out(config, seconds=MEASURED_S)
-        if trial.outcome != "ok":
-            raise ConfigError(f"a trial {name} run failed ({trial.outcome}): {trial.reason}")
-        rates[name] = trial.clips_per_s
-        print(f"{name}: {rates[name]:.1f} clips/s")
+    rates = {name: _clips_per_s(name, config) for name, config in configs.items()}
     clips = {task: len(read_clips(plan.labelled(task, "train"))) for task in plan.tasks}
     runs = {task: num_runs(plan, task) for task in plan.tasks}
     steps, epochs = steps_and_epochs(plan.hours or HOURS, rates, clips, runs)
     print(f"{plan.hours:g} hours: {steps} steps of pretraining, {epochs} epochs of fine-tuning")
     return replace(plan, steps=steps, epochs=epochs)
+
+
+def measure_latent_time(plan: Plan, out: Path) -> float:
+    """Measure a pretraining step with latent targets, as a multiple of that of the patch model.
+
+    Raises:
+        ConfigError: A trial failed.
+    """
+    rates = [
+        _clips_per_s(f"pretrain {name}", pretraining_config(plan, MODELS[name], out))
+        for name in ("patch", "latent-flops")
+    ]
+    return rates[0] / rates[1]
+
+
+def _clips_per_s(name: str, config: Config) -> float:
+    trial = try_out(config, seconds=MEASURED_S)
+    if trial.outcome != "ok":
+        raise ConfigError(f"a trial {name} run failed ({trial.outcome}): {trial.reason}")
+    print(f"{name}: {trial.clips_per_s:.1f} clips/s")
+    return trial.clips_per_s
 
 
 class Study:
@@ -238,6 +260,9 @@ class Study:
                 for model in group:
                     for task, rates in runs_of(self.plan, model, seed):
                         self.score(model, task, rates, seed)
+            for model in group:
+                if model.probed:
+                    self.probe(model)
 
     def pretrain(self, model: Model) -> None:
         """Pretrain a model and plot reconstructions of validation clips."""
@@ -249,6 +274,21 @@ class Study:
         if not (folder / "pictures.txt").exists():
             pictures = visualize(folder)
             write_atomically(folder / "pictures.txt", "".join(f"{p.name}\n" for p in pictures))
+
+    def probe(self, model: Model) -> None:
+        """Probe the layers of a pretrained model, and those of an untrained one like it."""
+        folder = probe_folder(self.out, model)
+        if (folder / REPORTS).exists():
+            return
+        print(f"\n{time.strftime('%H:%M:%S')}  probe {model.name}", flush=True)
+        tasks: dict[str, tuple[Path, Path | None]] = {
+            task: (self.plan.labelled(task, "train"), self.plan.labelled(task, "eval"))
+            for task in self.plan.tasks
+        }
+        loaded = open_model(self.out / "pretrain" / model.name)
+        reports = list(probe_layers(loaded, tasks, progress=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reports(reports, folder / REPORTS)
 
     def score(self, model: Model, task: str, rates: Sequence[float], seed: int) -> None:
         """Fine-tune with a seed, trying all these learning rates, and evaluate the test clips."""

@@ -54,6 +54,11 @@ def what(task: str) -> str:
     return next((known.what for known in STUDY_TASKS if known.name == task), task)
 
 
+def listed(text: str, names: Sequence[str]) -> str:
+    """Return a sentence that lists names, to go on with; nothing without names."""
+    return f" {text}: {', '.join(names)}." if names else ""
+
+
 def headline(plan: Plan, cells: Cells) -> list[str]:
     """Tabulate test accuracies from scratch and pretrained, ours and the published ones."""
     rows = []
@@ -62,7 +67,7 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
         row = [f"{task}: {what(task)}", str(num_clips), f"{100 * chance:.1f}"]
         for family in FAMILIES:
             for name in (f"{family}-scratch", family):
-                row.append(_of_seeds(plan, cells.get((name, task))))
+                row.append(of_seeds(plan, cells.get((name, task))))
             gain = gains(cells, family).get(task)
             row.append("" if gain is None else f"{100 * gain:+.1f}")
         rows.append(row)
@@ -101,7 +106,8 @@ def chance_of(plan: Plan, task: str) -> tuple[float, int]:
     return clips.counts().max() / len(clips), len(clips)
 
 
-def _of_seeds(plan: Plan, cell: Cell | None) -> str:
+def of_seeds(plan: Plan, cell: Cell | None) -> str:
+    """Format the test accuracies of a cell, and how many seeds diverged or are not finished."""
     if cell is None:
         return ""
     if cell.num_diverged:
@@ -164,7 +170,7 @@ def ablations(plan: Plan, cells: Cells) -> list[str]:
     for model in (MODELS["patch-scratch"], *ABLATIONS, MODELS["patch"]):
         long = model.name == "patch"
         row = [f"{model.what}, all steps" if long else model.what]
-        row += [_of_seeds(plan, cells.get((model.name, task))) for task in tasks]
+        row += [of_seeds(plan, cells.get((model.name, task))) for task in tasks]
         row.append(
             mean_and_std(over_tasks(c.accuracies for c in on_tasks(cells, model.name, tasks)))
         )

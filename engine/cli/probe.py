@@ -108,7 +108,7 @@ def run_probe(options: argparse.Namespace, tasks: Mapping[str, tuple[Path, Path 
             print(layer_probe.format_report(report), flush=True)
             reports.append(report)
         if out is not None:
-            print(layer_probe.write_reports(reports, out / "probe_layers.json"))
+            print(layer_probe.write_reports(reports, out / layer_probe.REPORTS))
         return 0
     scores = probe_model(loaded, tasks, options.max_rejected, **given)
     print(format_scores(scores))

@@ -33,6 +33,7 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.holdout import assign_folds
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import write_atomically
 
 STRENGTHS = (0.1, 1.0, 10.0)
 """Inverse regularisation strengths to choose from, C of scikit-learn; of equal ones the first."""
@@ -40,6 +41,7 @@ STRENGTHS = (0.1, 1.0, 10.0)
 INNER_FOLDS = 3
 MAX_GIB = 4.0  # of features in memory; training takes as much again
 NUM_RESAMPLES = 1000
+REPORTS = "probe_layers.json"
 WEIGHTED = "weighted"
 
 Interval = tuple[float, float] | None
@@ -334,7 +336,7 @@ def bootstrap_interval(values: np.ndarray, recordings: np.ndarray) -> Interval:
 
 def write_reports(reports: Sequence[LayerReport], path: Path) -> Path:
     """Write the reports as a JSON list, and return its path."""
-    path.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
+    write_atomically(path, json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
     return path
 
 

@@ -1,0 +1,166 @@
+"""Section of the results page on the two objectives: joint, and latent targets.
+
+Both are fine-tuned, and probed by layer. What is not finished is marked as such.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssast.benchmarks.study.analysis import Cells, compare
+from ssast.benchmarks.study.plan import MODELS, OBJECTIVES, Model, Plan, probe_folder
+from ssast.benchmarks.study.tables import listed, of_seeds, table, training_s
+from ssast.engine.config import load_config
+from ssast.engine.evaluation.layer_probe import REPORTS, WEIGHTED
+from ssast.engine.monitoring.flops import step_flops_per_clip
+from ssast.engine.monitoring.monitor import read_metrics, scalars
+from ssast.pipelines.errors import DataError
+
+NOT_FINISHED = "not finished"
+COMPARED = (MODELS["patch-scratch"], MODELS["patch"], OBJECTIVES[-1], *OBJECTIVES[:-1])
+PRETRAINED = tuple(model for model in OBJECTIVES if model.share)
+UNTRAINED = {"patch-scratch": ("patch",), "latent-scratch": tuple(m.name for m in PRETRAINED)}
+"""Models whose probe also scores the untrained encoder."""
+
+Reports = Mapping[tuple[str, str], Mapping[str, Any]]
+"""Reports of the probe, by names of model and task."""
+
+
+def objectives(plan: Plan, out: Path, cells: Cells) -> list[str]:
+    """Describe and tabulate what came out; say so if nothing of this group was run."""
+    if not any((out / kind / m.name).exists() for m in OBJECTIVES for kind in _FOLDERS):
+        names = " ".join(model.name for model in OBJECTIVES)
+        return [f"This group was not run; `ssast bench reproduce --only {names}` runs it.", ""]
+    reports = read_reports(out)
+    return [
+        "Latent targets (EAT, `eat_demo`) beside the joint objective (SSAST), once with the same "
+        "FLOPs and once in the same time; both were chosen before training, the time from the "
+        "measured throughput. Encoders differ as the recipes do (positions, extra tokens, norms). "
+        "Test accuracy in percent: fine-tuned with the mean of the patch tokens, as all models, "
+        "each with its own learning rate; and of a linear head on frozen features (mean of the "
+        "patch tokens), of the layer that is best on held-out training clips (its number, 0 is the "
+        "patch embedding) and of the learned weighted sum of all layers.",
+        "",
+        *_claims(plan, cells, reports),
+        "",
+        *_costs(out),
+        *_scores(plan, cells, reports),
+    ]
+
+
+_FOLDERS = ("pretrain", "finetune", "probe")
+
+
+def read_reports(out: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Read the reports of the probes that are finished, by names of model and task.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for model in (model for model in MODELS.values() if model.probed):
+        path = probe_folder(out, model) / REPORTS
+        if not path.exists():
+            continue
+        try:
+            for report in json.loads(path.read_text(encoding="utf-8")):
+                found[_probed(model, report["weights"]), report["task"]] = report
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: not the scores of a probe by layer: {error}") from error
+    return found
+
+
+def _probed(model: Model, weights: str) -> str:
+    """Return the name of the model that a report of a probe is of."""
+    if weights != "untrained":
+        return model.name
+    return next(name for name, probes in UNTRAINED.items() if model.name in probes)
+
+
+def _costs(out: Path) -> list[str]:
+    rows = []
+    for model in (MODELS["patch"], *PRETRAINED):
+        run = out / "pretrain" / model.name
+        if not (run / "config.yaml").exists():
+            rows.append([model.what, *[NOT_FINISHED] * 4])
+            continue
+        config = load_config(run / "config.yaml")
+        logged = scalars(read_metrics(run / "metrics.jsonl"), "perf/step_s")
+        steps = logged[-1][0] if logged else 0
+        clips = steps * config.train.batch_size
+        rows.append([
+            model.what,
+            f"{steps:,}" if steps == config.train.steps else f"{steps:,} of {config.train.steps:,}",
+            f"{clips:,}",
+            f"{clips * step_flops_per_clip(config) / 1e15:.3g}",
+            f"{training_s(run / 'metrics.jsonl') / 3600:.2f}",
+        ])  # fmt: skip
+    return table(["pretraining", "steps", "clips seen", "PFLOP", "hours of training"], rows)
+
+
+def _scores(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
+    rows = []
+    for task in plan.tasks:
+        for model in COMPARED:
+            report = reports.get((model.name, task))
+            probed = [NOT_FINISHED] * 2
+            if report is not None:
+                best = f"{100 * report['best_accuracy']:.1f} ({report['best']})"
+                probed = [best, f"{100 * _weighted(report):.1f}"]
+            tuned = of_seeds(plan, cells.get((model.name, task))) or NOT_FINISHED
+            rows.append([f"{task}, {model.what}", tuned, *probed])
+    return table(["task, model", "fine-tuned", "probe: best layer", "probe: weighted sum"], rows)
+
+
+def _weighted(report: Mapping[str, Any]) -> float:
+    return next(score["accuracy"] for score in report["scores"] if score["layer"] == WEIGHTED)
+
+
+def _claims(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
+    lines = []
+    for model in PRETRAINED:
+        for other in (MODELS["patch"], OBJECTIVES[-1]):
+            names = model.name, other.name
+            tasks = [t for t in plan.tasks if all((name, t) in cells for name in names)]
+            means = [statistics.mean(cells[name, t].mean for t in tasks) for name in names if tasks]
+            found = compare(cells, *names, tasks)
+            lines.append(_claim(plan, "Fine-tuned", (model, other), tasks, means, found))
+            tasks = [t for t in plan.tasks if all((name, t) in reports for name in names)]
+            means = [
+                statistics.mean(reports[name, t]["best_accuracy"] for t in tasks)
+                for name in names
+                if tasks
+            ]
+            signs = {
+                t: _apart(*(reports[name, t]["best_interval"] for name in names)) for t in tasks
+            }
+            split = tuple([t for t in tasks if signs[t] == sign] for sign in (1, -1, 0))
+            lines.append(_claim(plan, "Probed, best layer", (model, other), tasks, means, split))
+    return [*lines, "", "Probes differ significantly where their 95 % bootstrap intervals over "
+            "recordings do not overlap."]  # fmt: skip
+
+
+def _claim(
+    plan: Plan,
+    how: str,
+    models: tuple[Model, Model],
+    tasks: Sequence[str],
+    means: Sequence[float],
+    split: Sequence[Sequence[str]],
+) -> str:
+    text = f"- *{how}*, {models[0].what}, against {models[1].what}: "
+    if not tasks:
+        return text + NOT_FINISHED + "."
+    text += f"{100 * means[0]:.1f} against {100 * means[1]:.1f} % on average over "
+    text += f"{len(tasks)} of {len(plan.tasks)} tasks."
+    kinds = ("Significantly better on", "Significantly worse on", "Not significantly different on")
+    return text + "".join(listed(kind, names) for kind, names in zip(kinds, split, strict=True))
+
+
+def _apart(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> int:
+    """Compare two intervals: 1 if ours is above the other, -1 if below, else 0."""
+    if ours is None or theirs is None:
+        return 0
+    return (ours[0] > theirs[1]) - (ours[1] < theirs[0])

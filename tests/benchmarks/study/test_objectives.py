@@ -1,0 +1,139 @@
+"""Joint objective and latent targets side by side: settings, probes, and their section."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from study_runs import SMALL, fake, small_plan
+
+from ssast.benchmarks.study import reproduce
+from ssast.benchmarks.study.objectives import _apart, objectives, read_reports
+from ssast.benchmarks.study.page import write_page
+from ssast.benchmarks.study.plan import (
+    MODELS,
+    FineTuning,
+    Plan,
+    finetuning_config,
+    pretraining_config,
+    probe_folder,
+)
+from ssast.benchmarks.study.reproduce import Study
+from ssast.engine.config import load_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.layer_probe import REPORTS
+from ssast.engine.monitoring.flops import step_flops_per_clip
+from ssast.engine.planning.trial import Trial
+from ssast.pipelines.errors import DataError
+
+LATENT = ("latent-flops", "latent-time", "latent-scratch")
+
+
+def report(task: str, weights: str, best: float, weighted: float) -> dict[str, object]:
+    scores = [{"layer": "1", "accuracy": best}, {"layer": "weighted", "accuracy": weighted}]
+    interval = [best - 0.05, best + 0.05]
+    known = {"task": task, "weights": weights, "best": "1", "scores": scores}
+    return known | {"best_accuracy": best, "best_interval": interval}
+
+
+def write_probe(out: Path, model: str, *reports: dict[str, object]) -> None:
+    folder = probe_folder(out, MODELS[model])
+    folder.mkdir(parents=True)
+    (folder / REPORTS).write_text(json.dumps(reports))
+
+
+def test_budgets_are_equal() -> None:
+    plan = Plan("data/sounds", ("events",), 3000, 3, overrides=SMALL[2:], latent_time=2.5)
+    out, recipe = Path("runs/study"), load_config("eat_demo")
+    patch, flops, time = (
+        pretraining_config(plan, MODELS[name], out)
+        for name in ("patch", "latent-flops", "latent-time")
+    )
+    spent = [step_flops_per_clip(c) * c.train.steps for c in (patch, flops)]
+    assert spent[1] == pytest.approx(spent[0], rel=1e-3)
+    assert time.train.steps == 3000 / 2.5
+    for config in (flops, time):
+        assert config.model == recipe.model and config.train.batch_size == patch.train.batch_size
+        rise = config.objective.teacher_decay_steps / config.train.steps
+        assert rise == pytest.approx(400 / 500, rel=1e-2)
+        assert replace(config.objective, teacher_decay_steps=400) == recipe.objective
+    tuned = finetuning_config(plan, FineTuning(MODELS["latent-scratch"], "events", 1e-3, 0), out)
+    assert tuned.model == recipe.model and tuned.finetune.checkpoint is None
+    unmeasured = replace(plan, latent_time=None)
+    with pytest.raises(ConfigError, match=r"plan.json: latent_time is missing"):
+        pretraining_config(unmeasured, MODELS["latent-time"], out)
+
+
+def test_the_time_of_a_step_is_measured_once(tmp_path, monkeypatch) -> None:
+    plan = small_plan(tmp_path / "data")
+    rates, done = iter([60.0, 20.0]), []
+    monkeypatch.setattr(
+        reproduce, "try_out", lambda config, seconds: Trial("ok", clips_per_s=next(rates))
+    )
+    monkeypatch.setattr(Study, "run", lambda self, only: done.append(self.plan))
+    replace(plan, latent_time=None).write(tmp_path / "run")
+    where = ["--out", str(tmp_path / "run"), "--docs", str(tmp_path / "docs")]
+    for names in (["patch"], ["latent-time"], ["patch", "latent-time"]):
+        assert reproduce.main(["--data", plan.data, *where, "--only", *names]) == 0
+    assert [each.latent_time for each in done] == [None, 3.0, 3.0]
+
+
+def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
+    plan = small_plan(tmp_path / "data")
+    plan.write(tmp_path)
+    for name in ("patch", "patch-scratch"):
+        for rate in plan.rates:
+            fake(plan, tmp_path, name, "pitch", rate, 0, 0.5, 5)
+    write_probe(tmp_path, "patch", report("pitch", "untrained", 0.5, 0.4))
+    page = write_page(tmp_path, tmp_path / "docs").read_text()
+    section = page[page.index("## Joint objective and latent targets") :].split("\n## ")[0]
+    assert "This group was not run; `ssast bench reproduce --only latent-flops" in section
+    assert "Not finished yet" in page and not any(name in page.split("##")[0] for name in LATENT)
+
+    for name in LATENT[::2]:
+        for rate in plan.rates:
+            fake(plan, tmp_path, name, "pitch", rate, 0, 0.5, 9 if name == LATENT[0] else 5)
+    reports = [report("pitch", "untrained", 0.55, 0.45), report("pitch", "checkpoint", 0.9, 0.8)]
+    write_probe(tmp_path, "latent-flops", *reports)
+    page = write_page(tmp_path, tmp_path / "docs").read_text()
+    section = page[page.index("## Joint objective and latent targets") :].split("\n## ")[0]
+    for row in (
+        "patch, from scratch | 50.0 (1 of 2) | 50.0 (1) | 40.0 |",
+        "patch, pretrained | 50.0 (1 of 2) | not finished | not finished |",
+        "encoder of latent targets, from scratch | 50.0 (1 of 2) | 55.0 (1) | 45.0 |",
+        "FLOPs of the patch model | 90.0 (1 of 2) | 90.0 (1) | 80.0 |",
+        "time of the patch model | not finished | not finished | not finished |",
+    ):
+        assert row in section
+    scratch = "against encoder of latent targets, from scratch"
+    flops = "- *Probed, best layer*, latent targets, FLOPs of the patch model"
+    assert f"{flops}, {scratch}: 90.0 against 55.0 % on average over 1 of 2 tasks. " in section
+    assert "Significantly better on: pitch." in section.split(f"{flops}, {scratch}")[1]
+    assert f"{flops}, against patch, pretrained: not finished." in section
+
+
+def test_intervals_that_do_not_overlap() -> None:
+    assert _apart((0.6, 0.7), (0.4, 0.5)) == 1 and _apart((0.4, 0.5), (0.6, 0.7)) == -1
+    assert _apart((0.4, 0.6), (0.5, 0.7)) == 0 and _apart(None, (0.5, 0.7)) == 0
+
+
+def test_a_damaged_probe_is_named(tmp_path) -> None:
+    write_probe(tmp_path, "latent-time", {"weights": "checkpoint"})
+    with pytest.raises(DataError, match=r"latent-time/probe_layers.json: not the scores"):
+        read_reports(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_group_runs(tmp_path, capsys) -> None:
+    plan = replace(small_plan(tmp_path / "data"), tasks=("pitch",), seeds=1, rates=(1e-3,))
+    study = Study(plan, tmp_path / "run")
+    study.run(["latent-time", "latent-scratch"])
+    assert "probe latent-time" in capsys.readouterr().out
+    study.run(["latent-time"])  # nothing is run again
+    assert not capsys.readouterr().out
+    tuned = load_config(tmp_path / "run/finetune/latent-time/pitch/lr0.001-seed0/config.yaml")
+    assert (tuned.model.norm, tuned.model.extra_tokens) == ("post", "cls")
+    section = "\n".join(objectives(plan, tmp_path / "run", {}))
+    assert "| latent targets, time of the patch model | 2 | 48 |" in section
+    found = read_reports(tmp_path / "run")
+    assert set(found) == {("latent-time", "pitch"), ("latent-scratch", "pitch")}

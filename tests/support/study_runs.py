@@ -1,0 +1,36 @@
+"""A small study, and the files of its finished runs."""
+
+import csv
+import json
+from pathlib import Path
+
+from finetune_runs import make_sounds, manifest
+
+from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan
+from ssast.pipelines.clips.manifest import write_manifest
+
+SMALL = ("model.depth=1", "audio.num_frames=48", "data.num_threads=1")
+
+
+def small_plan(data: Path) -> Plan:
+    """Tasks `pitch` and `tone`, whose clips are tones of two pitches."""
+    write_manifest(data / "train.json", make_sounds(data / "p", 2, 12, seed=5))
+    for seed, task in enumerate(("pitch", "tone")):
+        for part, each in (("train", 8), ("eval", 4)):
+            paths = make_sounds(data / task / part, 2, each, seed=2 * seed + (part == "eval"))
+            manifest(data / "tasks" / f"{task}_{part}.json", paths)
+    tasks, rates = ("pitch", "tone"), (1e-3, 3e-3)
+    return Plan(str(data), tasks, 8, 1, 2, rates, SMALL, latent_time=4.0)
+
+
+def fake(plan, out, model, task, rate, seed, valid, right=None):
+    """The files of a finished fine-tuning, with so many of ten test clips named rightly."""
+    run = FineTuning(MODELS[model], task, rate, seed).folder(out)
+    for split, value in (("valid", valid), ("test", right and right / 10)):
+        if value is None:
+            continue
+        (run / split).mkdir(parents=True, exist_ok=True)
+        (run / split / "metrics.json").write_text(json.dumps({"accuracy": value}))
+        with (run / split / "predictions.csv").open("w", newline="") as file:
+            rows = [("a.wav", "x", "x" if clip < round(10 * value) else "y") for clip in range(10)]
+            csv.writer(file).writerows([("wav", "labels", "class1"), *rows])
