@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssast.engine.cli.imports import imports
 from ssast.engine.cli.options import (
     NAMED,
     add_missing_metadata,
@@ -83,9 +84,10 @@ def _probe(options: argparse.Namespace) -> int:
 
 def run_probe(options: argparse.Namespace, tasks: Mapping[str, tuple[Path, Path | None]]) -> int:
     """Probe the checkpoint of a command line on tasks, print the tables and write them."""
-    from ssast.engine.evaluation import layer_probe
-    from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
-    from ssast.engine.formats.open import open_model
+    with imports():
+        from ssast.engine.evaluation import layer_probe
+        from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
+        from ssast.engine.formats.open import open_model
 
     check_options(options)
     loaded = open_model(options.checkpoint, missing_metadata(options), options.weights)

@@ -197,3 +197,22 @@ def test_imports_are_made_without_the_garbage_collector():
             assert gc.isenabled() == was_on
         finally:
             gc.enable()
+
+
+def test_only_what_a_process_begins_with_is_out_of_the_collectors_sight():
+    frozen = gc.get_freeze_count()
+    with imports():
+        pass
+    assert gc.get_freeze_count() == frozen  # PyTorch is there already
+    code = """
+import gc, sys, types
+if sys.argv[1] == "before":
+    sys.modules["torch"] = types.ModuleType("torch")
+from ssast.engine.cli.imports import imports
+with imports():
+    pass
+print(gc.get_freeze_count() > 1000, gc.isenabled())
+"""
+    for when, found in (("before", "False True"), ("within", "True True")):
+        command = [sys.executable, "-c", code, when]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == found
