@@ -218,5 +218,10 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = No
     """
     B, L, H, _ = q.shape
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    keep = trained and B * H * L * k.shape[1] <= KEPT
+    keep = trained and keeps_probabilities(B, H, L, k.shape[1])
     return _attention(q, k, v, valid, keep)[0]
+
+
+def keeps_probabilities(B: int, H: int, queries: int, keys: int) -> bool:
+    """Return whether a forward pass in training keeps P [B * H, queries, keys]."""
+    return B * H * queries * keys <= KEPT

@@ -11,7 +11,7 @@ the derivative of a backward pass, and that of an input which is data in trainin
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ssast.kernels.autocast import DEVICES, RULES, Rule, cast_inputs
 
 Function = Callable[..., Any]
 NAMESPACE = "ssast"
-_on_cuda: dict[str, Function] = {}
+_kernels: dict[tuple[str, str], Function] = {}
 
 
 def custom_op(
@@ -60,7 +60,8 @@ def custom_op(
         if kernel is not None:
             operation.register_kernel(device, kernel)
             operation._backend_fns[device] = _untraced(_with_fallback(kernel, implementation))
-    _on_cuda[name] = cuda or implementation
+    _kernels[name, "cpu"] = cpu or implementation
+    _kernels[name, "cuda"] = cuda or implementation
     RULES[name] = autocast
     places = {x.name: i for i, x in enumerate(operation._opoverload._schema.arguments)}
     _register_autocast(operation, autocast, {places[x] for x in keep})
@@ -68,9 +69,9 @@ def custom_op(
     return operation
 
 
-def runs_on_cuda(name: str) -> Function:
-    """Return what ``torch.ops.ssast.<name>`` runs on a CUDA device, with the same arguments."""
-    return _on_cuda[name]
+def runs_on(name: str, device: Literal["cpu", "cuda"]) -> Function:
+    """Return what ``torch.ops.ssast.<name>`` runs on a kind of device, with the same arguments."""
+    return _kernels[name, device]
 
 
 def is_transformed(*args: Any) -> bool:

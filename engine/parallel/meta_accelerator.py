@@ -1,6 +1,7 @@
-"""DeepSpeed's view of a GPU on which tensors have no data, to take a step that computes nothing.
+"""DeepSpeed's view of a device on which tensors have no data, for a step that computes nothing.
 
-The engine then runs the operations that it runs on CUDA, with streams and events that do nothing.
+The engine then runs the operations that it runs on CUDA, with streams and events that do nothing,
+or those that it runs on a CPU.
 """
 
 import gc
@@ -15,11 +16,12 @@ from ssast.kernels.interpret import replaced
 
 
 @contextmanager
-def meta_accelerator(wait: Callable[[str], None]) -> Iterator[None]:
-    """Let DeepSpeed take the device "meta" for a GPU.
+def meta_accelerator(wait: Callable[[str], None], *, cpu: bool = False) -> Iterator[None]:
+    """Let DeepSpeed take the device "meta" for a GPU, or for a CPU.
 
     Args:
-        wait: Called where the host would wait for the device.
+        wait: Called where the host would wait for a GPU.
+        cpu: Whether it is a CPU.
     """
     from ssast.engine.parallel.deepspeed_engine import _import_deepspeed
 
@@ -43,9 +45,7 @@ def meta_accelerator(wait: Callable[[str], None]) -> Iterator[None]:
             return True
 
     class Meta(CPU_Accelerator):
-        """What the accelerator for CUDA says, on the device "meta"."""
-
-        Stream = Event = Nothing
+        """What the accelerator for CPUs says, on the device "meta"."""
 
         def device_name(self, device_index: int | None = None) -> str:
             return "meta"
@@ -58,17 +58,22 @@ def meta_accelerator(wait: Callable[[str], None]) -> Iterator[None]:
 
         current_device = device
 
-        def is_synchronized_device(self) -> bool:
-            return False
-
-        def resolves_data_dependency(self) -> bool:
-            return False
-
         def on_accelerator(self, tensor: torch.Tensor) -> bool:
             return tensor.is_meta
 
         def pin_memory(self, tensor: torch.Tensor, align_bytes: int = 1) -> torch.Tensor:
             return tensor
+
+    class MetaGpu(Meta):
+        """What the accelerator for CUDA says, on the device "meta"."""
+
+        Stream = Event = Nothing
+
+        def is_synchronized_device(self) -> bool:
+            return False
+
+        def resolves_data_dependency(self) -> bool:
+            return False
 
         def stream(self, stream: Any) -> Any:
             return nullcontext()
@@ -83,7 +88,7 @@ def meta_accelerator(wait: Callable[[str], None]) -> Iterator[None]:
 
     gc.collect()  # an engine that was dropped waits for its device when it is collected
     before = get_accelerator()
-    set_accelerator(Meta())
+    set_accelerator(Meta() if cpu else MetaGpu())
     with (
         warnings.catch_warnings(),
         replaced(torch.Tensor, record_stream=lambda tensor, stream: None),

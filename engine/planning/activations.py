@@ -4,6 +4,7 @@
 
     block              16 L D e + 4 H L + 16 L         Korthikanti et al. 2022, equation 2, without
                                                        dropout and with attention in tiles
+    on a CPU           H L^2 e in place of 4 H L       probabilities, where they are few
 
 With latent targets there are b C clones, of whose L tokens only E + V are encoded, and for each a
 decoder over N patches: 3 N D e + 8 N a layer, inputs of convolution, norm and GELU.
@@ -14,6 +15,8 @@ They are exact for eager PyTorch; a compiled block keeps somewhat less.
 from ssast.engine.config import Config
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.settings import SIZES
+from ssast.kernels.attention import Backend
+from ssast.kernels.blocked_attention import keeps_probabilities
 
 
 def element_bytes(gpu: Gpu) -> int:
@@ -21,21 +24,37 @@ def element_bytes(gpu: Gpu) -> int:
     return 2 if gpu.precision == "bf16" else 4
 
 
-def block_activations(config: Config, batch: int, e: int) -> list[float]:
+def attention_activations(
+    cpu_attention: Backend | None, e: int, *, batch: int, heads: int, queries: int, keys: int
+) -> float:
+    """Return the bytes that attention keeps of each clip of a batch, besides q, k, v and result."""
+    if cpu_attention != "blocked":
+        return 4 * heads * queries  # logsumexp
+    # Probabilities, which are computed again where they are many.
+    return heads * queries * keys * e * keeps_probabilities(batch, heads, queries, keys)
+
+
+def block_activations(
+    config: Config, batch: int, e: int, cpu_attention: Backend | None = None
+) -> list[float]:
     """Return the bytes that each block keeps for its backward pass.
 
     Args:
         config: Configuration of the run.
         batch: b, clips.
         e: Bytes of an activation.
+        cpu_attention: Backend of attention on a CPU; None: on a GPU.
     """
     size = SIZES[config.model.size]
     D, H, depth = size.embed_dim, size.num_heads, config.model.depth or size.depth
     N = config.grid[0] * config.grid[1]
     L = config.num_tokens
 
-    def kept(values: float, queries: float, rows: float) -> float:
-        return values * D * e + 4 * H * queries + 8 * rows  # logsumexp; mean and rstd of norms
+    def kept(values: float, queries: int, rows: float) -> float:
+        attended = attention_activations(
+            cpu_attention, e, batch=batch, heads=H, queries=queries, keys=L
+        )
+        return values * D * e + attended + 8 * rows  # mean and rstd of norms
 
     # Inputs of both norms, of q k v and of the MLP, q k v, output of attention: 8 L D. Before and
     # after the GELU: 8 L D. The same of pre-norm and post-norm.
@@ -52,14 +71,17 @@ def block_activations(config: Config, batch: int, e: int) -> list[float]:
     return blocks
 
 
-def latent_activations(config: Config, batch: int, e: int, every: int | None) -> float:
+def latent_activations(
+    config: Config, batch: int, e: int, every: int | None, cpu_attention: Backend | None = None
+) -> float:
     """Return the same as :func:`activations` with latent targets."""
     size, objective = SIZES[config.model.size], config.objective
     D, H, depth = size.embed_dim, size.num_heads, config.model.depth or size.depth
     N, M = config.grid[0] * config.grid[1], objective.num_masked
     L, rows = config.num_tokens, batch * objective.clones
     S = L - M
-    block = rows * (16.0 * S * D * e + 4 * H * S + 16 * S)
+    attended = attention_activations(cpu_attention, e, batch=rows, heads=H, queries=S, keys=S)
+    block = rows * (16.0 * S * D * e + attended + 16 * S)
     one = rows * S * D * e
     blocks = sum(one if every and i % every == 0 else block for i in range(depth))
     before = one + 8.0 * rows * S  # input of the norm before the first block
@@ -75,7 +97,9 @@ def latent_activations(config: Config, batch: int, e: int, every: int | None) ->
     return fbank + max(end, decoding, encoding, teaching)
 
 
-def activations(config: Config, batch: int, e: int, every: int | None) -> float:
+def activations(
+    config: Config, batch: int, e: int, every: int | None, cpu_attention: Backend | None = None
+) -> float:
     """Return the most bytes of activations, at the end of the forward pass or in the backward pass.
 
     Args:
@@ -83,15 +107,16 @@ def activations(config: Config, batch: int, e: int, every: int | None) -> float:
         batch: b, clips of one device in one micro-step.
         e: Bytes of an activation.
         every: As ``train.activation_checkpoint_every``.
+        cpu_attention: Backend of attention on a CPU; None: on a GPU.
     """
     size, objective = SIZES[config.model.size], config.objective
     if config.finetune is None and objective.kind == "latent":
-        return latent_activations(config, batch, e, every)
+        return latent_activations(config, batch, e, every, cpu_attention)
     D, L = size.embed_dim, config.num_tokens
     fbank = 4.0 * batch * config.audio.num_frames * config.audio.n_mels
     if config.finetune is not None and config.finetune.freeze == "encoder":
         return fbank + batch * e * L * D * 16  # one block's at a time, of which nothing is kept
-    blocks = block_activations(config, batch, e)
+    blocks = block_activations(config, batch, e, cpu_attention)
     kept = [batch * L * D * e if every and i % every == 0 else b for i, b in enumerate(blocks)]
     # Of the norm before the first block its input; of that after the last, also its output.
     is_post_norm = config.model.norm == "post"

@@ -25,6 +25,7 @@ from ssast.engine.monitoring.gpus import CPU, Gpu, find_gpu
 from ssast.engine.planning.activations import activations, element_bytes
 from ssast.engine.planning.plan import GIB, count_parameters, memory, step_time
 from ssast.engine.planning.trial import Trial, try_out
+from ssast.engine.planning.work import cpu_attention
 from ssast.kernels.matmul import fast_matmul, multiplies_bf16
 
 # Recipe, frames, masked patches, clips.
@@ -34,10 +35,12 @@ PROBES = (
     ("small_patch", 1024, 400, 4),
 )
 PRIOR = 0.05  # weight of what is usual, against one run
+_USUAL_GB_S = 12.5  # bytes of norms, activations and residuals, which are not only moved
+_COPIED = 1 << 25  # floats, more than caches hold
 
 
 def plain_cpu(precision: Literal["auto", "fp32", "bf16"] = "auto") -> Gpu:
-    """Describe this machine's CPU: the peak of a large matmul, and typical shares of it.
+    """Describe this machine's CPU: peaks of a large matmul and copy, and typical shares of them.
 
     Args:
         precision: As ``train.precision``; auto: bf16 where the CPU multiplies it natively.
@@ -46,29 +49,37 @@ def plain_cpu(precision: Literal["auto", "fp32", "bf16"] = "auto") -> Gpu:
         precision = "bf16" if multiplies_bf16() else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.randn(shape).to(dtype) for shape in (PEAK_SHAPE[:2], PEAK_SHAPE[1:]))
-    seconds = []
     with fast_matmul():
-        for _ in range(4):
-            begin = time.process_time()
-            left @ right
-            seconds.append((time.process_time() - begin) / torch.get_num_threads())
+        matmul_s = _least_seconds(lambda: left @ right)
+    source, target = torch.ones(_COPIED), torch.empty(_COPIED)
+    bandwidth_gb_s = 2 * source.nbytes / _least_seconds(lambda: target.copy_(source)) / 1e9
     flops = 2.0 * PEAK_SHAPE[0] * PEAK_SHAPE[1] * PEAK_SHAPE[2]
     return Gpu(
         name=CPU,
-        peak_tflops=flops / min(seconds) / 1e12,
+        peak_tflops=flops / matmul_s / 1e12,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
-        bandwidth_gb_s=12.5,
+        bandwidth_gb_s=bandwidth_gb_s,
         per_node=1,
         precision=precision,
         gemm_share=0.95 if precision == "fp32" else 0.75,
         half_width=0.0 if precision == "fp32" else 150.0,
         attention_share=0.65,
         convolution_share=0.5,
-        bandwidth_share=1.0,
+        bandwidth_share=_USUAL_GB_S / bandwidth_gb_s,
         launch_us=0.0,
         base_gib=0.7,
         fragmentation=1.25,
     )
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    """Return the least CPU seconds per thread of a few turns of some work."""
+    seconds = []
+    for _ in range(4):
+        begin = time.process_time()
+        work()
+        seconds.append((time.process_time() - begin) / torch.get_num_threads())
+    return min(seconds)
 
 
 def calibrate(
@@ -155,7 +166,7 @@ def fit(gpu: Gpu, configs: list[Config], trials: list[Trial]) -> Gpu:
     kept, base = [], []
     for config, trial in zip(configs, trials, strict=True):
         batch, parameters = config.train.batch_size, count_parameters(config)
-        kept.append(activations(config, batch, element_bytes(gpu), None))
+        kept.append(activations(config, batch, element_bytes(gpu), None, cpu_attention(gpu)))
         need = memory(config, gpu, parameters, world_size=1, batch=batch, stage=1)
         base.append(trial.memory_gib * GIB - (need.total - need.activations - need.base))
     system = np.stack([np.array(kept) / GIB, np.ones(len(kept))], 1)

@@ -1,8 +1,9 @@
 """The ledger of a training step: launches, bytes and FLOPs of each group of operations.
 
 One step of the engine's own modules and of DeepSpeed is taken on tensors without data, with the
-kernels that a GPU would run (recorder.py). So what a change to a module or a kernel saves can be
-read off before there is a GPU to measure it on. The least time of a group on a GPU is its roofline
+kernels that a GPU would run, or the operations of a CPU (recorder.py). So what a change to a module
+or a kernel saves can be read off before there is a GPU to measure it on. The least time of a group
+is its roofline
 (Williams et al. 2009), operation by operation:
 
     time = sum of max(bytes / bandwidth, FLOPs / peak)
@@ -21,9 +22,11 @@ from ssast.engine.parallel.meta_accelerator import meta_accelerator
 from ssast.engine.parallel.ranks import World, imagined_world
 from ssast.engine.planning.recorder import META, Launch, Recorder, Recording
 from ssast.engine.planning.synthetic import SyntheticContext, synthetic_task
+from ssast.engine.planning.work import cpu_attention
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import Task
+from ssast.kernels.attention import Backend
 
 DATA, INPUTS, FORWARD, LOSS, BACKWARD, STEP = (
     "data", "inputs", "forward", "loss", "backward", "optimizer",
@@ -46,6 +49,7 @@ OURS = {
     "info_nce": "losses",
     "mse": "losses",
     "efficient_attention": "attention",
+    "blocked_attention": "attention",
 }
 # Groups of PyTorch's operations in a forward or backward pass.
 GROUPS = {
@@ -88,6 +92,8 @@ ORDER = (
 
 def group_of(launch: Launch) -> str:
     """Return the group of an operation."""
+    if launch.operation.startswith("blocked_attention") and launch.name in ("clone", "copy_"):
+        return "cat, copies"  # of queries, keys and values, head by head
     if launch.operation:
         own = max((n for n in OURS if launch.operation.startswith(n)), key=len, default="")
         return OURS.get(own, launch.operation)
@@ -115,11 +121,11 @@ class Row:
 
     Attributes:
         group: Its name.
-        kernels: Launches.
+        kernels: Launches; on a CPU operations.
         read: Bytes.
         written: Bytes.
         flops: Of its matmuls.
-        seconds: Least time on the GPU.
+        seconds: Least time on the device.
     """
 
     group: str
@@ -142,11 +148,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The operations of one training step on one GPU.
+    """The operations of one training step on one device.
 
     Attributes:
         config: Configuration of the run.
-        gpu: The GPU whose peaks give the times.
+        gpu: The device whose peaks give the times.
         batch: Clips of one micro-batch.
         recording: All operations, waits and the memory.
     """
@@ -189,9 +195,9 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
 
     Args:
         config: Configuration of the run, pretraining or fine-tuning.
-        gpu: The GPU.
+        gpu: The device; a CPU's attention is that of this machine.
         batch: Clips of one micro-batch.
-        world_size: GPUs.
+        world_size: Devices.
 
     Raises:
         ConfigError: The step moves weights or states as it goes, which is not recorded.
@@ -205,13 +211,15 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
         )
     clips = batch * train.accumulation_steps * world_size
     train = replace(train, batch_size=clips, compile=False, cuda_graphs=False)
-    if gpu.precision == "fp32":
+    if gpu.is_cpu:
+        train = replace(train, precision="bf16" if gpu.precision == "bf16" else "fp32")
+    elif gpu.precision == "fp32":
         train = replace(train, precision="fp32")
     config = replace(config, train=train)
-    audio, recorder = config.audio, Recorder()
+    audio, recorder = config.audio, Recorder(cpu_attention=cpu_attention(gpu))
     with (
         imagined_world(World(0, 0, world_size, "single", META)) as world,
-        meta_accelerator(recorder.wait),
+        meta_accelerator(recorder.wait, cpu=gpu.is_cpu),
         recorder,
     ):
         fbank = torch.empty(batch, audio.num_frames, audio.n_mels, device=META)
@@ -235,7 +243,13 @@ def make_ledger(config: Config, gpu: Gpu, batch: int, world_size: int = 1) -> Le
     return Ledger(config, gpu, batch, recording)
 
 
-def record_passes(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> Recording:
+def record_passes(
+    config: Config,
+    batch: int,
+    every: int | None,
+    dtype: torch.dtype,
+    cpu_attention: Backend | None = None,
+) -> Recording:
     """Record the forward and the backward pass of one micro-batch alone, without DeepSpeed.
 
     Args:
@@ -243,9 +257,10 @@ def record_passes(config: Config, batch: int, every: int | None, dtype: torch.dt
         batch: Clips.
         every: As ``train.activation_checkpoint_every``.
         dtype: Of weights and activations.
+        cpu_attention: Backend of attention on the CPU that does it; None: a GPU does.
     """
     config = replace(config, train=replace(config.train, batch_size=batch, accumulation_steps=1))
-    audio, recorder = config.audio, Recorder()
+    audio, recorder = config.audio, Recorder(cpu_attention=cpu_attention)
     world = World(0, 0, 1, "single", META)
     with torch.device(META):
         fbank = torch.empty(batch, audio.num_frames, audio.n_mels)

@@ -64,17 +64,19 @@ def format_ledger(ledger: Ledger) -> str:
     """Format a ledger as a table: groups of operations, memory, and waits of the host."""
     config, gpu, recording = ledger.config, ledger.gpu, ledger.recording
     train, total = config.train, ledger.total()
-    every = train.activation_checkpoint_every
+    every, cpu = train.activation_checkpoint_every, gpu.is_cpu
+    scale, unit, counted = (1e9, "GFLOP", "operations") if cpu else (1e12, "TFLOP", "launches")
     lines = [
         f"one step of {config.model.size}, patch {list(config.model.patch)}, "
         f"{'pretraining' if config.finetune is None else 'fine-tuning'}: {ledger.batch} clips"
         + (f" x {train.accumulation_steps}" if train.accumulation_steps > 1 else "")
         + f" on one {gpu.name}, {gpu.precision}"
         + (f", every {every}. block recomputed" if every else ""),
-        f"least times at {gpu.peak_tflops:,.0f} TFLOP/s and {gpu.bandwidth_gb_s:,.0f} GB/s",
+        f"least times at {gpu.peak_tflops * 1e12 / scale:,.0f} {unit}/s and "
+        f"{gpu.bandwidth_gb_s:,.3g} GB/s",
         "",
-        f"{'':20}{'launches':^25}{'GB moved':^25}{'GB':^17}{'':8}{'least ms':^25}",
-        f"{'':20}{_HEADER}{_HEADER}{'read':>9}{'written':>8}{'TFLOP':>8}{_HEADER}{'share':>7}",
+        f"{'':20}{counted:^25}{'GB moved':^25}{'GB':^17}{'':8}{'least ms':^25}",
+        f"{'':20}{_HEADER}{_HEADER}{'read':>9}{'written':>8}{unit:>8}{_HEADER}{'share':>7}",
     ]
     tables = [ledger.rows(*phases) for phases in _COLUMNS]
     for name, row in [*ledger.rows().items(), ("all", total)]:
@@ -87,17 +89,20 @@ def format_ledger(ledger: Ledger) -> str:
         times = [f"{1e3 * part.seconds:.2f}" for part in parts]
         lines.append(
             f"{name:20}{_cells(kernels)}{_cells(moved)}"
-            f"{row.read / 1e9:9.2f}{row.written / 1e9:8.2f}{row.flops / 1e12:8.2f}"
+            f"{row.read / 1e9:9.2f}{row.written / 1e9:8.2f}{row.flops / scale:8.2f}"
             f"{_cells(times)}{row.seconds / total.seconds:7.1%}"
         )
     held = sorted(recording.at_peak.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held if size >= 0.005 * GIB)
+    memory = f"memory in use: at most {recording.peak / GIB:.2f} GiB ({shown})"
+    if cpu:
+        return "\n".join([*lines, "", memory])
     lines += [
         "",
         f"the host launches for {total.kernels * gpu.launch_us / 1e3:.1f} ms "
         f"({total.kernels:,} x {gpu.launch_us:g} us) beside the device's "
         f"{1e3 * total.seconds:.1f} ms or more",
-        f"memory in use: at most {recording.peak / GIB:.2f} GiB ({shown})",
+        memory,
     ]
     lines.append("the host waits for the device: " + ("" if recording.waits else "nowhere"))
     return "\n".join([*lines, *_waits(recording.waits)])

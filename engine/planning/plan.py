@@ -29,7 +29,7 @@ from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
 from ssast.engine.planning.activations import activations, element_bytes
-from ssast.engine.planning.work import work
+from ssast.engine.planning.work import cpu_attention, work
 from ssast.engine.settings import SIZES
 
 GIB = 2**30
@@ -45,8 +45,8 @@ HOP_S = 6e-6  # of a ring, from machine to machine
 LIVE_ELEMENTS = 200_000_000  # that ZeRO 3 keeps gathered, at most: live and prefetched
 # Read and written for a parameter. Of a micro-batch: DeepSpeed's copies of the gradient, in bf16,
 # and its division by the number of ranks. Of a step, on the rank that has it: norm, flat gradient
-# in fp32, Adam, weight in bf16.
-COPIED_BYTES, STEP_BYTES = 16, 42
+# in fp32, Adam, weight; 3 e more, as gradient and weight have e bytes.
+COPIED_BYTES, STEP_BYTES = 16, 36
 CLIP_BYTES = 8  # likewise, of clipping: the gradient read and written
 EMA_BYTES = 12  # likewise, of the average: itself and the weight read, itself written
 MOST_CLIPS = 65536  # of a step: what You et al. 2020 still trained with, and more than most dare
@@ -174,7 +174,7 @@ def memory(
         gradients=gradients + flat,
         optimizer=0 if offloaded else optimizer_bytes(config, parameters) * T / W,
         buckets=bucket,
-        activations=gpu.fragmentation * activations(config, batch, e, every),
+        activations=gpu.fragmentation * activations(config, batch, e, every, cpu_attention(gpu)),
         base=gpu.base_gib * GIB,
     )
 
@@ -255,7 +255,8 @@ def step_time(
     size, micro_steps = SIZES[config.model.size], config.train.accumulation_steps
     D, depth = size.embed_dim, config.model.depth or size.depth
     e = element_bytes(gpu)
-    passes = work(config, batch, every, torch.bfloat16 if e == 2 else torch.float32)
+    dtype = torch.bfloat16 if e == 2 else torch.float32
+    passes = work(config, batch, every, dtype, cpu_attention(gpu))
     launches, moved = passes.launches, micro_steps * passes.moved
     # With latent targets most of it is the decoder's, which is not compiled.
     if config.train.compile is True and not parameters.teacher:
@@ -271,7 +272,7 @@ def step_time(
     attention_s = micro_steps * passes.attention / peak / gpu.attention_share
     convolution_s = micro_steps * passes.convolution / peak / gpu.convolution_share
     bandwidth = gpu.bandwidth_gb_s * gpu.bandwidth_share * 1e9
-    step_bytes = micro_steps * COPIED_BYTES * copied + STEP_BYTES / world_size
+    step_bytes = micro_steps * COPIED_BYTES * copied + (STEP_BYTES + 3 * e) / world_size
     averages = keeps_average(config, parameters)
     ema_bytes = EMA_BYTES if averages else 0
     offloaded = config.train.offload == "cpu"

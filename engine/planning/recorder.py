@@ -11,6 +11,7 @@ every place where the host would wait for the device.
     ours       the launcher of an operation's Triton kernels runs on ``meta`` too: each kernel is
                one launch, which writes the arguments that were empty and reads the others
     attention  one operation, as the fused backends are (Dao 2023), with its logsumexp
+    on a CPU   the operations that a CPU would run, ours in plain torch; nobody waits
 
 Caches are not modelled. What a kernel reads twice counts twice only where traffic.py says so.
 """
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -31,23 +32,27 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from ssast.engine.planning.traffic import (
+    CPU_AS_ONE,
+    CPU_TRAFFIC,
     EMPTY,
     FILLS,
     HOST_READS,
+    IN_BLOCKS,
     KERNELS,
     OUR_FLOPS,
+    PYTORCH_FLOPS,
     TRAFFIC,
     WRITES,
     Traffic,
-    convolution_backward_flops,
     foreach_kernels,
     tensors_in,
     total_bytes,
 )
+from ssast.kernels import attention
 from ssast.kernels.efficient_attention import efficient_attention
 from ssast.kernels.interpret import replaced
 from ssast.kernels.launch import assume_architecture
-from ssast.kernels.operation import NAMESPACE, runs_on_cuda
+from ssast.kernels.operation import NAMESPACE, runs_on
 
 META = torch.device("meta")
 _aten = torch.ops.aten
@@ -126,6 +131,13 @@ def _fused_attention(
     return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
 
 
+def _fused_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **kwargs: Any
+) -> Tensor:
+    mask = None if attn_mask is None else torch.empty_like(attn_mask, dtype=q.dtype)
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
+
+
 class Recorder(TorchDispatchMode):
     """Records the operations on a device while it is entered.
 
@@ -136,6 +148,8 @@ class Recorder(TorchDispatchMode):
     Args:
         device: Type of the device whose operations count; "cpu" records real ones.
         architecture: Of the GPU whose kernels' launchers are run: 80 for sm_80, 90 for sm_90 ...
+        cpu_attention: Backend of attention on the CPU whose operations are run on "meta"; None: a
+            GPU's are.
 
     Attributes:
         phase: Part of the step that operations count to; to be set.
@@ -143,8 +157,14 @@ class Recorder(TorchDispatchMode):
         recording: What has been seen.
     """
 
-    def __init__(self, device: str = "meta", architecture: int = 90):
+    def __init__(
+        self,
+        device: str = "meta",
+        architecture: int = 90,
+        cpu_attention: attention.Backend | None = None,
+    ):
         super().__init__()
+        self._cpu_attention = cpu_attention
         self.recording = Recording()
         self._device, self._architecture = device, architecture
         self.phase, self.count, self._operation = "", 1, ""
@@ -156,10 +176,15 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Begin to record, or go on below an operation of ours."""
         if not self._depth:
-            self._stack.enter_context(replaced(JITFunction, run=self._triton()))
-            self._stack.enter_context(assume_architecture(self._architecture))
+            fused = _fused_attention
+            if self._cpu_attention is None:
+                self._stack.enter_context(replaced(JITFunction, run=self._triton()))
+                self._stack.enter_context(assume_architecture(self._architecture))
+            else:
+                backend, fused = self._cpu_attention, _fused_on_cpu
+                self._stack.enter_context(replaced(attention, attention_backend=lambda *_: backend))
             self._stack.enter_context(
-                replaced(torch.nn.functional, scaled_dot_product_attention=_fused_attention)
+                replaced(torch.nn.functional, scaled_dot_product_attention=fused)
             )
         self._depth += 1
         return super().__enter__()
@@ -190,7 +215,8 @@ class Recorder(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         """Note that the host waits for the device."""
-        self.recording.waits.append(Wait(what, _caller(), self.phase))
+        if self._cpu_attention is None:
+            self.recording.waits.append(Wait(what, _caller(), self.phase))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -198,8 +224,14 @@ class Recorder(TorchDispatchMode):
         """Run an operation, and record it."""
         kwargs = kwargs or {}
         name = func._opname
-        if func.namespace == NAMESPACE and self._device != "cpu":
-            return self._run_ours(name, args, kwargs)
+        is_ours = func.namespace == NAMESPACE and self._operation != name
+        if is_ours and self._device != "cpu":
+            return self._run_ours(func, args, kwargs)
+        if self._cpu_attention is not None:  # inside ours: of flatten or softmax, what they call
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         inputs = [x for x in tensors_in([args, list(kwargs.values())])]
         on_device = [x for x in inputs if self._counts(x)]
         if on_device:
@@ -225,8 +257,8 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         traffic, targets = self._traffic(func, name, args, kwargs, out)
-        if name == "convolution_backward":
-            flops = convolution_backward_flops(args, out)
+        if name in PYTORCH_FLOPS:
+            flops = PYTORCH_FLOPS[name](args, out)
         else:
             formula = flop_registry.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
@@ -250,13 +282,17 @@ class Recorder(TorchDispatchMode):
         known = {id(x) for x in targets}
         results = [x for x in tensors_in(out) if self._counts(x) and id(x) not in known]
         written = [*targets, *results]
-        if name in TRAFFIC:
-            return TRAFFIC[name](args, out), written
+        on_cpu = self._cpu_attention is not None
+        special = CPU_TRAFFIC if on_cpu else TRAFFIC
+        count = len(list(tensors_in(args[0]))) if name.startswith(("_foreach_", "_fused_")) else 1
+        if name in special:
+            traffic = special[name](args, out)
+            return traffic._replace(kernels=count) if on_cpu else traffic, written
         if name in FILLS:
             return Traffic(0, total_bytes(written)), written
         read = total_bytes(sources) + (total_bytes(targets) if read_targets else 0)
-        kernels = KERNELS.get(name, 1)
-        if name.startswith("_foreach_"):
+        kernels = count if on_cpu else KERNELS.get(name, 1)
+        if name.startswith("_foreach_") and not on_cpu:
             kernels = foreach_kernels(list(tensors_in(args[0])))
         return Traffic(read, total_bytes(written), kernels), written
 
@@ -276,18 +312,35 @@ class Recorder(TorchDispatchMode):
             )
         )
 
-    def _run_ours(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run what a CUDA device would run for an operation of ours."""
+    def _run_ours(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run what the device would run for an operation of ours."""
+        device: Literal["cpu", "cuda"] = "cuda" if self._cpu_attention is None else "cpu"
+        name = func._opname
         before, self._operation = self._operation, self._operation or name
         first = len(self.recording.launches)
         try:
             with self:
-                return runs_on_cuda(name)(*args, **kwargs)
+                is_one = device == "cpu" and name in CPU_AS_ONE
+                out = (func if is_one else runs_on(name, device))(*args, **kwargs)
         finally:
             self._operation = before
-            launches = self.recording.launches
-            if name in OUR_FLOPS and len(launches) > first:
-                launches[first] = replace(launches[first], flops=OUR_FLOPS[name](args))
+        launches = self.recording.launches
+        if name in IN_BLOCKS and device == "cpu":
+            self._join_blocks(name, first, Traffic(total_bytes(args), total_bytes(out)))
+        elif name in OUR_FLOPS and device == "cuda" and len(launches) > first:
+            launches[first] = replace(launches[first], flops=OUR_FLOPS[name](args))
+        return out
+
+    def _join_blocks(self, name: str, first: int, traffic: Traffic) -> None:
+        """Make one operation of those whose results stay in the cache, from a launch on."""
+        launches = self.recording.launches
+        blocks = [x for x in launches[first:] if x.name in IN_BLOCKS[name]]
+        launches[first:] = [x for x in launches[first:] if x.name not in IN_BLOCKS[name]]
+        if blocks:
+            moved = {"read": traffic.read, "written": traffic.written}
+            flops, width = sum(x.flops for x in blocks), max(x.width for x in blocks)
+            joined = replace(blocks[0], name=name, operation=name, flops=flops, width=width)
+            launches.append(replace(joined, kernels=len(blocks), **moved))
 
     def _triton(self) -> Callable[..., None]:
         """Return what stands in for ``JITFunction.run``: it records the launch of a kernel."""

@@ -1,4 +1,4 @@
-"""Bytes and kernels of PyTorch's operations on CUDA.
+"""Bytes of PyTorch's operations, and their kernels on CUDA.
 
 An operation reads each element of its inputs once and writes each element of its results once; an
 expanded tensor (stride 0) counts its storage. What differs from that is listed here, from ATen's
@@ -142,13 +142,39 @@ def _attention_flops(q: Tensor, products: int) -> float:
     return 2.0 * products * q.numel() * q.shape[1]  # [B, L, H, D_h]
 
 
-def convolution_backward_flops(args: Sequence[Any], out: Any) -> float:
+# On a CPU, LayerNorm's backward pass has each row in the cache where it reads it again, and
+# convolutions are one operation.
+_AS_ANY = {"native_layer_norm_backward", "convolution", "convolution_backward"}
+CPU_TRAFFIC = {name: of for name, of in TRAFFIC.items() if name not in _AS_ANY}
+# Operations of ours whose steps depend on the data, and move less than anything else.
+CPU_AS_ONE = {"draw_masks", "noise_rows"}
+# Operations inside of blocked attention that read and write the scores of a few heads: as one they
+# move what the whole reads and returns, for those scores stay in the cache.
+_IN_BLOCKS = {"baddbmm", "bmm", "masked_fill_", "softmax", "_softmax_backward_data", "_to_copy"}
+IN_BLOCKS = {
+    "blocked_attention": _IN_BLOCKS | {"copy_"},
+    "blocked_attention_backward": _IN_BLOCKS,
+}
+
+
+def _cpu_attention_flops(q: Tensor, k: Tensor, products: int) -> float:
+    return 2.0 * products * q.numel() * k.shape[2]  # [B, H, L, D_h]
+
+
+def _convolution_backward_flops(args: Sequence[Any], out: Any) -> float:
     """Return the FLOPs of the gradients of input and weight; PyTorch's formula knows no groups."""
     gradient, weight = args[0], args[2]
     each = 2.0 * gradient.numel() * weight[0].numel()
     return each * sum(result is not None for result in out[:2])
 
 
+# Of operations of PyTorch whose FLOPs it does not know: (arguments, result) -> FLOPs.
+_FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+PYTORCH_FLOPS: dict[str, Callable[[Sequence[Any], Any], float]] = {
+    _FUSED: lambda a, out: _cpu_attention_flops(a[0], a[1], 2),
+    f"{_FUSED}_backward": lambda a, out: _cpu_attention_flops(a[1], a[2], 5),
+    "convolution_backward": _convolution_backward_flops,
+}
 # Of operations of ours whose matmuls PyTorch does not know, or counts for other shapes.
 OUR_FLOPS: dict[str, Callable[[Sequence[Any]], float]] = {
     "patch_embed": lambda a: 2.0 * a[7].numel() * a[1].numel(),  # visible patches, weight

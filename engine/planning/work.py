@@ -10,10 +10,13 @@ from functools import cache
 import torch
 
 from ssast.engine.config import Config
+from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.settings import SIZES
+from ssast.kernels.attention import Backend, attention_backend
+from ssast.kernels.matmul import fast_matmul
 
 # Matmuls of the backward pass of attention over those that count: scores are computed again. The
-# shares of the peak that devices reach are published without these.
+# shares of the peak that GPUs reach are published without these; that of a CPU is measured.
 ATTENDED_AGAIN = 5 / 4
 MANY = (32, 64)  # clips from which on kernels have no more programs, and partial sums, for more
 
@@ -27,7 +30,7 @@ class Work:
         moved: Bytes read and written besides matmuls, convolutions and attention.
         matmul: FLOPs of matmuls besides attention and convolutions.
         convolution: FLOPs of convolutions.
-        attention: FLOPs of attention, the backward pass as two forward passes.
+        attention: FLOPs of attention, on a GPU the backward pass as two forward passes.
     """
 
     launches: float
@@ -37,7 +40,22 @@ class Work:
     attention: float
 
 
-def work(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> Work:
+def cpu_attention(gpu: Gpu) -> Backend | None:
+    """Return the backend that attention has on this machine's CPU in training; None of a GPU."""
+    if not gpu.is_cpu:
+        return None
+    dtype = torch.bfloat16 if gpu.precision == "bf16" else torch.float32
+    with fast_matmul():
+        return attention_backend(torch.device("cpu"), dtype)
+
+
+def work(
+    config: Config,
+    batch: int,
+    every: int | None,
+    dtype: torch.dtype,
+    cpu_attention: Backend | None = None,
+) -> Work:
     """Return the work of one micro-batch.
 
     Args:
@@ -45,24 +63,31 @@ def work(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> W
         batch: Clips.
         every: As ``train.activation_checkpoint_every``.
         dtype: Of weights and activations.
+        cpu_attention: Backend of attention on the CPU that does it; None: a GPU does.
     """
+    cpu = cpu_attention
     depth = config.model.depth or SIZES[config.model.size].depth
     step = every or 1
     few = depth % step + 2 * step if depth % step else 2 * step
     few = max(few, 3 + (3 - depth) % step)
     if depth <= few + step:
-        return _at_depth(config, depth, batch, every, dtype)
-    first, second = (_at_depth(config, d, batch, every, dtype) for d in (few, few + step))
+        return _at_depth(config, depth, batch, every, dtype, cpu)
+    first, second = (_at_depth(config, d, batch, every, dtype, cpu) for d in (few, few + step))
     return _between(first, second, (depth - few) / step)
 
 
 def _at_depth(
-    config: Config, depth: int, batch: int, every: int | None, dtype: torch.dtype
+    config: Config,
+    depth: int,
+    batch: int,
+    every: int | None,
+    dtype: torch.dtype,
+    cpu: Backend | None,
 ) -> Work:
     config = replace(config, model=replace(config.model, depth=depth))
     if batch <= MANY[1]:
-        return _measure(config, batch, every, dtype)
-    first, second = (_measure(config, b, every, dtype) for b in MANY)
+        return _measure(config, batch, every, dtype, cpu)
+    first, second = (_measure(config, b, every, dtype, cpu) for b in MANY)
     return _between(first, second, (batch - MANY[0]) / (MANY[1] - MANY[0]))
 
 
@@ -72,18 +97,20 @@ def _between(first: Work, second: Work, share: float) -> Work:
 
 
 @cache
-def _measure(config: Config, batch: int, every: int | None, dtype: torch.dtype) -> Work:
+def _measure(
+    config: Config, batch: int, every: int | None, dtype: torch.dtype, cpu: Backend | None
+) -> Work:
     # Imported here: only plans of steps, not of memory alone, need the modules of training.
     from ssast.engine.planning.ledger import group_of, record_passes
 
-    launches = record_passes(config, batch, every, dtype).launches
+    launches = record_passes(config, batch, every, dtype, cpu).launches
     products = {"matmul": 0.0, "convolution": 0.0, "attention": 0.0}
     moved = 0
     for launch in launches:
         group = group_of(launch)
         if group in products:
-            again = ATTENDED_AGAIN if group == "attention" and "backward" in launch.name else 1.0
-            products[group] += launch.flops / again
+            again = group == "attention" and "backward" in launch.name and cpu is None
+            products[group] += launch.flops / (ATTENDED_AGAIN if again else 1.0)
         else:
             moved += launch.read + launch.written
             products["matmul"] += launch.flops

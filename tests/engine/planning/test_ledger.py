@@ -239,8 +239,6 @@ def test_the_command_prints_the_ledger(capsys):
     assert ledger["total"]["bytes_read"] == sum(row["bytes_read"] for row in groups)
     parts = [row["flops"] for phase in ledger["phases"].values() for row in phase.values()]
     assert ledger["total"]["flops"] == pytest.approx(sum(parts))
-    assert main(["plan", "tiny_patch", "--ledger", "--gpu", "cpu"]) == 2
-    assert "--ledger: cpu launches no kernels" in capsys.readouterr().err
     assert main([*arguments, "train.zero_stage=3"]) == 2
     assert "--ledger: expected train.zero_stage 1 or 2" in capsys.readouterr().err
 
