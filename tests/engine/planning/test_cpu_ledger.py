@@ -103,7 +103,7 @@ def test_blocks_are_one_operation_and_copies_by_head_are_seen():
     assert found == [*copies, ("blocked_attention", 3 * one, one)]
 
 
-@pytest.mark.parametrize("name", ["tiny_frame", "esc50_patch", "eat_tiny"])
+@pytest.mark.parametrize("name", ["esc50_patch", "eat_tiny"])
 def test_the_command_prints_the_ledger_of_a_cpu(name, capsys, tmp_path):
     machine = tmp_path / "machine.yaml"
     machine.write_text(
@@ -123,13 +123,3 @@ def test_the_command_prints_the_ledger_of_a_cpu(name, capsys, tmp_path):
     least = ledger["total"]["flops"] / 1e11
     assert least < ledger["total"]["seconds"] < 2 * least
     assert "gather, scatter" in groups and not {"patch_embed", "join_chunks"} & set(groups)
-
-
-def test_a_convolution_in_groups_counts_its_own_channels():
-    layer = torch.nn.Conv2d(8, 16, 3, padding=1, groups=4, device="meta")
-    x = torch.empty(2, 8, 10, 10, device="meta", requires_grad=True)
-    with Recorder(cpu_attention="blocked") as recorder:
-        layer(x).sum().backward()
-    found = {launch.name: launch.flops for launch in recorder.recording.launches if launch.flops}
-    product = 2.0 * 2 * 16 * 10 * 10 * (2 * 3 * 3)
-    assert found == {"convolution": product, "convolution_backward": 2 * product}
