@@ -337,10 +337,10 @@ class Recorder(TorchDispatchMode):
         blocks = [x for x in launches[first:] if x.name in IN_BLOCKS[name]]
         launches[first:] = [x for x in launches[first:] if x.name not in IN_BLOCKS[name]]
         if blocks:
-            moved = {"read": traffic.read, "written": traffic.written}
             flops, width = sum(x.flops for x in blocks), max(x.width for x in blocks)
-            joined = replace(blocks[0], name=name, operation=name, flops=flops, width=width)
-            launches.append(replace(joined, kernels=len(blocks), **moved))
+            joined = replace(blocks[0], name=name, operation=name, kernels=len(blocks))
+            moved = replace(joined, read=traffic.read, written=traffic.written)
+            launches.append(replace(moved, flops=flops, width=width))
 
     def _triton(self) -> Callable[..., None]:
         """Return what stands in for ``JITFunction.run``: it records the launch of a kernel."""
