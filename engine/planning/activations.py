@@ -12,16 +12,28 @@ decoder over N patches: 3 N D e + 8 N a layer, inputs of convolution, norm and G
 They are exact for eager PyTorch; a compiled block keeps somewhat less.
 """
 
+import torch
+
 from ssast.engine.config import Config
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.settings import SIZES
-from ssast.kernels.attention import Backend
+from ssast.kernels.attention import Backend, attention_backend
 from ssast.kernels.blocked_attention import keeps_probabilities
+from ssast.kernels.matmul import fast_matmul
 
 
 def element_bytes(gpu: Gpu) -> int:
     """Return the bytes of a weight, a gradient or an activation."""
     return 2 if gpu.precision == "bf16" else 4
+
+
+def cpu_attention(gpu: Gpu) -> Backend | None:
+    """Return the backend that attention has on this machine's CPU in training; None of a GPU."""
+    if not gpu.is_cpu:
+        return None
+    dtype = torch.bfloat16 if gpu.precision == "bf16" else torch.float32
+    with fast_matmul():
+        return attention_backend(torch.device("cpu"), dtype)
 
 
 def attention_activations(

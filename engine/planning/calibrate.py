@@ -22,10 +22,9 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import PEAK_SHAPE
 from ssast.engine.monitoring.gpus import CPU, Gpu, find_gpu
-from ssast.engine.planning.activations import activations, element_bytes
+from ssast.engine.planning.activations import activations, cpu_attention, element_bytes
 from ssast.engine.planning.plan import GIB, count_parameters, memory, step_time
 from ssast.engine.planning.trial import Trial, try_out
-from ssast.engine.planning.work import cpu_attention
 from ssast.kernels.matmul import fast_matmul, multiplies_bf16
 
 # Recipe, frames, masked patches, clips.

@@ -20,9 +20,9 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.meta_accelerator import meta_accelerator
 from ssast.engine.parallel.ranks import World, imagined_world
+from ssast.engine.planning.activations import cpu_attention
 from ssast.engine.planning.recorder import META, Launch, Recorder, Recording
 from ssast.engine.planning.synthetic import SyntheticContext, synthetic_task
-from ssast.engine.planning.work import cpu_attention
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import Task

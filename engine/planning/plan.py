@@ -28,8 +28,8 @@ from ssast.engine.config import Config
 from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
-from ssast.engine.planning.activations import activations, element_bytes
-from ssast.engine.planning.work import cpu_attention, work
+from ssast.engine.planning.activations import activations, cpu_attention, element_bytes
+from ssast.engine.planning.work import work
 from ssast.engine.settings import SIZES
 
 GIB = 2**30

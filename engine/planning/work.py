@@ -10,10 +10,8 @@ from functools import cache
 import torch
 
 from ssast.engine.config import Config
-from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.settings import SIZES
-from ssast.kernels.attention import Backend, attention_backend
-from ssast.kernels.matmul import fast_matmul
+from ssast.kernels.attention import Backend
 
 # Matmuls of the backward pass of attention over those that count: scores are computed again. The
 # shares of the peak that GPUs reach are published without these; that of a CPU is measured.
@@ -38,15 +36,6 @@ class Work:
     matmul: float
     convolution: float
     attention: float
-
-
-def cpu_attention(gpu: Gpu) -> Backend | None:
-    """Return the backend that attention has on this machine's CPU in training; None of a GPU."""
-    if not gpu.is_cpu:
-        return None
-    dtype = torch.bfloat16 if gpu.precision == "bf16" else torch.float32
-    with fast_matmul():
-        return attention_backend(torch.device("cpu"), dtype)
 
 
 def work(
