@@ -30,6 +30,12 @@ class Setting:
         """Whether a GPU computes."""
         return self.device != "cpu"
 
+    @property
+    def with_engine(self) -> bool:
+        """Whether our step is taken with DeepSpeed, not with plain PyTorch in its place."""
+        # Only the engine averages the weights of a teacher.
+        return self.on_gpu or self.objective == "latent"
+
     def config(self, *, two_pass: bool = False) -> Config:
         """Return the patch model's configuration, with the published share of masked patches.
 

@@ -1,11 +1,12 @@
 """A training step against the published one, on this machine's GPU or CPU.
 
 Both train the same weights on the same filterbanks; masks, forward, backward and Adam are inside
-the step. In pretraining it is the joint one; in fine-tuning patches are 10 mel bins and 10 frames
-apart, there are 527 classes, and augmentations are left out on both sides. Each side runs in
-a process of its own, as in practice, and they take turns, so that whatever else runs on the machine
-disturbs both alike. The ratio is the median over the turns. On a GPU a turn is several steps
-between CUDA events, both sides compute in bf16 (the published one by autocast), and ours is run as
+the step. In pretraining it is that of SSAST's joint objective or of EAT's latent targets, whose
+teacher is averaged inside the step; in fine-tuning patches are 10 mel bins and 10 frames apart,
+there are 527 classes, and augmentations are left out on both sides. Each side runs in a process of
+its own, as in practice, and they take turns, so that whatever else runs on the machine disturbs
+both alike. The ratio is the median over the turns. On a GPU a turn is several steps between CUDA
+events, both sides compute in bf16 (the published one by autocast), and ours is run as
 ``ssast pretrain`` does: with DeepSpeed, compiled or as CUDA graphs where trials choose that.
 """
 
@@ -127,8 +128,7 @@ def _our_step(setting: Setting) -> tuple[Callable[[], object], list[str]]:
     step = OurStep(
         setting.config(),
         setting.fbank(),
-        # Only the engine averages the weights of a teacher.
-        deepspeed=setting.on_gpu or setting.objective == "latent",
+        deepspeed=setting.with_engine,
         device=torch.device(setting.device),
     )
     torch.set_num_threads(setting.threads)  # DeepSpeed sets them as well
@@ -144,7 +144,7 @@ def _groups(setting: Setting) -> dict[str, tuple[float, float]]:
     config = setting.config()
     eager = replace(config, train=replace(config.train, compile=False, cuda_graphs=False))
     with fast_matmul():
-        step = OurStep(eager, setting.fbank(), deepspeed=setting.on_gpu, device=device)
+        step = OurStep(eager, setting.fbank(), deepspeed=setting.with_engine, device=device)
         return measured_groups(step, _PROFILED_STEPS)
 
 
@@ -261,7 +261,7 @@ def _mfu(
 ) -> dict[str, float]:
     """Return the model FLOPs utilisation of both sides by the GPU's data sheet; {} of others.
 
-    The published pretraining has two forward passes, which count.
+    The published pretraining with the joint objective has two forward passes, which count.
     """
     if gpu is None:
         return {}
