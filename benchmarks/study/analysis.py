@@ -5,7 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan, accuracy, chosen_rate, diverged
+from ssast.benchmarks.study.plan import (
+    BATCH,
+    MODELS,
+    FineTuning,
+    Plan,
+    accuracy,
+    chosen_rate,
+    diverged,
+    kept_models,
+)
 from ssast.engine.evaluation.report import PREDICTIONS, read_predictions
 
 # Gong et al., AAAI 2022: base models, mAP (AudioSet-20K) or accuracy, in percent. Only a patch
@@ -58,7 +67,7 @@ Cells = Mapping[tuple[str, str], Cell]
 def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
     """Collect the finished results, by names of model and task."""
     cells = {}
-    for model in MODELS.values():
+    for model in (*MODELS.values(), *kept_models(plan)):
         for task in plan.tasks_of(model):
             rate = chosen_rate(plan, model, task, out)
             if rate is None:
@@ -89,6 +98,25 @@ def gains(cells: Cells, family: str) -> dict[str, float]:
     """Return the relative gain of pretraining over training from scratch, by task."""
     pairs = _pretrained_and_scratch(cells, family)
     return {task: ours.mean / theirs.mean - 1 for task, (ours, theirs) in pairs.items()}
+
+
+def gain_curves(plan: Plan, cells: Cells, family: str) -> dict[str, list[tuple[int, float]]]:
+    """Return (clips seen, relative gain over training from scratch) at the kept steps, by task.
+
+    Only of tasks with more than the end of the pretraining.
+    """
+    kept = [(model.step, model.name) for model in kept_models(plan) if model.family == family]
+    curves = {}
+    for task in plan.tasks:
+        scratch = cells.get((f"{family}-scratch", task))
+        points = [
+            ((step or 0) * BATCH["pretrain"], cells[name, task].mean / scratch.mean - 1)
+            for step, name in [*kept, (plan.steps, family)]
+            if (name, task) in cells and scratch is not None and scratch.mean
+        ]
+        if len(points) > 1:
+            curves[task] = points
+    return curves
 
 
 def gains_by_seed(cells: Cells, family: str) -> list[float]:

@@ -12,6 +12,7 @@ from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
     compare,
+    gain_curves,
     gains,
     gather,
     on_tasks,
@@ -19,7 +20,12 @@ from ssast.benchmarks.study.analysis import (
     significant_sign,
 )
 from ssast.benchmarks.study.objectives import objectives
-from ssast.benchmarks.study.pictures import draw_gains, draw_learning, draw_pretraining
+from ssast.benchmarks.study.pictures import (
+    draw_gain_curves,
+    draw_gains,
+    draw_learning,
+    draw_pretraining,
+)
 from ssast.benchmarks.study.plan import (
     ABLATIONS,
     FAMILIES,
@@ -34,6 +40,7 @@ from ssast.benchmarks.study.tables import (
     average_gain,
     chance_of,
     facts,
+    gains_by_clips,
     headline,
     learning_rates,
     listed,
@@ -131,7 +138,8 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
     shutil.rmtree(folder, ignore_errors=True)  # an earlier page may have had other figures
     folder.mkdir(parents=True)
     found: dict[str, list[Path]] = {
-        "gains": [], "learning": [], "pretraining": [], "reconstructions": [], "ablations": []
+        "gains": [], "learning": [], "pretraining": [], "reconstructions": [], "ablations": [],
+        "clips": [],
     }  # fmt: skip
     headline = [f"{family}{kind}" for family in FAMILIES for kind in ("-scratch", "")]
     bars = {
@@ -157,6 +165,9 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
             for task in plan.tasks
         }
         found["learning"].append(draw_learning(folder / "learning.png", curves))
+    by_clips = {family: gain_curves(plan, cells, family) for family in FAMILIES}
+    if any(by_clips.values()):
+        found["clips"].append(draw_gain_curves(folder / "gain-by-clips.png", by_clips))
     short = {model.name for model in ABLATIONS}
     for section, names in (("pretraining", set(FAMILIES)), ("ablations", short)):
         logs = {
@@ -215,6 +226,7 @@ def write_page(out: Path, docs: Path) -> Path:
         for task in plan.tasks_of(model)
         if (model.name, task) not in cells and model not in OBJECTIVES  # marked in their section
     ]
+    clips = gains_by_clips(plan, cells)
     sections = [
         ("# Results", [
             "The claims of the paper, tested with tiny models, a few hours of recordings and a few "
@@ -233,6 +245,11 @@ def write_page(out: Path, docs: Path) -> Path:
             "are trained for the same number of epochs, each with the learning rate that is best "
             f"on validation clips ({VALID_SHARE:.0%} of the training clips).", "",
             *headline(plan, cells), *images["gains"],
+        ]),
+        ("## Gain against clips", clips and [
+            "Relative gain in percent over training from scratch, which is 0, of fine-tuning from "
+            "weights kept during pretraining, each with its own learning rate.", "",
+            *clips, *images["clips"],
         ]),
         ("## Learning curves", images["learning"]),
         ("## Pretraining", [

@@ -72,6 +72,25 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
     return save_figure(figure, path)
 
 
+def draw_gain_curves(path: Path, families: Mapping[str, Mapping[str, Curve]]) -> Path:
+    """Draw relative gain over training from scratch against clips seen, a line per task.
+
+    Args:
+        path: Path of the PNG.
+        families: (clips, relative gain) by task, by family of models.
+    """
+    shown = {family: tasks for family, tasks in families.items() if tasks}
+    figure, axes = subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False)
+    for axis, (family, tasks) in zip(axes.flat, shown.items(), strict=True):
+        for task, curve in tasks.items():
+            axis.plot(*_percent(curve), "o-", label=task, lw=1.2, ms=4)
+        axis.axhline(0, color="black", lw=1)
+        axis.set_xscale("log")
+        _label(axis, family, "clips seen in pretraining", "gain over training from scratch, %")
+        axis.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
 def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
     """Draw validation losses and pretext accuracy over pretraining steps, a line per model.
 

@@ -1,6 +1,7 @@
 """Plan of ``ssast bench reproduce``: models, settings and folders.
 
     pretrain/MODEL/                          a run of ssast pretrain
+    pretrain/MODEL/weights/step1000/         kept weights, and final/
     finetune/MODEL/TASK/lr0.001-seed0/       a run of ssast finetune, and test/ of the chosen ones
     probe/MODEL/                             scores of ssast probe --layers
     plan.json                                the plan, which later calls keep
@@ -11,10 +12,11 @@ Models are in groups, the main comparison first: the page can be written before 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ssast.benchmarks.study.store import KEPT_STEPS, weights_folder
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import step_flops_per_clip
@@ -31,6 +33,7 @@ NUM_ABLATION_TASKS = 2  # the first ones: small differences need more seeds, not
 PRETRAINING_TIME = 0.45  # fraction of the hours
 STEP_TIME = 0.8  # fraction of the time in training steps; the rest is validation and start-up
 BATCH = {"pretrain": 24, "finetune": 16}
+SAVE_EVERY = 500  # steps; divides those whose weights are kept
 FAMILIES = ("patch", "frame")
 
 
@@ -49,6 +52,7 @@ class Model:
         recipe: Recipe of its encoder and its objective.
         budget: What it has as much of as the patch model: pretraining steps, FLOPs or time.
         probed: Whether its layers are probed.
+        step: Step of its pretraining whose kept weights it has; None: those at the end.
     """
 
     name: str
@@ -61,6 +65,12 @@ class Model:
     recipe: str = "demo"
     budget: Literal["steps", "flops", "time"] = "steps"
     probed: bool = False
+    step: int | None = None
+
+    @property
+    def run(self) -> str:
+        """Name of its pretraining run."""
+        return self.name if self.step is None else self.name.removesuffix(f"-step{self.step}")
 
 
 def _ablation(name: str, what: str, *changes: str, num_masked: int = 400) -> Model:
@@ -178,6 +188,29 @@ class FineTuning:
         return out / "finetune" / self.model.name / self.task / name
 
 
+def kept_models(plan: Plan) -> tuple[Model, ...]:
+    """Return the models that have the weights kept during the pretraining of the main ones."""
+    return tuple(
+        replace(
+            MODELS[family],
+            name=f"{family}-step{step}",
+            what=f"{MODELS[family].what}, step {step:,}",
+            probed=False,
+            step=step,
+        )
+        for step in KEPT_STEPS
+        for family in FAMILIES
+        if step < plan.steps
+    )
+
+
+def weights_of(out: Path, model: Model) -> Path:
+    """Return the folder of a model's pretrained weights: kept ones, or a run without them."""
+    run = out / "pretrain" / model.run
+    kept = weights_folder(run, model.step)
+    return kept if model.step is not None or kept.exists() else run
+
+
 def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
     """Return the pretraining settings of a model: those of its recipe with the published masks.
 
@@ -216,7 +249,7 @@ def _pretraining(plan: Plan, model: Model, out: Path, steps: int) -> Config:
         f"train.batch_size={BATCH['pretrain']}",
         f"train.log_every={max(1, steps // 200)}",
         f"train.validate_every={max(1, math.ceil(steps / 20))}",
-        f"train.save_every={max(1, min(500, steps // 4))}",
+        f"train.save_every={SAVE_EVERY if steps >= KEPT_STEPS[0] else max(1, steps // 4)}",
         "train.keep_checkpoints=1",
         "optim.lr=1e-3",
         f"optim.warmup_steps={min(1000, steps // 10)}",
@@ -236,7 +269,7 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
     Raises:
         ConfigError: A setting is wrong.
     """
-    pretrained = out / "pretrain" / run.model.name if run.model.share else "null"
+    pretrained = weights_of(out, run.model) if run.model.share else "null"
     return load_config(
         "demo_finetune",
         [

@@ -12,7 +12,7 @@ import torch
 
 from ssast.benchmarks.study.analysis import Cells, gather
 from ssast.benchmarks.study.page import OUT, stored_plan
-from ssast.benchmarks.study.plan import BATCH, FAMILIES, Plan
+from ssast.benchmarks.study.plan import BATCH, FAMILIES, MODELS, Plan, weights_of
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.errors import CheckpointError
@@ -37,7 +37,7 @@ def release(out: Path, folder: Path) -> list[Path]:
     plan = stored_plan(out)
     cells, written = gather(plan, out), []
     for family in FAMILIES:
-        loaded = open_encoder(out / "pretrain" / family)
+        loaded = open_encoder(weights_of(out, MODELS[family]))
         step = loaded.step or 0
         if step < plan.steps:
             raise CheckpointError(f"{out}: {family} has {step} of {plan.steps} steps")

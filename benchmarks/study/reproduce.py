@@ -8,44 +8,30 @@ any time: the same command resumes it.
 
 import argparse
 import json
-import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ssast.benchmarks.study.page import OUT, write_page
 from ssast.benchmarks.study.plan import (
-    GROUPS,
     MODELS,
     RATES,
     FineTuning,
-    Model,
     Plan,
-    accuracy,
     check_no_leak,
-    chosen_rate,
-    diverged,
     finetuning_config,
     num_runs,
     pretraining_config,
-    probe_folder,
-    runs_of,
     steps_and_epochs,
 )
-from ssast.engine.checkpoints.store import Checkpoints
+from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.engine.config import Config
-from ssast.engine.errors import ConfigError, TrainingError
-from ssast.engine.evaluation.layer_probe import REPORTS, probe_layers, write_reports
-from ssast.engine.evaluation.reconstructions import visualize
-from ssast.engine.finetune import FinetuneEngine, finetune
-from ssast.engine.formats.open import open_model
+from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import try_out
-from ssast.engine.pretrain import pretrain
-from ssast.engine.train.finetuning import is_finished
 from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.demo.corpora import fetch_sounds
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.locks import in_turn
 
 DATA = Path("data/sounds")
 HOURS = 8.0
@@ -55,35 +41,44 @@ TASKS = ("events", "drums", "voice", "zh_initial", "language")
 MEASURED_S = 20.0
 
 
-class Stopped(Exception):
-    """A run was stopped by a signal, after it had saved a checkpoint."""
-
-    def __init__(self, number: int):
-        super().__init__(f"signal {number}")
-        self.number = number
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or resume the study and write the page; return 0, or 128 + the signal that stopped it."""
     options = _parser().parse_args(arguments)
-    stored = Plan.read(options.out)
-    if options.data is None and (stored is None or stored.data == str(DATA)):
-        fetch_sounds(DATA)
-    plan = make_plan(options, stored)
-    names = options.only or tuple(MODELS)
-    if plan.latent_time is None and any(MODELS[name].budget == "time" for name in names):
-        plan = replace(plan, latent_time=measure_latent_time(plan, options.out))
-    compared = check_no_leak(plan)
-    print(f"no test clip ({compared['test']}) is a pretraining clip ({compared['pretraining']})")
-    plan.write(options.out)
-    write_atomically(options.out / "leaks.json", json.dumps(compared) + "\n")
+    shared, names = options.store or options.out, options.only or tuple(MODELS)
+    with in_turn(shared, "another process makes the plan"):
+        plan = _agree(options, shared, names)
     try:
-        Study(plan, options.out).run(names)
-    except Stopped as stopped:
+        Study(plan, options.out, options.store, options.kept).run(names)
+    except Interrupted as stopped:
         print("run the same command again to resume; ssast bench results writes the page so far")
         return 128 + stopped.number
     print(write_page(options.out, options.docs))
     return 0
+
+
+def _agree(options: argparse.Namespace, shared: Path, names: Sequence[str]) -> Plan:
+    """Return the plan of all processes, made by the first; write it beside the runs."""
+    stored = Plan.read(options.out)
+    if shared != options.out:
+        theirs = Plan.read(shared)
+        ours, other = (plan and replace(plan, latent_time=None) for plan in (stored, theirs))
+        if ours is not None and other is not None and ours != other:
+            raise ConfigError(
+                f"{shared / 'plan.json'} differs from {options.out / 'plan.json'}: choose another "
+                "--out or --store"
+            )
+        stored = theirs or stored
+    if options.data is None and (stored is None or stored.data == str(DATA)):
+        fetch_sounds(DATA)
+    plan = make_plan(options, stored)
+    if plan.latent_time is None and any(MODELS[name].budget == "time" for name in names):
+        plan = replace(plan, latent_time=measure_latent_time(plan, options.out))
+    compared = check_no_leak(plan)
+    print(f"no test clip ({compared['test']}) is a pretraining clip ({compared['pretraining']})")
+    for folder in (options.out, shared):
+        plan.write(folder)
+    write_atomically(options.out / "leaks.json", json.dumps(compared) + "\n")
+    return plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +109,19 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=list(MODELS),
         metavar="MODEL",
-        help="run only these models, to split the work among processes with one --out: %(choices)s",
+        help="run only these models: %(choices)s",
+    )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        help="folder of a file for each run, with weights in float16: go on from what is there, "
+        "also on another machine; processes with one --out or --store share the work",
+    )
+    parser.add_argument(
+        "--kept",
+        action="store_true",
+        help="also fine-tune from the weights kept at 1,000, 3,000, 10,000, ... steps; this comes "
+        "on top of --hours",
     )
     parser.add_argument(
         "--out", type=Path, default=OUT, help=f"folder of the runs (default: {OUT})"
@@ -236,94 +243,3 @@ def _clips_per_s(name: str, config: Config) -> float:
         raise ConfigError(f"a trial {name} run failed ({trial.outcome}): {trial.reason}")
     print(f"{name}: {trial.clips_per_s:.1f} clips/s")
     return trial.clips_per_s
-
-
-class Study:
-    """Runs all unfinished runs, the most important first."""
-
-    def __init__(self, plan: Plan, out: Path):
-        self.plan, self.out = plan, out
-
-    def run(self, only: Sequence[str]) -> None:
-        """Pretrain and fine-tune the named models.
-
-        Raises:
-            Stopped: A signal stopped a run.
-            ConfigError, DataError, CheckpointError, TrainingError: A run failed; fine-tuning runs
-                that diverge are recorded as such.
-        """
-        for group in ([model for model in group if model.name in only] for group in GROUPS):
-            for model in group:
-                if model.share:
-                    self.pretrain(model)
-            for seed in range(self.plan.seeds):
-                for model in group:
-                    for task, rates in runs_of(self.plan, model, seed):
-                        self.score(model, task, rates, seed)
-            for model in group:
-                if model.probed:
-                    self.probe(model)
-
-    def pretrain(self, model: Model) -> None:
-        """Pretrain a model and plot reconstructions of validation clips."""
-        config = pretraining_config(self.plan, model, self.out)
-        folder = Path(str(config.run.folder))
-        latest = Checkpoints(folder / "checkpoints").latest()
-        if latest is None or int(latest.name[4:]) < config.train.steps:
-            _go(f"pretrain {model.name}", lambda: pretrain(config, resume=True))
-        if not (folder / "pictures.txt").exists():
-            pictures = visualize(folder)
-            write_atomically(folder / "pictures.txt", "".join(f"{p.name}\n" for p in pictures))
-
-    def probe(self, model: Model) -> None:
-        """Probe the layers of a pretrained model, and those of an untrained one like it."""
-        folder = probe_folder(self.out, model)
-        if (folder / REPORTS).exists():
-            return
-        print(f"\n{time.strftime('%H:%M:%S')}  probe {model.name}", flush=True)
-        tasks: dict[str, tuple[Path, Path | None]] = {
-            task: (self.plan.labelled(task, "train"), self.plan.labelled(task, "eval"))
-            for task in self.plan.tasks
-        }
-        loaded = open_model(self.out / "pretrain" / model.name)
-        reports = list(probe_layers(loaded, tasks, progress=False))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_reports(reports, folder / REPORTS)
-
-    def score(self, model: Model, task: str, rates: Sequence[float], seed: int) -> None:
-        """Fine-tune with a seed, trying all these learning rates, and evaluate the test clips."""
-        for rate in rates:
-            self.finetune(FineTuning(model, task, rate, seed))
-        chosen = chosen_rate(self.plan, model, task, self.out)
-        if chosen is None:
-            raise ConfigError(
-                f"--only {model.name}: needs the learning rates of patch, which is not finished"
-            )
-        run = FineTuning(model, task, chosen, seed)
-        self.finetune(run)
-        folder = run.folder(self.out)
-        if accuracy(folder, "test") is None and not diverged(folder):
-            engine = FinetuneEngine.from_checkpoint(folder)
-            values = engine.evaluate(self.plan.labelled(task, "eval"), folder / "test")
-            print(f"{model.name}, {task}, seed {seed}: test accuracy {values['accuracy']:.4f}")
-
-    def finetune(self, run: FineTuning) -> None:
-        """Fine-tune once; a finished run keeps only the selected weights."""
-        folder = run.folder(self.out)
-        if diverged(folder):
-            return
-        if not is_finished(folder):
-            config = finetuning_config(self.plan, run, self.out)
-            try:
-                _go(str(folder), lambda: finetune(config, resume=True))
-            except TrainingError as error:  # divergence is a result of a learning rate
-                print(error)
-                write_atomically(folder / "diverged.txt", f"{error}\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _go(name: str, train: Callable[[], int]) -> None:
-    print(f"\n{time.strftime('%H:%M:%S')}  {name}", flush=True)
-    stopped = train()
-    if stopped:
-        raise Stopped(stopped)

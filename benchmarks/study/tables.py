@@ -11,6 +11,7 @@ from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cell,
     Cells,
+    gain_curves,
     gains,
     gains_by_seed,
     on_tasks,
@@ -161,6 +162,22 @@ def pretraining(out: Path) -> list[str]:
         "chance %",
     ]
     return table(header, rows)
+
+
+def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
+    """Tabulate relative gains at the kept steps; nothing without any."""
+    rows: list[tuple[str, dict[int, str]]] = []
+    for family in FAMILIES:
+        for task, points in gain_curves(plan, cells, family).items():
+            found = {clips: f"{100 * gain:+.1f}" for clips, gain in points}
+            rows.append((f"{family}, {task}", found))
+    if not rows:
+        return []
+    clips = sorted({number for _, found in rows for number in found})
+    header = ["model, task", *(f"{number:,} clips" for number in clips)]
+    return table(
+        header, [[name, *(found.get(n, "not finished") for n in clips)] for name, found in rows]
+    )
 
 
 def ablations(plan: Plan, cells: Cells) -> list[str]:

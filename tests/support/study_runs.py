@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune_runs import make_sounds, manifest
 
-from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan
+from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan, kept_models
 from ssast.pipelines.clips.manifest import write_manifest
 
 SMALL = ("model.depth=1", "audio.num_frames=48", "data.num_threads=1")
@@ -25,7 +25,8 @@ def small_plan(data: Path) -> Plan:
 
 def fake(plan, out, model, task, rate, seed, valid, right=None):
     """The files of a finished fine-tuning, with so many of ten test clips named rightly."""
-    run = FineTuning(MODELS[model], task, rate, seed).folder(out)
+    models = {**MODELS, **{each.name: each for each in kept_models(plan)}}
+    run = FineTuning(models[model], task, rate, seed).folder(out)
     for split, value in (("valid", valid), ("test", right and right / 10)):
         if value is None:
             continue

@@ -18,7 +18,7 @@ from ssast.benchmarks.study.plan import (
     pretraining_config,
     probe_folder,
 )
-from ssast.benchmarks.study.reproduce import Study
+from ssast.benchmarks.study.runs import Study
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.layer_probe import REPORTS

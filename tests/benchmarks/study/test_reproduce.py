@@ -23,7 +23,8 @@ from ssast.benchmarks.study.plan import (
     steps_and_epochs,
 )
 from ssast.benchmarks.study.release import main as release
-from ssast.benchmarks.study.reproduce import Study, main
+from ssast.benchmarks.study.reproduce import main
+from ssast.benchmarks.study.runs import Study
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import to_plain
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -112,8 +113,8 @@ def test_gains_and_differences(plan, tmp_path):
 
 def test_the_work_is_shared(plan, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(Study, "pretrain", lambda self, model: done.append(model.name))
-    monkeypatch.setattr(Study, "score", lambda self, model, task, rates, seed: None)
+    monkeypatch.setattr(Study, "pretrain", lambda self, model: not done.append(model.name))
+    monkeypatch.setattr(Study, "score", lambda self, model, task, rates, seed: True)
     study = Study(plan, tmp_path)
     study.run(["frame", "frame-scratch", "short"])
     assert done == ["frame", "short"]
@@ -165,7 +166,7 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_everything_once(plan, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ssast.benchmarks.study.reproduce.GROUPS", (GROUPS[0],))
+    monkeypatch.setattr("ssast.benchmarks.study.runs.GROUPS", (GROUPS[0],))
     where = ["--out", str(tmp_path / "run"), "--docs", str(tmp_path / "docs")]
     length = ["--steps", "8", "--epochs", "1", "--seeds", "1", "--rates", "1e-3"]
     command = ["--data", plan.data, *where, *length, "--tasks", "pitch", "--set", *SMALL]
