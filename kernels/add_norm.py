@@ -30,14 +30,19 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _for_torch(vector: Tensor, total: Tensor) -> Tensor:
+    # On a CPU, PyTorch's mean and deviation have the dtype of the weight.
+    return vector.to(_statistics_dtype(total)) if total.is_cpu else vector
+
+
 def _add_norm_torch(
     x: Tensor, update: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The bias goes to the update first: in bf16, beside a large x, it would be rounded away.
     total = torch.add(update, bias).add_(x)
+    weight, norm_bias = (_for_torch(v, total) for v in (weight, norm_bias))
     out, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, norm_bias, eps)
-    dtype = _statistics_dtype(x)
-    return total, out, mean.squeeze(-1).to(dtype), rstd.squeeze(-1).to(dtype)
+    return total, out, mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def _add_norm_plain(
@@ -70,18 +75,18 @@ _add_norm = custom_op(
 def _add_norm_backward_torch(
     dout: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, rstd = (t.unsqueeze(-1).to(_saved_dtype(total)) for t in (mean, rstd))
+    mean, rstd, w = mean[..., None], rstd[..., None], _for_torch(weight, total)
+    # On a CPU, PyTorch sums rows in the dtype of x: of thousands, bf16 loses half.
+    is_exact = not total.is_cpu or total.dtype == _statistics_dtype(total)
     dx, dweight, dshift = torch.ops.aten.native_layer_norm_backward(
-        dout, total, weight.shape, mean, rstd, weight, weight, [True, True, True]
+        dout, total, weight.shape, mean, rstd, w, w, [True, is_exact, is_exact]
     )
+    if not is_exact:
+        dweight = (total - mean).mul_(rstd).mul_(dout).flatten(0, -2).sum(0).to(weight.dtype)
+        dshift = dout.flatten(0, -2).sum(0)
     if dtotal is not None:
         dx += dtotal
     return dx, dx.flatten(0, -2).sum(0), dweight, dshift
-
-
-def _saved_dtype(total: Tensor) -> torch.dtype:
-    """Return the dtype in which PyTorch's LayerNorm hands mean and deviation to its backward."""
-    return _statistics_dtype(total) if total.is_cuda else total.dtype
 
 
 def _add_norm_backward_fake(

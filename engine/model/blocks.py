@@ -8,6 +8,7 @@ LayerNorm with eps 1e-6, exact GELU, MLP ratio 4, no dropout.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ssast.engine.model.embedding import SharedTokens
@@ -51,10 +52,18 @@ class ResidualNorm(nn.LayerNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise tokens [B, L, D]; of a residual stream return its total and that normalised."""
         if isinstance(x, Tensor):
-            return super().forward(x)
+            return self._normalise(x)
         if x.update is None:
-            return x.x, super().forward(x.x)
+            return x.x, self._normalise(x.x)
         return add_norm(x.x, *x.update, self.weight, self.bias, self.eps)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or {x.dtype, self.weight.dtype} != {torch.bfloat16}:
+            return super().forward(x)
+        # In bf16 on a CPU, PyTorch sums the gradients of weight and bias over all rows in bf16.
+        vectors = self.weight.float(), self.bias.float()
+        y = nn.functional.layer_norm(x.float(), self.normalized_shape, *vectors, self.eps)
+        return y.to(x.dtype)
 
 
 class ResidualLinear(nn.Linear):

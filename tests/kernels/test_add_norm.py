@@ -73,6 +73,18 @@ def test_bf16_keeps_a_small_bias_beside_a_large_stream(device: str) -> None:
     assert added == pytest.approx(0.01, rel=0.05)  # each sum is rounded, their mean is not
 
 
+def test_bf16_sums_thousands_of_rows(device: str) -> None:
+    leaves = [t.bfloat16() for t in random_inputs(*[(4096, 16)] * 2, *[(16,)] * 3, regime="unit")]
+    grads = []
+    for f, dtype in ((add_norm, torch.bfloat16), (add_norm_reference, torch.float64)):
+        inputs = [t.to(device, dtype).requires_grad_() for t in leaves]
+        _, out = f(*inputs, EPS)
+        upstream = 0.1 + 0.1 * leaves[0].roll(1, 0).to(device, dtype)
+        grads.append(torch.autograd.grad(out, inputs, upstream))
+    for got, want in zip(grads[0][3:], grads[1][3:], strict=True):
+        assert (got.double() - want).norm() < 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("used", ["sum", "normalised"])
 def test_one_of_the_results_may_be_unused(used: str, device: str) -> None:
     def pick(results: tuple[Tensor, Tensor]) -> Tensor:
