@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssast.kernels import add_norm_kernels
 from ssast.kernels.autocast import autocast_dtype
-from ssast.kernels.operation import custom_op
+from ssast.kernels.operation import custom_op, on_first_call
 
 
 def add_norm_reference(
@@ -64,7 +63,7 @@ def _add_norm_fake(
 _add_norm = custom_op(
     "add_norm",
     _add_norm_torch,
-    cuda=add_norm_kernels.forward,
+    cuda=on_first_call("add_norm_kernels", "forward"),
     fake=_add_norm_fake,
     autocast="float32",
     plain=_add_norm_plain,
@@ -99,7 +98,7 @@ def _add_norm_backward_fake(
 _add_norm_backward = custom_op(
     "add_norm_backward",
     _add_norm_backward_torch,
-    cuda=add_norm_kernels.backward,
+    cuda=on_first_call("add_norm_kernels", "backward"),
     fake=_add_norm_backward_fake,
     autocast="none",
 )

@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssast.kernels.fbank_kernel import fbank_on_cuda
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec, mel_matrix, num_frames
-from ssast.kernels.operation import custom_op
+from ssast.kernels.operation import custom_op, on_first_call
 
 BLOCK = 1024  # frames at a time on a CPU: fewer cost more in calls and in the mel matmul
 BAND = 16  # filters at a time: with 8, 10, 20 or 32, BLAS is slower
@@ -166,8 +165,11 @@ def _fbank_cpu(waveforms: Tensor, num_samples: Tensor, *settings: Any) -> Tensor
     return out
 
 
+_on_cuda = on_first_call("fbank_kernel", "fbank_on_cuda")
+
+
 def _fbank_cuda(waveforms: Tensor, num_samples: Tensor, *settings: Any) -> Tensor:
-    return fbank_on_cuda(waveforms, num_samples, FbankSpec(*settings))
+    return _on_cuda(waveforms, num_samples, FbankSpec(*settings))
 
 
 def _fbank_fake(

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ssast.kernels.masking import Masks, philox, valid_patches
-from ssast.kernels.masking_kernel import noise_rows_on_cuda
-from ssast.kernels.operation import custom_op
+from ssast.kernels.operation import custom_op, on_first_call
 
 NOISE_STREAM = 1 << 31
 
@@ -37,7 +36,7 @@ def _noise_rows_fake(
 _noise_rows = custom_op(
     "noise_rows",
     _noise_rows_torch,
-    cuda=noise_rows_on_cuda,
+    cuda=on_first_call("masking_kernel", "noise_rows_on_cuda"),
     fake=_noise_rows_fake,
     autocast="none",
 )

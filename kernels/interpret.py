@@ -27,6 +27,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from ssast.kernels.operation import import_kernels
+
 _Builder = interpreter.InterpreterBuilder
 _Handle = interpreter.TensorHandle
 _MISSING = object()
@@ -252,6 +254,7 @@ def interpreter_mode() -> Iterator[None]:
         return self if instance is None else types.MethodType(self, instance)
 
     refused = ("binary_op", "unary_op", "create_fma", "create_erf", "create_rsqrt")
+    import_kernels()  # in this mode @triton.jit would make functions that only interpret
     with ExitStack() as stack:
         for context in (
             replaced(JITFunction, run=run, __call__=call, __get__=bind),

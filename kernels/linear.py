@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssast.kernels import linear_kernels
 from ssast.kernels.autocast import autocast_off, autocast_rule
-from ssast.kernels.operation import custom_op, is_transformed
+from ssast.kernels.operation import custom_op, is_transformed, on_first_call
 
 
 def _sum_rows(x: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def _gelu_backward_fake(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 _gelu_backward = custom_op(
     "gelu_backward",
     _gelu_backward_torch,
-    cuda=linear_kernels.gelu_backward,
+    cuda=on_first_call("linear_kernels", "gelu_backward"),
     fake=_gelu_backward_fake,
     autocast="none",
 )
@@ -59,7 +58,7 @@ def _join_chunks_fake(first: Tensor, second: Tensor, third: Tensor | None) -> tu
 _join_chunks = custom_op(
     "join_chunks",
     _join_chunks_torch,
-    cuda=linear_kernels.join_chunks,
+    cuda=on_first_call("linear_kernels", "join_chunks"),
     fake=_join_chunks_fake,
     autocast="none",
 )

@@ -32,8 +32,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ssast.kernels.masking_kernel import draw_masks_on_cuda
-from ssast.kernels.operation import custom_op
+from ssast.kernels.operation import custom_op, on_first_call
 
 MaskKind = Literal["official", "uniform", "random", "inverse_blocks"]
 
@@ -274,7 +273,7 @@ def _draw_masks_fake(
 _draw_masks = custom_op(
     "draw_masks",
     _draw_masks_torch,
-    cuda=draw_masks_on_cuda,
+    cuda=on_first_call("masking_kernel", "draw_masks_on_cuda"),
     fake=_draw_masks_fake,
     autocast="none",
 )

@@ -25,8 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ssast.kernels.mspm_loss_kernels import info_nce_on_cuda, mse_on_cuda
-from ssast.kernels.operation import custom_op
+from ssast.kernels.operation import custom_op, on_first_call
 
 SoftmaxAxis = Literal["official", "paper"]
 
@@ -156,7 +155,7 @@ def _info_nce_fake(
 _info_nce = custom_op(
     "info_nce",
     _info_nce_torch,
-    cuda=info_nce_on_cuda,
+    cuda=on_first_call("mspm_loss_kernels", "info_nce_on_cuda"),
     fake=_info_nce_fake,
     autocast="float32",
     plain=_info_nce_plain,
@@ -199,7 +198,7 @@ def _mse_fake(targets: Tensor, predictions: Tensor, *rest: Any) -> tuple[Tensor,
 _mse = custom_op(
     "mse",
     _mse_torch,
-    cuda=mse_on_cuda,
+    cuda=on_first_call("mspm_loss_kernels", "mse_on_cuda"),
     fake=_mse_fake,
     autocast="float32",
     plain=_mse_plain,

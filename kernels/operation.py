@@ -9,6 +9,7 @@ which PyTorch differentiates: forward-mode derivatives, ``torch.func`` (grad, vm
 the derivative of a backward pass, and that of an input which is data in training.
 """
 
+import importlib
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from ssast.kernels.autocast import DEVICES, RULES, Rule, cast_inputs
 Function = Callable[..., Any]
 NAMESPACE = "ssast"
 _kernels: dict[tuple[str, str], Function] = {}
+_kernel_modules: set[str] = set()
 
 
 def custom_op(
@@ -51,7 +53,7 @@ def custom_op(
             arguments; the implementation if None.
         formula_for: Arguments whose gradients ``register_autograd`` gives.
         cpu: Faster implementation for a CPU, with the same arguments.
-        cuda: Launches the Triton kernels, with the same arguments.
+        cuda: Launches the Triton kernels, with the same arguments; see :func:`on_first_call`.
     """
     operation = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=())
     operation.register_fake(fake)
@@ -67,6 +69,29 @@ def custom_op(
     _register_autocast(operation, autocast, {places[x] for x in keep})
     _register_plain(operation, plain or implementation, {places[x] for x in formula_for})
     return operation
+
+
+def on_first_call(module: str, name: str) -> Function:
+    """Return a function of a module of kernels, which is imported when it is first called.
+
+    Triton and its kernels take a fifth of a second to import, which a CPU need not spend.
+
+    Args:
+        module: Name of the module in ``ssast.kernels``.
+        name: Name of the function.
+    """
+    _kernel_modules.add(module)
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"ssast.kernels.{module}"), name)(*args)
+
+    return run
+
+
+def import_kernels() -> None:
+    """Import the modules of all functions of :func:`on_first_call`."""
+    for module in _kernel_modules:
+        importlib.import_module(f"ssast.kernels.{module}")
 
 
 def runs_on(name: str, device: Literal["cpu", "cuda"]) -> Function:

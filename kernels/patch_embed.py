@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssast.kernels import patch_embed_kernels
 from ssast.kernels.masking import Masks
-from ssast.kernels.operation import custom_op
+from ssast.kernels.operation import custom_op, on_first_call
 
 
 def patch_grid(
@@ -129,7 +128,7 @@ def _patch_embed_plain(
 _patch_embed = custom_op(
     "patch_embed",
     _patch_embed_torch,
-    cuda=patch_embed_kernels.forward,
+    cuda=on_first_call("patch_embed_kernels", "forward"),
     fake=_patch_embed_fake,
     autocast="lower_precision",
     keep=("fbank",),
@@ -166,7 +165,7 @@ def _patch_embed_backward_fake(
 _patch_embed_backward = custom_op(
     "patch_embed_backward",
     _patch_embed_backward_torch,
-    cuda=patch_embed_kernels.backward,
+    cuda=on_first_call("patch_embed_kernels", "backward"),
     fake=_patch_embed_backward_fake,
     autocast="none",
 )

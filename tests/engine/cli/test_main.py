@@ -187,6 +187,13 @@ def test_what_needs_no_tensors_answers_at_once(tmp_path, arguments, status):
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+def test_prediction_on_a_cpu_imports_no_kernels():
+    code = "import sys, ssast.engine.evaluation.predict, ssast.engine.formats.open; "
+    code += "print(sorted({'triton', 'transformers', 'sklearn', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
 def test_imports_are_made_without_the_garbage_collector():
     for was_on in (True, False):
         (gc.enable if was_on else gc.disable)()
