@@ -24,7 +24,7 @@ from ssast.engine.data.labels import LabelledClips, targets_of
 from ssast.engine.data.sampling import Partners, balanced_weights
 from ssast.engine.data.splits import Splits
 from ssast.engine.data.token_dropping import keep_patches
-from ssast.engine.errors import CheckpointError
+from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.metrics import classification_metrics
 from ssast.engine.evaluation.report import REPORT, write_report, write_split
 from ssast.engine.formats.open import LoadedModel
@@ -63,6 +63,9 @@ class Finetuning(Task):
         splits: The clips.
         pretrained: Model whose encoder is trained on; None leaves the weights as they are drawn.
         num_epoch_steps: Steps of one epoch.
+
+    Raises:
+        ConfigError: Patches are dropped that the blocks of an own backbone need.
     """
 
     module: LossClassifier
@@ -77,6 +80,11 @@ class Finetuning(Task):
         config, train = context.config, splits.train
         self.settings = settings = finetune_settings(config)
         module = build_classifier(config, len(splits.classes), LossClassifier)
+        if settings.drops and module.encoder.backbone != "transformer":
+            raise ConfigError(
+                "finetune.drop_tokens, drop_columns and drop_rows need model.backbone transformer, "
+                f"whose blocks take any of the patches, got {module.encoder.backbone!r}"
+            )
         module.loss, module.label_smoothing = settings.loss, settings.label_smoothing
         if splits.class_weights is not None:
             module.class_weights = torch.from_numpy(splits.class_weights).float()

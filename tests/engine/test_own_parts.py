@@ -119,7 +119,11 @@ def test_it_is_continued_by_another_objective_and_not_by_another_backbone(run, d
 def test_an_own_metric_chooses_the_weights(run, splits, recipe, tmp_path, monkeypatch, caplog):
     settings = finetune_overrides(finetune__epochs=2, finetune__metric="own_parts.recall")
     settings = [s for s in settings if not s.startswith(("model.", "audio."))]
-    config = load_config(recipe, [*settings, *data_overrides(splits)])
+    settings += data_overrides(splits)
+    with pytest.raises(ConfigError, match=r"need model.backbone transformer.*own_parts.conv"):
+        engine = FinetuneEngine(load_config(recipe, settings), checkpoint=run)
+        engine.fit(splits["train"], splits["valid"], folder=tmp_path / "refused")
+    config = load_config(recipe, [*settings, "finetune.drop_tokens=0"])
     engine = FinetuneEngine(config, checkpoint=run)
     engine.fit(splits["train"], splits["valid"], folder=tmp_path / "run")
     found = [line["own_parts.recall"] for line in lines(tmp_path / "run", "valid")]
