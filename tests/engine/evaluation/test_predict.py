@@ -138,6 +138,6 @@ def test_rows_that_fill_up_a_batch_are_not_computed(finetuned, splits, monkeypat
     monkeypatch.setattr(predict, "BATCH", 3)
     loaded = open_model(finetuned[0])
     rows = []
-    loaded.classifier.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    loaded.classifier.head.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     predict.predict(loaded, [*(splits["test"].parent / "test").glob("*.wav")][:4], progress=False)
     assert sum(rows) == 4
