@@ -1,16 +1,14 @@
 """Encoders by ``model.backbone``, and the base of those with blocks of one's own."""
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssast.engine.errors import ConfigError
+from ssast.engine.model.embedding import SharedTokens
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.registry import BACKBONES
 from ssast.engine.settings import Audio, Model
 from ssast.kernels.attention import PaddingMask
-from ssast.kernels.masking import Masks
 from ssast.kernels.patch_embed import take
 
 
@@ -66,25 +64,15 @@ class Backbone(SpectrogramTransformer):
         """
         raise NotImplementedError
 
-    def forward(
-        self, fbank: Tensor, masks: Masks, *, masked_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See :meth:`SpectrogramTransformer.forward`."""
-        tokens, targets, _ = self.embed(fbank, masks)
-        tokens = self._apply_blocks(tokens, self.padding_mask(masks))
-        if masked_only:
-            tokens = take(tokens, masks.mask_ids + self.num_extra_tokens)
-        return self.norm(tokens), targets
-
-    def encode_tokens(
+    def _encode(
         self,
         tokens: Tensor,
-        padding_mask: PaddingMask | None = None,
-        *,
-        mlp_outputs: bool = False,
+        padding_mask: PaddingMask | None,
         query_ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """See :meth:`SpectrogramTransformer.encode_tokens`.
+        shared: SharedTokens | None = None,
+        mlp_outputs: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Apply blocks and norm to all tokens, also where only those of ``query_ids`` are needed.
 
         Raises:
             ConfigError: ``mlp_outputs`` of blocks that may have no MLP.
@@ -94,15 +82,10 @@ class Backbone(SpectrogramTransformer):
                 f"model.backbone {self.backbone!r}: the outputs of each block's MLP are those of "
                 "the transformer alone"
             )
-        tokens = self._apply_blocks(tokens, padding_mask)
-        return self.norm(tokens if query_ids is None else take(tokens, query_ids))
-
-    def _apply_blocks(self, tokens: Tensor, padding_mask: PaddingMask | None) -> Tensor:
-        given: dict[str, Any] = {"padding_mask": padding_mask}
         every = self.activation_checkpoint_every if self.training else None
         for index, block in enumerate(self.blocks):
             if every and index % every == 0:
-                tokens = checkpoint(block, tokens, use_reentrant=False, **given)
+                tokens = checkpoint(block, tokens, use_reentrant=False, padding_mask=padding_mask)
             else:
-                tokens = block(tokens, **given)
-        return tokens
+                tokens = block(tokens, padding_mask=padding_mask)
+        return self.norm(tokens if query_ids is None else take(tokens, query_ids)), []
