@@ -20,7 +20,7 @@ from ssast.engine.evaluation.probe import probed_encoders
 from ssast.engine.evaluation.probe_head import Features, Pooling, fit_head
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
-    read_labels,
+    read_tasks,
     readable_clips,
     recording_folds,
 )
@@ -173,11 +173,7 @@ def probe_layers(
         DataError: See :func:`~ssast.engine.evaluation.probe.probe`; or :func:`all_layers`.
     """
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
-    labels = {
-        task: [read_labels(path, table) for path in pair if path is not None]
-        for task, pair in tasks.items()
-    }
-    paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
+    labels, paths = read_tasks(tasks, table)
     for weights, encoder in probed_encoders(loaded).items():
         device, columns = default_device(), "attentive" in poolings
         features = all_layers(

@@ -28,7 +28,7 @@ from ssast.engine.evaluation.precision import Precision, autocast_in
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
-    read_labels,
+    read_tasks,
     readable_clips,
     recording_folds,
 )
@@ -134,12 +134,7 @@ def probe(
             the clips to train on are of one class, or a class has only one recording where folds
             are made.
     """
-    labels = {
-        task: [read_labels(path, table) for path in pair if path is not None]
-        for task, pair in tasks.items()
-    }
-    # Tasks share clips: each is encoded once.
-    paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
+    labels, paths = read_tasks(tasks, table)
     scores = []
     for weights, encoder in encoders.items():
         vectors = features(encoder, paths, audio, device, progress, precision)

@@ -1,6 +1,6 @@
 """The labelled clips of a probe: tasks in a folder, labels and recordings, folds of recordings."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,23 @@ def read_labels(path: Path, table: TableFormat) -> Labelled:
     recordings = recordings_of(manifest.paths).tolist()
     rows = zip(manifest.paths, manifest.labels, recordings, strict=True)
     return {clip: (names[0], recording) for clip, names, recording in rows}
+
+
+def read_tasks(
+    tasks: Mapping[str, tuple[Path, Path | None]], table: TableFormat
+) -> tuple[dict[str, list[Labelled]], list[ClipPath]]:
+    """Read the labels of tasks, of each its training and evaluation clips, and list all clips.
+
+    Raises:
+        DataError: See :func:`read_labels`.
+    """
+    labels = {
+        task: [read_labels(path, table) for path in pair if path is not None]
+        for task, pair in tasks.items()
+    }
+    # Tasks share clips: each is listed, and encoded, once.
+    paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
+    return labels, paths
 
 
 def readable_clips(
