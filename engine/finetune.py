@@ -23,7 +23,6 @@ from ssast.engine.config import (
 )
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.evaluation.precision import Precision
 from ssast.engine.evaluation.predict import Prediction, predict
 from ssast.engine.evaluation.timeline import Timeline, timelines
 from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
@@ -35,6 +34,7 @@ from ssast.engine.formats.open import (
     open_model,
 )
 from ssast.engine.registry import METRICS
+from ssast.engine.settings import Precision
 
 if TYPE_CHECKING:  # imported only where there is training
     from ssast.engine.train.callbacks import Callback

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Precision = Literal["fp32", "bf16"]  # of matmuls and attention
 Switch = Literal["auto", True, False]  # auto: where a trial shows that it is right and faster
 
 

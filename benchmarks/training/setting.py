@@ -9,6 +9,7 @@ from torch.nn.functional import one_hot
 from ssast.engine.config import Config, from_plain, load_config, masked_patches
 from ssast.engine.objective_settings import published_share
 from ssast.engine.planning.synthetic import NUM_CLASSES, noise
+from ssast.engine.settings import Precision
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Setting:
     default_memory: bool  # leave the C library's allocator as it is in our process too
     finetune: bool = False  # instead of pretraining
     device: str = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     objective: Literal["joint", "latent"] = "joint"
 
     @property

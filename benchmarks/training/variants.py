@@ -23,6 +23,7 @@ from ssast.benchmarks.training.setting import Setting
 from ssast.benchmarks.training.step import STEPS_OF_A_RUN
 from ssast.engine.config import Config
 from ssast.engine.model.objective import MSPM
+from ssast.engine.settings import Precision
 from ssast.engine.train.optim import build_optimizer
 from ssast.kernels import attention
 from ssast.kernels.masking import draw_masks
@@ -124,7 +125,7 @@ class Variant:
     blocked_attention: bool = False
     engine: bool = False
     compiled: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     tried: bool = False
 
     @property

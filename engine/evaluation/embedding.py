@@ -11,10 +11,11 @@ import torch
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.cut_clips import CutClips
 from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_batch
-from ssast.engine.evaluation.precision import Precision, autocast_in
+from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
+from ssast.engine.settings import Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import holds_clips, read_clips

@@ -8,10 +8,10 @@ import numpy as np
 from ssast.engine.config import finetune_settings
 from ssast.engine.data.labels import check_read, read_labelled
 from ssast.engine.evaluation.metrics import classification_metrics, clip_counts
-from ssast.engine.evaluation.precision import Precision
 from ssast.engine.evaluation.predict import default_device, score_clips
 from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.registry import METRICS
+from ssast.engine.settings import Precision
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 
 NUM_LOGGED = 5  # reasons why clips could not be read

@@ -10,12 +10,13 @@ from torch import Tensor
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.data.waveforms import fbank_windows
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.precision import Precision, autocast_in
+from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.classifier import Classifier, embed_clips, pool_clips
 from ssast.engine.model.embedding import PatchEmbed
 from ssast.engine.model.encoder import SpectrogramTransformer, layer_states, time_states
+from ssast.engine.settings import Precision
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled

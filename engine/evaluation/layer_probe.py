@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ssast.engine.evaluation.features import Level, embed_encoder
-from ssast.engine.evaluation.precision import Precision, autocast_in
+from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import BATCH, default_device, one_pass
 from ssast.engine.evaluation.probe import probed_encoders
 from ssast.engine.evaluation.probe_head import Features, Pooling, fit_head
@@ -27,7 +27,7 @@ from ssast.engine.evaluation.probe_tasks import (
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.engine.settings import Audio
+from ssast.engine.settings import Audio, Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.holdout import assign_folds

@@ -7,18 +7,16 @@ residual stream and pooled embeddings stay float32, and so do the weights of the
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.classifier import Classifier, embed_clips
+from ssast.engine.settings import Precision
 from ssast.kernels.autocast import autocast_off
 from ssast.kernels.matmul import multiplies_bf16
-
-Precision = Literal["fp32", "bf16"]
-"""Precision of matmuls and attention; results are float32 in both."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ def autocast_in(precision: Precision, device: torch.device) -> AbstractContextMa
     """Return the autocast context of a precision.
 
     Args:
-        precision: See :data:`Precision`. One warning says that the device has no bf16 matmul.
+        precision: Of matmuls and attention. One warning says that the device has no bf16 matmul.
         device: Device of the model.
 
     Raises:

@@ -10,11 +10,11 @@ import torch
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.cut_clips import CutClips
-from ssast.engine.evaluation.precision import Precision, autocast_in, class_logits
+from ssast.engine.evaluation.precision import autocast_in, class_logits
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
-from ssast.engine.settings import Audio
+from ssast.engine.settings import Audio, Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import holds_clips, read_clips

@@ -24,7 +24,7 @@ from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.metrics import verification_metrics
-from ssast.engine.evaluation.precision import Precision, autocast_in
+from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
@@ -38,7 +38,7 @@ from ssast.engine.model.backbones import build_encoder
 from ssast.engine.model.classifier import embed_clips
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import PretrainingModel, build_objective
-from ssast.engine.settings import Audio, Data
+from ssast.engine.settings import Audio, Data, Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths

@@ -11,11 +11,12 @@ import torch
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.precision import Precision, autocast_in, class_logits
+from ssast.engine.evaluation.precision import autocast_in, class_logits
 from ssast.engine.evaluation.predict import clips_at_once, default_device, find_files
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
+from ssast.engine.settings import Precision
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows

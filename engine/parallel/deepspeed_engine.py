@@ -30,6 +30,7 @@ from ssast.engine.parallel.pending_sum import PendingSum
 from ssast.engine.parallel.ranks import World, broadcast_object
 from ssast.engine.parallel.sharded_state import ShardedState, has_average
 from ssast.engine.parallel.zero_overrides import replace_slow_parts
+from ssast.engine.settings import Precision
 
 
 def deepspeed_config(
@@ -140,7 +141,7 @@ class TrainEngine:
         batch_size: int,
         accumulate: int = 1,
         zero_stage: int = 1,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         max_grad_norm: float | None = None,
         offload: Literal["none", "cpu"] = "none",
         reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.parallel.ranks import reduce_max, run_on_main
+from ssast.engine.settings import Precision
 from ssast.engine.train.execution import pass_in, relative_errors
-from ssast.engine.train.task import Precision, Task
+from ssast.engine.train.task import Task
 from ssast.kernels.matmul import multiplies_bf16
 from ssast.pipelines.stream.batch import Batch
 

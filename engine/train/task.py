@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import World, gather_objects, reduce_max, reduce_sum
-from ssast.engine.settings import Optim
+from ssast.engine.settings import Optim, Precision
 from ssast.engine.train.caching import open_cache
 from ssast.engine.train.optim import Plateau, build_optimizer
 from ssast.engine.train.stop import Stop
@@ -35,8 +35,6 @@ from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.stream import AudioStream
 from ssast.pipelines.text import json_line
-
-Precision = Literal["fp32", "bf16"]
 
 _log = logging.getLogger(__name__)
 
