@@ -92,6 +92,7 @@ BENCHMARKS = {  # name: module in ssast.benchmarks
     "batches": "study.batches",
     "continued": "study.continued",
     "dropping": "study.dropping",
+    "tuning": "study.tuning",
 }
 
 

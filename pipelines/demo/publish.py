@@ -19,6 +19,7 @@ from ssast.pipelines.files import write_atomically
 from ssast.pipelines.prepare.pack import is_finished
 
 TRAIN, TASKS, FACTS = "train.json", "tasks", "demo.json"
+KINDS = ("train", "eval")
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,12 @@ def publish(
     held = {clip.name for clip in excluded(clips)}  # whole recordings
     files: dict[str, list[str]] = {}
     for task in tasks:
-        train, evaluation = divide(task, clips)
+        train, evaluation = write_task(task, index, clips, out / TASKS)
         if not evaluation:
             log(f"task {task.name}: left out, too few labelled clips")
             continue
         held |= {clip.name for clip, _ in evaluation}
-        files[task.name] = []
-        for kind, part in (("train", train), ("eval", evaluation)):
-            file = f"{TASKS}/{task.name}_{kind}.json"
-            rows = np.array([clip.row for clip, _ in part])
-            write_manifest(out / file, index.subset(rows), [[label] for _, label in part])
-            files[task.name].append(file)
+        files[task.name] = [f"{TASKS}/{task.name}_{kind}.json" for kind in KINDS]
         log(
             f"task {task.name}: {task.what}; {len({label for _, label in evaluation})} classes, "
             f"{len(train)} + {len(evaluation)} clips"
@@ -110,6 +106,29 @@ def publish(
     done = finished(out, settings)
     assert done is not None
     return done
+
+
+def write_task(
+    task: Task, index: ShardIndex, clips: Sequence[Clip], folder: Path
+) -> tuple[list[tuple[Clip, str]], list[tuple[Clip, str]]]:
+    """Write ``<task>_train.json`` and ``<task>_eval.json``, unless too few clips are labelled.
+
+    Args:
+        task: The labelled task.
+        index: A prepared folder.
+        clips: Its clips, see :func:`clips_of`.
+        folder: Folder of the manifests.
+
+    Returns:
+        See :func:`~ssast.pipelines.demo.tasks.divide`.
+    """
+    parts = divide(task, clips)
+    for kind, part in zip(KINDS, parts, strict=True):
+        if part:
+            rows = np.array([clip.row for clip, _ in part])
+            names = [[label] for _, label in part]
+            write_manifest(folder / f"{task.name}_{kind}.json", index.subset(rows), names)
+    return parts
 
 
 def finished(out: Path, settings: dict[str, Any]) -> DemoData | None:

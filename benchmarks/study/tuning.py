@@ -1,0 +1,263 @@
+"""Try settings of pretraining cheaply, before a long run: `ssast bench tuning`.
+
+Each variation sees as many clips of the study's recordings. Then it is fine-tuned and probed by
+layer on tasks that the study does not report: voices of telephone prompts (other recordings), drum
+kits and Mandarin tones. Runs that are finished are kept; processes with one folder share the work.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ssast.benchmarks.study.plan import BATCH, FineTuning, Model, Plan, accuracy, probe_folder
+from ssast.benchmarks.study.runs import Interrupted, Study
+from ssast.benchmarks.study.tables import table
+from ssast.engine.evaluation.layer_probe import REPORTS
+from ssast.engine.monitoring.monitor import read_metrics, scalars
+from ssast.pipelines.clips.manifest import read_clips, write_manifest
+from ssast.pipelines.clips.shards import ShardIndex
+from ssast.pipelines.demo.corpora import fetch_demo, fetch_sounds
+from ssast.pipelines.demo.prompts import PROMPT_PACKAGES, PROMPT_TASKS
+from ssast.pipelines.demo.publish import clips_of, write_task
+from ssast.pipelines.demo.sounds import without_number
+from ssast.pipelines.demo.tasks import DEMO_TASKS, Label
+from ssast.pipelines.demo.tasks import Task as Labelled
+from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import replacing
+from ssast.pipelines.locks import in_turn
+
+STEPS, EPOCHS, RATE, LABELS = 1_200, 4, 1e-3, 250
+OUT = Path("runs/tuning")
+_KIT = re.compile(r"^hydrogen-drumkits/.*/drumkits/([^/]+)/([^/]+)$")
+
+
+def kit_label(name: str) -> Label | None:
+    """Return the drum kit of a recording, grouped by what is hit."""
+    match = _KIT.search(name)
+    return Label(match[1], f"{match[1]}/{without_number(match[2])}") if match else None
+
+
+KIT = Labelled("kit", "drum kit of an unseen piece", kit_label, 25, LABELS, even=True)
+PROMPTS = replace(PROMPT_TASKS[0], max_clips=LABELS)
+TONE = replace(next(task for task in DEMO_TASKS if task.name == "zh_tone"), max_clips=LABELS)
+
+
+TASKS = (PROMPTS, KIT, TONE)
+
+
+def _variation(name: str, what: str, *changes: str, num_masked: int = 400) -> Model:
+    family = name.partition("-")[0]
+    recipe = "eat_demo" if family == "latent" else "demo"
+    hidden = 410 if family == "latent" else num_masked
+    return Model(
+        name,
+        what,
+        "frame" if family == "frame" else "patch",
+        num_masked=hidden,
+        changes=changes,
+        recipe=recipe,
+        probed=True,
+    )
+
+
+def _common(family: str) -> list[Model]:
+    return [
+        _variation(family, f"{family}: 50 of 64 masked, rate 1e-3, 128 frames, batch 24"),
+        _variation(f"{family}-padding", "`ignore_padding`", "audio.ignore_padding=true"),
+        _variation(f"{family}-half", "32 of 64 masked", num_masked=256),
+        _variation(f"{family}-slow", "rate 5e-4", "optim.lr=5e-4"),
+        _variation(f"{family}-fast", "rate 2e-3", "optim.lr=2e-3"),
+        _variation(
+            f"{family}-long",
+            "256 frames, batch 12",
+            "audio.num_frames=256",
+            f"train.batch_size={BATCH['pretrain'] // 2}",
+        ),
+        _variation(f"{family}-even", "packages drawn by the square root of their clips"),
+    ]
+
+
+def _latent() -> list[Model]:
+    """Return variations of latent targets that take about as long as the others."""
+    half = f"train.batch_size={BATCH['pretrain'] // 2}"
+    return [
+        _variation("latent", "latent: 8 clones, rate 1e-3, decay 0.99 to 0.999, batch 12", half),
+        _variation("latent-slow", "rate 5e-4", half, "optim.lr=5e-4"),
+        _variation("latent-fast", "rate 2e-3", half, "optim.lr=2e-3"),
+        _variation("latent-few", "4 clones, batch 20", "train.batch_size=20", "objective.clones=4"),
+        _variation(
+            "latent-steady",
+            "decay 0.996 to 0.9998",
+            half,
+            "objective.teacher_decay=[0.996, 0.9998]",
+        ),
+        _variation("latent-random", "single masked patches", half, "objective.mask=random"),
+    ]
+
+
+VARIATIONS = {
+    model.name: model
+    for model in (
+        *_common("patch"),
+        _variation("patch-random", "single masked patches", "objective.mask=random"),
+        *_common("frame"),
+        _variation("frame-clusters", "clusters of masked frames", "objective.mask=official"),
+        *_latent(),
+    )
+}
+
+
+def write_data(out: Path, sounds: Path, prompts: Path) -> Path:
+    """Write the clips for pretraining, those of each package, and the tasks.
+
+    Args:
+        out: Folder to write.
+        sounds: Data of :func:`fetch_sounds`.
+        prompts: Data of :func:`fetch_demo` with the prompts.
+
+    Returns:
+        ``out``.
+    """
+    clips = read_clips(sounds / "train.json")
+    if not isinstance(clips, ShardIndex):
+        raise DataError(f"{sounds / 'train.json'}: expected clips of a prepared folder")
+    write_manifest(out / "train.json", clips)
+    rows = defaultdict[str, list[int]](list)
+    for clip in clips_of(clips):
+        rows[clip.name.partition("/")[0]].append(clip.row)
+    for package, numbers in rows.items():
+        write_manifest(out / "packages" / f"{package}.json", clips.subset(np.array(numbers)))
+    for folder, tasks in ((sounds, (KIT, TONE)), (prompts, (PROMPTS,))):
+        index = ShardIndex(folder)
+        for task in tasks:
+            write_task(task, index, clips_of(index), out / "tasks")
+    return out
+
+
+def evenly(data: Path) -> tuple[str, ...]:
+    """Return the settings that draw packages by the square root of their clips."""
+    files = sorted((data / "packages").glob("*.json"))
+    weights = {str(path): round(len(read_clips(path)) ** 0.5, 2) for path in files}
+    return "data.train=null", f"data.mix={json.dumps(weights)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and score what is missing, and print the table.
+
+    Args:
+        arguments: Command-line arguments without the program's name; None: those of the process.
+
+    Returns:
+        0, or 128 + the signal that stopped it.
+
+    Raises:
+        DataError: The recordings cannot be had.
+        ConfigError: A setting is wrong, or a run in the folder had other settings.
+    """
+    options = _parser().parse_args(arguments)
+    with in_turn(options.out, "another process makes the data"):
+        data = options.out / "data"
+        if not data.exists() and not options.page:
+            fetch_sounds(options.sounds)
+            fetch_demo(options.prompts, packages=PROMPT_PACKAGES, tasks=PROMPT_TASKS)
+            with replacing(data) as new:
+                write_data(new, options.sounds, options.prompts)
+    plan = Plan(
+        str(data),
+        tuple(task.name for task in TASKS),
+        options.steps,
+        EPOCHS,
+        options.seeds,
+        (RATE,),
+        tuple(options.overrides),
+    )
+    names = options.only or tuple(VARIATIONS)
+    even = evenly(data)
+    models = {
+        name: replace(model, changes=even) if name.endswith("-even") else model
+        for name, model in VARIATIONS.items()
+    }
+    if not options.page:
+        study = Study(plan, options.out)
+        study.groups = (tuple(models.values()),)
+        try:
+            study.run(names)
+        except Interrupted as stopped:
+            return 128 + stopped.number
+    print("\n".join(scores(plan, options.out)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("ssast bench tuning", description=__doc__)
+    add = parser.add_argument
+    add("--steps", type=int, default=STEPS, help="of pretraining (default: %(default)s)")
+    add("--seeds", type=int, default=1, help="of fine-tuning (default: %(default)s)")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(VARIATIONS),
+        metavar="NAME",
+        help="run only these variations: %(choices)s",
+    )
+    add("--sounds", type=Path, default=Path("data/sounds"), help="recordings (%(default)s)")
+    add("--prompts", type=Path, default=Path("data/prompts"), help="prompts (%(default)s)")
+    add("--out", type=Path, default=OUT, help="folder of the runs (default: %(default)s)")
+    add("--page", action="store_true", help="train nothing")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        metavar="section.key=value",
+        help="overrides of all runs",
+    )
+    return parser
+
+
+def scores(plan: Plan, out: Path) -> list[str]:
+    """Tabulate the test accuracies of what is finished, in percent."""
+    rows = []
+    for model in VARIATIONS.values():
+        tuned = [
+            statistics.mean(values)
+            for task in plan.tasks
+            if (
+                values := [
+                    value
+                    for seed in range(plan.seeds)
+                    if (value := accuracy(_tuned(model, task, seed).folder(out), "test"))
+                    is not None
+                ]
+            )
+        ]
+        path = probe_folder(out, model) / REPORTS
+        if len(tuned) < len(plan.tasks) or not path.exists():
+            continue
+        reports = [
+            report
+            for report in json.loads(path.read_text(encoding="utf-8"))
+            if report["weights"] != "untrained"
+        ]
+        probed = [report["best_accuracy"] for report in reports]
+        log = read_metrics(out / "pretrain" / model.name / "metrics.jsonl")
+        told = scalars(log, "valid/pretext_accuracy")
+        values = [*tuned, statistics.mean(tuned), statistics.mean(probed)]
+        rows.append([
+            model.what,
+            f"{100 * told[-1][1]:.1f}" if told else "",
+            *(f"{100 * value:.1f}" for value in values),
+        ])  # fmt: skip
+    header = ["pretraining", "pretext accuracy", *plan.tasks, "mean", "probe, best layer, mean"]
+    return table(header, rows)
+
+
+def _tuned(model: Model, task: str, seed: int) -> FineTuning:
+    return FineTuning(model, task, RATE, seed)
