@@ -94,46 +94,76 @@ def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
     return cells
 
 
-def gains(cells: Cells, family: str) -> dict[str, float]:
-    """Return the relative gain of pretraining over training from scratch, by task."""
-    pairs = _pretrained_and_scratch(cells, family)
-    return {task: ours.mean / theirs.mean - 1 for task, (ours, theirs) in pairs.items()}
+@dataclass(frozen=True)
+class Gain:
+    """Relative gain of a pretrained model over the same one from scratch.
 
-
-def gain_curves(plan: Plan, cells: Cells, family: str) -> dict[str, list[tuple[int, float]]]:
-    """Return (clips seen, relative gain over training from scratch) at the kept steps, by task.
-
-    Only of tasks with more than the end of the pretraining.
+    Attributes:
+        by_task: Gain on each task that both have finished.
+        error: Standard error of the mean over the tasks, of fine-tuning seeds and test clips; None
+            with one seed.
     """
-    kept = [(model.step, model.name) for model in kept_models(plan) if model.family == family]
-    curves = {}
-    for task in plan.tasks:
-        scratch = cells.get((f"{family}-scratch", task))
-        points = [
-            ((step or 0) * BATCH["pretrain"], cells[name, task].mean / scratch.mean - 1)
-            for step, name in [*kept, (plan.steps, family)]
-            if (name, task) in cells and scratch is not None and scratch.mean
-        ]
-        if len(points) > 1:
-            curves[task] = points
-    return curves
+
+    by_task: Mapping[str, float]
+    error: float | None
+
+    @property
+    def mean(self) -> float:
+        """Mean over the tasks."""
+        return statistics.mean(self.by_task.values())
 
 
-def gains_by_seed(cells: Cells, family: str) -> list[float]:
-    """Return the relative gain averaged over the tasks, for each seed that all tasks have."""
-    return over_tasks(
-        [a / b - 1 for a, b in zip(ours.accuracies, theirs.accuracies, strict=False) if b]
-        for ours, theirs in _pretrained_and_scratch(cells, family).values()
+def gain(cells: Cells, name: str, family: str, tasks: Sequence[str]) -> Gain | None:
+    """Return the gain of a model over training from scratch; None if no task is finished.
+
+    Args:
+        cells: The finished results.
+        name: Name of the pretrained model.
+        family: Its family, whose model from scratch is the reference.
+        tasks: Tasks to average over, as far as they are finished.
+    """
+    scratch = f"{family}-scratch"
+    pairs = {
+        task: (cells[name, task], cells[scratch, task])
+        for task in tasks
+        if (name, task) in cells and (scratch, task) in cells and cells[scratch, task].mean
+    }
+    if not pairs:
+        return None
+    errors = [_gain_variance(*pair) for pair in pairs.values()]
+    known = [error for error in errors if error is not None]
+    return Gain(
+        {task: ours.mean / theirs.mean - 1 for task, (ours, theirs) in pairs.items()},
+        sum(known) ** 0.5 / len(pairs) if len(known) == len(pairs) else None,
     )
 
 
-def _pretrained_and_scratch(cells: Cells, family: str) -> dict[str, tuple[Cell, Cell]]:
-    found = {}
-    for (name, task), cell in cells.items():
-        other = cells.get((f"{family}-scratch", task))
-        if name == family and other is not None and other.mean:
-            found[task] = cell, other
-    return found
+def _gain_variance(ours: Cell, theirs: Cell) -> float | None:
+    """Return the variance of ours / theirs by its linear terms; None with fewer than two seeds.
+
+    It is that over seeds plus that over test clips, paired clip by clip.
+    """
+    if min(len(ours.accuracies), len(theirs.accuracies)) < 2:
+        return None
+    ratio = ours.mean / theirs.mean
+    seeds = [statistics.variance(c.accuracies) / len(c.accuracies) for c in (ours, theirs)]
+    residues = [a - ratio * b for a, b in zip(ours.correct, theirs.correct, strict=True)]
+    clips = statistics.variance(residues) / len(residues)
+    return (seeds[0] + ratio**2 * seeds[1] + clips) / theirs.mean**2
+
+
+def gain_curve(plan: Plan, cells: Cells, family: str) -> list[tuple[int, Gain]]:
+    """Return (clips seen, gain over training from scratch) at the kept steps and at the end.
+
+    Nothing without one of the kept steps.
+    """
+    kept = [(model.step, model.name) for model in kept_models(plan) if model.family == family]
+    points = [
+        ((step or 0) * BATCH["pretrain"], found)
+        for step, name in [*kept, (plan.steps, family)]
+        if (found := gain(cells, name, family, plan.tasks)) is not None
+    ]
+    return points if len(points) > 1 else []
 
 
 def over_tasks(columns: Iterable[Sequence[float]]) -> list[float]:

@@ -12,8 +12,8 @@ from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
     compare,
-    gain_curves,
-    gains,
+    gain,
+    gain_curve,
     gather,
     on_tasks,
     published_gain,
@@ -37,7 +37,6 @@ from ssast.benchmarks.study.plan import (
 )
 from ssast.benchmarks.study.tables import (
     ablations,
-    average_gain,
     chance_of,
     facts,
     gains_by_clips,
@@ -45,6 +44,7 @@ from ssast.benchmarks.study.tables import (
     learning_rates,
     listed,
     pretraining,
+    with_error,
 )
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.monitor import read_metrics, scalars
@@ -58,19 +58,19 @@ def summary(plan: Plan, cells: Cells) -> list[str]:
     """List the claims of the paper, and whether they are reproduced."""
     lines = []
     for family in FAMILIES:
-        found = gains(cells, family)
-        if not found:
+        found = gain(cells, family, family, plan.tasks)
+        if found is None:
             lines.append(f"- *Pretraining improves every task*, {family} model: not finished yet.")
             continue
-        higher, lower, neither = compare(cells, family, f"{family}-scratch", list(found))
+        higher, lower, neither = compare(cells, family, f"{family}-scratch", list(found.by_task))
         verdict = "**not reproduced**" if lower or neither else "**reproduced**"
         if higher and verdict.startswith("**not"):
-            verdict = f"**reproduced on {len(higher)} of {len(found)} tasks**"
-        if len(found) < len(plan.tasks):
-            verdict += f" ({len(found)} of {len(plan.tasks)} tasks are finished)"
+            verdict = f"**reproduced on {len(higher)} of {len(found.by_task)} tasks**"
+        if len(found.by_task) < len(plan.tasks):
+            verdict += f" ({len(found.by_task)} of {len(plan.tasks)} tasks are finished)"
         lines.append(
             f"- *Pretraining improves every task*, {family} model: {verdict}. Relative gain over "
-            f"training from scratch: {average_gain(cells, family)} % on average (paper, with other "
+            f"training from scratch: {with_error(found)} % on average (paper, with other "
             f"tasks and base models: {published_gain(family):+.1f} %)."
             + listed("Significantly better on", higher)
             + listed("Significantly worse on", lower)
@@ -165,7 +165,7 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
             for task in plan.tasks
         }
         found["learning"].append(draw_learning(folder / "learning.png", curves))
-    by_clips = {family: gain_curves(plan, cells, family) for family in FAMILIES}
+    by_clips = {family: gain_curve(plan, cells, family) for family in FAMILIES}
     if any(by_clips.values()):
         found["clips"].append(draw_gain_curves(folder / "gain-by-clips.png", by_clips))
     short = {model.name for model in ABLATIONS}
@@ -236,19 +236,22 @@ def write_page(out: Path, docs: Path) -> Path:
         ]),
         ("## Claims", [
             "A difference is significant if it exceeds two standard errors (an approximate 95 % "
-            "confidence interval), over fine-tuning seeds and test clips.", "",
+            "confidence interval), over fine-tuning seeds and test clips; gains are given with "
+            "two standard errors.", "",
             *summary(plan, cells),
         ]),
         ("## Setup", facts(plan, out)),
         ("## Pretrained and from scratch", [
             "Test accuracy in percent, mean and standard deviation over fine-tuning seeds. Both "
             "are trained for the same number of epochs, each with the learning rate that is best "
-            f"on validation clips ({VALID_SHARE:.0%} of the training clips).", "",
+            f"on validation clips ({VALID_SHARE:.0%} of the training clips). Gains: with two "
+            "standard errors.", "",
             *headline(plan, cells), *images["gains"],
         ]),
         ("## Gain against clips", clips and [
             "Relative gain in percent over training from scratch, which is 0, of fine-tuning from "
-            "weights kept during pretraining, each with its own learning rate.", "",
+            "weights kept during pretraining, each with its own learning rate; the mean with two "
+            "standard errors.", "",
             *clips, *images["clips"],
         ]),
         ("## Learning curves", images["learning"]),

@@ -10,6 +10,7 @@ from ssast.pipelines.figures import save_figure, subplots
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+from ssast.benchmarks.study.analysis import Gain
 from ssast.engine.monitoring.monitor import scalars
 
 Curve = Sequence[tuple[float, float]]
@@ -72,18 +73,31 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
     return save_figure(figure, path)
 
 
-def draw_gain_curves(path: Path, families: Mapping[str, Mapping[str, Curve]]) -> Path:
+def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain]]]) -> Path:
     """Draw relative gain over training from scratch against clips seen, a line per task.
+
+    The mean over the tasks is thick, with two standard errors.
 
     Args:
         path: Path of the PNG.
-        families: (clips, relative gain) by task, by family of models.
+        families: (clips, gain) by family of models.
     """
-    shown = {family: tasks for family, tasks in families.items() if tasks}
-    figure, axes = subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False)
-    for axis, (family, tasks) in zip(axes.flat, shown.items(), strict=True):
-        for task, curve in tasks.items():
-            axis.plot(*_percent(curve), "o-", label=task, lw=1.2, ms=4)
+    shown = {family: points for family, points in families.items() if points}
+    figure, axes = subplots(
+        1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False, sharey=True
+    )
+    for axis, (family, points) in zip(axes.flat, shown.items(), strict=True):
+        for task in dict.fromkeys(task for _, gain in points for task in gain.by_task):
+            curve = [(n, gain.by_task[task]) for n, gain in points if task in gain.by_task]
+            axis.plot(*_percent(curve), "o-", label=task, lw=1, ms=3, alpha=0.6)
+        axis.errorbar(
+            *_percent([(n, gain.mean) for n, gain in points]),
+            [200 * (gain.error or 0) for _, gain in points],
+            color="black",
+            capsize=3,
+            lw=2.5,
+            label="mean",
+        )
         axis.axhline(0, color="black", lw=1)
         axis.set_xscale("log")
         _label(axis, family, "clips seen in pretraining", "gain over training from scratch, %")

@@ -11,9 +11,9 @@ from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cell,
     Cells,
-    gain_curves,
-    gains,
-    gains_by_seed,
+    Gain,
+    gain,
+    gain_curve,
     on_tasks,
     over_tasks,
     published_gain,
@@ -35,13 +35,10 @@ def mean_and_std(values: Sequence[float]) -> str:
     return PLUS_MINUS.join(f"{100 * number:.1f}" for number in numbers)
 
 
-def average_gain(cells: Cells, family: str) -> str:
-    """Format the average relative gain over the tasks and its standard deviation over seeds."""
-    found = gains(cells, family)
-    if not found:
-        return ""
-    deviation = mean_and_std(gains_by_seed(cells, family)).split(PLUS_MINUS)[1:]
-    return PLUS_MINUS.join([f"{100 * statistics.mean(found.values()):+.1f}", *deviation])
+def with_error(found: Gain) -> str:
+    """Format a mean relative gain in percent, with two standard errors."""
+    error = [] if found.error is None else [f"{200 * found.error:.1f}"]
+    return PLUS_MINUS.join([f"{100 * found.mean:+.1f}", *error])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -69,13 +66,13 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
         for family in FAMILIES:
             for name in (f"{family}-scratch", family):
                 row.append(of_seeds(plan, cells.get((name, task))))
-            gain = gains(cells, family).get(task)
-            row.append("" if gain is None else f"{100 * gain:+.1f}")
+            found = gain(cells, family, family, [task])
+            row.append("" if found is None else with_error(found))
         rows.append(row)
     row = ["**relative gain on average, %**", "", ""]
     for family in FAMILIES:
-        average = average_gain(cells, family)
-        row += ["", "", average and f"**{average}**"]
+        average = gain(cells, family, family, plan.tasks)
+        row += ["", "", "" if average is None else f"**{with_error(average)}**"]
     columns = [f"{f}, {kind}" for f in FAMILIES for kind in ("scratch", "pretrained", "gain %")]
     lines = table(["task", "test clips", "chance", *columns], [*rows, row])
     lines += [
@@ -166,18 +163,22 @@ def pretraining(out: Path) -> list[str]:
 
 def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
     """Tabulate relative gains at the kept steps; nothing without any."""
-    rows: list[tuple[str, dict[int, str]]] = []
-    for family in FAMILIES:
-        for task, points in gain_curves(plan, cells, family).items():
-            found = {clips: f"{100 * gain:+.1f}" for clips, gain in points}
-            rows.append((f"{family}, {task}", found))
-    if not rows:
-        return []
-    clips = sorted({number for _, found in rows for number in found})
-    header = ["model, task", *(f"{number:,} clips" for number in clips)]
-    return table(
-        header, [[name, *(found.get(n, "not finished") for n in clips)] for name, found in rows]
-    )
+    curves = {family: dict(gain_curve(plan, cells, family)) for family in FAMILIES}
+    clips = sorted({number for curve in curves.values() for number in curve})
+    rows = []
+    for family, curve in curves.items():
+        if not curve:
+            continue
+        for task in plan.tasks:
+            gains = [curve[n].by_task.get(task) if n in curve else None for n in clips]
+            rows.append([
+                f"{family}, {task}",
+                *("not finished" if gain is None else f"{100 * gain:+.1f}" for gain in gains),
+            ])  # fmt: skip
+        means = [curve.get(n) for n in clips]
+        cells_of_mean = ["" if mean is None else f"**{with_error(mean)}**" for mean in means]
+        rows.append([f"**{family}, mean**", *cells_of_mean])
+    return table(["model, task", *(f"{n:,} clips" for n in clips)], rows) if rows else []
 
 
 def ablations(plan: Plan, cells: Cells) -> list[str]:

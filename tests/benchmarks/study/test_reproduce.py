@@ -4,10 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from study_runs import SMALL, fake, small_plan
 
-from ssast.benchmarks.study.analysis import gains, gather, published_gain, significant_sign
+from ssast.benchmarks.study.analysis import (
+    Cell,
+    gain,
+    gather,
+    published_gain,
+    significant_sign,
+)
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
     FAMILIES,
@@ -99,16 +106,39 @@ def test_gains_and_differences(plan, tmp_path):
         fake(plan, tmp_path, model, "pitch", plan.rates[0], 1, 0.5, rights[1])
     cells = gather(plan, tmp_path)
     assert set(cells) == {("patch", "pitch"), ("patch-scratch", "pitch")}
-    assert gains(cells, "patch") == {"pitch": pytest.approx(0.85 / 0.35 - 1)}
+    found = gain(cells, "patch", "patch", plan.tasks)
+    assert found.by_task == {"pitch": pytest.approx(0.85 / 0.35 - 1)}
+    assert gain(cells, "frame", "frame", plan.tasks) is None
     ours, theirs = cells["patch", "pitch"], cells["patch-scratch", "pitch"]
     assert significant_sign([ours], [theirs]) == 1 and significant_sign([theirs], [ours]) == -1
     assert significant_sign([ours], [ours]) == 0
     assert published_gain("patch") == pytest.approx(60.9, abs=0.1)
     plan.write(tmp_path)
     page = write_page(tmp_path, tmp_path / "docs").read_text()
-    assert "| 35.0 \N{PLUS-MINUS SIGN} 7.1 | 85.0 \N{PLUS-MINUS SIGN} 7.1 | +142.9 |" in page
+    plus_minus = "\N{PLUS-MINUS SIGN}"
+    interval = f"+142.9 {plus_minus} {200 * found.error:.1f}"
+    assert f"| 35.0 {plus_minus} 7.1 | 85.0 {plus_minus} 7.1 | {interval} |" in page
     assert "Not finished yet: patch, tone; " in page
     assert "**reproduced** (1 of 2 tasks are finished)" in page
+
+
+def test_the_error_of_a_gain_is_its_spread():
+    # Models whose seeds have a spread, and clips that are harder than others: what a new draw of
+    # both would give is known, and the error of a single draw must be that on average.
+    draw, seeds, clips = np.random.default_rng(0), 4, 150
+    gains, variances = [], []
+    for _ in range(1500):
+        hardness, cells = draw.normal(0, 0.7, clips), {}
+        for name, skill in (("patch", 0.5), ("patch-scratch", -0.4)):
+            own = skill + draw.normal(0, 0.25, (seeds, 1)) + draw.normal(0, 0.4, clips)
+            right = draw.random((seeds, clips)) < 1 / (1 + np.exp(hardness - own))
+            values = tuple(right.mean(1).tolist())
+            cells[name, "x"] = Cell(1e-3, {}, values, 0, tuple(right.mean(0).tolist()))
+        found = gain(cells, "patch", "patch", ["x"])
+        gains.append(found.mean)
+        variances.append(found.error**2)
+    # Seeds are in both terms: the estimate is on the safe side, by less than half.
+    assert 1.0 < np.mean(variances) / np.var(gains) < 1.5
 
 
 def test_the_work_is_shared(plan, tmp_path, monkeypatch):
