@@ -34,6 +34,7 @@ from ssast.pipelines.files import replacing
 from ssast.pipelines.locks import in_turn
 
 STEPS, EPOCHS, RATE, LABELS = 1_200, 4, 1e-3, 250
+HALF = BATCH["pretrain"] // 2
 OUT = Path("runs/tuning")
 _KIT = re.compile(r"^hydrogen-drumkits/.*/drumkits/([^/]+)/([^/]+)$")
 
@@ -52,52 +53,46 @@ TONE = replace(next(task for task in DEMO_TASKS if task.name == "zh_tone"), max_
 TASKS = (PROMPTS, KIT, TONE)
 
 
-def _variation(name: str, what: str, *changes: str, num_masked: int = 400) -> Model:
+def _variation(
+    name: str, what: str, *changes: str, num_masked: int = 400, padding: bool = False
+) -> Model:
     family = name.partition("-")[0]
-    recipe = "eat_demo" if family == "latent" else "demo"
-    hidden = 410 if family == "latent" else num_masked
+    latent = family == "latent"
     return Model(
         name,
         what,
         "frame" if family == "frame" else "patch",
-        num_masked=hidden,
-        changes=changes,
-        recipe=recipe,
+        num_masked=410 if latent else num_masked,
+        changes=(f"audio.ignore_padding={str(not padding).lower()}", *changes),
+        recipe="eat_demo" if latent else "demo",
         probed=True,
     )
 
 
-def _common(family: str) -> list[Model]:
+def _joint(family: str) -> list[Model]:
+    long = ("audio.num_frames=256", f"train.batch_size={HALF}")
     return [
         _variation(family, f"{family}: 50 of 64 masked, rate 1e-3, 128 frames, batch 24"),
-        _variation(f"{family}-padding", "`ignore_padding`", "audio.ignore_padding=true"),
+        _variation(f"{family}-padding", "padding as input, as published", padding=True),
         _variation(f"{family}-half", "32 of 64 masked", num_masked=256),
         _variation(f"{family}-slow", "rate 5e-4", "optim.lr=5e-4"),
         _variation(f"{family}-fast", "rate 2e-3", "optim.lr=2e-3"),
-        _variation(
-            f"{family}-long",
-            "256 frames, batch 12",
-            "audio.num_frames=256",
-            f"train.batch_size={BATCH['pretrain'] // 2}",
-        ),
+        _variation(f"{family}-long", "256 frames, batch 12", *long),
         _variation(f"{family}-even", "packages drawn by the square root of their clips"),
     ]
 
 
 def _latent() -> list[Model]:
     """Return variations of latent targets that take about as long as the others."""
-    half = f"train.batch_size={BATCH['pretrain'] // 2}"
+    half, decay = f"train.batch_size={HALF}", "objective.teacher_decay"
+    few = ("train.batch_size=20", "objective.clones=4")
     return [
         _variation("latent", "latent: 8 clones, rate 1e-3, decay 0.99 to 0.999, batch 12", half),
+        _variation("latent-padding", "padding as input, as published", half, padding=True),
         _variation("latent-slow", "rate 5e-4", half, "optim.lr=5e-4"),
         _variation("latent-fast", "rate 2e-3", half, "optim.lr=2e-3"),
-        _variation("latent-few", "4 clones, batch 20", "train.batch_size=20", "objective.clones=4"),
-        _variation(
-            "latent-steady",
-            "decay 0.996 to 0.9998",
-            half,
-            "objective.teacher_decay=[0.996, 0.9998]",
-        ),
+        _variation("latent-few", "4 clones, batch 20", *few),
+        _variation("latent-steady", "decay 0.996 to 0.9998", half, f"{decay}=[0.996, 0.9998]"),
         _variation("latent-random", "single masked patches", half, "objective.mask=random"),
     ]
 
@@ -105,9 +100,9 @@ def _latent() -> list[Model]:
 VARIATIONS = {
     model.name: model
     for model in (
-        *_common("patch"),
+        *_joint("patch"),
         _variation("patch-random", "single masked patches", "objective.mask=random"),
-        *_common("frame"),
+        *_joint("frame"),
         _variation("frame-clusters", "clusters of masked frames", "objective.mask=official"),
         *_latent(),
     )
@@ -181,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.only or tuple(VARIATIONS)
     even = evenly(data)
     models = {
-        name: replace(model, changes=even) if name.endswith("-even") else model
+        name: replace(model, changes=(*model.changes, *even)) if name.endswith("-even") else model
         for name, model in VARIATIONS.items()
     }
     if not options.page:
