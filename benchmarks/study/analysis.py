@@ -1,13 +1,14 @@
 """Analysis of the runs of ``ssast bench reproduce``: accuracies, gains, significance."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssast.benchmarks.study.models import MODELS
 from ssast.benchmarks.study.plan import (
     BATCH,
-    MODELS,
     FineTuning,
     Plan,
     accuracy,
@@ -73,7 +74,8 @@ def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
             if rate is None:
                 continue
             folders = [
-                FineTuning(model, task, rate, seed).folder(out) for seed in range(plan.seeds)
+                FineTuning(model, task, rate, seed).folder(out)
+                for seed in range(plan.seeds_of(model))
             ]
             found = [accuracy(folder, "test") for folder in folders]
             values = tuple(value for value in found if value is not None)
@@ -171,26 +173,52 @@ def over_tasks(columns: Iterable[Sequence[float]]) -> list[float]:
     return [statistics.mean(row) for row in zip(*columns, strict=False)]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Difference between the mean accuracies of two models over some tasks.
+
+    Attributes:
+        mean: The difference.
+        of_seeds: Its standard error over seeds, on these test clips.
+        of_clips: That over test clips, paired clip by clip.
+    """
+
+    mean: float
+    of_seeds: float
+    of_clips: float
+
+    @property
+    def error(self) -> float:
+        """Standard error over seeds and test clips."""
+        return math.hypot(self.of_seeds, self.of_clips)
+
+
+def difference(ours: Sequence[Cell], theirs: Sequence[Cell]) -> Difference | None:
+    """Compare two models on the same tasks; None with fewer than two seeds of either."""
+    seeds = [over_tasks(cell.accuracies for cell in cells) for cells in (ours, theirs)]
+    if min(map(len, seeds)) < 2:
+        return None
+    clips = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        each = [a - b for a, b in zip(one.correct, other.correct, strict=True)]
+        clips += statistics.variance(each) / len(each) / len(ours) ** 2
+    return Difference(
+        statistics.mean(seeds[0]) - statistics.mean(seeds[1]),
+        sum(statistics.variance(values) / len(values) for values in seeds) ** 0.5,
+        clips**0.5,
+    )
+
+
 def significant_sign(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
     """Compare mean accuracies: 1 if ours is significantly higher, -1 if lower, else 0.
 
     A difference is significant if it exceeds two standard errors (an approximate 95 % confidence
-    interval). The variance is that over seeds plus that over test clips, paired clip by clip.
-
-    Args:
-        ours: Results of one model on some tasks.
-        theirs: Results of another model on the same tasks. With fewer than two seeds of either, no
-            difference is significant.
+    interval), over seeds and test clips. With fewer than two seeds of either, none is.
     """
-    seeds = [over_tasks(cell.accuracies for cell in cells) for cells in (ours, theirs)]
-    if min(map(len, seeds)) < 2:
+    found = difference(ours, theirs)
+    if found is None:
         return 0
-    variance = sum(statistics.variance(values) / len(values) for values in seeds)
-    for one, other in zip(ours, theirs, strict=True):
-        differences = [a - b for a, b in zip(one.correct, other.correct, strict=True)]
-        variance += statistics.variance(differences) / len(differences) / len(ours) ** 2
-    difference = statistics.mean(seeds[0]) - statistics.mean(seeds[1])
-    return (difference > 2 * variance**0.5) - (difference < -2 * variance**0.5)
+    return (found.mean > 2 * found.error) - (found.mean < -2 * found.error)
 
 
 def compare(

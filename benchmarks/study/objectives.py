@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssast.benchmarks.study.analysis import Cells, compare
-from ssast.benchmarks.study.plan import MODELS, OBJECTIVES, Model, Plan, probe_folder
+from ssast.benchmarks.study.models import MODELS, OBJECTIVES, Model
+from ssast.benchmarks.study.plan import Plan, probe_folder
 from ssast.benchmarks.study.tables import listed, of_seeds, table, training_s
 from ssast.engine.config import load_config
 from ssast.engine.evaluation.layer_probe import REPORTS, WEIGHTED
@@ -19,9 +20,13 @@ from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.errors import DataError
 
 NOT_FINISHED = "not finished"
-COMPARED = (MODELS["patch-scratch"], MODELS["patch"], OBJECTIVES[-1], *OBJECTIVES[:-1])
-PRETRAINED = tuple(model for model in OBJECTIVES if model.share)
-UNTRAINED = {"patch-scratch": ("patch",), "latent-scratch": tuple(m.name for m in PRETRAINED)}
+JOINT, *LATENT, LATENT_SCRATCH = OBJECTIVES
+COMPARED = (MODELS["patch-scratch"], JOINT, LATENT_SCRATCH, *LATENT)
+UNTRAINED = {
+    "patch-scratch": ("patch", JOINT.name),
+    "frame-scratch": ("frame",),
+    LATENT_SCRATCH.name: tuple(model.name for model in LATENT),
+}
 """Models whose probe also scores the untrained encoder."""
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -81,7 +86,7 @@ def _probed(model: Model, weights: str) -> str:
 
 def _costs(out: Path) -> list[str]:
     rows = []
-    for model in (MODELS["patch"], *PRETRAINED):
+    for model in (JOINT, *LATENT):
         run = out / "pretrain" / model.name
         if not (run / "config.yaml").exists():
             rows.append([model.what, *[NOT_FINISHED] * 4])
@@ -109,7 +114,7 @@ def _scores(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
             if report is not None:
                 best = f"{100 * report['best_accuracy']:.1f} ({report['best']})"
                 probed = [best, f"{100 * _weighted(report):.1f}"]
-            tuned = of_seeds(plan, cells.get((model.name, task))) or NOT_FINISHED
+            tuned = of_seeds(plan, cells.get((model.name, task)), model) or NOT_FINISHED
             rows.append([f"{task}, {model.what}", tuned, *probed])
     return table(["task, model", "fine-tuned", "probe: best layer", "probe: weighted sum"], rows)
 
@@ -120,8 +125,8 @@ def _weighted(report: Mapping[str, Any]) -> float:
 
 def _claims(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
     lines = []
-    for model in PRETRAINED:
-        for other in (MODELS["patch"], OBJECTIVES[-1]):
+    for model in LATENT:
+        for other in (JOINT, LATENT_SCRATCH):
             names = model.name, other.name
             tasks = [t for t in plan.tasks if all((name, t) in cells for name in names)]
             means = [statistics.mean(cells[name, t].mean for t in tasks) for name in names if tasks]

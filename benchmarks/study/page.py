@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ssast.benchmarks.study.ablations import ablations, told_apart
 from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
@@ -19,6 +20,7 @@ from ssast.benchmarks.study.analysis import (
     published_gain,
     significant_sign,
 )
+from ssast.benchmarks.study.models import ABLATIONS, FAMILIES, MODELS, OBJECTIVES
 from ssast.benchmarks.study.objectives import objectives
 from ssast.benchmarks.study.pictures import (
     draw_gain_curves,
@@ -26,17 +28,8 @@ from ssast.benchmarks.study.pictures import (
     draw_learning,
     draw_pretraining,
 )
-from ssast.benchmarks.study.plan import (
-    ABLATIONS,
-    FAMILIES,
-    MODELS,
-    OBJECTIVES,
-    VALID_SHARE,
-    FineTuning,
-    Plan,
-)
+from ssast.benchmarks.study.plan import VALID_SHARE, FineTuning, Plan
 from ssast.benchmarks.study.tables import (
-    ablations,
     chance_of,
     facts,
     gains_by_clips,
@@ -98,25 +91,19 @@ def _trade(cells: Cells) -> list[str]:
 
 
 def _ablation_claims(plan: Plan, cells: Cells) -> list[str]:
-    tasks = plan.tasks_of(ABLATIONS[0])
+    tasks = plan.ablation_tasks
     reference = on_tasks(cells, ABLATIONS[0].name, tasks)
     lines = []
     for model in ABLATIONS[1:]:
         ours = on_tasks(cells, model.name, tasks)
         if not ours or not reference:
             continue
-        sign = significant_sign(ours, reference)
-        found = {
-            1: "significantly better than",
-            -1: "significantly worse than",
-            0: "not significantly different from",
-        }[sign]
-        claim = f"- *{model.what}*: {found} the published setting"
-        if model.name in PUBLISHED_ABLATIONS:
-            claimed, full = PUBLISHED_ABLATIONS[model.name], PUBLISHED_ABLATIONS["short"]
-            agrees = "**reproduced**" if sign == -1 else "**not reproduced**"
-            claim += f"; worse in the paper ({claimed} and {full}): {agrees}"
-        lines.append(claim + ".")
+        claimed, full = (PUBLISHED_ABLATIONS[each] for each in (model.name, ABLATIONS[0].name))
+        agrees = "" if significant_sign(ours, reference) == -1 else "not "
+        lines.append(
+            f"- *{model.what}*: {told_apart(ours, reference)} the published setting; worse in the "
+            f"paper ({claimed} and {full}): **{agrees}reproduced**."
+        )
     return lines
 
 
@@ -168,7 +155,7 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
     by_clips = {family: gain_curve(plan, cells, family) for family in FAMILIES}
     if any(by_clips.values()):
         found["clips"].append(draw_gain_curves(folder / "gain-by-clips.png", by_clips))
-    short = {model.name for model in ABLATIONS}
+    short = {model.name for model in ABLATIONS}  # of each the pretraining with seed 0
     for section, names in (("pretraining", set(FAMILIES)), ("ablations", short)):
         logs = {
             MODELS[name].what: read_metrics(out / "pretrain" / name / "metrics.jsonl")
@@ -262,18 +249,14 @@ def write_page(out: Path, docs: Path) -> Path:
         ]),
         ("## Reconstructions", images["reconstructions"]),
         ("## Joint objective and latent targets", objectives(plan, out, cells)),
-        ("## Ablations", [
-            "Test accuracy in percent. The ablations have equally many pretraining steps and the "
-            "learning rates chosen for the patch model; the last row is pretrained for all steps.",
-            "",
-            *ablations(plan, cells), *images["ablations"],
-        ]),
+        ("## Ablations", [*ablations(plan, cells), *images["ablations"]]),
         ("## Learning rates", [
             "Validation accuracy in percent, seed 0; the chosen learning rate in bold.", "",
             *learning_rates(plan, cells),
         ]),
         ("## Limitations", [
-            "- Each model is pretrained once: standard deviations are over fine-tuning seeds only.",
+            "- Each model but the ablations is pretrained once: standard deviations are over "
+            "fine-tuning seeds only.",
             "- Validation clips are held out clip by clip, test clips by syllable, utterance, "
             "sound or drum kit: validation is easier.",
             "- The recordings have few voices and many recording channels: `voice` and `language` "

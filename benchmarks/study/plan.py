@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from ssast.benchmarks.study.models import FAMILIES, MODELS, SHORT, Model
 from ssast.benchmarks.study.store import KEPT_STEPS, weights_folder
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
@@ -26,94 +26,13 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 
 PUBLISHED_PATCHES = 512  # patches of the published input, 100, 250 or 400 of them masked
-SHORT = 0.2  # fraction of the pretraining steps that ablations get
 RATES = (3e-4, 1e-3, 3e-3)  # learning rates of fine-tuning, tried with seed 0
 VALID_SHARE = 0.15  # fraction of a task's training clips: selects learning rate and epoch
-NUM_ABLATION_TASKS = 2  # the first ones: small differences need more seeds, not more tasks
 PRETRAINING_TIME = 0.45  # fraction of the hours
+LISTS = ("tasks", "ablation_tasks", "rates", "overrides")  # of a plan
 STEP_TIME = 0.8  # fraction of the time in training steps; the rest is validation and start-up
 BATCH = {"pretrain": 24, "finetune": 16}
 SAVE_EVERY = 500  # steps; divides those whose weights are kept
-FAMILIES = ("patch", "frame")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that is fine-tuned.
-
-    Attributes:
-        name: Name of its folders.
-        what: Description.
-        family: ``patch`` or ``frame``.
-        share: Fraction of the plan's pretraining steps; 0: from scratch.
-        num_masked: Masked patches, of 512.
-        changes: Overrides of the published pretraining settings.
-        tuned: Whether its learning rate is searched; else that of the patch model is used.
-        recipe: Recipe of its encoder and its objective.
-        budget: What it has as much of as the patch model: pretraining steps, FLOPs or time.
-        probed: Whether its layers are probed.
-        step: Step of its pretraining whose kept weights it has; None: those at the end.
-    """
-
-    name: str
-    what: str
-    family: str = "patch"
-    share: float = 1.0
-    num_masked: int = 400
-    changes: tuple[str, ...] = ()
-    tuned: bool = True
-    recipe: str = "demo"
-    budget: Literal["steps", "flops", "time"] = "steps"
-    probed: bool = False
-    step: int | None = None
-
-    @property
-    def run(self) -> str:
-        """Name of its pretraining run."""
-        return self.name if self.step is None else self.name.removesuffix(f"-step{self.step}")
-
-
-def _ablation(name: str, what: str, *changes: str, num_masked: int = 400) -> Model:
-    return Model(name, what, "patch", SHORT, num_masked, changes, tuned=False)
-
-
-def _latent(
-    name: str,
-    what: str,
-    budget: Literal["steps", "flops", "time"] = "steps",
-    share: float = 1.0,
-) -> Model:
-    return Model(
-        name, what, share=share, num_masked=410, recipe="eat_demo", budget=budget, probed=share > 0
-    )
-
-
-GROUPS: tuple[tuple[Model, ...], ...] = (
-    (
-        Model("patch", "patch, pretrained", probed=True),
-        Model("patch-scratch", "patch, from scratch", share=0.0),
-    ),
-    (
-        Model("frame", "frame, pretrained", "frame"),
-        Model("frame-scratch", "frame, from scratch", "frame", 0.0),
-    ),
-    (
-        _latent("latent-flops", "latent targets, FLOPs of the patch model", "flops"),
-        _latent("latent-time", "latent targets, time of the patch model", "time"),
-        _latent("latent-scratch", "encoder of latent targets, from scratch", share=0.0),
-    ),
-    (
-        _ablation("short", "joint, 400 of 512 masked, as published"),
-        _ablation("generative", "generative only", "objective.kind=generative"),
-        _ablation("discriminative", "discriminative only", "objective.kind=discriminative"),
-        _ablation("masked-100", "100 of 512 masked", num_masked=100),
-        _ablation("masked-250", "250 of 512 masked", num_masked=250),
-        _ablation("uniform", "uniformly distributed masks", "objective.mask=uniform"),
-        _ablation("paper", "softmax over targets (equation 1)", "objective.softmax_axis=paper"),
-    ),
-)
-MODELS = {model.name: model for group in GROUPS for model in group}
-OBJECTIVES, ABLATIONS = GROUPS[2:]
 
 
 @dataclass(frozen=True)
@@ -126,6 +45,8 @@ class Plan:
         steps: Pretraining steps of the patch and of the frame model.
         epochs: Epochs of each fine-tuning run.
         seeds: Number of fine-tuning seeds.
+        replicas: Number of seeds of the ablations, each with a pretraining of its own.
+        ablation_tasks: Tasks of the ablations, some of ``tasks``.
         rates: Learning rates to try.
         overrides: Overrides of all runs, ``section.key=value``.
         hours: Time that steps and epochs were chosen to fill; None if they were given.
@@ -138,6 +59,8 @@ class Plan:
     steps: int
     epochs: int
     seeds: int = 3
+    replicas: int = 3
+    ablation_tasks: tuple[str, ...] = ()
     rates: tuple[float, ...] = RATES
     overrides: tuple[str, ...] = ()
     hours: float | None = None
@@ -149,7 +72,11 @@ class Plan:
 
     def tasks_of(self, model: Model) -> tuple[str, ...]:
         """Return the tasks that a model is fine-tuned on."""
-        return self.tasks if model.tuned else self.tasks[:NUM_ABLATION_TASKS]
+        return self.ablation_tasks if model.replicated else self.tasks
+
+    def seeds_of(self, model: Model) -> int:
+        """Return the number of seeds of a model."""
+        return self.replicas if model.replicated else self.seeds
 
     def write(self, out: Path) -> None:
         """Write the plan to the folder of the study."""
@@ -167,7 +94,7 @@ class Plan:
             return None
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            lists = {key: tuple(raw[key]) for key in ("tasks", "rates", "overrides")}
+            lists = {key: tuple(raw[key]) for key in LISTS}
             return cls(**{**raw, **lists})
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: not a plan of ssast bench reproduce: {error}") from error
@@ -204,22 +131,30 @@ def kept_models(plan: Plan) -> tuple[Model, ...]:
     )
 
 
-def weights_of(out: Path, model: Model) -> Path:
-    """Return the folder of a model's pretrained weights: kept ones, or a run without them."""
-    run = out / "pretrain" / model.run
+def weights_of(out: Path, model: Model, seed: int = 0) -> Path:
+    """Return the folder of pretrained weights that a seed of fine-tuning begins from.
+
+    Kept ones, or a run without them.
+    """
+    run = out / "pretrain" / model.run(seed)
     kept = weights_folder(run, model.step)
     return kept if model.step is not None or kept.exists() else run
 
 
-def pretraining_config(plan: Plan, model: Model, out: Path) -> Config:
+def pretraining_config(plan: Plan, model: Model, out: Path, seed: int = 0) -> Config:
     """Return the pretraining settings of a model: those of its recipe with the published masks.
+
+    Args:
+        plan: The plan.
+        model: The model.
+        out: Folder of the runs.
+        seed: Seed of the pretraining.
 
     Raises:
         ConfigError: A setting is wrong, or the plan lacks the time of a step.
     """
-    return _pretraining(
-        plan, model, out, max(1, round(model.share * plan.steps / cost(plan, model)))
-    )
+    steps = max(1, round(model.share * plan.steps / cost(plan, model)))
+    return _pretraining(plan, model, out, steps, seed)
 
 
 def cost(plan: Plan, model: Model) -> float:
@@ -241,7 +176,7 @@ def cost(plan: Plan, model: Model) -> float:
     return plan.latent_time
 
 
-def _pretraining(plan: Plan, model: Model, out: Path, steps: int) -> Config:
+def _pretraining(plan: Plan, model: Model, out: Path, steps: int, seed: int = 0) -> Config:
     settings = [
         f"data.train={Path(plan.data, 'train.json')}",
         "data.random_crop=true",  # else only the beginning of long clips is used
@@ -256,7 +191,8 @@ def _pretraining(plan: Plan, model: Model, out: Path, steps: int) -> Config:
         *_objective(plan, model, steps),
         *model.changes,
         *plan.overrides,
-        f"run.folder={out / 'pretrain' / model.name}",
+        f"train.seed={seed}",
+        f"run.folder={out / 'pretrain' / model.run(seed)}",
     ]
     rows, columns = load_config(model.recipe, [*settings, "objective.num_masked=2"]).grid
     num_masked = max(2, round(rows * columns * model.num_masked / PUBLISHED_PATCHES))
@@ -269,7 +205,7 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
     Raises:
         ConfigError: A setting is wrong.
     """
-    pretrained = weights_of(out, run.model) if run.model.share else "null"
+    pretrained = weights_of(out, run.model, run.seed) if run.model.share else "null"
     return load_config(
         "demo_finetune",
         [
@@ -330,7 +266,7 @@ def num_runs(plan: Plan, task: str) -> int:
     return sum(
         max(1, len(rates))
         for model in MODELS.values()
-        for seed in range(plan.seeds)
+        for seed in range(plan.seeds_of(model))
         for name, rates in runs_of(plan, model, seed)
         if name == task
     )
@@ -379,7 +315,11 @@ def diverged(run: Path) -> bool:
 
 
 def steps_and_epochs(
-    hours: float, rates: Mapping[str, float], clips: Mapping[str, int], runs: Mapping[str, int]
+    hours: float,
+    rates: Mapping[str, float],
+    clips: Mapping[str, int],
+    runs: Mapping[str, int],
+    replicas: int,
 ) -> tuple[int, int]:
     """Compute the pretraining steps and fine-tuning epochs that fill the hours.
 
@@ -388,12 +328,13 @@ def steps_and_epochs(
         rates: Throughput of ``pretrain`` and ``finetune``, clips/s.
         clips: Number of training clips by task.
         runs: Number of fine-tuning runs by task.
+        replicas: Number of seeds of the ablations.
 
     Raises:
         ConfigError: The time is too short for one epoch.
     """
     steps_s = hours * 3600 * STEP_TIME
-    shares = sum(model.share for model in MODELS.values())
+    shares = sum(model.share * (replicas if model.replicated else 1) for model in MODELS.values())
     pretrained = PRETRAINING_TIME * steps_s * rates["pretrain"] / BATCH["pretrain"]
     epoch = sum(clips[task] * runs[task] for task in clips) / rates["finetune"]
     steps, epochs = int(pretrained / shares), int((1 - PRETRAINING_TIME) * steps_s / epoch)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ssast.benchmarks.study.analysis import Cells, gather
+from ssast.benchmarks.study.models import FAMILIES, MODELS
 from ssast.benchmarks.study.page import OUT, stored_plan
-from ssast.benchmarks.study.plan import BATCH, FAMILIES, MODELS, Plan, weights_of
+from ssast.benchmarks.study.plan import BATCH, Plan, weights_of
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.errors import CheckpointError

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ssast.benchmarks.study.models import GROUPS, Model
 from ssast.benchmarks.study.plan import (
-    GROUPS,
     FineTuning,
-    Model,
     Plan,
     accuracy,
     chosen_rate,
@@ -80,16 +79,29 @@ class Study:
         """Run what no other process is at; return whether everything is finished."""
         finished = True
         for group in self.groups:
-            named = [model for model in group if model.run in self.only]
+            named = [model for model in group if model.run() in self.only]
             ready = [model for model in named if not model.share or self.pretrain(model)]
             finished &= len(ready) == len(named)
-            for seed in range(self.plan.seeds):
+            for seed in range(max(map(self.plan.seeds_of, ready), default=0)):
                 for model in ready:
-                    for task, rates in runs_of(self.plan, model, seed):
-                        finished &= self.score(model, task, rates, seed)
+                    if seed < self.plan.seeds_of(model):
+                        finished &= self.scores(model, seed)
             for model in ready:
                 if model.probed:
                     finished &= self.probe(model)
+        return finished
+
+    def scores(self, model: Model, seed: int) -> bool:
+        """Fine-tune with a seed on all tasks, pretrained with the seed where the model is so.
+
+        Returns:
+            Whether all are finished.
+        """
+        finished = True
+        if model.replicated and not self.pretrain(model, seed):
+            return False
+        for task, rates in runs_of(self.plan, model, seed):
+            finished &= self.score(model, task, rates, seed)
         return finished
 
     def _once(self, run: Path, is_done: Callable[[], bool], work: Callable[[], None]) -> bool:
@@ -107,25 +119,29 @@ class Study:
                 self.store.put(run)
         return True
 
-    def pretrain(self, model: Model) -> bool:
+    def pretrain(self, model: Model, seed: int = 0) -> bool:
         """Pretrain a model, keep weights and plot reconstructions; return whether it is finished.
+
+        Args:
+            model: The model.
+            seed: Seed of the pretraining.
 
         Raises:
             ConfigError: Of a finished pretraining, the weights of the step were not kept.
         """
-        run = self.out / "pretrain" / model.run
+        run = self.out / "pretrain" / model.run(seed)
         final, pictures = weights_folder(run, None), run / "pictures.txt"
 
         def is_done() -> bool:
             return (final / MANIFEST).exists() and pictures.exists()
 
         def work() -> None:
-            config = pretraining_config(self.plan, model, self.out)
+            config = pretraining_config(self.plan, model, self.out, seed)
             latest = Checkpoints(run / "checkpoints").latest()
             if latest is None or int(latest.name[4:]) < config.train.steps:
                 keeper = KeepWeights(lambda: self.store.put_weights(run))
                 _go(
-                    f"pretrain {model.name}",
+                    f"pretrain {run.name}",
                     lambda: pretrain(config, resume=True, callbacks=[keeper]),
                 )
             if not (final / MANIFEST).exists():
@@ -141,7 +157,7 @@ class Study:
             self.store.fetch(run)
         if is_done() and not (kept / MANIFEST).exists():
             raise ConfigError(
-                f"{kept}: missing, expected weights kept while {model.run} was trained"
+                f"{kept}: missing, expected weights kept while {run.name} was trained"
             )
         return (kept / MANIFEST).exists()
 

@@ -8,17 +8,15 @@ from pathlib import Path
 
 from ssast.benchmarks.study.analysis import (
     PUBLISHED,
-    PUBLISHED_ABLATIONS,
     Cell,
     Cells,
     Gain,
     gain,
     gain_curve,
-    on_tasks,
-    over_tasks,
     published_gain,
 )
-from ssast.benchmarks.study.plan import ABLATIONS, BATCH, FAMILIES, MODELS, SHORT, Plan
+from ssast.benchmarks.study.models import COMPARISON, FAMILIES, MODELS, SHORT, Model
+from ssast.benchmarks.study.plan import BATCH, Plan
 from ssast.engine.config import load_config
 from ssast.engine.data.labels import find_classes, read_labelled
 from ssast.engine.monitoring.monitor import read_metrics, scalars
@@ -65,7 +63,7 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
         row = [f"{task}: {what(task)}", str(num_clips), f"{100 * chance:.1f}"]
         for family in FAMILIES:
             for name in (f"{family}-scratch", family):
-                row.append(of_seeds(plan, cells.get((name, task))))
+                row.append(of_seeds(plan, cells.get((name, task)), MODELS[name]))
             found = gain(cells, family, family, [task])
             row.append("" if found is None else with_error(found))
         rows.append(row)
@@ -104,16 +102,15 @@ def chance_of(plan: Plan, task: str) -> tuple[float, int]:
     return clips.counts().max() / len(clips), len(clips)
 
 
-def of_seeds(plan: Plan, cell: Cell | None) -> str:
+def of_seeds(plan: Plan, cell: Cell | None, model: Model) -> str:
     """Format the test accuracies of a cell, and how many seeds diverged or are not finished."""
     if cell is None:
         return ""
     if cell.num_diverged:
         return f"{mean_and_std(cell.accuracies)} ({cell.num_diverged} diverged)"
-    finished = len(cell.accuracies)
-    return mean_and_std(cell.accuracies) + (
-        f" ({finished} of {plan.seeds})" if finished < plan.seeds else ""
-    )
+    finished, seeds = len(cell.accuracies), plan.seeds_of(model)
+    missing = f" ({finished} of {seeds})" if finished < seeds else ""
+    return mean_and_std(cell.accuracies) + missing
 
 
 def pretraining(out: Path) -> list[str]:
@@ -181,24 +178,6 @@ def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
     return table(["model, task", *(f"{n:,} clips" for n in clips)], rows) if rows else []
 
 
-def ablations(plan: Plan, cells: Cells) -> list[str]:
-    """Tabulate test accuracies of the ablations, which have equally many pretraining steps."""
-    tasks = plan.tasks_of(ABLATIONS[0])
-    rows = []
-    for model in (MODELS["patch-scratch"], *ABLATIONS, MODELS["patch"]):
-        long = model.name == "patch"
-        row = [f"{model.what}, all steps" if long else model.what]
-        row += [of_seeds(plan, cells.get((model.name, task))) for task in tasks]
-        row.append(
-            mean_and_std(over_tasks(c.accuracies for c in on_tasks(cells, model.name, tasks)))
-        )
-        published = PUBLISHED_ABLATIONS.get(model.name)
-        if model.name == "patch-scratch":
-            published = PUBLISHED["AudioSet-20K"]["scratch"]
-        rows.append([*row, "" if published is None else f"{published}"])
-    return table(["pretraining", *tasks, "mean", "paper, AudioSet-20K"], rows)
-
-
 def learning_rates(plan: Plan, cells: Cells) -> list[str]:
     """Tabulate validation accuracies by learning rate, seed 0, the chosen one in bold."""
     rows = []
@@ -234,11 +213,12 @@ def facts(plan: Plan, out: Path) -> list[str]:
         (
             "pretraining",
             f"{plan.steps:,} steps, batch size {BATCH['pretrain']}; "
-            f"ablations {SHORT:.0%} of the steps",
+            f"objectives {COMPARISON:.0%}, ablations {SHORT:.0%} of the steps",
         ),
         (
             "fine-tuning",
-            f"{plan.epochs} epochs, batch size {BATCH['finetune']}, {plan.seeds} seeds",
+            f"{plan.epochs} epochs, batch size {BATCH['finetune']}, {plan.seeds} seeds, "
+            f"{plan.replicas} of ablations",
         ),
     ]
     if config is not None:

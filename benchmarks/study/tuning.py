@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ssast.benchmarks.study.plan import BATCH, FineTuning, Model, Plan, accuracy, probe_folder
+from ssast.benchmarks.study.models import Model
+from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy, probe_folder
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
 from ssast.engine.evaluation.layer_probe import REPORTS
@@ -170,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.steps,
         EPOCHS,
         options.seeds,
-        (RATE,),
-        tuple(options.overrides),
+        rates=(RATE,),
+        overrides=tuple(options.overrides),
     )
     names = options.only or tuple(VARIATIONS)
     even = evenly(data)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetune_runs import make_sounds, manifest
 
-from ssast.benchmarks.study.plan import MODELS, FineTuning, Plan, kept_models
+from ssast.benchmarks.study.models import MODELS
+from ssast.benchmarks.study.plan import FineTuning, Plan, kept_models
 from ssast.pipelines.clips.manifest import write_manifest
 
 SMALL = ("model.depth=1", "audio.num_frames=48", "data.num_threads=1")
@@ -20,7 +21,9 @@ def small_plan(data: Path) -> Plan:
             paths = make_sounds(data / task / part, 2, each, seed=2 * seed + (part == "eval"))
             manifest(data / "tasks" / f"{task}_{part}.json", paths)
     tasks, rates = ("pitch", "tone"), (1e-3, 3e-3)
-    return Plan(str(data), tasks, 8, 1, 2, rates, SMALL, latent_time=4.0)
+    return Plan(
+        str(data), tasks, 80, 1, 2, 2, ("pitch",), rates=rates, overrides=SMALL, latent_time=4.0
+    )
 
 
 def fake(plan, out, model, task, rate, seed, valid, right=None):

@@ -8,10 +8,10 @@ import pytest
 from study_runs import SMALL, fake, small_plan
 
 from ssast.benchmarks.study import reproduce
+from ssast.benchmarks.study.models import MODELS
 from ssast.benchmarks.study.objectives import _apart, objectives, read_reports
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
-    MODELS,
     FineTuning,
     Plan,
     finetuning_config,
@@ -43,17 +43,17 @@ def write_probe(out: Path, model: str, *reports: dict[str, object]) -> None:
 
 
 def test_budgets_are_equal() -> None:
-    plan = Plan("data/sounds", ("events",), 3000, 3, overrides=SMALL[2:], latent_time=2.5)
+    plan = Plan("data/sounds", ("events",), 30_000, 3, overrides=SMALL[2:], latent_time=2.5)
     out, recipe = Path("runs/study"), load_config("eat_demo")
-    patch, flops, time = (
+    joint, flops, time = (
         pretraining_config(plan, MODELS[name], out)
-        for name in ("patch", "latent-flops", "latent-time")
+        for name in ("joint", "latent-flops", "latent-time")
     )
-    spent = [step_flops_per_clip(c) * c.train.steps for c in (patch, flops)]
+    spent = [step_flops_per_clip(c) * c.train.steps for c in (joint, flops)]
     assert spent[1] == pytest.approx(spent[0], rel=1e-3)
-    assert time.train.steps == 3000 / 2.5
+    assert joint.train.steps == 3000 and time.train.steps == 3000 / 2.5
     for config in (flops, time):
-        assert config.model == recipe.model and config.train.batch_size == patch.train.batch_size
+        assert config.model == recipe.model and config.train.batch_size == joint.train.batch_size
         rise = config.objective.teacher_decay_steps / config.train.steps
         assert rise == pytest.approx(400 / 500, rel=1e-2)
         assert replace(config.objective, teacher_decay_steps=400) == recipe.objective
@@ -81,15 +81,16 @@ def test_the_time_of_a_step_is_measured_once(tmp_path, monkeypatch) -> None:
 def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
     plan = small_plan(tmp_path / "data")
     plan.write(tmp_path)
-    for name in ("patch", "patch-scratch"):
-        for rate in plan.rates:
-            fake(plan, tmp_path, name, "pitch", rate, 0, 0.5, 5)
+    for rate in plan.rates:
+        fake(plan, tmp_path, "patch-scratch", "pitch", rate, 0, 0.5, 5)
     write_probe(tmp_path, "patch", report("pitch", "untrained", 0.5, 0.4))
     page = write_page(tmp_path, tmp_path / "docs").read_text()
     section = page[page.index("## Joint objective and latent targets") :].split("\n## ")[0]
-    assert "This group was not run; `ssast bench reproduce --only latent-flops" in section
+    assert "This group was not run; `ssast bench reproduce --only joint latent-flops" in section
     assert "Not finished yet" in page and not any(name in page.split("##")[0] for name in LATENT)
 
+    for rate in plan.rates:
+        fake(plan, tmp_path, "joint", "pitch", rate, 0, 0.5, 5)
     for name in LATENT[::2]:
         for rate in plan.rates:
             fake(plan, tmp_path, name, "pitch", rate, 0, 0.5, 9 if name == LATENT[0] else 5)
@@ -99,17 +100,17 @@ def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
     section = page[page.index("## Joint objective and latent targets") :].split("\n## ")[0]
     for row in (
         "patch, from scratch | 50.0 (1 of 2) | 50.0 (1) | 40.0 |",
-        "patch, pretrained | 50.0 (1 of 2) | not finished | not finished |",
+        "joint | 50.0 (1 of 2) | not finished | not finished |",
         "encoder of latent targets, from scratch | 50.0 (1 of 2) | 55.0 (1) | 45.0 |",
-        "FLOPs of the patch model | 90.0 (1 of 2) | 90.0 (1) | 80.0 |",
-        "time of the patch model | not finished | not finished | not finished |",
+        "as many FLOPs | 90.0 (1 of 2) | 90.0 (1) | 80.0 |",
+        "as much time | not finished | not finished | not finished |",
     ):
         assert row in section
     scratch = "against encoder of latent targets, from scratch"
-    flops = "- *Probed, best layer*, latent targets, FLOPs of the patch model"
+    flops = "- *Probed, best layer*, latent targets, as many FLOPs"
     assert f"{flops}, {scratch}: 90.0 against 55.0 % on average over 1 of 2 tasks. " in section
     assert "Significantly better on: pitch." in section.split(f"{flops}, {scratch}")[1]
-    assert f"{flops}, against patch, pretrained: not finished." in section
+    assert f"{flops}, against joint: not finished." in section
 
 
 def test_intervals_that_do_not_overlap() -> None:
@@ -134,6 +135,6 @@ def test_the_group_runs(tmp_path, capsys) -> None:
     tuned = load_config(tmp_path / "run/finetune/latent-time/pitch/lr0.001-seed0/config.yaml")
     assert (tuned.model.norm, tuned.model.extra_tokens) == ("post", "cls")
     section = "\n".join(objectives(plan, tmp_path / "run", {}))
-    assert "| latent targets, time of the patch model | 2 | 48 |" in section
+    assert "| latent targets, as much time | 2 | 48 |" in section
     found = read_reports(tmp_path / "run")
     assert set(found) == {("latent-time", "pitch"), ("latent-scratch", "pitch")}

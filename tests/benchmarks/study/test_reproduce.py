@@ -15,11 +15,9 @@ from ssast.benchmarks.study.analysis import (
     published_gain,
     significant_sign,
 )
+from ssast.benchmarks.study.models import FAMILIES, GROUPS, MODELS
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
-    FAMILIES,
-    GROUPS,
-    MODELS,
     FineTuning,
     best_rate,
     check_no_leak,
@@ -56,10 +54,10 @@ def test_settings_are_the_published_ones_scaled(plan):
     assert configs["frame"].objective.mask == "random"
     assert configs["patch"].objective.mask == "official"
     assert {n: c.train.steps for n, c in configs.items()} == {
-        name: 8 if name in ("patch", "frame") else 2 for name in configs if "latent" not in name
-    } | {"latent-flops": 3, "latent-time": 2}
-    changed = {"generative": "kind", "discriminative": "kind", "uniform": "mask"}
-    changed |= {"paper": "softmax_axis", "masked-100": "num_masked", "masked-250": "num_masked"}
+        name: {"patch": 80, "frame": 80, "joint": 8}.get(name, 2) for name in configs
+    } | {"latent-flops": 3}
+    changed = {"generative": "kind", "discriminative": "kind"}
+    changed |= {"masked-100": "num_masked", "masked-250": "num_masked"}
     for name, key in changed.items():
         ours, reference = vars(configs[name].objective), vars(configs["short"].objective)
         assert {k for k in ours if ours[k] != reference[k]} == {key}
@@ -73,15 +71,15 @@ def test_settings_are_the_published_ones_scaled(plan):
 
 
 def test_the_hours_are_filled(plan):
-    tuned, others = 7 * (2 + 1), 7 * 2  # two rates with seed 0, the chosen one with seed 1
+    tuned, others = 8 * (2 + 1), 5 * 2  # two rates with seed 0, the chosen one with seed 1
     assert num_runs(plan, "pitch") == tuned + others
     rates, runs = {"pretrain": 100.0, "finetune": 50.0}, {"a": 10, "b": 20}
-    steps, epochs = steps_and_epochs(2.0, rates, {"a": 100, "b": 200}, runs)
-    shares = sum(model.share for group in GROUPS for model in group)
+    steps, epochs = steps_and_epochs(2.0, rates, {"a": 100, "b": 200}, runs, 4)
+    shares = sum(m.share * (4 if m.replicated else 1) for group in GROUPS for m in group)
     seconds = steps * shares * 24 / 100 + epochs * (1000 + 4000) / 50
     assert 0.75 * 7200 < seconds <= 0.8 * 7200
     with pytest.raises(ConfigError, match=r"--hours 0.01 is too short: one epoch .* 0.063 hours"):
-        steps_and_epochs(0.01, rates, {"a": 100, "b": 200}, runs)
+        steps_and_epochs(0.01, rates, {"a": 100, "b": 200}, runs, 4)
 
 
 def test_the_learning_rate_is_chosen_on_held_out_clips(plan, tmp_path):
@@ -94,7 +92,7 @@ def test_the_learning_rate_is_chosen_on_held_out_clips(plan, tmp_path):
     assert chosen_rate(plan, model, "pitch", tmp_path) is None  # one is still to be tried
     fake(plan, tmp_path, "patch", "pitch", 3e-3, 0, 0.6, 1)
     assert chosen_rate(plan, model, "pitch", tmp_path) == 3e-3
-    assert chosen_rate(plan, MODELS["uniform"], "pitch", tmp_path) == 3e-3
+    assert chosen_rate(plan, MODELS["generative"], "pitch", tmp_path) == 3e-3
     (FineTuning(model, "pitch", 3e-3, 0).folder(tmp_path) / "diverged.txt").touch()
     assert chosen_rate(plan, model, "pitch", tmp_path) == 1e-3
 
@@ -143,11 +141,14 @@ def test_the_error_of_a_gain_is_its_spread():
 
 def test_the_work_is_shared(plan, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(Study, "pretrain", lambda self, model: not done.append(model.name))
+    monkeypatch.setattr(
+        Study, "pretrain", lambda self, model, seed=0: not done.append(model.run(seed))
+    )
     monkeypatch.setattr(Study, "score", lambda self, model, task, rates, seed: True)
+    monkeypatch.setattr(Study, "probe", lambda self, model: True)
     study = Study(plan, tmp_path)
     study.run(["frame", "frame-scratch", "short"])
-    assert done == ["frame", "short"]
+    assert done == ["frame", "short", "short", "short-seed1"]  # one for each seed
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="--only short: needs the learning rates of patch"):
         study.score(MODELS["short"], "pitch", (), 0)
@@ -172,7 +173,7 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
         weights = {f"weight/{name}": value for name, value in state.items()}
         checkpoints.save(weights, {"config": to_plain(config)}, step=plan.steps - 1)
     command = ["--out", str(tmp_path), "--checkpoints", str(tmp_path / "released")]
-    with pytest.raises(CheckpointError, match="patch has 7 of 8 steps"):
+    with pytest.raises(CheckpointError, match="patch has 79 of 80 steps"):
         release(command)
     for family in FAMILIES:
         checkpoints = Checkpoints(tmp_path / "pretrain" / family / "checkpoints")
@@ -187,7 +188,7 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
     for path in paths:
         text = (path / "README.md").read_text()
         assert "| pitch: pitch | 50.0 | 30.0 | 90.0 |" in text
-        assert "8 steps, batch size 24" in text and "1.2 h of 24 clips" in text
+        assert "80 steps, batch size 24" in text and "1.2 h of 24 clips" in text
         model, config = load_pretrained(path)
         number = sum(p.numel() for p in model.parameters())
         assert f"{number / 1e6:.2f} M weights" in text

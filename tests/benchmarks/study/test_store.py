@@ -12,9 +12,9 @@ from study_runs import SMALL, fake, small_plan
 
 from ssast.benchmarks.study import plan as planning
 from ssast.benchmarks.study import reproduce, runs, store
+from ssast.benchmarks.study.models import MODELS
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
-    MODELS,
     FineTuning,
     finetuning_config,
     kept_models,
