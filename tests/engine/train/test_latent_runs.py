@@ -1,10 +1,12 @@
 """Runs with latent targets: they train, resume, are opened, and end where they collapse."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from runs import lines, overrides
+from runs import environment, lines, overrides
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
@@ -28,6 +30,8 @@ LATENT = {
     "train__validate_every": 4,
     "train__steps": 8,
 }
+
+STATISTICS = {"target_std", "prediction_std"}  # over the patches of a rank's part of a batch
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,40 @@ def test_a_run_resumes_bit_for_bit(run, configure, tmp_path):
         Checkpoints.load(Checkpoints(folder / "checkpoints").latest())[0] for folder in (run, other)
     )
     assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_bit_for_bit_and_train_as_one(run, data, config_file, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "-m", "ssast.engine.cli", "pretrain", str(config_file)]
+
+    def train(folder, *given, **changed):
+        settings = overrides(**LATENT | {"train__zero_stage": 2} | changed)
+        done = subprocess.run(
+            [*launcher, *settings, *data, f"run.folder={folder}", *given],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    train(whole)
+    train(other, train__steps=4)
+    train(other, "--resume")
+    for split in ("train", "valid"):
+        assert lines(other, split) == lines(whole, split)
+        for ours, theirs in zip(lines(whole, split), lines(run, split), strict=True):
+            for name in ours.keys() - STATISTICS:
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-5), name
+    ours, theirs = (
+        Checkpoints.load(Checkpoints(folder / "checkpoints").latest())[0]
+        for folder in (whole, other)
+    )
+    assert ours.keys() == theirs.keys() and any(name.startswith("ema/") for name in ours)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
