@@ -52,12 +52,20 @@ class Study:
         out: Folder of the runs.
         store: Folder of the store; None: there is none.
         kept: Also fine-tune from the weights kept during the pretraining of the main models.
+        groups: Models, the most important first.
     """
 
-    def __init__(self, plan: Plan, out: Path, store: Path | None = None, kept: bool = False):
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        store: Path | None = None,
+        kept: bool = False,
+        groups: Sequence[Sequence[Model]] = GROUPS,
+    ):
         self.plan, self.out = plan, out
         self.store = Store(out, store)
-        self.groups = (*GROUPS, kept_models(plan)) if kept else GROUPS
+        self.groups = (*groups, kept_models(plan)) if kept else groups
         self.only: frozenset[str] = frozenset()
 
     def run(self, only: Sequence[str]) -> None:

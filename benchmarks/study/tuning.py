@@ -20,6 +20,7 @@ from ssast.benchmarks.study.models import Model
 from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy, probe_folder
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
+from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.layer_probe import REPORTS
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.clips.manifest import read_clips, write_manifest
@@ -160,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with in_turn(options.out, "another process makes the data"):
         data = options.out / "data"
-        if not data.exists() and not options.page:
+        if options.page and not data.exists():
+            raise ConfigError(f"{options.out}: no runs of ssast bench tuning there")
+        if not data.exists():
             fetch_sounds(options.sounds)
             fetch_demo(options.prompts, packages=PROMPT_PACKAGES, tasks=PROMPT_TASKS)
             with replacing(data) as new:
@@ -175,14 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides=tuple(options.overrides),
     )
     names = options.only or tuple(VARIATIONS)
-    even = evenly(data)
-    models = {
-        name: replace(model, changes=(*model.changes, *even)) if name.endswith("-even") else model
-        for name, model in VARIATIONS.items()
-    }
     if not options.page:
-        study = Study(plan, options.out)
-        study.groups = (tuple(models.values()),)
+        even = evenly(data)
+        models = tuple(
+            replace(model, changes=(*model.changes, *even)) if name.endswith("-even") else model
+            for name, model in VARIATIONS.items()
+        )
+        study = Study(plan, options.out, groups=(models,))
         try:
             study.run(names)
         except Interrupted as stopped:

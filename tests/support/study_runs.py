@@ -26,6 +26,13 @@ def small_plan(data: Path) -> Plan:
     )
 
 
+def fake_scores(run: Path, **scores: float) -> None:
+    """The metrics of a finished fine-tuning, by split."""
+    for split, value in scores.items():
+        (run / split).mkdir(parents=True, exist_ok=True)
+        (run / split / "metrics.json").write_text(json.dumps({"accuracy": value}))
+
+
 def fake(plan, out, model, task, rate, seed, valid, right=None):
     """The files of a finished fine-tuning, with so many of ten test clips named rightly."""
     models = {**MODELS, **{each.name: each for each in kept_models(plan)}}
@@ -33,8 +40,7 @@ def fake(plan, out, model, task, rate, seed, valid, right=None):
     for split, value in (("valid", valid), ("test", right and right / 10)):
         if value is None:
             continue
-        (run / split).mkdir(parents=True, exist_ok=True)
-        (run / split / "metrics.json").write_text(json.dumps({"accuracy": value}))
+        fake_scores(run, **{split: value})
         with (run / split / "predictions.csv").open("w", newline="") as file:
             rows = [("a.wav", "x", "x" if clip < round(10 * value) else "y") for clip in range(10)]
             csv.writer(file).writerows([("wav", "labels", "class1"), *rows])

@@ -1,0 +1,106 @@
+"""`ssast bench tuning`: its variations, its tasks and its table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prepared import prepared
+from sounds import tone, write
+from study_runs import fake_scores, small_plan
+
+from ssast.benchmarks.study.plan import FineTuning, pretraining_config, probe_folder
+from ssast.benchmarks.study.tuning import (
+    RATE,
+    VARIATIONS,
+    evenly,
+    kit_label,
+    main,
+    scores,
+    write_data,
+)
+from ssast.engine.config import load_config
+from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation.layer_probe import REPORTS
+from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+
+KITS = "hydrogen-drumkits/usr/share/hydrogen/data/drumkits"
+
+
+def test_a_kit_is_told_from_other_pieces():
+    found = kit_label(f"{KITS}/Millo/Snare-3.wav")
+    assert found is not None and (found.label, found.group) == (
+        "Millo",
+        kit_label(f"{KITS}/Millo/Snare-4.flac").group,
+    )
+    assert kit_label("sonic-pi-samples/usr/share/samples/bd_808.flac") is None
+
+
+def test_each_variation_changes_what_it_says(tmp_path):
+    plan = replace(small_plan(tmp_path / "data"), overrides=())
+    configs = {n: pretraining_config(plan, m, tmp_path) for n, m in VARIATIONS.items()}
+    for family in ("patch", "frame", "latent"):
+        base, plain = configs[family], configs[f"{family}-padding"]
+        assert base.audio == replace(plain.audio, ignore_padding=True)
+        assert not plain.audio.ignore_padding
+        assert (base.objective, base.optim, base.model) == (
+            plain.objective,
+            plain.optim,
+            plain.model,
+        )
+    long = configs["patch-long"]  # as many frames in each step, and the same share is masked
+    assert long.audio.num_frames * long.train.batch_size == 128 * 24
+    assert long.objective.num_masked == 2 * configs["patch"].objective.num_masked
+    assert {config.train.steps for config in configs.values()} == {plan.steps}
+
+
+def test_the_data(tmp_path):
+    packages = {f"{KITS}/{kit}": 30 for kit in ("One", "Two")} | {"scratch/sounds": 3}
+    for number, (folder, count) in enumerate(packages.items()):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        for n in range(count):
+            path = tmp_path / "in" / folder / f"{'abcdefghij'[n % 10]}{n}.wav"
+            write(path, tone(3200, seed=100 * number + n), subtype="PCM_16")
+    index = prepared(tmp_path / "in", tmp_path / "sounds")
+    write_manifest(tmp_path / "sounds/train.json", index)
+    data = write_data(tmp_path / "run/data", tmp_path / "sounds", tmp_path / "sounds")
+    assert len(read_manifest(data / "train.json")) == 63
+    tasks = {path.stem: read_manifest(path) for path in (data / "tasks").iterdir()}
+    assert set(tasks) == {"kit_train", "kit_eval"}  # of the others there are too few clips
+    assert sum(map(len, tasks.values())) == 60
+    assert set(tasks["kit_eval"].labels) == {("One",), ("Two",)}
+    none, mix = evenly(data)
+    config = load_config("demo", [none, mix, "objective.num_masked=2"])
+    assert config.data.train is None
+    weights = {Path(path).stem: weight for path, weight in config.data.mix.items()}
+    assert weights == {"hydrogen-drumkits": pytest.approx(7.75), "scratch": pytest.approx(1.73)}
+
+
+def test_the_table(tmp_path):
+    plan = replace(small_plan(tmp_path / "data"), seeds=2, rates=(RATE,))
+    model = VARIATIONS["patch-half"]
+    for seed, task in ((0, "pitch"), (1, "pitch"), (0, "tone")):
+        fake_scores(FineTuning(model, task, RATE, seed).folder(tmp_path), test=0.4 + 0.2 * seed)
+    folder = probe_folder(tmp_path, model)
+    folder.mkdir(parents=True)
+    reports = [
+        {"task": task, "weights": weights, "best_accuracy": score}
+        for task, weights, score in (
+            ("pitch", "untrained", 0.1),
+            ("pitch", "checkpoint", 0.5),
+            ("tone", "checkpoint", 0.7),
+        )
+    ]
+    (folder / REPORTS).write_text(json.dumps(reports))
+    log = tmp_path / "pretrain" / model.name / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text(json.dumps({"step": 8, "valid/pretext_accuracy": 0.125}) + "\n")
+    text = "\n".join(scores(plan, tmp_path))
+    assert "| pretraining | pretext accuracy | pitch | tone | mean |" in text
+    assert "| 32 of 64 masked | 12.5 | 50.0 | 40.0 | 45.0 | 60.0 |" in text
+    assert "rate 5e-4" not in text  # not finished
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"run: no runs of ssast bench tuning there"):
+        main(["--out", str(tmp_path / "run"), "--page"])
