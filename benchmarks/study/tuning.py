@@ -1,8 +1,8 @@
 """Try settings of pretraining cheaply, before a long run: `ssast bench tuning`.
 
-Each variation sees as many clips of the study's recordings. Then it is fine-tuned and probed by
-layer on tasks that the study does not report: voices of telephone prompts (other recordings), drum
-kits and Mandarin tones. Runs that are finished are kept; processes with one folder share the work.
+Each variation is pretrained as long on the study's recordings. Then it is fine-tuned on tasks that
+the study does not report: voices of telephone prompts (other recordings), drum kits and Mandarin
+tones. Runs that are finished are kept; processes with one folder share the work.
 """
 
 import argparse
@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from ssast.benchmarks.study.models import Model
-from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy, probe_folder
+from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.layer_probe import REPORTS
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.clips.manifest import read_clips, write_manifest
 from ssast.pipelines.clips.shards import ShardIndex
@@ -67,7 +66,6 @@ def _variation(
         num_masked=410 if latent else num_masked,
         changes=(f"audio.ignore_padding={str(not padding).lower()}", *changes),
         recipe="eat_demo" if latent else "demo",
-        probed=True,
     )
 
 
@@ -236,24 +234,17 @@ def scores(plan: Plan, out: Path) -> list[str]:
                 ]
             )
         ]
-        path = probe_folder(out, model) / REPORTS
-        if len(tuned) < len(plan.tasks) or not path.exists():
+        if len(tuned) < len(plan.tasks):
             continue
-        reports = [
-            report
-            for report in json.loads(path.read_text(encoding="utf-8"))
-            if report["weights"] != "untrained"
-        ]
-        probed = [report["best_accuracy"] for report in reports]
         log = read_metrics(out / "pretrain" / model.name / "metrics.jsonl")
         told = scalars(log, "valid/pretext_accuracy")
-        values = [*tuned, statistics.mean(tuned), statistics.mean(probed)]
+        values = [*tuned, statistics.mean(tuned)]
         rows.append([
             model.what,
             f"{100 * told[-1][1]:.1f}" if told else "",
             *(f"{100 * value:.1f}" for value in values),
         ])  # fmt: skip
-    header = ["pretraining", "pretext accuracy", *plan.tasks, "mean", "probe, best layer, mean"]
+    header = ["pretraining", "pretext accuracy", *plan.tasks, "mean"]
     return table(header, rows)
 
 
