@@ -11,20 +11,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import soundfile
 import torch
 
 from ssast.benchmarks.study.plan import accuracy
+from ssast.benchmarks.study.sounds import write_sounds
 from ssast.benchmarks.study.tables import PLUS_MINUS
 from ssast.engine.config import Config, load_config
 from ssast.engine.finetune import finetune
 from ssast.engine.parallel.ranks import World
 from ssast.engine.planning.synthetic import SyntheticContext, noise, synthetic_task
 from ssast.engine.train.finetuning import is_finished
-from ssast.pipelines.clips.manifest import write_manifest
 
-RATE_HZ, NUM_CLASSES = 16000, 8
 SETTINGS: dict[str, tuple[str, ...]] = {  # name: what is dropped
     "all tokens": (),
     "drop_tokens 0.2": ("finetune.drop_tokens=0.2",),
@@ -66,25 +63,6 @@ def measure_passes(batch: int, repeats: int) -> dict[str, float]:
                 times[name].append(time.process_time() - began)
             task.module.zero_grad()
     return {name: statistics.median(found[1:]) for name, found in times.items()}
-
-
-def write_sounds(folder: Path, each: int, seed: int) -> Path:
-    """Write tones in noise, a quarter of an octave from class to class; return their manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random, paths, labels = np.random.default_rng(seed), list[Path](), list[list[str]]()
-    times = np.arange(int(1.3 * RATE_HZ)) / RATE_HZ
-    for number in range(NUM_CLASSES):
-        for take in range(each):
-            pitch_hz = 400 * 2 ** (number / 4) * random.uniform(0.96, 1.04)
-            sound = 0.1 * np.sin(2 * np.pi * pitch_hz * times)
-            sound *= times > random.uniform(0, 1)  # begins anywhere in the first second
-            sound += 0.1 * random.standard_normal(len(times))
-            paths.append(folder / f"{number}-{take}.wav")
-            labels.append([f"pitch{number}"])
-            soundfile.write(paths[-1], sound.astype(np.float32), RATE_HZ, subtype="PCM_16")
-    manifest = folder.with_suffix(".json")
-    write_manifest(manifest, paths, labels)
-    return manifest
 
 
 def run_config(

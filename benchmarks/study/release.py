@@ -5,6 +5,7 @@ The cards are generated from the files of the runs, as the results page is.
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +13,25 @@ import torch
 
 from ssast.benchmarks.study.analysis import Cells, gather
 from ssast.benchmarks.study.models import FAMILIES, MODELS
+from ssast.benchmarks.study.objectives import read_reports
 from ssast.benchmarks.study.page import OUT, stored_plan
 from ssast.benchmarks.study.plan import BATCH, Plan, weights_of
+from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.errors import CheckpointError
+from ssast.engine.evaluation.pretext import pretext_losses
 from ssast.engine.formats.open import load_pretrained, open_encoder
 from ssast.pipelines.files import write_atomically
 
 CHECKPOINTS = Path("checkpoints")
 CARD = "README.md"
+EACH, SEED = 8, 0  # made sounds of each class, for the figures that can be checked anywhere
+FIGURES = {
+    "infonce_loss": "InfoNCE (nats)",
+    "mse_loss": "MSE",
+    "pretext_accuracy": "pretext accuracy",
+}
 
 
 def release(out: Path, folder: Path) -> list[Path]:
@@ -44,12 +54,59 @@ def release(out: Path, folder: Path) -> list[Path]:
             raise CheckpointError(f"{out}: {family} has {step} of {plan.steps} steps")
         path = folder / f"tiny_{family}"
         export_weights(loaded.model, loaded.config, step, path, torch.float16)
-        write_atomically(path / CARD, card(plan, cells, family, step, path))
+        write_atomically(path / CARD, card(out, plan, cells, family, step, path))
         written.append(path)
     return written
 
 
-def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
+def figures(weights: Path) -> dict[str, float]:
+    """Compute the losses of a released model on made sounds, which need no download."""
+    with tempfile.TemporaryDirectory() as folder:
+        sounds = write_sounds(Path(folder, "sounds"), EACH, SEED)
+        found = pretext_losses(weights, sounds, progress=False)
+    return {name: found[name] for name in FIGURES}
+
+
+def checked(weights: Path) -> list[str]:
+    """Tabulate the figures that a test computes again."""
+    found = figures(weights)
+    return [
+        f"On {EACH * NUM_CLASSES} made sounds (`ssast.benchmarks.study.sounds`, seed {SEED}), with "
+        "the masks of a validation. They need no download, and a test computes these figures "
+        "again:",
+        "",
+        *table(["", "this model"], [(what, f"{found[n]:.4f}") for n, what in FIGURES.items()]),
+    ]
+
+
+def layers(out: Path, plan: Plan, family: str) -> list[str]:
+    """Tabulate the probe's accuracies by layer; nothing where it is not finished."""
+    reports = read_reports(out)
+    found = {task: reports[family, task] for task in plan.tasks if (family, task) in reports}
+    if not found:
+        return []
+    names = [score["layer"] for score in next(iter(found.values()))["scores"]]
+    rows = []
+    for number, name in enumerate(names):
+        row = [name]
+        for report in found.values():
+            text = f"{100 * report['scores'][number]['accuracy']:.1f}"
+            row.append(f"**{text}**" if name == report["best"] else text)
+        rows.append(row)
+    untrained = [reports.get((f"{family}-scratch", task)) for task in found]
+    if all(untrained):
+        best = [f"{100 * report['best_accuracy']:.1f}" for report in untrained if report]
+        rows.append(["untrained, best layer", *best])
+    return [
+        "Test accuracy in percent of a linear head on frozen features, the mean of the patch "
+        "tokens, by layer: 0 is the patch embedding, `weighted` the learned sum of all layers. "
+        "Bold: the layer that is best on held-out training clips; `ssast embed --layer` takes it.",
+        "",
+        *table(["layer", *found], rows),
+    ]
+
+
+def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
     """Write the model card, in Markdown."""
     weights, config = load_pretrained(path)
     number = sum(p.numel() for p in weights.parameters()) / 1e6
@@ -87,6 +144,7 @@ def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
                       f"mean {audio.mean:g}, standard deviation {audio.std:g}"),
             ("patches", f"{patches}, {rows} x {columns} of them"),
             ("masked patches", f"{objective.num_masked} of {rows * columns}, `{objective.mask}`"),
+            ("padding", "ignored" if audio.ignore_padding else "part of the input"),
             ("objective", f"{objective.kind}, softmax axis `{objective.softmax_axis}`"),
             ("training", f"{steps:,} steps, batch size {BATCH['pretrain']}, "
                          f"{config.train.precision}, {config.optim.name}, learning rate "
@@ -105,6 +163,8 @@ def card(plan: Plan, cells: Cells, family: str, steps: int, path: Path) -> str:
         f"deviation over {plan.seeds} seeds:",
         "",
         *table(["task", "largest class", "from scratch", "from these weights"], scores),
+        *layers(out, plan, family),
+        *checked(path),
         "All results: docs/results.md. `make reproduce` trains these weights again.",
         "",
         "## Limitations",

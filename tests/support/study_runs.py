@@ -7,7 +7,8 @@ from pathlib import Path
 from finetune_runs import make_sounds, manifest
 
 from ssast.benchmarks.study.models import MODELS
-from ssast.benchmarks.study.plan import FineTuning, Plan, kept_models
+from ssast.benchmarks.study.plan import FineTuning, Plan, kept_models, probe_folder
+from ssast.engine.evaluation.layer_probe import REPORTS
 from ssast.pipelines.clips.manifest import write_manifest
 
 SMALL = ("model.depth=1", "audio.num_frames=48", "data.num_threads=1")
@@ -44,3 +45,16 @@ def fake(plan, out, model, task, rate, seed, valid, right=None):
         with (run / split / "predictions.csv").open("w", newline="") as file:
             rows = [("a.wav", "x", "x" if clip < round(10 * value) else "y") for clip in range(10)]
             csv.writer(file).writerows([("wav", "labels", "class1"), *rows])
+
+
+def report(task: str, weights: str, best: float, weighted: float) -> dict[str, object]:
+    scores = [{"layer": "1", "accuracy": best}, {"layer": "weighted", "accuracy": weighted}]
+    interval = [best - 0.05, best + 0.05]
+    known = {"task": task, "weights": weights, "best": "1", "scores": scores}
+    return known | {"best_accuracy": best, "best_interval": interval}
+
+
+def write_probe(out: Path, model: str, *reports: dict[str, object]) -> None:
+    folder = probe_folder(out, MODELS[model])
+    folder.mkdir(parents=True)
+    (folder / REPORTS).write_text(json.dumps(reports))

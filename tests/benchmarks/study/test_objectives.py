@@ -1,11 +1,10 @@
 """Joint objective and latent targets side by side: settings, probes, and their section."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from study_runs import SMALL, fake, small_plan
+from study_runs import SMALL, fake, report, small_plan, write_probe
 
 from ssast.benchmarks.study import reproduce
 from ssast.benchmarks.study.models import MODELS
@@ -16,30 +15,15 @@ from ssast.benchmarks.study.plan import (
     Plan,
     finetuning_config,
     pretraining_config,
-    probe_folder,
 )
 from ssast.benchmarks.study.runs import Study
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.layer_probe import REPORTS
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.planning.trial import Trial
 from ssast.pipelines.errors import DataError
 
 LATENT = ("latent-flops", "latent-time", "latent-scratch")
-
-
-def report(task: str, weights: str, best: float, weighted: float) -> dict[str, object]:
-    scores = [{"layer": "1", "accuracy": best}, {"layer": "weighted", "accuracy": weighted}]
-    interval = [best - 0.05, best + 0.05]
-    known = {"task": task, "weights": weights, "best": "1", "scores": scores}
-    return known | {"best_accuracy": best, "best_interval": interval}
-
-
-def write_probe(out: Path, model: str, *reports: dict[str, object]) -> None:
-    folder = probe_folder(out, MODELS[model])
-    folder.mkdir(parents=True)
-    (folder / REPORTS).write_text(json.dumps(reports))
 
 
 def test_budgets_are_equal() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_runs import SMALL, fake, small_plan
+from study_runs import SMALL, fake, report, small_plan, write_probe
 
 from ssast.benchmarks.study.analysis import (
     Cell,
@@ -182,6 +182,8 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
         for rate in plan.rates:
             fake(plan, tmp_path, family, "pitch", rate, 0, 0.5, 9)
             fake(plan, tmp_path, f"{family}-scratch", "pitch", rate, 0, 0.5, 3)
+    reports = [report("pitch", "untrained", 0.45, 0.4), report("pitch", "checkpoint", 0.9, 0.8)]
+    write_probe(tmp_path, "patch", *reports)
     assert release(command) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.name for path in paths] == ["tiny_patch", "tiny_frame"]
@@ -192,6 +194,9 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
         model, config = load_pretrained(path)
         number = sum(p.numel() for p in model.parameters())
         assert f"{number / 1e6:.2f} M weights" in text
+        layers = "| 1 | **90.0** |\n| weighted | 80.0 |\n| untrained, best layer | 45.0 |"
+        assert (layers in text) == (path.name == "tiny_patch")
+        assert "| pretext accuracy | 0." in text
         assert config.model.patch == ((16, 16) if path.name == "tiny_patch" else (128, 2))
 
 
