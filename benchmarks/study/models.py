@@ -24,6 +24,7 @@ class Model:
         recipe: Recipe of its encoder and its objective.
         budget: What it has as much of as the patch model: pretraining steps, FLOPs or time.
         probed: Whether its layers are probed.
+        untrained: Whether those of an untrained encoder like it are, too.
         step: Step of its pretraining whose kept weights it has; None: those at the end.
     """
 
@@ -38,6 +39,7 @@ class Model:
     recipe: str = "demo"
     budget: Literal["steps", "flops", "time"] = "steps"
     probed: bool = False
+    untrained: bool = False
     step: int | None = None
 
     def run(self, seed: int = 0) -> str:
@@ -57,7 +59,14 @@ def _latent(
     share: float = COMPARISON,
 ) -> Model:
     return Model(
-        name, what, share=share, num_masked=410, recipe="eat_demo", budget=budget, probed=share > 0
+        name,
+        what,
+        share=share,
+        num_masked=410,
+        recipe="eat_demo",
+        budget=budget,
+        probed=share > 0,
+        untrained=budget == "flops",
     )
 
 
@@ -67,11 +76,11 @@ GROUPS: tuple[tuple[Model, ...], ...] = (
         Model("patch-scratch", "patch, from scratch", share=0.0),
     ),
     (
-        Model("frame", "frame, pretrained", "frame", probed=True),
+        Model("frame", "frame, pretrained", "frame", probed=True, untrained=True),
         Model("frame-scratch", "frame, from scratch", "frame", 0.0),
     ),
     (
-        Model("joint", "joint", share=COMPARISON, probed=True),
+        Model("joint", "joint", share=COMPARISON, probed=True, untrained=True),
         _latent("latent-flops", "latent targets, as many FLOPs", "flops"),
         _latent("latent-time", "latent targets, as much time", "time"),
         _latent("latent-scratch", "encoder of latent targets, from scratch", share=0.0),

@@ -15,6 +15,7 @@ from ssast.benchmarks.study.plan import Plan, probe_folder
 from ssast.benchmarks.study.tables import listed, of_seeds, table, training_s
 from ssast.engine.config import load_config
 from ssast.engine.evaluation.layer_probe import REPORTS, WEIGHTED
+from ssast.engine.evaluation.probe import UNTRAINED
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.errors import DataError
@@ -22,13 +23,6 @@ from ssast.pipelines.errors import DataError
 NOT_FINISHED = "not finished"
 JOINT, *LATENT, LATENT_SCRATCH = OBJECTIVES
 COMPARED = (MODELS["patch-scratch"], JOINT, LATENT_SCRATCH, *LATENT)
-UNTRAINED = {
-    "patch-scratch": ("patch", JOINT.name),
-    "frame-scratch": ("frame",),
-    LATENT_SCRATCH.name: tuple(model.name for model in LATENT),
-}
-"""Models whose probe also scores the untrained encoder."""
-
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
 """Reports of the probe, by names of model and task."""
 
@@ -79,9 +73,9 @@ def read_reports(out: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
 
 def _probed(model: Model, weights: str) -> str:
     """Return the name of the model that a report of a probe is of."""
-    if weights != "untrained":
+    if weights != UNTRAINED:
         return model.name
-    return next(name for name, probes in UNTRAINED.items() if model.name in probes)
+    return LATENT_SCRATCH.name if model in LATENT else f"{model.family}-scratch"
 
 
 def _costs(out: Path) -> list[str]:

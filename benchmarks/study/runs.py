@@ -170,7 +170,7 @@ class Study:
         return (kept / MANIFEST).exists()
 
     def probe(self, model: Model) -> bool:
-        """Probe the layers of a pretrained model, and those of an untrained one like it.
+        """Probe the layers of a pretrained model.
 
         Returns:
             Whether it is finished.
@@ -183,9 +183,8 @@ class Study:
                 task: (self.plan.labelled(task, "train"), self.plan.labelled(task, "eval"))
                 for task in self.plan.tasks
             }
-            reports = list(
-                probe_layers(open_model(weights_of(self.out, model)), tasks, progress=False)
-            )
+            weights = open_model(weights_of(self.out, model))
+            reports = list(probe_layers(weights, tasks, progress=False, untrained=model.untrained))
             folder.mkdir(parents=True, exist_ok=True)
             write_reports(reports, folder / REPORTS)
 

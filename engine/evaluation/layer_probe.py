@@ -16,7 +16,7 @@ import torch
 from ssast.engine.evaluation.features import Level, embed_encoder
 from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import BATCH, default_device, one_pass
-from ssast.engine.evaluation.probe import probed_encoders
+from ssast.engine.evaluation.probe import UNTRAINED, probed_encoders
 from ssast.engine.evaluation.probe_head import Features, Pooling, fit_head
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
@@ -154,6 +154,7 @@ def probe_layers(
     table: TableFormat = PLAIN,
     progress: bool = True,
     precision: Precision = "fp32",
+    untrained: bool = True,
 ) -> Iterator[LayerReport]:
     """Score each layer of the encoder of any model, and of an untrained one like it.
 
@@ -165,6 +166,7 @@ def probe_layers(
         table: What is set of the format of the manifests.
         progress: Show a progress bar on stderr, if that is a terminal.
         precision: Precision of matmuls and attention; features are float32.
+        untrained: Score the untrained encoder as well.
 
     Yields:
         A report for each encoder and task.
@@ -175,6 +177,8 @@ def probe_layers(
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
     labels, paths = read_tasks(tasks, table)
     for weights, encoder in probed_encoders(loaded).items():
+        if weights == UNTRAINED and not untrained:
+            continue
         device, columns = default_device(), "attentive" in poolings
         features = all_layers(
             encoder,

@@ -44,6 +44,7 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
 from ssast.pipelines.stream.stream import AudioStream
 
+UNTRAINED = "untrained"  # name of the fresh weights in scores
 MAX_PAIRED = 2000  # clips whose pairs are looked at
 
 
@@ -222,7 +223,7 @@ def probed_encoders(loaded: LoadedModel) -> dict[str, SpectrogramTransformer]:
     else:
         torch.manual_seed(0)
         fresh = build_encoder(model_settings(trained), loaded.audio, trained.embed.stride).eval()
-    return {"untrained": fresh, "checkpoint": trained}
+    return {UNTRAINED: fresh, "checkpoint": trained}
 
 
 def probe_model(

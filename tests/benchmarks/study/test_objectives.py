@@ -67,7 +67,6 @@ def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
     plan.write(tmp_path)
     for rate in plan.rates:
         fake(plan, tmp_path, "patch-scratch", "pitch", rate, 0, 0.5, 5)
-    write_probe(tmp_path, "patch", report("pitch", "untrained", 0.5, 0.4))
     page = write_page(tmp_path, tmp_path / "docs").read_text()
     section = page[page.index("## Joint objective and latent targets") :].split("\n## ")[0]
     assert "This group was not run; `ssast bench reproduce --only joint latent-flops" in section
@@ -78,6 +77,7 @@ def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
     for name in LATENT[::2]:
         for rate in plan.rates:
             fake(plan, tmp_path, name, "pitch", rate, 0, 0.5, 9 if name == LATENT[0] else 5)
+    write_probe(tmp_path, "joint", report("pitch", "untrained", 0.5, 0.4))
     reports = [report("pitch", "untrained", 0.55, 0.45), report("pitch", "checkpoint", 0.9, 0.8)]
     write_probe(tmp_path, "latent-flops", *reports)
     page = write_page(tmp_path, tmp_path / "docs").read_text()
