@@ -63,6 +63,7 @@ def _latent(
         what,
         share=share,
         num_masked=410,
+        changes=("train.batch_size=12",),  # each clip is seen under several masks
         recipe="eat_demo",
         budget=budget,
         probed=share > 0,

@@ -31,6 +31,7 @@ VALID_SHARE = 0.15  # fraction of a task's training clips: selects learning rate
 PRETRAINING_TIME = 0.45  # fraction of the hours
 LISTS = ("tasks", "ablation_tasks", "rates", "overrides")  # of a plan
 STEP_TIME = 0.8  # fraction of the time in training steps; the rest is validation and start-up
+IGNORE_PADDING = "audio.ignore_padding=true"  # of all models: many clips end early
 BATCH = {"pretrain": 24, "finetune": 16}
 SAVE_EVERY = 500  # steps; divides those whose weights are kept
 
@@ -50,7 +51,7 @@ class Plan:
         rates: Learning rates to try.
         overrides: Overrides of all runs, ``section.key=value``.
         hours: Time that steps and epochs were chosen to fill; None if they were given.
-        latent_time: Measured time of a pretraining step with latent targets, as a multiple of that
+        latent_time: Measured time of pretraining a clip with latent targets, as a multiple of that
             of the patch model; None before it was measured.
     """
 
@@ -163,23 +164,22 @@ def cost(plan: Plan, model: Model) -> float:
     Raises:
         ConfigError: The plan lacks the time of a step.
     """
-    if model.budget == "flops":
-        ours, theirs = (
-            step_flops_per_clip(_pretraining(plan, each, Path(), 1))
-            for each in (model, MODELS["patch"])
-        )
-        return ours / theirs
     if model.budget == "steps":
         return 1.0
+    ours, theirs = (_pretraining(plan, each, Path(), 1) for each in (model, MODELS["patch"]))
+    clips = ours.train.batch_size / theirs.train.batch_size
+    if model.budget == "flops":
+        return clips * step_flops_per_clip(ours) / step_flops_per_clip(theirs)
     if plan.latent_time is None:
         raise ConfigError("plan.json: latent_time is missing, expected a measured one")
-    return plan.latent_time
+    return clips * plan.latent_time
 
 
 def _pretraining(plan: Plan, model: Model, out: Path, steps: int, seed: int = 0) -> Config:
     settings = [
         f"data.train={Path(plan.data, 'train.json')}",
         "data.random_crop=true",  # else only the beginning of long clips is used
+        IGNORE_PADDING,
         f"train.steps={steps}",
         f"train.batch_size={BATCH['pretrain']}",
         f"train.log_every={max(1, steps // 200)}",
@@ -210,6 +210,8 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
         "demo_finetune",
         [
             f"data.train={plan.labelled(run.task, 'train')}",
+            IGNORE_PADDING,
+            *(change for change in run.model.changes if change.startswith("audio.ignore_padding")),
             f"data.valid_share={VALID_SHARE}",
             f"data.cache_folder={out / 'filterbanks'}",
             f"finetune.checkpoint={pretrained}",

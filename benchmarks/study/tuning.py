@@ -64,7 +64,7 @@ def _variation(
         what,
         "frame" if family == "frame" else "patch",
         num_masked=410 if latent else num_masked,
-        changes=(f"audio.ignore_padding={str(not padding).lower()}", *changes),
+        changes=("audio.ignore_padding=false", *changes) if padding else changes,
         recipe="eat_demo" if latent else "demo",
     )
 

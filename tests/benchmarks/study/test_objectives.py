@@ -33,11 +33,11 @@ def test_budgets_are_equal() -> None:
         pretraining_config(plan, MODELS[name], out)
         for name in ("joint", "latent-flops", "latent-time")
     )
-    spent = [step_flops_per_clip(c) * c.train.steps for c in (joint, flops)]
+    spent = [step_flops_per_clip(c) * c.train.steps * c.train.batch_size for c in (joint, flops)]
     assert spent[1] == pytest.approx(spent[0], rel=1e-3)
-    assert joint.train.steps == 3000 and time.train.steps == 3000 / 2.5
+    assert joint.train.steps == 3000 and time.train.steps == 3000 * 2 / 2.5
     for config in (flops, time):
-        assert config.model == recipe.model and config.train.batch_size == joint.train.batch_size
+        assert config.model == recipe.model and config.train.batch_size == 12
         rise = config.objective.teacher_decay_steps / config.train.steps
         assert rise == pytest.approx(400 / 500, rel=1e-2)
         assert replace(config.objective, teacher_decay_steps=400) == recipe.objective
@@ -119,6 +119,6 @@ def test_the_group_runs(tmp_path, capsys) -> None:
     tuned = load_config(tmp_path / "run/finetune/latent-time/pitch/lr0.001-seed0/config.yaml")
     assert (tuned.model.norm, tuned.model.extra_tokens) == ("post", "cls")
     section = "\n".join(objectives(plan, tmp_path / "run", {}))
-    assert "| latent targets, as much time | 2 | 48 |" in section
+    assert "| latent targets, as much time | 4 | 48 |" in section
     found = read_reports(tmp_path / "run")
     assert set(found) == {("latent-time", "pitch"), ("latent-scratch", "pitch")}

@@ -55,7 +55,7 @@ def test_settings_are_the_published_ones_scaled(plan):
     assert configs["patch"].objective.mask == "official"
     assert {n: c.train.steps for n, c in configs.items()} == {
         name: {"patch": 80, "frame": 80, "joint": 8}.get(name, 2) for name in configs
-    } | {"latent-flops": 3}
+    } | {"latent-flops": 6, "latent-time": 4}
     changed = {"generative": "kind", "discriminative": "kind"}
     changed |= {"masked-100": "num_masked", "masked-250": "num_masked"}
     for name, key in changed.items():
