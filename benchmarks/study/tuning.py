@@ -55,7 +55,7 @@ TASKS = (PROMPTS, KIT, TONE)
 
 
 def _variation(
-    name: str, what: str, *changes: str, num_masked: int = 400, padding: bool = False
+    name: str, what: str, *changes: str, num_masked: int | None = None, padding: bool = False
 ) -> Model:
     family = name.partition("-")[0]
     latent = family == "latent"
@@ -63,7 +63,7 @@ def _variation(
         name,
         what,
         "frame" if family == "frame" else "patch",
-        num_masked=410 if latent else num_masked,
+        num_masked=num_masked or (410 if latent else 400),
         changes=("audio.ignore_padding=false", *changes) if padding else changes,
         recipe="eat_demo" if latent else "demo",
     )
@@ -75,6 +75,7 @@ def _joint(family: str) -> list[Model]:
         _variation(family, f"{family}: 50 of 64 masked, rate 1e-3, 128 frames, batch 24"),
         _variation(f"{family}-padding", "padding as input, as published", padding=True),
         _variation(f"{family}-half", "32 of 64 masked", num_masked=256),
+        _variation(f"{family}-most", "58 of 64 masked", num_masked=464),
         _variation(f"{family}-slow", "rate 5e-4", "optim.lr=5e-4"),
         _variation(f"{family}-fast", "rate 2e-3", "optim.lr=2e-3"),
         _variation(f"{family}-long", "256 frames, batch 12", *long),
@@ -85,6 +86,7 @@ def _joint(family: str) -> list[Model]:
 def _latent() -> list[Model]:
     """Return variations of latent targets that take about as long as the others."""
     half, decay = f"train.batch_size={HALF}", "objective.teacher_decay"
+    single = (half, "objective.mask=random")
     few = ("train.batch_size=20", "objective.clones=4")
     return [
         _variation("latent", "latent: 8 clones, rate 1e-3, decay 0.99 to 0.999, batch 12", half),
@@ -93,7 +95,15 @@ def _latent() -> list[Model]:
         _variation("latent-fast", "rate 2e-3", half, "optim.lr=2e-3"),
         _variation("latent-few", "4 clones, batch 20", *few),
         _variation("latent-steady", "decay 0.996 to 0.9998", half, f"{decay}=[0.996, 0.9998]"),
-        _variation("latent-random", "single masked patches", half, "objective.mask=random"),
+        _variation("latent-random", "single masked patches", *single),
+        _variation("latent-seen", "38 of 64 single patches masked", *single, num_masked=307),
+        _variation(
+            "latent-still",
+            "the same, decay 0.999 to 0.9999",
+            *single,
+            f"{decay}=[0.999, 0.9999]",
+            num_masked=307,
+        ),
     ]
 
 
