@@ -30,6 +30,9 @@ NOISE_STD = 0.01
 """What the decoder is given for a masked patch: one of so many rows of normal noise, drawn for each
 clip, epoch, clone and patch. Published: fresh noise, which a resumed run could not repeat."""
 
+MEASURED = ("target_moments", "prediction_moments", "targets", "target_valid")
+"""Outputs of the forward pass that are no losses."""
+
 _EPS = 1e-5  # of both norms of the targets
 
 
@@ -122,7 +125,8 @@ class Latent(PretrainingModel):
 
         Returns:
             "loss" and its terms "latent_loss" and "cls_loss", [B]; for :meth:`mean_losses`
-            "target_moments" and "prediction_moments", [B, 2, D]: means of values and of squares.
+            "target_moments" and "prediction_moments", [B, 2, D]: means of values and of squares,
+            "targets", [B, N, D], and with padding "target_valid", [B, N] bool.
         """
         B, C, E = len(fbank), self.objective.clones, self.encoder.num_extra_tokens
         valid = valid_patches(masks)
@@ -143,6 +147,7 @@ class Latent(PretrainingModel):
         cls_loss = (cls - _mean(targets, own)).square().mean((1, 2))
         masked = _first(masks.mask_ids, masks.num_masked)
         masked = None if masked is None else masked[::C]
+        padding = {} if own is None else {"target_valid": own}
         return {
             "loss": latent_loss + cls_loss,
             "latent_loss": latent_loss,
@@ -150,6 +155,8 @@ class Latent(PretrainingModel):
             "target_moments": _moments(targets, own),
             # The first clone of each clip is sample enough.
             "prediction_moments": _moments(predictions[::C], masked),
+            "targets": targets,
+            **padding,
         }
 
     @torch.no_grad()
@@ -178,12 +185,15 @@ class Latent(PretrainingModel):
 
         Returns:
             The means, and "target_std" and "prediction_std": standard deviations over the patches
-            of all valid clips, averaged over channels. They go to 0 where training collapses.
+            of all valid clips, averaged over channels. They go to 0 where training collapses. And
+            "content_std", that of the targets between clips at the same patch: a latent loss as
+            high as its square is that of a student which knows nothing but positions.
         """
-        means = {name: value for name, value in losses.items() if not name.endswith("_moments")}
+        means = {name: value for name, value in losses.items() if name not in MEASURED}
         spread = {
             "target_std": _std(losses["target_moments"], valid),
             "prediction_std": _std(losses["prediction_moments"], valid),
+            "content_std": _content_std(losses["targets"], losses.get("target_valid"), valid),
         }
         return super().mean_losses(means, valid) | spread
 
@@ -241,3 +251,23 @@ def _std(moments: Tensor, valid: Tensor) -> Tensor:
     sums = moments.masked_fill(~valid[:, None, None], 0).sum(0)
     mean, square = (sums / valid.sum().clamp(min=1)).unbind()
     return (square - mean.square()).clamp(min=0).sqrt().mean()
+
+
+@torch.no_grad()
+def _content_std(targets: Tensor, patches: Tensor | None, valid: Tensor) -> Tensor:
+    """Return the standard deviation of [B, N, D] over clips at the same patch.
+
+    The variance is pooled over patches, and its root averaged over channels.
+
+    Args:
+        targets: [B, N, D].
+        patches: [B, N] bool, those that are no padding; all if None.
+        valid: [B] bool, the clips that count.
+    """
+    counted = valid[:, None] if patches is None else valid[:, None] & patches
+    counted = counted.expand(targets.shape[:2])[..., None]
+    number = counted.sum(0)
+    x = targets.masked_fill(~counted, 0)
+    x = (x - x.sum(0) / number.clamp(min=1)).masked_fill(~counted, 0)
+    free = (number - 1).clamp(min=0).sum().clamp(min=1)
+    return (x.square().sum((0, 1)) / free).sqrt().mean()

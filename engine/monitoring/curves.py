@@ -20,6 +20,7 @@ PANELS = (
     ("latent loss (MSE)", "train/latent_loss", "valid/latent_loss", "ema/latent_loss"),
     ("CLS loss (MSE)", "train/cls_loss", "valid/cls_loss", "ema/cls_loss"),
     ("standard deviation of the targets", "train/target_std", "valid/target_std"),
+    ("the same between clips at one patch", "train/content_std", "valid/content_std"),
     ("standard deviation of the predictions", "train/prediction_std", "valid/prediction_std"),
     ("accuracy", "train/accuracy", "valid/accuracy", "ema/accuracy"),
     ("mean average precision", "valid/map", "ema/map"),

@@ -8,7 +8,7 @@ over the steps since the line before:
     train/grad_norm                                                of the last step, unclipped
     train/infonce_loss, train/mse_loss, train/pretext_accuracy      pretraining
     train/latent_loss, train/cls_loss                               latent targets
-    train/target_std, train/prediction_std                          latent targets
+    train/target_std, train/content_std, train/prediction_std       latent targets
     train/accuracy                                                  fine-tuning on single labels
     perf/clips_per_s, perf/step_s                                   of all ranks together
     perf/tflops_per_device, perf/mfu                                mfu: of known accelerators
@@ -51,6 +51,7 @@ COLUMNS = (
     ("train/loss", "loss", "7.4f"),
     ("train/pretext_accuracy", "pretext acc", "6.1%"),
     ("train/target_std", "target std", "6.3f"),
+    ("train/content_std", "content std", "6.3f"),
     ("train/accuracy", "acc", "6.1%"),
     ("train/lr", "lr", ".2e"),
     ("train/grad_norm", "grad norm", "7.3f"),

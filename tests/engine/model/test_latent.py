@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssast.engine.config import from_plain
 from ssast.engine.model.embedding import sincos_positions
-from ssast.engine.model.latent import Latent
+from ssast.engine.model.latent import Latent, _content_std
 from ssast.engine.model.objective import build_objective, with_masks
 from ssast.kernels.masking import Masks, masks_from_ids
 
@@ -265,9 +265,27 @@ def test_the_spread_is_over_valid_clips() -> None:
     moments = torch.stack([torch.stack((x.mean(0), x.square().mean(0))) for x in rows])
     moments[1] = torch.nan
     losses |= {"target_moments": moments, "prediction_moments": 0 * moments.nan_to_num()}
+    losses["targets"] = torch.stack(rows)
+    losses["targets"][1] = torch.nan
     means = model.mean_losses(losses, torch.tensor([True, False, True]))
     expected = plain.spread([rows[0], rows[2]])
     assert means["target_std"].item() == pytest.approx(expected, rel=1e-9)
     assert means["prediction_std"].item() == 0.0 and means["loss"].item() == 2.0
     nothing = model.mean_losses(losses, torch.zeros(3, dtype=torch.bool))
     assert nothing["target_std"].item() == nothing["loss"].item() == 0.0
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_content_is_what_differs_between_clips_at_a_patch(padding: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    position = 5 * torch.randn(1, 60, 8, generator=draw, dtype=torch.float64)
+    content = 0.7 * torch.randn(50, 60, 8, generator=draw, dtype=torch.float64)
+    clips = torch.arange(50) % 7 > 0
+    patches = torch.rand(50, 60, generator=draw) < 0.8 if padding else None
+    counted = clips[:, None] & (
+        torch.ones(50, 60, dtype=torch.bool) if patches is None else patches
+    )
+    targets = (position + content).masked_fill(~counted[..., None], torch.nan)
+    assert _content_std(targets, patches, clips).item() == pytest.approx(0.7, rel=0.02)
+    alone = _content_std(targets, patches, torch.arange(50) == 1)  # nothing to compare it with
+    assert alone.item() == 0.0

@@ -31,7 +31,11 @@ LATENT = {
     "train__steps": 8,
 }
 
-STATISTICS = {"target_std", "prediction_std"}  # over the patches of a rank's part of a batch
+STATISTICS = {
+    "target_std",
+    "content_std",
+    "prediction_std",
+}  # over the patches of a rank's part of a batch
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def run(tmp_path_factory, configure):
 
 def test_metrics_and_checkpoints_of_a_run(run):
     train, valid = lines(run, "train"), lines(run, "valid")
-    names = {"loss", "latent_loss", "cls_loss", "target_std", "prediction_std"}
+    names = {"loss", "latent_loss", "cls_loss"} | STATISTICS
     assert all(names <= set(line) for line in train + valid)
     assert train[-1]["loss"] < train[0]["loss"]
     assert all(line["target_std"] > 0.1 for line in train)
