@@ -55,7 +55,12 @@ TASKS = (PROMPTS, KIT, TONE)
 
 
 def _variation(
-    name: str, what: str, *changes: str, num_masked: int | None = None, padding: bool = False
+    name: str,
+    what: str,
+    *changes: str,
+    num_masked: int | None = None,
+    padding: bool = False,
+    share: float = 1.0,
 ) -> Model:
     family = name.partition("-")[0]
     latent = family == "latent"
@@ -63,6 +68,7 @@ def _variation(
         name,
         what,
         "frame" if family == "frame" else "patch",
+        share,
         num_masked=num_masked or (410 if latent else 400),
         changes=("audio.ignore_padding=false", *changes) if padding else changes,
         recipe="eat_demo" if latent else "demo",
@@ -80,6 +86,7 @@ def _joint(family: str) -> list[Model]:
         _variation(f"{family}-fast", "rate 2e-3", "optim.lr=2e-3"),
         _variation(f"{family}-long", "256 frames, batch 12", *long),
         _variation(f"{family}-even", "packages drawn by the square root of their clips"),
+        _variation(f"{family}-scratch", "not pretrained", share=0.0),
     ]
 
 
@@ -95,6 +102,7 @@ def _latent() -> list[Model]:
         _variation("latent-fast", "rate 2e-3", half, "optim.lr=2e-3"),
         _variation("latent-few", "4 clones, batch 20", *few),
         _variation("latent-steady", "decay 0.996 to 0.9998", half, f"{decay}=[0.996, 0.9998]"),
+        _variation("latent-scratch", "not pretrained", share=0.0),
         _variation("latent-random", "single masked patches", *single),
         _variation("latent-seen", "38 of 64 single patches masked", *single, num_masked=307),
         _variation(
