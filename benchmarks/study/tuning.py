@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ssast.benchmarks.study.models import Model
-from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy
+from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy, chosen_rate
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
 from ssast.engine.errors import ConfigError
@@ -34,7 +34,7 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import replacing
 from ssast.pipelines.locks import in_turn
 
-STEPS, EPOCHS, RATE, LABELS = 1_200, 4, 1e-3, 250
+STEPS, EPOCHS, RATES, LABELS = 1_200, 4, (3e-4, 1e-3), 250
 HALF = BATCH["pretrain"] // 2
 OUT = Path("runs/tuning")
 _KIT = re.compile(r"^hydrogen-drumkits/.*/drumkits/([^/]+)/([^/]+)$")
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.steps,
         EPOCHS,
         options.seeds,
-        rates=(RATE,),
+        rates=RATES,
         overrides=tuple(options.overrides),
     )
     names = options.only or tuple(VARIATIONS)
@@ -240,31 +240,25 @@ def scores(plan: Plan, out: Path) -> list[str]:
     """Tabulate the test accuracies of what is finished, in percent."""
     rows = []
     for model in VARIATIONS.values():
-        tuned = [
-            statistics.mean(values)
-            for task in plan.tasks
-            if (
-                values := [
-                    value
-                    for seed in range(plan.seeds)
-                    if (value := accuracy(_tuned(model, task, seed).folder(out), "test"))
-                    is not None
-                ]
-            )
-        ]
-        if len(tuned) < len(plan.tasks):
+        found = [mean_accuracy(plan, model, task, out) for task in plan.tasks]
+        tuned = [value for value in found if value is not None]
+        if len(tuned) < len(found):
             continue
         log = read_metrics(out / "pretrain" / model.name / "metrics.jsonl")
         told = scalars(log, "valid/pretext_accuracy")
-        values = [*tuned, statistics.mean(tuned)]
         rows.append([
             model.what,
             f"{100 * told[-1][1]:.1f}" if told else "",
-            *(f"{100 * value:.1f}" for value in values),
+            *(f"{100 * value:.1f}" for value in (*tuned, statistics.mean(tuned))),
         ])  # fmt: skip
-    header = ["pretraining", "pretext accuracy", *plan.tasks, "mean"]
-    return table(header, rows)
+    return table(["pretraining", "pretext accuracy", *plan.tasks, "mean"], rows)
 
 
-def _tuned(model: Model, task: str, seed: int) -> FineTuning:
-    return FineTuning(model, task, RATE, seed)
+def mean_accuracy(plan: Plan, model: Model, task: str, out: Path) -> float | None:
+    """Return the mean over finished seeds, at the learning rate that held-out clips choose."""
+    rate = chosen_rate(plan, model, task, out)
+    if rate is None:
+        return None
+    runs = [FineTuning(model, task, rate, seed).folder(out) for seed in range(plan.seeds)]
+    values = [value for run in runs if (value := accuracy(run, "test")) is not None]
+    return statistics.mean(values) if values else None

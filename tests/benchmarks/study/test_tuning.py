@@ -11,7 +11,6 @@ from study_runs import fake_scores, small_plan
 
 from ssast.benchmarks.study.plan import FineTuning, pretraining_config
 from ssast.benchmarks.study.tuning import (
-    RATE,
     VARIATIONS,
     evenly,
     kit_label,
@@ -80,10 +79,12 @@ def test_the_data(tmp_path):
 
 
 def test_the_table(tmp_path):
-    plan = replace(small_plan(tmp_path / "data"), seeds=2, rates=(RATE,))
+    plan = replace(small_plan(tmp_path / "data"), seeds=2)
     model = VARIATIONS["patch-half"]
     for seed, task in ((0, "pitch"), (1, "pitch"), (0, "tone")):
-        fake_scores(FineTuning(model, task, RATE, seed).folder(tmp_path), test=0.4 + 0.2 * seed)
+        for rate in plan.rates:
+            run = FineTuning(model, task, rate, seed).folder(tmp_path)
+            fake_scores(run, valid=rate, test=(0.4 + 0.2 * seed) * rate / plan.rates[-1])
     log = tmp_path / "pretrain" / model.name / "metrics.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text(json.dumps({"step": 8, "valid/pretext_accuracy": 0.125}) + "\n")
