@@ -3,21 +3,18 @@
 import json
 
 import devices
-import noise_runs
 import pytest
 import torch
+from precision_jobs import NATIVE, build, choose
 from runs import lines, overrides
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
 from ssast.engine.model.objective import MSPM
-from ssast.engine.planning.synthetic import SyntheticContext, noise, synthetic_task
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train import precision
 from ssast.engine.train.precision import choose_precision
 
-AUTO = {"train__precision": "auto", "train__steps": 10**4}
-NATIVE = {"avx512_bf16": True}
 honest_forward = MSPM.forward
 
 if devices.current() != devices.CPU:
@@ -38,12 +35,6 @@ def times(monkeypatch):
         monkeypatch.setattr(precision, "_milliseconds", lambda work: work() and next(found))
 
     return set_times
-
-
-def build(world, finetune=False, **changed):
-    config = noise_runs.configure(finetune, **AUTO | changed)
-    torch.manual_seed(0)  # as a run does: of some weights, bf16 gradients are further off
-    return synthetic_task(SyntheticContext(config, world, fbank=noise(config, 4)))
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -137,17 +128,6 @@ def test_a_small_matrix_with_a_wrong_gradient_is_found(world):
     rounded[row] *= -1
     found = precision._wrong(task, exact, rounded)
     assert found.startswith(f"under bf16 the gradient of {trained[row - 1][0]} has")
-
-
-def choose(world, lacking):
-    """The choice of one rank, of which another may have a CPU without bf16."""
-    honest = torch.cpu.get_capabilities
-    torch.cpu.get_capabilities = lambda: {} if world.rank == lacking else NATIVE
-    before, precision._MARGIN = precision._MARGIN, 1e-6
-    try:
-        return tuple(choose_precision(build(world, train__batch_size=8), None))
-    finally:
-        torch.cpu.get_capabilities, precision._MARGIN = honest, before
 
 
 def test_ranks_agree(two_ranks):
