@@ -6,6 +6,8 @@ from typing import Literal
 FAMILIES = ("patch", "frame")
 COMPARISON = 0.1  # fraction of the pretraining steps for the comparison of the objectives
 SHORT = 0.03  # and for each pretraining of an ablation
+LATENT_MASKED = 307  # of 512: as in eat_demo
+LATENT_ENCODER = ("model.positions=sincos", "model.extra_tokens=cls", "model.norm=post")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _latent(
         name,
         what,
         share=share,
-        num_masked=410,
+        num_masked=LATENT_MASKED,
         changes=("train.batch_size=12",),  # each clip is seen under several masks
         recipe="eat_demo",
         budget=budget,
@@ -82,6 +84,13 @@ GROUPS: tuple[tuple[Model, ...], ...] = (
     ),
     (
         Model("joint", "joint", share=COMPARISON, probed=True, untrained=True),
+        Model(
+            "joint-encoder",
+            "joint, with the encoder of latent targets",
+            share=COMPARISON,
+            changes=LATENT_ENCODER,
+            probed=True,
+        ),
         _latent("latent-flops", "latent targets, as many FLOPs", "flops"),
         _latent("latent-time", "latent targets, as much time", "time"),
         _latent("latent-scratch", "encoder of latent targets, from scratch", share=0.0),

@@ -211,7 +211,6 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
         [
             f"data.train={plan.labelled(run.task, 'train')}",
             IGNORE_PADDING,
-            *(change for change in run.model.changes if change.startswith("audio.ignore_padding")),
             f"data.valid_share={VALID_SHARE}",
             f"data.cache_folder={out / 'filterbanks'}",
             f"finetune.checkpoint={pretrained}",
@@ -221,6 +220,7 @@ def finetuning_config(plan: Plan, run: FineTuning, out: Path) -> Config:
             f"train.batch_size={BATCH['finetune']}",
             "train.keep_checkpoints=1",
             *_encoder(plan, run.model),
+            *(c for c in run.model.changes if c.startswith(("audio.ignore_padding", "model."))),
             *plan.overrides,
             f"train.seed={run.seed}",
             f"run.folder={run.folder(out)}",

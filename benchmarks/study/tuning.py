@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssast.benchmarks.study.models import Model
+from ssast.benchmarks.study.models import LATENT_ENCODER, LATENT_MASKED, Model
 from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy, chosen_rate
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
@@ -69,7 +69,7 @@ def _variation(
         what,
         "frame" if family == "frame" else "patch",
         share,
-        num_masked=num_masked or (410 if latent else 400),
+        num_masked=num_masked or (LATENT_MASKED if latent else 400),
         changes=("audio.ignore_padding=false", *changes) if padding else changes,
         recipe="eat_demo" if latent else "demo",
     )
@@ -93,25 +93,22 @@ def _joint(family: str) -> list[Model]:
 def _latent() -> list[Model]:
     """Return variations of latent targets that take about as long as the others."""
     half, decay = f"train.batch_size={HALF}", "objective.teacher_decay"
-    single = (half, "objective.mask=random")
-    few = ("train.batch_size=20", "objective.clones=4")
+    blocks, few = "objective.mask=inverse_blocks", ("train.batch_size=20", "objective.clones=4")
+    base = (
+        "latent: 38 of 64 single patches masked, 8 clones, rate 1e-3, batch 12, decay 0.99 to 0.999"
+    )
     return [
-        _variation("latent", "latent: 8 clones, rate 1e-3, decay 0.99 to 0.999, batch 12", half),
+        _variation("latent", base, half),
         _variation("latent-padding", "padding as input, as published", half, padding=True),
-        _variation("latent-slow", "rate 5e-4", half, "optim.lr=5e-4"),
+        _variation("latent-most", "51 of 64 masked", half, num_masked=410),
+        _variation("latent-blocks", "all but blocks, 51 of 64", half, blocks, num_masked=410),
+        _variation(
+            "latent-slow", "the same, rate 5e-4", half, blocks, "optim.lr=5e-4", num_masked=410
+        ),
         _variation("latent-fast", "rate 2e-3", half, "optim.lr=2e-3"),
         _variation("latent-few", "4 clones, batch 20", *few),
-        _variation("latent-steady", "decay 0.996 to 0.9998", half, f"{decay}=[0.996, 0.9998]"),
+        _variation("latent-still", "decay 0.999 to 0.9999", half, f"{decay}=[0.999, 0.9999]"),
         _variation("latent-scratch", "not pretrained", share=0.0),
-        _variation("latent-random", "single masked patches", *single),
-        _variation("latent-seen", "38 of 64 single patches masked", *single, num_masked=307),
-        _variation(
-            "latent-still",
-            "the same, decay 0.999 to 0.9999",
-            *single,
-            f"{decay}=[0.999, 0.9999]",
-            num_masked=307,
-        ),
     ]
 
 
@@ -120,6 +117,7 @@ VARIATIONS = {
     for model in (
         *_joint("patch"),
         _variation("patch-random", "single masked patches", "objective.mask=random"),
+        _variation("patch-encoder", "the encoder of latent targets", *LATENT_ENCODER),
         *_joint("frame"),
         _variation("frame-clusters", "clusters of masked frames", "objective.mask=official"),
         *_latent(),

@@ -54,8 +54,9 @@ def test_settings_are_the_published_ones_scaled(plan):
     assert configs["frame"].objective.mask == "random"
     assert configs["patch"].objective.mask == "official"
     assert {n: c.train.steps for n, c in configs.items()} == {
-        name: {"patch": 80, "frame": 80, "joint": 8}.get(name, 2) for name in configs
-    } | {"latent-flops": 6, "latent-time": 4}
+        name: {"patch": 80, "frame": 80, "joint": 8, "joint-encoder": 8}.get(name, 2)
+        for name in configs
+    } | {"latent-flops": 4, "latent-time": 4}
     changed = {"generative": "kind", "discriminative": "kind"}
     changed |= {"masked-100": "num_masked", "masked-250": "num_masked"}
     for name, key in changed.items():
@@ -71,7 +72,7 @@ def test_settings_are_the_published_ones_scaled(plan):
 
 
 def test_the_hours_are_filled(plan):
-    tuned, others = 8 * (2 + 1), 5 * 2  # two rates with seed 0, the chosen one with seed 1
+    tuned, others = 9 * (2 + 1), 5 * 2  # two rates with seed 0, the chosen one with seed 1
     assert num_runs(plan, "pitch") == tuned + others
     rates, runs = {"pretrain": 100.0, "finetune": 50.0}, {"a": 10, "b": 20}
     steps, epochs = steps_and_epochs(2.0, rates, {"a": 100, "b": 200}, runs, 4)
