@@ -109,9 +109,7 @@ def _power(plan: Plan, cells: Cells) -> list[str]:
     ):
         found = spread(cells, names, tasks)
         if found is not None:
-            here, elsewhere = (
-                found.shown_by(plan.replicas, clips=clips) for clips in (False, True)
-            )
+            here, elsewhere = (found.shown_by(n, clips=clips) for clips in (False, True))
             rows.append([
                 what,
                 f"{100 * found.seeds:.1f}",

@@ -49,8 +49,6 @@ def kit_label(name: str) -> Label | None:
 KIT = Labelled("kit", "drum kit of an unseen piece", kit_label, 25, LABELS, even=True)
 PROMPTS = replace(PROMPT_TASKS[0], max_clips=LABELS)
 TONE = replace(next(task for task in DEMO_TASKS if task.name == "zh_tone"), max_clips=LABELS)
-
-
 TASKS = (PROMPTS, KIT, TONE)
 
 
@@ -147,8 +145,9 @@ def write_data(out: Path, sounds: Path, prompts: Path) -> Path:
         write_manifest(out / "packages" / f"{package}.json", clips.subset(np.array(numbers)))
     for folder, tasks in ((sounds, (KIT, TONE)), (prompts, (PROMPTS,))):
         index = ShardIndex(folder)
+        labelled = clips_of(index)
         for task in tasks:
-            write_task(task, index, clips_of(index), out / "tasks")
+            write_task(task, index, labelled, out / "tasks")
     return out
 
 
