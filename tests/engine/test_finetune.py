@@ -4,8 +4,6 @@ import csv
 import json
 import random
 import signal
-import subprocess
-import sys
 
 import devices
 import pytest
@@ -19,7 +17,7 @@ from finetune_runs import (
     overrides,
     plain_file,
 )
-from runs import call, environment, lines, stop_at
+from runs import call, call_on_two_ranks, lines, stop_at
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN
@@ -88,15 +86,7 @@ def test_a_killed_run_resumes_bit_for_bit(device, finetuned, splits, checkpoint,
 def test_two_ranks_train_as_one(finetuned, splits, checkpoint, recipe, tmp_path):
     run = tmp_path / "two"
     arguments = command(run, splits, checkpoint, recipe)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", "-m", "ssast.engine.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-        check=False,
-    )
+    done = call_on_two_ranks(*arguments)
     assert done.returncode == 0, done.stderr
     for split in ("train", "valid"):
         for ours, theirs in zip(lines(run, split), lines(finetuned[0], split), strict=True):

@@ -8,7 +8,7 @@ import sys
 import devices
 import pytest
 import torch
-from runs import call, environment, lines, make_data, overrides, stop_at
+from runs import call, call_on_two_ranks, environment, lines, make_data, overrides, stop_at
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import dump_config, load_config
@@ -106,17 +106,8 @@ def test_a_stopped_run_saves_first_and_resumes(number, status, whole, data, conf
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_train_as_one(stage, whole, data, config_file, tmp_path):
     run = tmp_path / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     settings = overrides(train__zero_stage=stage)
-    program = ["--nproc-per-node", "2", "-m", "ssast.engine.cli", "pretrain", str(config_file)]
-    done = subprocess.run(
-        [*launcher, *program, *settings, *data, f"run.folder={run}"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-        check=False,
-    )
+    done = call_on_two_ranks("pretrain", config_file, *settings, *data, f"run.folder={run}")
     assert done.returncode == 0, done.stderr
     for split in ("train", "valid"):
         for ours, theirs in zip(lines(run, split), lines(whole[0], split), strict=True):

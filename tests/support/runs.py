@@ -61,8 +61,17 @@ def environment() -> dict[str, str]:
 
 
 def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return _call(command(*arguments), cwd)
+
+
+def call_on_two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return _call([*launcher, "--nproc-per-node", "2", *command(*arguments)[1:]], None)
+
+
+def _call(words: list[str], cwd: Path | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments),
+        words,
         capture_output=True,
         text=True,
         env=environment(),

@@ -1,12 +1,10 @@
 """Runs with latent targets: they train, resume, are opened, and end where they collapse."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from runs import environment, lines, overrides
+from runs import call_on_two_ranks, lines, overrides
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
@@ -88,19 +86,10 @@ def test_a_run_resumes_bit_for_bit(run, configure, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_resume_bit_for_bit_and_train_as_one(run, data, config_file, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", "2", "-m", "ssast.engine.cli", "pretrain", str(config_file)]
-
     def train(folder, *given, **changed):
         settings = overrides(**LATENT | {"train__zero_stage": 2} | changed)
-        done = subprocess.run(
-            [*launcher, *settings, *data, f"run.folder={folder}", *given],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=300,
-            check=False,
-        )
+        words = (*settings, *data, f"run.folder={folder}", *given)
+        done = call_on_two_ranks("pretrain", config_file, *words)
         assert done.returncode == 0, done.stderr
 
     whole, other = tmp_path / "whole", tmp_path / "other"
