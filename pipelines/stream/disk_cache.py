@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # to be raised when the filterbank of the same clip changes
 TAIL = struct.Struct("<QI")  # samples of the clip, checksum of the filterbank
 ABANDONED_S = 3600.0  # age of a file that nobody can still be writing
-FREE_SHARE = 0.05  # of the disk that stays free, for checkpoints
+# What stays free, for checkpoints: 5% of the disk, of a large one 2 GiB.
+FREE_SHARE, FREE_BYTES = 0.05, 2 << 30
 
 
 class DiskCache:
@@ -93,8 +94,9 @@ class DiskCache:
             data = sound.astype("<f4").tobytes()
             try:
                 disk = shutil.disk_usage(self._folder)
-                if disk.free < FREE_SHARE * disk.total:
-                    raise OSError(0, f"less than {FREE_SHARE:.0%} of the disk is free")
+                needed = min(FREE_SHARE * disk.total, FREE_BYTES)
+                if disk.free < needed:
+                    raise OSError(0, f"less than {needed / 2**30:.1f} GiB of the disk are free")
                 path = self._folder / name[:2] / name
                 content = data + TAIL.pack(samples, zlib.crc32(data))
                 write_atomically(path, content, shared=True, inside=self._folder)

@@ -156,6 +156,18 @@ def test_shards(tmp_path: Path, clips: list[Path], reads: list[Any]) -> None:
     assert same(take(index, 12, cache_folder=cache), without) and not reads
 
 
+@pytest.mark.parametrize("total", [20, 4000], ids=["small", "large"])
+@pytest.mark.parametrize("free", [1.2, 0.9])
+def test_room_that_stays_free(
+    total: int, free: float, clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {20: 1 << 30, 4000: 2 << 30}[total]  # 5% of 20 GiB
+    usage = namedtuple("usage", "total used free")(total << 30, 0, int(free * needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    take(clips, 3, cache_folder=tmp_path / "cache")
+    assert len(files(tmp_path / "cache")) == (10 if free > 1 else 0)
+
+
 @pytest.mark.parametrize("how", ["almost full", "full", "gone"])
 def test_training_goes_on_without_room(
     how: str,
@@ -173,7 +185,7 @@ def test_training_goes_on_without_room(
         found = [next(stream)]
         kept = len(files(cache))
         if how == "almost full":
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 96, 4))
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(20 << 30, 0, 1 << 29))
         elif how == "gone":
             shutil.rmtree(cache)
         else:
@@ -187,7 +199,7 @@ def test_training_goes_on_without_room(
     assert same(found, without)
     assert kept > 0 and len(files(cache)) == (0 if how == "gone" else kept)
     (message,) = [r.getMessage() for r in caplog.records if r.name == disk_cache.__name__]
-    reason = {"full": "No space left", "almost full": "less than 5% of the disk", "gone": "No such"}
+    reason = {"full": "No space left", "almost full": "less than 1.0 GiB", "gone": "No such"}
     assert reason[how] in message and "no more filterbanks are cached" in message
 
 
