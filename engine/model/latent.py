@@ -30,7 +30,7 @@ NOISE_STD = 0.01
 """What the decoder is given for a masked patch: one of so many rows of normal noise, drawn for each
 clip, epoch, clone and patch. Published: fresh noise, which a resumed run could not repeat."""
 
-MEASURED = ("target_moments", "prediction_moments", "targets", "target_valid")
+MEASURED = ("targets", "target_valid", "prediction_moments")
 """Outputs of the forward pass that are no losses."""
 
 _EPS = 1e-5  # of both norms of the targets
@@ -125,8 +125,8 @@ class Latent(PretrainingModel):
 
         Returns:
             "loss" and its terms "latent_loss" and "cls_loss", [B]; for :meth:`mean_losses`
-            "target_moments" and "prediction_moments", [B, 2, D]: means of values and of squares,
-            "targets", [B, N, D], and with padding "target_valid", [B, N] bool.
+            "targets", [B, N, D], with padding "target_valid", [B, N] bool, and
+            "prediction_moments", [B, 2, D]: means of values and of squares.
         """
         B, C, E = len(fbank), self.objective.clones, self.encoder.num_extra_tokens
         valid = valid_patches(masks)
@@ -152,11 +152,10 @@ class Latent(PretrainingModel):
             "loss": latent_loss + cls_loss,
             "latent_loss": latent_loss,
             "cls_loss": cls_loss,
-            "target_moments": _moments(targets, own),
-            # The first clone of each clip is sample enough.
-            "prediction_moments": _moments(predictions[::C], masked),
             "targets": targets,
             **padding,
+            # The first clone of each clip is sample enough.
+            "prediction_moments": _moments(predictions[::C], masked),
         }
 
     @torch.no_grad()
@@ -190,10 +189,11 @@ class Latent(PretrainingModel):
             high as its square is that of a student which knows nothing but positions.
         """
         means = {name: value for name, value in losses.items() if name not in MEASURED}
+        targets, patches = losses["targets"], losses.get("target_valid")
         spread = {
-            "target_std": _std(losses["target_moments"], valid),
+            "target_std": _std(_moments(targets, patches), valid),
             "prediction_std": _std(losses["prediction_moments"], valid),
-            "content_std": _content_std(losses["targets"], losses.get("target_valid"), valid),
+            "content_std": _content_std(targets, patches, valid),
         }
         return super().mean_losses(means, valid) | spread
 
