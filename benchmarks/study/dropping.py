@@ -2,7 +2,8 @@
 
 Time: forward and backward pass of a classifier of the tiny model on 512 frames, in CPU seconds of
 this process, the settings in turn. Accuracy: a small model is trained from scratch on synthetic
-sounds, whose pitch is their class, with several seeds; runs that are finished are kept.
+sounds, whose pitch is their class, with several seeds; or, with --labelled, the recipe
+demo_finetune on clips of your own. Runs that are finished are kept.
 """
 
 import argparse
@@ -28,15 +29,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {  # name: what is dropped
     "drop_tokens 0.4": ("finetune.drop_tokens=0.4",),
     "drop_columns, drop_rows": (),  # in proportion to PaSST's 40 of 99 columns and 4 of 12 rows
 }
-AUDIO = ("audio.n_mels=64", "audio.num_frames=128", "audio.mean=-6", "audio.std=4")
-TRAINING: tuple[str, ...] = (
-    "model.size=tiny",
-    "model.depth=2",
-    "finetune.loss=ce",
-    "optim.lr=1e-3",
+SOUNDS: tuple[str, ...] = (  # settings of a small model for synthetic sounds
+    *("audio.n_mels=64", "audio.num_frames=128", "audio.mean=-6", "audio.std=4"),
+    *("model.size=tiny", "model.depth=2", "finetune.loss=ce", "optim.lr=1e-3"),
+    *("optim.warmup_steps=10", "train.batch_size=16", "train.precision=fp32"),
+    *("finetune.freq_mask=0", "finetune.time_mask=0", "data.valid_share=0.2"),
 )
-TRAINING += ("optim.warmup_steps=10", "train.batch_size=16", "train.precision=fp32")
-TRAINING += ("finetune.freq_mask=0", "finetune.time_mask=0", "data.valid_share=0.2")
+LABELLED = ("finetune.checkpoint=null",)  # for labelled clips, unless another is given
 
 
 def dropped(name: str, rows: int, columns: int) -> tuple[str, ...]:
@@ -65,13 +64,10 @@ def measure_passes(batch: int, repeats: int) -> dict[str, float]:
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def run_config(
-    name: str, seed: int, data: tuple[Path, Path], epochs: int, folder: Path, given: Sequence[str]
-) -> Config:
+def run_config(name: str, seed: int, recipe: str, settings: Sequence[str], folder: Path) -> Config:
     """Return the configuration of one run."""
-    common = [f"data.train={data[0]}", f"finetune.test={data[1]}", f"finetune.epochs={epochs}"]
-    common += [*AUDIO, *TRAINING, f"train.seed={seed}", f"run.folder={folder}"]
-    return load_config("classifier", [*common, *dropped(name, 4, 8), *given])
+    given = [*settings, f"train.seed={seed}", f"run.folder={folder}"]
+    return load_config(recipe, [*given, *dropped(name, *load_config(recipe, given).grid)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("runs/dropping"), help="folder of sounds and runs")
     add("--batch", type=int, default=4, help="clips of a timed pass (%(default)s)")
     add("--repeats", type=int, default=7, help="timed passes (%(default)s)")
-    add("--clips", type=int, default=30, help="training clips of each class (%(default)s)")
+    add("--labelled", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="manifests of clips")
+    add("--clips", type=int, default=30, help="synthetic clips of each class (%(default)s)")
     add("--epochs", type=int, default=8, help="(%(default)s)")
     add("--seeds", type=int, default=3, help="(%(default)s)")
     add("override", nargs="*", help="settings of all trainings")
@@ -94,15 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| dropped | CPU s of a training pass, share |\n| :-- | --: |")
     for name, seconds in times.items():
         print(f"| {name} | {seconds / times['all tokens']:.2f} |", flush=True)
-    data = (
-        write_sounds(options.out / "train", options.clips, 0),
-        write_sounds(options.out / "test", 25, 1),
-    )
+    recipe, settings, data = "demo_finetune", LABELLED, options.labelled
+    if data is None:
+        recipe, settings = "classifier", SOUNDS
+        data = [
+            write_sounds(options.out / "train", options.clips, 0),
+            write_sounds(options.out / "test", 25, 1),
+        ]
+    files = (f"data.train={data[0]}", f"finetune.test={data[1]}")
+    settings = (*settings, *files, f"finetune.epochs={options.epochs}", *options.override)
     scores = {name: list[float]() for name in SETTINGS}
     for seed in range(options.seeds):  # a seed after the other
         for number, name in enumerate(SETTINGS):
             folder = options.out / f"{number}-{seed}"
-            config = run_config(name, seed, data, options.epochs, folder, options.override)
+            config = run_config(name, seed, recipe, settings, folder)
             if not is_finished(folder) and (stopped := finetune(config, resume=True)):
                 return 128 + stopped
             scores[name].append(100 * (accuracy(folder, "test") or 0.0))

@@ -1,6 +1,10 @@
 """``ssast bench dropping``: what it drops, its sounds, its tables."""
 
+import pytest
+
 from ssast.benchmarks.study import dropping
+from ssast.benchmarks.study.sounds import write_sounds
+from ssast.engine.config import Config
 from ssast.pipelines.clips.manifest import read_manifest
 
 
@@ -11,15 +15,16 @@ def test_the_same_shares_are_dropped_in_both_grids() -> None:
         assert dropping.dropped("drop_tokens 0.4", rows, columns) == ("finetune.drop_tokens=0.4",)
 
 
-def test_the_tables(tmp_path, monkeypatch, capsys) -> None:
+@pytest.fixture
+def configs(monkeypatch) -> list[Config]:
+    """The configurations of the trainings, none of which is done."""
+    found: list[Config] = []
+    monkeypatch.setattr(dropping, "finetune", lambda config, *, resume: found.append(config))
+    return found
+
+
+def test_the_tables(configs, tmp_path, monkeypatch, capsys) -> None:
     scores = iter([0.5, 0.25, 0.75, 1.0, 0.6, 0.35, 0.65, 1.0])
-    configs = []
-
-    def train(config, *, resume):
-        configs.append(config)
-        return 0
-
-    monkeypatch.setattr(dropping, "finetune", train)
     monkeypatch.setattr(dropping, "accuracy", lambda folder, split: next(scores))
     given = ["--batch", "1", "--repeats", "1", "--clips", "2", "--seeds", "2"]
     assert dropping.main([*given, "--out", str(tmp_path), "optim.lr=0.002"]) == 0
@@ -34,6 +39,19 @@ def test_the_tables(tmp_path, monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     assert "| all tokens | 1.00 |" in shown
     assert "| drop_tokens 0.2 | 30.0" in shown and "| drop_columns, drop_rows | 100.0" in shown
+
+
+def test_clips_of_ones_own(configs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dropping, "measure_passes", lambda *_: {"all tokens": 1.0})
+    monkeypatch.setattr(dropping, "accuracy", lambda folder, split: 0.5)
+    clips = [str(write_sounds(tmp_path / part, 2, 0)) for part in ("train", "test")]
+    given = ["--seeds", "1", "--epochs", "3", "--out", str(tmp_path / "runs"), "model.depth=5"]
+    assert dropping.main(["--labelled", *clips, *given]) == 0
+    for config in configs:
+        assert [str(config.data.train), str(config.finetune.test)] == clips
+        assert (config.grid, config.model.depth, config.finetune.epochs) == ((8, 8), 5, 3)
+    last = configs[-1].finetune
+    assert (last.drop_columns, last.drop_rows, last.checkpoint) == (3, 2, None)
 
 
 def test_a_stopped_training_stops_it(tmp_path, monkeypatch) -> None:
