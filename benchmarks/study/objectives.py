@@ -12,7 +12,7 @@ from typing import Any
 from ssast.benchmarks.study.analysis import Cells, compare
 from ssast.benchmarks.study.models import MODELS, OBJECTIVES, Model
 from ssast.benchmarks.study.plan import Plan, probe_folder
-from ssast.benchmarks.study.tables import listed, of_seeds, table, training_s
+from ssast.benchmarks.study.tables import of_seeds, table, training_s
 from ssast.engine.config import load_config
 from ssast.engine.evaluation.layer_probe import REPORTS, WEIGHTED
 from ssast.engine.evaluation.probe import UNTRAINED
@@ -23,6 +23,12 @@ from ssast.pipelines.errors import DataError
 NOT_FINISHED = "not finished"
 JOINT, JOINT_ENCODER, *LATENT, LATENT_SCRATCH = OBJECTIVES
 COMPARED = (MODELS["patch-scratch"], JOINT, LATENT_SCRATCH, JOINT_ENCODER, *LATENT)
+PAIRS = (
+    (JOINT.name, "patch-scratch"),
+    (JOINT_ENCODER.name, LATENT_SCRATCH.name),
+    *((model.name, LATENT_SCRATCH.name) for model in LATENT),
+    *((model.name, other.name) for model in LATENT for other in (JOINT, JOINT_ENCODER)),
+)
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
 """Reports of the probe, by names of model and task."""
 
@@ -43,9 +49,12 @@ def objectives(plan: Plan, out: Path, cells: Cells) -> list[str]:
         "patch tokens), of the layer that is best on held-out training clips (its number, 0 is the "
         "patch embedding) and of the learned weighted sum of all layers.",
         "",
-        *_claims(plan, cells, reports),
-        "",
         *_costs(out),
+        "Pairs of models, the first beside the second: means over the tasks that both have "
+        "finished, and tasks on which the first is significantly better or worse. Probes differ "
+        "significantly where their 95 % bootstrap intervals over recordings do not overlap.",
+        "",
+        *_differences(plan, cells, reports),
         *_scores(plan, cells, reports),
     ]
 
@@ -118,45 +127,37 @@ def _weighted(report: Mapping[str, Any]) -> float:
     return next(score["accuracy"] for score in report["scores"] if score["layer"] == WEIGHTED)
 
 
-def _claims(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
-    lines = []
-    for model in LATENT:
-        for other in (JOINT, JOINT_ENCODER, LATENT_SCRATCH):
-            names = model.name, other.name
-            tasks = [t for t in plan.tasks if all((name, t) in cells for name in names)]
-            means = [statistics.mean(cells[name, t].mean for t in tasks) for name in names if tasks]
-            found = compare(cells, *names, tasks)
-            lines.append(_claim(plan, "Fine-tuned", (model, other), tasks, means, found))
-            tasks = [t for t in plan.tasks if all((name, t) in reports for name in names)]
-            means = [
-                statistics.mean(reports[name, t]["best_accuracy"] for t in tasks)
-                for name in names
-                if tasks
-            ]
-            signs = {
-                t: _apart(*(reports[name, t]["best_interval"] for name in names)) for t in tasks
-            }
-            split = tuple([t for t in tasks if signs[t] == sign] for sign in (1, -1, 0))
-            lines.append(_claim(plan, "Probed, best layer", (model, other), tasks, means, split))
-    return [*lines, "", "Probes differ significantly where their 95 % bootstrap intervals over "
-            "recordings do not overlap."]  # fmt: skip
+def _differences(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
+    rows = []
+    for names in PAIRS:
+        tasks = [t for t in plan.tasks if all((name, t) in cells for name in names)]
+        means = [statistics.mean(cells[name, t].mean for t in tasks) for name in names if tasks]
+        split = compare(cells, *names, tasks)[:2]
+        rows.append(_difference(plan, names, "fine-tuned", tasks, means, split))
+        tasks = [t for t in plan.tasks if all((name, t) in reports for name in names)]
+        scores = [[reports[name, t]["best_accuracy"] for t in tasks] for name in names if tasks]
+        signs = {t: _apart(*(reports[name, t]["best_interval"] for name in names)) for t in tasks}
+        apart = [[t for t in tasks if signs[t] == sign] for sign in (1, -1)]
+        means = list(map(statistics.mean, scores))
+        rows.append(_difference(plan, names, "probed, best layer", tasks, means, apart))
+    header = ["model and the other", "scores", "tasks", "means", "better on", "worse on"]
+    return table(header, rows)
 
 
-def _claim(
+def _difference(
     plan: Plan,
+    names: tuple[str, str],
     how: str,
-    models: tuple[Model, Model],
     tasks: Sequence[str],
     means: Sequence[float],
-    split: Sequence[Sequence[str]],
-) -> str:
-    text = f"- *{how}*, {models[0].what}, against {models[1].what}: "
+    apart: Sequence[Sequence[str]],
+) -> list[str]:
+    pair = " and ".join(MODELS[name].what for name in names)
     if not tasks:
-        return text + NOT_FINISHED + "."
-    text += f"{100 * means[0]:.1f} against {100 * means[1]:.1f} % on average over "
-    text += f"{len(tasks)} of {len(plan.tasks)} tasks."
-    kinds = ("Significantly better on", "Significantly worse on", "Not significantly different on")
-    return text + "".join(listed(kind, names) for kind, names in zip(kinds, split, strict=True))
+        return [pair, how, NOT_FINISHED, "", "", ""]
+    both = " and ".join(f"{100 * mean:.1f}" for mean in means)
+    done = f"{len(tasks)} of {len(plan.tasks)}"
+    return [pair, how, done, both, *(", ".join(tasks) for tasks in apart)]
 
 
 def _apart(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> int:
