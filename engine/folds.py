@@ -233,7 +233,7 @@ def write_folds(
         index = {name: number for number, name in enumerate(classes)}
         labels, predicted = np.array([[index[label], index[name]] for label, name in pairs]).T
         draw_confusion(run / "confusion.png", predicted, labels, classes)
-    (run / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_atomically(run / "metrics.json", json.dumps(found, indent=1) + "\n")
     counts = {n: (len(rows), folds[n].get("num_clips", len(rows))) for n, rows in clips.items()}
     config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
     text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)

@@ -42,6 +42,7 @@ from ssast.engine.settings import Audio, Data, Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
+from ssast.pipelines.files import write_atomically
 from ssast.pipelines.stream.stream import AudioStream
 
 UNTRAINED = "untrained"  # name of the fresh weights in scores
@@ -255,7 +256,7 @@ def probe_model(
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:
     """Write the scores as a JSON list, and return its path."""
-    path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n")
+    write_atomically(path, json.dumps([vars(score) for score in scores], indent=1) + "\n")
     return path
 
 

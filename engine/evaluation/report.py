@@ -33,7 +33,7 @@ def write_split(
     values: dict[str, float],
     loss: str,
 ) -> None:
-    """Write metrics.json, predictions.csv, classes.png and, of single labels, confusion.png.
+    """Write predictions.csv, metrics.json, classes.png and, of single labels, confusion.png.
 
     Args:
         folder: Output folder, created if need be.
@@ -44,13 +44,15 @@ def write_split(
         loss: ``ce`` or ``bce``, which turns logits into probabilities.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(clip_counts(read) | values, indent=1) + "\n")
     scores = probabilities(logits, loss)
     rows = np.flatnonzero(read)
     targets = clips.targets()
     paths = [clips.paths[int(row)] for row in rows]
     truths = [[clips.classes[i] for i in np.flatnonzero(targets[row])] for row in rows]
     write_predictions(folder / PREDICTIONS, paths, scores[rows], clips.classes, truths)
+    # After the predictions: where there are metrics, whatever ended the run, there are both.
+    content = json.dumps(clip_counts(read) | values, indent=1) + "\n"
+    write_atomically(folder / "metrics.json", content)
     _draw_classes(folder / "classes.png", scores[rows], targets[rows], clips.classes)
     if clips.single:
         draw_confusion(
