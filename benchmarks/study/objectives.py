@@ -140,7 +140,7 @@ def _differences(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
         apart = [[t for t in tasks if signs[t] == sign] for sign in (1, -1)]
         means = list(map(statistics.mean, scores))
         rows.append(_difference(plan, names, "probed, best layer", tasks, means, apart))
-    header = ["model and the other", "scores", "tasks", "means", "better on", "worse on"]
+    header = ["model", "beside", "scores", "tasks", "means", "better on", "worse on"]
     return table(header, rows)
 
 
@@ -152,12 +152,12 @@ def _difference(
     means: Sequence[float],
     apart: Sequence[Sequence[str]],
 ) -> list[str]:
-    pair = " and ".join(MODELS[name].what for name in names)
+    pair = [MODELS[name].what for name in names]
     if not tasks:
-        return [pair, how, NOT_FINISHED, "", "", ""]
+        return [*pair, how, NOT_FINISHED, "", "", ""]
     both = " and ".join(f"{100 * mean:.1f}" for mean in means)
     done = f"{len(tasks)} of {len(plan.tasks)}"
-    return [pair, how, done, both, *(", ".join(tasks) for tasks in apart)]
+    return [*pair, how, done, both, *(", ".join(tasks) for tasks in apart)]
 
 
 def _apart(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> int:

@@ -90,10 +90,10 @@ def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
         "as much time | not finished | not finished | not finished |",
     ):
         assert row in section
-    pair = "latent targets, as many FLOPs and encoder of latent targets, from scratch"
+    pair = "latent targets, as many FLOPs | encoder of latent targets, from scratch"
     assert f"| {pair} | fine-tuned | 1 of 2 | 90.0 and 50.0 |" in section
     assert f"| {pair} | probed, best layer | 1 of 2 | 90.0 and 55.0 | pitch |  |" in section
-    assert "FLOPs and joint | probed, best layer | not finished |  |  |  |" in section
+    assert "FLOPs | joint | probed, best layer | not finished |  |  |  |" in section
 
 
 def test_intervals_that_do_not_overlap() -> None:
