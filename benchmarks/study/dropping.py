@@ -35,7 +35,7 @@ SOUNDS: tuple[str, ...] = (  # settings of a small model for synthetic sounds
     *("optim.warmup_steps=10", "train.batch_size=16", "train.precision=fp32"),
     *("finetune.freq_mask=0", "finetune.time_mask=0", "data.valid_share=0.2"),
 )
-LABELLED = ("finetune.checkpoint=null",)  # for labelled clips, unless another is given
+LABELLED: tuple[str, ...] = ("finetune.checkpoint=null",)  # unless another is given
 
 
 def dropped(name: str, rows: int, columns: int) -> tuple[str, ...]:
