@@ -5,7 +5,8 @@ Both are fine-tuned, and probed by layer. What is not finished is marked as such
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +129,13 @@ def _weighted(report: Mapping[str, Any]) -> float:
 
 
 def _differences(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
+    tuned = {key: cell.mean for key, cell in cells.items()}
+    probed = {key: report["best_accuracy"] for key, report in reports.items()}
     rows = []
     for names in PAIRS:
-        tasks = [t for t in plan.tasks if all((name, t) in cells for name in names)]
-        means = [statistics.mean(cells[name, t].mean for t in tasks) for name in names if tasks]
-        split = compare(cells, *names, tasks)[:2]
-        rows.append(_difference(plan, names, "fine-tuned", tasks, means, split))
-        tasks = [t for t in plan.tasks if all((name, t) in reports for name in names)]
-        scores = [[reports[name, t]["best_accuracy"] for t in tasks] for name in names if tasks]
-        signs = {t: _apart(*(reports[name, t]["best_interval"] for name in names)) for t in tasks}
-        apart = [[t for t in tasks if signs[t] == sign] for sign in (1, -1)]
-        means = list(map(statistics.mean, scores))
-        rows.append(_difference(plan, names, "probed, best layer", tasks, means, apart))
+        rows.append(_difference(plan, names, "fine-tuned", tuned, partial(compare, cells)))
+        split = partial(_compare_probes, reports)
+        rows.append(_difference(plan, names, "probed, best layer", probed, split))
     header = ["model", "beside", "scores", "tasks", "means", "better on", "worse on"]
     return table(header, rows)
 
@@ -148,16 +144,28 @@ def _difference(
     plan: Plan,
     names: tuple[str, str],
     how: str,
-    tasks: Sequence[str],
-    means: Sequence[float],
-    apart: Sequence[Sequence[str]],
+    scores: Mapping[tuple[str, str], float],
+    split: Callable[[str, str, Sequence[str]], Sequence[list[str]]],
 ) -> list[str]:
     pair = [MODELS[name].what for name in names]
+    tasks = [t for t in plan.tasks if all((name, t) in scores for name in names)]
     if not tasks:
         return [*pair, how, NOT_FINISHED, "", "", ""]
-    both = " and ".join(f"{100 * mean:.1f}" for mean in means)
+    means = (f"{100 * statistics.mean(scores[name, t] for t in tasks):.1f}" for name in names)
+    higher, lower, *_ = split(*names, tasks)
     done = f"{len(tasks)} of {len(plan.tasks)}"
-    return [*pair, how, done, both, *(", ".join(tasks) for tasks in apart)]
+    return [*pair, how, done, " and ".join(means), ", ".join(higher), ", ".join(lower)]
+
+
+def _compare_probes(
+    reports: Reports, one: str, other: str, tasks: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the tasks on which a model is significantly better than another, and worse."""
+    signs = {
+        t: _apart(*(reports[name, t]["best_interval"] for name in (one, other))) for t in tasks
+    }
+    higher, lower = ([t for t in tasks if signs[t] == sign] for sign in (1, -1))
+    return higher, lower
 
 
 def _apart(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> int:
