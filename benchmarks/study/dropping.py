@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("ssast bench dropping", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/dropping"), help="folder of sounds and runs")
+    add("--out", type=Path, default=Path("runs/dropping"), help="one for each task and settings")
     add("--batch", type=int, default=4, help="clips of a timed pass (%(default)s)")
     add("--repeats", type=int, default=7, help="timed passes (%(default)s)")
     add("--labelled", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="manifests of clips")
