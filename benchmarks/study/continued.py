@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssast.benchmarks.study.kept import check_kept
 from ssast.benchmarks.study.plan import accuracy
 from ssast.benchmarks.study.tables import PLUS_MINUS
 from ssast.engine.config import load_config
@@ -67,6 +68,7 @@ class Run:
         """Train what is missing; return the signal that stopped it, or 0."""
         print(self.command, flush=True)
         config = load_config(self.recipe, [*self.overrides, f"run.folder={self.folder}"])
+        check_kept(config)
         if self.kind == "pretrain":
             return pretrain(config, self.checkpoint, resume=True)
         return 0 if is_finished(self.folder) else finetune(config, self.checkpoint, resume=True)

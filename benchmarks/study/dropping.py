@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ssast.benchmarks.study.kept import check_kept
 from ssast.benchmarks.study.plan import accuracy
 from ssast.benchmarks.study.sounds import write_sounds
 from ssast.benchmarks.study.tables import PLUS_MINUS
@@ -75,10 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: Command-line arguments without the program's name; None: those of the process.
+
+    Raises:
+        ConfigError: A run in the folder had other settings.
     """
     parser = argparse.ArgumentParser("ssast bench dropping", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/dropping"), help="one for each task and settings")
+    add("--out", type=Path, default=Path("runs/dropping"), help="folder of the runs (%(default)s)")
     add("--batch", type=int, default=4, help="clips of a timed pass (%(default)s)")
     add("--repeats", type=int, default=7, help="timed passes (%(default)s)")
     add("--labelled", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="manifests of clips")
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, name in enumerate(SETTINGS):
             folder = options.out / f"{number}-{seed}"
             config = run_config(name, seed, recipe, settings, folder)
+            check_kept(config)
             if not is_finished(folder) and (stopped := finetune(config, resume=True)):
                 return 128 + stopped
             scores[name].append(100 * (accuracy(folder, "test") or 0.0))

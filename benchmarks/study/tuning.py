@@ -172,15 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ConfigError: A setting is wrong, or a run in the folder had other settings.
     """
     options = _parser().parse_args(arguments)
-    with in_turn(options.out, "another process makes the data"):
-        data = options.out / "data"
-        if options.page and not data.exists():
-            raise ConfigError(f"{options.out}: no runs of ssast bench tuning there")
-        if not data.exists():
-            fetch_sounds(options.sounds)
-            fetch_demo(options.prompts, packages=PROMPT_PACKAGES, tasks=PROMPT_TASKS)
-            with replacing(data) as new:
-                write_data(new, options.sounds, options.prompts)
+    data = options.out / "data"
     plan = Plan(
         str(data),
         tuple(task.name for task in TASKS),
@@ -190,6 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rates=RATES,
         overrides=tuple(options.overrides),
     )
+    with in_turn(options.out, "another process makes the data"):
+        if options.page and not data.exists():
+            raise ConfigError(f"{options.out}: no runs of ssast bench tuning there")
+        if not options.page:
+            check_plan(plan, options.out)
+            plan.write(options.out)
+        if not data.exists():
+            fetch_sounds(options.sounds)
+            fetch_demo(options.prompts, packages=PROMPT_PACKAGES, tasks=PROMPT_TASKS)
+            with replacing(data) as new:
+                write_data(new, options.sounds, options.prompts)
     names = options.only or tuple(VARIATIONS)
     if not options.page:
         even = evenly(data)
@@ -204,6 +207,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 128 + stopped.number
     print("\n".join(scores(plan, options.out)))
     return 0
+
+
+def check_plan(plan: Plan, out: Path) -> None:
+    """Check that earlier runs in the folder were of this plan; seeds may be added.
+
+    Raises:
+        ConfigError: They had other settings.
+    """
+    for key, before in vars(Plan.read(out) or plan).items():
+        now = getattr(plan, key)
+        if before != now and key != "seeds":
+            raise ConfigError(
+                f"{out / 'plan.json'} has {key} {before!r}, got {now!r}: choose another --out"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:

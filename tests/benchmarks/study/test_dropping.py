@@ -5,6 +5,7 @@ import pytest
 from ssast.benchmarks.study import dropping
 from ssast.benchmarks.study.sounds import write_sounds
 from ssast.engine.config import Config
+from ssast.engine.errors import ConfigError
 from ssast.pipelines.clips.manifest import read_manifest
 
 
@@ -58,3 +59,16 @@ def test_a_stopped_training_stops_it(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(dropping, "measure_passes", lambda *_: {"all tokens": 1.0})
     monkeypatch.setattr(dropping, "finetune", lambda config, *, resume: 15)
     assert dropping.main(["--clips", "1", "--out", str(tmp_path)]) == 143
+
+
+def test_runs_with_other_settings_are_not_kept(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dropping, "measure_passes", lambda *_: {"all tokens": 1.0})
+    monkeypatch.setattr(dropping, "SETTINGS", {"all tokens": ()})
+    small = ["model.depth=1", "train.batch_size=8", "data.num_threads=1"]
+    given = ["--clips", "4", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path), *small]
+    assert dropping.main(given) == 0
+    trained = (tmp_path / "0-0" / "valid" / "metrics.json").stat().st_mtime_ns
+    assert dropping.main(given) == 0
+    assert (tmp_path / "0-0" / "valid" / "metrics.json").stat().st_mtime_ns == trained
+    with pytest.raises(ConfigError, match=r"0-0/config.yaml has optim.lr 0.001, got 0.002: choose"):
+        dropping.main([*given, "optim.lr=2e-3"])

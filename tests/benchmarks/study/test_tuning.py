@@ -12,6 +12,7 @@ from study_runs import fake_scores, small_plan
 from ssast.benchmarks.study.plan import FineTuning, pretraining_config
 from ssast.benchmarks.study.tuning import (
     VARIATIONS,
+    check_plan,
     evenly,
     kit_label,
     main,
@@ -97,3 +98,15 @@ def test_the_table(tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"run: no runs of ssast bench tuning there"):
         main(["--out", str(tmp_path / "run"), "--page"])
+
+
+def test_runs_of_another_plan_are_not_taken_for_this_one(tmp_path, monkeypatch):
+    plan = small_plan(tmp_path / "data")
+    check_plan(plan, tmp_path)  # nothing is there
+    plan.write(tmp_path)
+    check_plan(replace(plan, seeds=plan.seeds + 1), tmp_path)
+    with pytest.raises(ConfigError, match=r"plan\.json has steps 80, got 9: choose another --out"):
+        check_plan(replace(plan, steps=9), tmp_path)
+    monkeypatch.setattr("ssast.benchmarks.study.tuning.fetch_sounds", None)
+    with pytest.raises(ConfigError, match=r"plan\.json has tasks"):  # before any work
+        main(["--out", str(tmp_path)])

@@ -1,0 +1,30 @@
+"""Runs that a benchmark finds in its folder, and keeps if they had the same settings."""
+
+from pathlib import Path
+
+from ssast.engine.config import OVERRIDE, Config, load_config, to_plain
+from ssast.engine.errors import ConfigError
+
+
+def check_kept(config: Config) -> None:
+    """Check that a run in ``run.folder``, if there is one, has the settings given now.
+
+    The others are those of the recipe, some of which a run replaces by what it finds.
+
+    Args:
+        config: The configuration, of a recipe and overrides.
+
+    Raises:
+        ConfigError: A setting differs, or the run's config.yaml is damaged.
+    """
+    saved = Path(config.run.folder or "") / "config.yaml"
+    if not saved.exists():
+        return
+    old, new = to_plain(load_config(saved)), to_plain(config)
+    for name, origin in (config.stated or {}).items():
+        section, _, key = name.partition(".")
+        if origin != OVERRIDE or name == "run.folder":
+            continue
+        before, now = old.get(section, {}).get(key), new[section][key]
+        if before != now:
+            raise ConfigError(f"{saved} has {name} {before!r}, got {now!r}: choose another --out")
