@@ -105,3 +105,4 @@ GROUPS: tuple[tuple[Model, ...], ...] = (
 )
 MODELS = {model.name: model for group in GROUPS for model in group}
 OBJECTIVES, ABLATIONS = GROUPS[2:]
+JOINT, JOINT_ENCODER, *LATENT, LATENT_SCRATCH = OBJECTIVES

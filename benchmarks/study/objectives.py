@@ -3,26 +3,28 @@
 Both are fine-tuned, and probed by layer. What is not finished is marked as such.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ssast.benchmarks.study.analysis import Cells, compare
-from ssast.benchmarks.study.models import MODELS, OBJECTIVES, Model
-from ssast.benchmarks.study.plan import Plan, probe_folder
+from ssast.benchmarks.study.models import (
+    JOINT,
+    JOINT_ENCODER,
+    LATENT,
+    LATENT_SCRATCH,
+    MODELS,
+    OBJECTIVES,
+)
+from ssast.benchmarks.study.plan import Plan
+from ssast.benchmarks.study.probes import NOT_FINISHED, Reports, best_layer, layer_accuracy
 from ssast.benchmarks.study.tables import of_seeds, table, training_s
 from ssast.engine.config import load_config
-from ssast.engine.evaluation.layer_probe import REPORTS, WEIGHTED
-from ssast.engine.evaluation.probe import UNTRAINED
+from ssast.engine.evaluation.layer_probe import WEIGHTED
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.monitor import read_metrics, scalars
-from ssast.pipelines.errors import DataError
 
-NOT_FINISHED = "not finished"
-JOINT, JOINT_ENCODER, *LATENT, LATENT_SCRATCH = OBJECTIVES
 COMPARED = (MODELS["patch-scratch"], JOINT, LATENT_SCRATCH, JOINT_ENCODER, *LATENT)
 PAIRS = (
     (JOINT.name, "patch-scratch"),
@@ -30,16 +32,13 @@ PAIRS = (
     *((model.name, LATENT_SCRATCH.name) for model in LATENT),
     *((model.name, other.name) for model in LATENT for other in (JOINT, JOINT_ENCODER)),
 )
-Reports = Mapping[tuple[str, str], Mapping[str, Any]]
-"""Reports of the probe, by names of model and task."""
 
 
-def objectives(plan: Plan, out: Path, cells: Cells) -> list[str]:
+def objectives(plan: Plan, out: Path, cells: Cells, reports: Reports) -> list[str]:
     """Describe and tabulate what came out; say so if nothing of this group was run."""
     if not any((out / kind / m.name).exists() for m in OBJECTIVES for kind in _FOLDERS):
         names = " ".join(model.name for model in OBJECTIVES)
         return [f"This group was not run; `ssast bench reproduce --only {names}` runs it.", ""]
-    reports = read_reports(out)
     return [
         "Latent targets (EAT, `eat_demo`) beside the joint objective (SSAST), once with the same "
         "FLOPs and once in the same time; both were chosen before training, the time from the "
@@ -61,32 +60,6 @@ def objectives(plan: Plan, out: Path, cells: Cells) -> list[str]:
 
 
 _FOLDERS = ("pretrain", "finetune", "probe")
-
-
-def read_reports(out: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Read the reports of the probes that are finished, by names of model and task.
-
-    Raises:
-        DataError: A file is damaged.
-    """
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for model in (model for model in MODELS.values() if model.probed):
-        path = probe_folder(out, model) / REPORTS
-        if not path.exists():
-            continue
-        try:
-            for report in json.loads(path.read_text(encoding="utf-8")):
-                found[_probed(model, report["weights"]), report["task"]] = report
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}: not the scores of a probe by layer: {error}") from error
-    return found
-
-
-def _probed(model: Model, weights: str) -> str:
-    """Return the name of the model that a report of a probe is of."""
-    if weights != UNTRAINED:
-        return model.name
-    return LATENT_SCRATCH.name if model in LATENT else f"{model.family}-scratch"
 
 
 def _costs(out: Path) -> list[str]:
@@ -115,17 +88,10 @@ def _scores(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
     for task in plan.tasks:
         for model in COMPARED:
             report = reports.get((model.name, task))
-            probed = [NOT_FINISHED] * 2
-            if report is not None:
-                best = f"{100 * report['best_accuracy']:.1f} ({report['best']})"
-                probed = [best, f"{100 * _weighted(report):.1f}"]
             tuned = of_seeds(plan, cells.get((model.name, task)), model) or NOT_FINISHED
+            probed = best_layer(report), layer_accuracy(report, WEIGHTED)
             rows.append([f"{task}, {model.what}", tuned, *probed])
     return table(["task, model", "fine-tuned", "probe: best layer", "probe: weighted sum"], rows)
-
-
-def _weighted(report: Mapping[str, Any]) -> float:
-    return next(score["accuracy"] for score in report["scores"] if score["layer"] == WEIGHTED)
 
 
 def _differences(plan: Plan, cells: Cells, reports: Reports) -> list[str]:

@@ -29,6 +29,7 @@ from ssast.benchmarks.study.pictures import (
     draw_pretraining,
 )
 from ssast.benchmarks.study.plan import VALID_SHARE, FineTuning, Plan
+from ssast.benchmarks.study.probes import probes, read_reports
 from ssast.benchmarks.study.tables import (
     chance_of,
     facts,
@@ -213,7 +214,7 @@ def write_page(out: Path, docs: Path) -> Path:
         for task in plan.tasks_of(model)
         if (model.name, task) not in cells and model not in OBJECTIVES  # marked in their section
     ]
-    clips = gains_by_clips(plan, cells)
+    clips, reports = gains_by_clips(plan, cells), read_reports(out)
     sections = [
         ("# Results", [
             "The claims of the paper, tested with tiny models, a few hours of recordings and a few "
@@ -248,7 +249,8 @@ def write_page(out: Path, docs: Path) -> Path:
             *pretraining(out), *images["pretraining"],
         ]),
         ("## Reconstructions", images["reconstructions"]),
-        ("## Joint objective and latent targets", objectives(plan, out, cells)),
+        ("## Frozen features", probes(plan, cells, reports)),
+        ("## Joint objective and latent targets", objectives(plan, out, cells, reports)),
         ("## Ablations", [*ablations(plan, cells), *images["ablations"]]),
         ("## Learning rates", [
             "Validation accuracy in percent, seed 0; the chosen learning rate in bold.", "",

@@ -13,9 +13,9 @@ import torch
 
 from ssast.benchmarks.study.analysis import Cells, gather
 from ssast.benchmarks.study.models import FAMILIES, MODELS
-from ssast.benchmarks.study.objectives import read_reports
 from ssast.benchmarks.study.page import OUT, stored_plan
 from ssast.benchmarks.study.plan import BATCH, Plan, weights_of
+from ssast.benchmarks.study.probes import read_reports
 from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights

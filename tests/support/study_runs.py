@@ -48,7 +48,15 @@ def fake(plan, out, model, task, rate, seed, valid, right=None):
 
 
 def report(task: str, weights: str, best: float, weighted: float) -> dict[str, object]:
-    scores = [{"layer": "1", "accuracy": best}, {"layer": "weighted", "accuracy": weighted}]
+    scores = [
+        {"layer": layer, "accuracy": accuracy, "inner": accuracy}
+        for layer, accuracy in (
+            ("0", best - 0.1),
+            ("1", best),
+            ("2", best - 0.2),
+            ("weighted", weighted),
+        )
+    ]
     interval = [best - 0.05, best + 0.05]
     known = {"task": task, "weights": weights, "best": "1", "scores": scores}
     return known | {"best_accuracy": best, "best_interval": interval}

@@ -8,7 +8,7 @@ from study_runs import SMALL, fake, report, small_plan, write_probe
 
 from ssast.benchmarks.study import reproduce
 from ssast.benchmarks.study.models import MODELS
-from ssast.benchmarks.study.objectives import _apart, objectives, read_reports
+from ssast.benchmarks.study.objectives import _apart, objectives
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
     FineTuning,
@@ -16,6 +16,7 @@ from ssast.benchmarks.study.plan import (
     finetuning_config,
     pretraining_config,
 )
+from ssast.benchmarks.study.probes import read_reports
 from ssast.benchmarks.study.runs import Study
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
@@ -117,7 +118,7 @@ def test_the_group_runs(tmp_path, capsys) -> None:
     assert not capsys.readouterr().out
     tuned = load_config(tmp_path / "run/finetune/latent-time/pitch/lr0.001-seed0/config.yaml")
     assert (tuned.model.norm, tuned.model.extra_tokens) == ("post", "cls")
-    section = "\n".join(objectives(plan, tmp_path / "run", {}))
-    assert "| latent targets, as much time | 4 | 48 |" in section
     found = read_reports(tmp_path / "run")
+    section = "\n".join(objectives(plan, tmp_path / "run", {}, found))
+    assert "| latent targets, as much time | 4 | 48 |" in section
     assert set(found) == {("latent-time", "pitch")}  # the untrained one is probed with another
