@@ -101,13 +101,19 @@ class Gain:
     """Relative gain of a pretrained model over the same one from scratch.
 
     Attributes:
-        by_task: Gain on each task that both have finished.
+        accuracies: Mean test accuracies, from scratch and pretrained, on each task that both have
+            finished.
         error: Standard error of the mean over the tasks, of fine-tuning seeds and test clips; None
             with one seed.
     """
 
-    by_task: Mapping[str, float]
+    accuracies: Mapping[str, tuple[float, float]]
     error: float | None
+
+    @property
+    def by_task(self) -> dict[str, float]:
+        """Gain on each task."""
+        return {task: ours / theirs - 1 for task, (theirs, ours) in self.accuracies.items()}
 
     @property
     def mean(self) -> float:
@@ -135,7 +141,7 @@ def gain(cells: Cells, name: str, family: str, tasks: Sequence[str]) -> Gain | N
     errors = [_gain_variance(*pair) for pair in pairs.values()]
     known = [error for error in errors if error is not None]
     return Gain(
-        {task: ours.mean / theirs.mean - 1 for task, (ours, theirs) in pairs.items()},
+        {task: (theirs.mean, ours.mean) for task, (ours, theirs) in pairs.items()},
         sum(known) ** 0.5 / len(pairs) if len(known) == len(pairs) else None,
     )
 

@@ -18,8 +18,8 @@ from ssast.benchmarks.study.models import (
     OBJECTIVES,
 )
 from ssast.benchmarks.study.plan import Plan
-from ssast.benchmarks.study.probes import NOT_FINISHED, Reports, best_layer, layer_accuracy
-from ssast.benchmarks.study.tables import of_seeds, table, training_s
+from ssast.benchmarks.study.probes import Reports, best_layer, layer_accuracy
+from ssast.benchmarks.study.tables import NOT_FINISHED, of_seeds, table, training_s
 from ssast.engine.config import load_config
 from ssast.engine.evaluation.layer_probe import WEIGHTED
 from ssast.engine.monitoring.flops import step_flops_per_clip

@@ -237,9 +237,9 @@ def write_page(out: Path, docs: Path) -> Path:
             *headline(plan, cells), *images["gains"],
         ]),
         ("## Gain against clips", clips and [
-            "Relative gain in percent over training from scratch, which is 0, of fine-tuning from "
-            "weights kept during pretraining, each with its own learning rate; the mean with two "
-            "standard errors.", "",
+            "Test accuracy in percent after fine-tuning from weights kept during pretraining, each "
+            "with its own learning rate; in brackets the relative gain in percent over training "
+            "from scratch, whose mean is given with two standard errors.", "",
             *clips, *images["clips"],
         ]),
         ("## Learning curves", images["learning"]),

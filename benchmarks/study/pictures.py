@@ -74,9 +74,10 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
 
 
 def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain]]]) -> Path:
-    """Draw relative gain over training from scratch against clips seen, a line per task.
+    """Draw test accuracy, and relative gain over training from scratch, against clips seen.
 
-    The mean over the tasks is thick, with two standard errors.
+    A line per task; training from scratch is dashed. The mean gain over the tasks is thick, with
+    two standard errors.
 
     Args:
         path: Path of the PNG.
@@ -84,13 +85,18 @@ def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain
     """
     shown = {family: points for family, points in families.items() if points}
     figure, axes = subplots(
-        1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False, sharey=True
+        2, len(shown), figsize=(5.5 * len(shown), 7.5), squeeze=False, sharex="col", sharey="row"
     )
-    for axis, (family, points) in zip(axes.flat, shown.items(), strict=True):
-        for task in dict.fromkeys(task for _, gain in points for task in gain.by_task):
-            curve = [(n, gain.by_task[task]) for n, gain in points if task in gain.by_task]
-            axis.plot(*_percent(curve), "o-", label=task, lw=1, ms=3, alpha=0.6)
-        axis.errorbar(
+    for (upper, lower), (family, points) in zip(axes.T, shown.items(), strict=True):
+        for number, task in enumerate(dict.fromkeys(t for _, g in points for t in g.accuracies)):
+            there = [(n, gain) for n, gain in points if task in gain.accuracies]
+            scratch, _ = there[0][1].accuracies[task]
+            scores = [(n, gain.accuracies[task][1]) for n, gain in there]
+            line = {"label": task, "color": f"C{number}", "lw": 1, "ms": 3}
+            upper.plot(*_percent(scores), "o-", **line)
+            upper.axhline(100 * scratch, color=line["color"], ls="--", lw=0.8)
+            lower.plot(*_percent([(n, gain.by_task[task]) for n, gain in there]), "o-", **line)
+        lower.errorbar(
             *_percent([(n, gain.mean) for n, gain in points]),
             [200 * (gain.error or 0) for _, gain in points],
             color="black",
@@ -98,10 +104,13 @@ def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain
             lw=2.5,
             label="mean",
         )
-        axis.axhline(0, color="black", lw=1)
-        axis.set_xscale("log")
-        _label(axis, family, "clips seen in pretraining", "gain over training from scratch, %")
-        axis.legend(fontsize=8)
+        lower.axhline(0, color="black", ls="--", lw=0.8)
+        lower.set_xscale("log")
+        lower.set_xticks([n for n, _ in points], [f"{n:,}" for n, _ in points])
+        lower.minorticks_off()
+        _label(upper, family, "", "test accuracy, % (dashed: from scratch)")
+        _label(lower, "", "clips seen in pretraining", "gain over training from scratch, %")
+        lower.legend(fontsize=8)
     return save_figure(figure, path)
 
 

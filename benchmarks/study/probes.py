@@ -9,12 +9,11 @@ from typing import Any
 from ssast.benchmarks.study.analysis import Cells
 from ssast.benchmarks.study.models import FAMILIES, LATENT, LATENT_SCRATCH, MODELS, Model
 from ssast.benchmarks.study.plan import Plan, probe_folder
-from ssast.benchmarks.study.tables import of_seeds, table
+from ssast.benchmarks.study.tables import NOT_FINISHED, of_seeds, table
 from ssast.engine.evaluation.layer_probe import REPORTS, WEIGHTED
 from ssast.engine.evaluation.probe import UNTRAINED
 from ssast.pipelines.errors import DataError
 
-NOT_FINISHED = "not finished"
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
 """Reports of the probe, by names of model and task."""
 

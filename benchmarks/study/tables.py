@@ -22,6 +22,7 @@ from ssast.engine.data.labels import find_classes, read_labelled
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.demo.sounds import STUDY_TASKS
 
+NOT_FINISHED = "not finished"
 PLUS_MINUS = " \N{PLUS-MINUS SIGN} "
 
 
@@ -158,8 +159,15 @@ def pretraining(out: Path) -> list[str]:
     return table(header, rows)
 
 
+def accuracy_and_gain(found: Gain | None, task: str) -> str:
+    """Format the accuracy of a pretrained model on a task, with its relative gain, in percent."""
+    if found is None or task not in found.accuracies:
+        return NOT_FINISHED
+    return f"{100 * found.accuracies[task][1]:.1f} ({100 * found.by_task[task]:+.1f})"
+
+
 def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
-    """Tabulate relative gains at the kept steps; nothing without any."""
+    """Tabulate accuracies and relative gains at the kept steps; nothing without any."""
     curves = {family: dict(gain_curve(plan, cells, family)) for family in FAMILIES}
     clips = sorted({number for curve in curves.values() for number in curve})
     rows = []
@@ -167,15 +175,15 @@ def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
         if not curve:
             continue
         for task in plan.tasks:
-            gains = [curve[n].by_task.get(task) if n in curve else None for n in clips]
-            rows.append([
-                f"{family}, {task}",
-                *("not finished" if gain is None else f"{100 * gain:+.1f}" for gain in gains),
-            ])  # fmt: skip
+            scratch = cells.get((f"{family}-scratch", task))
+            row = [f"{family}, {task}", f"{100 * scratch.mean:.1f}" if scratch else NOT_FINISHED]
+            row += [accuracy_and_gain(curve.get(number), task) for number in clips]
+            rows.append(row)
         means = [curve.get(n) for n in clips]
-        cells_of_mean = ["" if mean is None else f"**{with_error(mean)}**" for mean in means]
-        rows.append([f"**{family}, mean**", *cells_of_mean])
-    return table(["model, task", *(f"{n:,} clips" for n in clips)], rows) if rows else []
+        shown = ["" if mean is None else f"**{with_error(mean)}**" for mean in means]
+        rows.append([f"**{family}, relative gain on average, %**", "", *shown])
+    header = ["model, task", "from scratch", *(f"{n:,} clips" for n in clips)]
+    return table(header, rows) if rows else []
 
 
 def learning_rates(plan: Plan, cells: Cells) -> list[str]:
