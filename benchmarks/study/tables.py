@@ -183,7 +183,15 @@ def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
         shown = ["" if mean is None else f"**{with_error(mean)}**" for mean in means]
         rows.append([f"**{family}, relative gain on average, %**", "", *shown])
     header = ["model, task", "from scratch", *(f"{n:,} clips" for n in clips)]
-    return table(header, rows) if rows else []
+    seen = [exceeding(family, list(curve.items())) for family, curve in curves.items() if curve]
+    return [*seen, "", *table(header, rows)] if rows else []
+
+
+def exceeding(family: str, curve: Sequence[tuple[int, Gain]]) -> str:
+    """Say at how many clips the mean gain of a family is told apart from zero."""
+    found = [f"{n:,}" for n, gain in curve if gain.error is not None and gain.mean > 2 * gain.error]
+    where = f"at {', '.join(found)} of these clips" if found else "nowhere"
+    return f"- {family} model: the mean gain exceeds two standard errors {where}."
 
 
 def learning_rates(plan: Plan, cells: Cells) -> list[str]:

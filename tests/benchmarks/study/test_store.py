@@ -12,6 +12,7 @@ from study_runs import SMALL, fake, small_plan
 
 from ssast.benchmarks.study import plan as planning
 from ssast.benchmarks.study import reproduce, runs, store
+from ssast.benchmarks.study.analysis import Gain
 from ssast.benchmarks.study.models import MODELS
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
@@ -22,6 +23,7 @@ from ssast.benchmarks.study.plan import (
 )
 from ssast.benchmarks.study.runs import Study
 from ssast.benchmarks.study.store import Store
+from ssast.benchmarks.study.tables import exceeding
 from ssast.engine.checkpoints.weights import read_weights
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.errors import DataError
@@ -125,6 +127,14 @@ def test_gain_against_clips(tmp_path) -> None:
     assert "| patch, pitch | 40.0 | 30.0 (-25.0) | 80.0 (+100.0) |" in page
     mean = "**patch, relative gain on average, %**"
     assert f"| {mean} |  | **-25.0** | **+100.0** |" in page  # one seed: no error is known
+    assert "exceeds two standard errors nowhere" in page
+
+
+def test_a_gain_that_is_told_apart_from_zero() -> None:
+    scores = {"pitch": (0.4, 0.6)}
+    curve = [(24, Gain(scores, 0.3)), (72, Gain(scores, 0.2)), (240, Gain(scores, 0.1))]
+    assert exceeding("frame", curve).endswith("errors at 72, 240 of these clips.")
+    assert exceeding("frame", [(24, Gain(scores, None))]).endswith("errors nowhere.")
 
 
 @pytest.mark.slow
