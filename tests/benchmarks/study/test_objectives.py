@@ -44,6 +44,8 @@ def test_budgets_are_equal() -> None:
         assert replace(config.objective, teacher_decay_steps=400) == recipe.objective
     tuned = finetuning_config(plan, FineTuning(MODELS["latent-scratch"], "events", 1e-3, 0), out)
     assert tuned.model == recipe.model and tuned.finetune.checkpoint is None
+    encoder = pretraining_config(plan, MODELS["joint-encoder"], out)
+    assert (encoder.model, encoder.objective) == (recipe.model, joint.objective)
     unmeasured = replace(plan, latent_time=None)
     with pytest.raises(ConfigError, match=r"plan.json: latent_time is missing"):
         pretraining_config(unmeasured, MODELS["latent-time"], out)
