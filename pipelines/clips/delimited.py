@@ -21,7 +21,7 @@ from ssast.pipelines.clips.columns import (
 )
 from ssast.pipelines.clips.entries import BLOCK_ROWS, Entries, Table
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES
-from ssast.pipelines.clips.paths import resolve
+from ssast.pipelines.clips.paths import absolute, resolve
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
 from ssast.pipelines.text import csv_rows, legacy_encoding, marked_encoding, read_lines
@@ -142,7 +142,7 @@ def _looks_like_sound(name: str) -> bool:
 
 def _are_sounds(names: Sequence[str], path: Path) -> bool:
     """Return whether all of these are files, or have the suffix of sounds and one is a file."""
-    folder = os.path.abspath(path.parent)
+    folder = absolute(path.parent)
     exist = [_exists(name, folder) for name in names if name.strip()]
     return bool(exist) and (
         all(exist) or (any(exist) and all(map(_looks_like_sound, filter(str.strip, names))))
@@ -212,6 +212,7 @@ def _table(
         skipped: Rows before the first clip.
     """
     used = [(name, header.index(name)) for name in columns.used]
+    sound = dict(used).get(columns.wav or "")
 
     def entries() -> Iterator[Entries]:
         codec = _codec(path, table)
@@ -221,6 +222,11 @@ def _table(
         rows = islice(csv_rows(_lines_of(path, codec), path, **settings), skipped, None)
         while block := list(islice(rows, BLOCK_ROWS)):
             for line, cells in block:
+                if _swallows(cells, delimiter, sound):
+                    raise DataError(
+                        f"{path}: line {line}: a quote that begins here ends in a later row: "
+                        "expected a cell that holds quotes to be quoted, and they doubled"
+                    )
                 if len(cells) != len(header):
                     many = len(cells) > len(header)
                     mark = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
@@ -252,9 +258,23 @@ def _is_quoted(path: Path, codec: str | None, count: int) -> bool:
         return False
     try:
         rows = csv.reader(_lines_of(path, codec), delimiter="\t", strict=True)
-        return all(len(row) == count for row in rows if any(row))
+        return all(len(row) == count and not _swallows(row, "\t") for row in rows if any(row))
     except csv.Error:
         return False
+
+
+def _swallows(cells: list[str], delimiter: str, place: int | None = None) -> bool:
+    """Return whether a row may be several, which quotes that are text made one of.
+
+    Then each of its lines has as many cells as the row; and a sound in the column ``place``, if
+    that is given: sentences hold commas.
+    """
+    if len(cells) < 2 or not any("\n" in cell for cell in cells):
+        return False
+    rows = [line.split(delimiter) for line in delimiter.join(cells).splitlines()]
+    return all(
+        len(row) == len(cells) and (place is None or _looks_like_sound(row[place])) for row in rows
+    )
 
 
 def _lines(path: Path, table: TableFormat, form: str, read: Callable[[str, str], str]) -> Table:

@@ -1,5 +1,6 @@
 """The labels of a clip: one name, several with separators between them, or a list."""
 
+import ast
 import json
 import logging
 import re
@@ -15,6 +16,9 @@ from ssast.pipelines.text import parse_json, shown
 log = logging.getLogger(__name__)
 
 Names = tuple[str, ...]
+_TEXT = r"""(?:'(?:[^'\\]|\\['"\\])*'|"(?:[^"\\]|\\['"\\])*")"""
+LIST_LIKE = re.compile(r"\[\s*['\"\d].*\]", re.DOTALL)
+PYTHON_LIST = re.compile(rf"\[\s*{_TEXT}(?:\s*,\s*{_TEXT})*\s*\]")  # as pandas writes a cell
 
 
 class LabelReader:
@@ -115,7 +119,7 @@ def parse_labels(
     Args:
         given: A whole number; a list of names and numbers, which are taken as they are; or a text.
         separator: What separates labels in a text; None: it is one label.
-        lists: Whether a text may be a list in JSON.
+        lists: Whether a text may be a list, in JSON or as Python writes it.
         classes: Known names: one that holds separators is found before its parts are.
 
     Raises:
@@ -179,7 +183,10 @@ def doubtful(
     """
     alone = Counter(t.strip() for t in texts if isinstance(t, str))
     given = {t: n for t, n in alone.items() if not (lists and _listed(t) is not None)}
-    if separator is not None:
+    counts = Counter({t: n for t, n in given.items() if LIST_LIKE.fullmatch(t)})
+    if counts:
+        text = "{0}, not read as a list: those in a column 'labels' are, written ['a', 'b']"
+    elif separator is not None:
         mark = f"{separator} "
         counts = Counter({t: n for t, n in given.items() if mark in t})
         text = "{0}, read as {1} labels: a name that holds commas goes into 'label', or in a list"
@@ -202,14 +209,14 @@ def _is_split(text: str, mark: str, names: frozenset[str]) -> bool:
 
 
 def _listed(text: str) -> list[Any] | None:
-    """Return the names in a JSON list; None if the text is no such list."""
+    """Return the names in a list, as JSON and Python write it; None if the text is no such list."""
     if not text.startswith("["):
         return None
     try:
-        names = parse_json(text)
+        names = ast.literal_eval(text) if PYTHON_LIST.fullmatch(text) else parse_json(text)
     except ValueError:  # a class may be called [noise]
         return None
-    return names if names and all(map(is_name, names)) else None
+    return names if all(is_name(name) or _is_number(name) for name in names) else None
 
 
 def _split(text: str, separator: str | None, classes: Collection[str]) -> Names:

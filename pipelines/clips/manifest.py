@@ -22,7 +22,7 @@ from ssast.pipelines.clips.entries import CLIP_KEY, PREPARED_KEY, Entries, Table
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
 from ssast.pipelines.clips.listed import FileList, write_files
-from ssast.pipelines.clips.paths import are_plain, plain, resolve, values_of
+from ssast.pipelines.clips.paths import absolute, are_plain, plain, resolve, values_of
 from ssast.pipelines.clips.remote import as_path, is_url
 from ssast.pipelines.clips.segment import FileClip, Files, Segment, read_seconds, span_text
 from ssast.pipelines.clips.shards import (
@@ -292,7 +292,7 @@ def _names(
         DataError: One is missing, not text, or leads nowhere.
     """
     is_file, key = PREPARED_KEY not in opened.besides, str(opened.columns.wav)
-    folder = os.path.abspath(path.parent)
+    folder = absolute(path.parent)
     if opened.root is not None:
         folder = resolve(opened.root, folder, variables)
     folder = os.path.join(folder, "")

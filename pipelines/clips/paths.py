@@ -1,5 +1,6 @@
 """Paths as tables give them: relative to the table, with ``~``, variables or ``file://``."""
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -51,7 +52,27 @@ def resolve(name: str, folder: str, variables: set[str] | None = None) -> str:
         name = value + name[found.end() :]
     if variable is not None and variables is not None:
         variables.add(variable)
-    return os.path.normpath(os.path.join(folder, name))
+    return absolute(os.path.join(folder, name))
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a file, without ``..``.
+
+    ``a/..`` is the folder above that which a link ``a`` leads to, as it is for the system.
+    """
+    text = os.path.join(os.getcwd(), path)
+    if os.pardir not in text.split(os.sep):
+        return os.path.normpath(text)
+    folder, name = os.path.split(text)
+    if name == os.pardir:
+        return _folder(text)
+    return os.path.normpath(os.path.join(_folder(folder), name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _folder(path: str) -> str:
+    plain, real = os.path.normpath(path), os.path.realpath(path)
+    return plain if os.path.realpath(plain) == real else real
 
 
 def values_of(variables: Iterable[str]) -> dict[str, str | None]:

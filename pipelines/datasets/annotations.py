@@ -7,6 +7,7 @@ recording; or each recording is cut into windows, which have the labels of the e
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ssast.pipelines.errors import DataError
 
 SPLIT = "clips"
 BEGIN, END, FILE, OFFSET = "begin time (s)", "end time (s)", "begin file", "file offset (s)"
+RAVEN_TABLE = re.compile(r"\.Table\.\d+\.")  # site.Table.1.selections.txt is of site.wav
 LABELS = (  # of Raven's tables, which have no column of their own for it; the first that is there
     *("annotation", "annotations", "label", "species", "species code", "common name", "class"),
     *("tag", "call type", "call", "type", "event"),
@@ -98,7 +100,7 @@ def read_raven(source: Path, reading: Reading) -> Dataset:
 def read_audacity(source: Path, reading: Reading) -> Dataset:
     """Read the label tracks (.txt) that Audacity exports: begin, end and label with tabs between.
 
-    Labels at a point have no duration and are left out.
+    Labels at a point have no duration: only windows can have them.
 
     Args:
         source: See :func:`read_raven`.
@@ -122,8 +124,14 @@ class _Recordings:
             self.by_stem[os.path.splitext(name)[0]].append(path)
 
     def of_table(self, table: Path) -> str | None:
-        """Return the recording whose name a table's begins with, the longest; None if none is."""
+        """Return the recording whose name a table's begins with, the longest; None if none is.
+
+        Raven's own names hold the recording's whole name.
+        """
         name = table.name
+        if own := RAVEN_TABLE.search(name):
+            found = self.by_name.get(name[: own.start()]) or self.by_stem.get(name[: own.start()])
+            return _one(found, table, name[: own.start()]) if found else None
         for end in range(len(name), 0, -1):
             if end < len(name) and name[end] not in "._":
                 continue
@@ -174,7 +182,7 @@ def _read(source: Path, reading: Reading, rows: Read, form: str) -> Dataset:
                 found = events.setdefault(path, [])
                 if event is not None:
                     found.append(event)
-    usable, more = _usable(events)
+    usable, more = _usable(events, points=reading.window_s is not None)
     notes += more
     if not any(usable.values()):
         raise DataError(f"{source}: no labelled event in {len(tables)} tables of its recordings")
@@ -195,18 +203,27 @@ def _read(source: Path, reading: Reading, rows: Read, form: str) -> Dataset:
     return Dataset({SPLIT: [*clips, *missing]}, [(name, name) for name in names], notes=notes)
 
 
-def _usable(events: Events) -> tuple[dict[str, list[Event]], list[str]]:
-    """Return the events that have a label and a duration, each once; and notes on the others."""
+def _usable(events: Events, *, points: bool) -> tuple[dict[str, list[Event]], list[str]]:
+    """Return the events that have a label, each once; and notes on the others.
+
+    Args:
+        events: All events.
+        points: Keep those without duration.
+    """
     usable: dict[str, list[Event]] = {}
-    points = blank = 0
+    short = blank = 0
     for path, found in events.items():
-        points += sum(event.label != "" and event.end_s == event.begin_s for event in found)
         blank += sum(event.label == "" for event in found)
-        kept = [event for event in found if event.label and event.end_s > event.begin_s]
+        named = [event for event in found if event.label]
+        kept = [event for event in named if points or event.end_s > event.begin_s]
+        short += len(named) - len(kept)
         usable[path] = sorted(set(kept))
     notes = []
-    if points:
-        notes.append(f"{points} labels at a point, without duration, are left out")
+    if short:
+        notes.append(
+            f"{short} labels at a point, without duration, are left out: --window-s makes windows "
+            "of them"
+        )
     if blank:
         notes.append(f"{blank} events without a label are left out")
     return usable, notes
@@ -226,15 +243,15 @@ def _event_clips(events: Events) -> Iterator[Listed]:
 def _windows(events: Events, usable: Events, window_s: float, reading: Reading) -> list[Listed]:
     """Return the windows of the recordings that have a table.
 
-    A window has the label of an event if it holds half of it, or is half filled by it. What is
-    touched by events and has no label is left out: it is neither background nor an example.
+    A window has the label of an event if it holds half of it, or is half filled by it; and of one
+    at a point in it, or at its border. What is touched by events and has no label is left out: it
+    is neither background nor an example.
     """
     paths = sorted(usable)
     clips = []
     for path, length in zip(paths, lengths_s(paths), strict=True):
         if length is None:
             raise DataError(f"{path}: cannot be cut into windows: its length is not known")
-        touching = [event for event in events[path] if event.end_s > event.begin_s]
         for begin_s in window_starts(length, window_s, reading.hop_s or window_s):
             end_s = min(begin_s + window_s, length)
             names = {
@@ -243,13 +260,18 @@ def _windows(events: Events, usable: Events, window_s: float, reading: Reading) 
                 if _overlap_s(event, begin_s, end_s)
                 >= 0.5 * min(window_s, event.end_s - event.begin_s)
             }
-            touched = any(_overlap_s(event, begin_s, end_s) > 0 for event in touching)
+            touched = any(_touches(event, begin_s, end_s) for event in events[path])
             if not touched and reading.background is not None:
                 names = {reading.background}
             if names:
                 span = (begin_s, round(end_s - begin_s, 6))
                 clips.append(Listed(os.path.basename(path), path, tuple(sorted(names)), span))
     return clips
+
+
+def _touches(event: Event, begin_s: float, end_s: float) -> bool:
+    overlap_s = _overlap_s(event, begin_s, end_s)
+    return overlap_s > 0 or (overlap_s == 0 and event.end_s == event.begin_s)
 
 
 def _overlap_s(event: Event, begin_s: float, end_s: float) -> float:
@@ -261,20 +283,24 @@ def _raven_rows(
 ) -> Iterator[tuple[str | None, Event | None]]:
     """Yield (recording, event) of each row; (recording, None) for an empty table."""
     header: dict[str, int] = {}
-    column = 0
+    column = width = 0
     own = recordings.of_table(table)
     places: set[str] = set()
-    for place, text in lines(table):
+    for place, text in lines(table, tabs=True):
         cells = [cell.strip() for cell in text.split("\t")]
         if not header:
-            header = {name.lower(): number for number, name in enumerate(cells)}
+            header, width = {name.lower(): n for n, name in enumerate(cells)}, len(cells)
             if BEGIN not in header or END not in header:
                 return  # another text file
             column = header[_label_column(table, header, reading.label_column)]
             if own is not None:
                 yield own, None
             continue
-        cells += [""] * (len(header) - len(cells))
+        if any(cells[width:]):
+            raise DataError(
+                f"{place}: expected {width} cells, as in the header, found {len(cells)}"
+            )
+        cells += [""] * (width - len(cells))
         begin_s, end_s = (_number(cells[header[name]], name, place) for name in (BEGIN, END))
         path = own
         if cells[header.get(FILE, -1)] and FILE in header:

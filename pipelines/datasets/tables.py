@@ -109,7 +109,7 @@ def listing(folder: Path, suffix: str) -> list[str]:
 
 
 def lines(
-    path: Path, *, encoding: str | None = None, comment: str | None = None
+    path: Path, *, encoding: str | None = None, comment: str | None = None, tabs: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Read the lines of a text file that are not blank.
 
@@ -117,6 +117,7 @@ def lines(
         path: The file.
         encoding: Encoding of the text; None: UTF-8, or what its byte order mark says.
         comment: Lines that begin so are passed over.
+        tabs: Keep tabs at the begin and the end: the cells beside them are empty.
 
     Yields:
         (file and line number for messages, text without surrounding blanks).
@@ -125,8 +126,8 @@ def lines(
         DataError: It is missing, cannot be read, or is not text.
     """
     for number, line in enumerate(io.StringIO(_text(path, encoding), newline=None), 1):
-        text = line.strip()
-        if text and not (comment and text.startswith(comment)):
+        text = line.strip(" \r\n" if tabs else None)
+        if text.strip() and not (comment and text.startswith(comment)):
             yield f"{path}: line {number}", text
 
 

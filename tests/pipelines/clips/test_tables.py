@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ssast.pipelines.clips.columns import TableFormat
 from ssast.pipelines.clips.manifest import read_clips, read_manifest
+from ssast.pipelines.clips.paths import resolve
 from ssast.pipelines.errors import DataError
 
 NEMO = '{"audio_filepath": "a.wav", "text": "", "label": "x"}\n{"audio_filepath": "b.wav", '
@@ -211,6 +212,23 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_that_are_text_swallow_no_rows(end: str, folder: Path) -> None:
+    """Two sentences of one quotation; the row between them would be lost."""
+    rows = ["path\ttext\tlabel", 'a.wav\t"I never saw\tx', "c.wav\tno\ty", 'b.wav\tAgain."\tz']
+    (folder / "m.tsv").write_bytes("".join(row + end for row in rows).encode())
+    assert read_manifest(folder / "m.tsv").labels == (("x",), ("y",), ("z",))
+    table = "".join(row.replace("\t", ",") + end for row in rows)
+    (folder / "m.csv").write_bytes(table.encode())
+    with pytest.raises(DataError, match=r"m.csv: line 2: a quote that begins here ends in a later"):
+        read_manifest(folder / "m.csv")
+    for suffix, mark in (("tsv", "\t"), ("csv", ",")):  # cells that hold line breaks
+        cells = ['"I, who saw\nit, again"', '"I\nnever"']
+        text = "".join(f"{n}.wav{mark}{c}{mark}x\n" for n, c in zip("ab", cells, strict=True))
+        (folder / f"n.{suffix}").write_text(f"path{mark}text{mark}label\n{text}")
+        assert read_manifest(folder / f"n.{suffix}").labels == (("x",), ("x",))
+
+
 def test_a_column_that_is_not_there(folder: Path) -> None:
     (folder / "m.csv").write_text("wav,label\na.wav,x\n")
     with pytest.raises(DataError, match=r"\{labels: species\}: expected such a column, found \['w"):
@@ -236,6 +254,25 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     (tmp_path / "m.json").write_text(json.dumps(list(given_paths)))
     assert list(read_clips(tmp_path / "m.json")) == list(given_paths.values())
+
+
+def test_the_folder_above_a_link_is_that_of_its_target(tmp_path: Path) -> None:
+    (tmp_path / "disk/sets/tables").mkdir(parents=True)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/tables").symlink_to(tmp_path / "disk/sets/tables")
+    (tmp_path / "disk/sets/tables/m.csv").write_text("wav,label\n../a.wav,x\nb.wav,y\n")
+    found = read_manifest(tmp_path / "project/tables/m.csv").paths
+    assert list(found) == [
+        str(tmp_path / "disk/sets/a.wav"),
+        str(tmp_path / "project/tables/b.wav"),
+    ]
+    (tmp_path / "disk/sets/n.csv").write_text("wav,label\na.wav,x\n")
+    found = read_manifest(tmp_path / "project/tables/../n.csv").paths
+    assert list(found) == [str(tmp_path / "disk/sets/a.wav")]
+    (tmp_path / "data").symlink_to(tmp_path / "disk")  # no other folder: the name stays
+    assert resolve("../a.wav", str(tmp_path / "data/sets/tables")) == str(
+        tmp_path / "data/sets/a.wav"
+    )
 
 
 def test_a_list_that_is_kept_follows_the_environment(

@@ -67,11 +67,35 @@ def test_raven_tables(source: Path, tmp_path: Path) -> None:
     assert "clips: 3 clips; 1 more are not on disk" in lines[0]
     assert lines[1:] == [
         f"{source}/notes.txt: has no rows, or is no table, and no recording has its name",
-        "1 labels at a point, without duration, are left out",
+        "1 labels at a point, without duration, are left out: --window-s makes windows of them",
         "1 events without a label are left out",
         "1 recordings have no table, and no clips",
     ]
     assert report(tmp_path / "out")["data_set"] == "raven"
+
+
+def test_empty_cells_at_the_begin_of_a_row(source: Path, tmp_path: Path) -> None:
+    """As pandas writes a table with its index; and a first column that is empty in a row."""
+    head = "Begin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tAnnotation"
+    text(source / "a.selections.txt", f"\t{head}\n0\t1.5\t2.25\t500\twren\n1\t3\t4\t25\t\n")
+    text(source / "c.selections.txt", "Annotation\tBegin Time (s)\tEnd Time (s)\n\t3.0\t4.0\n")
+    write_dataset("raven", source, tmp_path / "out", silent)
+    assert clips(tmp_path / "out", source) == [("a.wav[1.5-2.25 s]", ("wren",))]
+    text(source / "c.selections.txt", f"{head}\n0\t1.5\t2.25\t500\twren\n")  # as R writes it
+    with pytest.raises(DataError, match=r"c.selections.txt: line 2: expected 4 cells, as in the"):
+        write_dataset("raven", source, tmp_path / "out2", silent)
+
+
+def test_a_table_of_raven_is_of_the_recording_of_its_whole_name(
+    source: Path, tmp_path: Path
+) -> None:
+    raven(source / "a.Table.1.selections.txt", row(1, 1.0, 2.0, "wren"))
+    raven(source / "a_2.Table.1.selections.txt", row(1, 5.0, 6.0, "frog"))  # it was not copied
+    raven(source / "c.wav.Table.1.selections.txt", row(1, 3.0, 4.0, "frog"))
+    write_dataset("raven", source, tmp_path / "out", silent)
+    expected = [("a.wav[1-2 s]", ("wren",)), ("c.wav[3-4 s]", ("frog",))]
+    assert clips(tmp_path / "out", source) == expected
+    assert "a_2.Table.1" in (tmp_path / "out/missing.txt").read_text()
 
 
 def test_one_raven_table_of_several_recordings(source: Path, tmp_path: Path) -> None:
@@ -111,6 +135,17 @@ def test_audioset_segments_of_whole_videos(tmp_path: Path) -> None:
     assert [str(clip).rpartition("[")[2] for clip in found.paths] == ["30-40 s]", "0-10 s]"]
     assert found.labels == (("/m/09x0r", "/t/dd00088"), ("/m/05zppz",))
     assert (tmp_path / "out/train_2m_weight.csv").exists()
+
+
+def test_windows_have_the_labels_of_points_in_them(source: Path, tmp_path: Path) -> None:
+    text(source / "a.txt", "1.0\t1.0\twren\n4.5\t5.5\trobin\n6\t6\trobin\n9.5\t9.5\t\n")
+    write_dataset("audacity", source, tmp_path / "out", silent, Reading(None, 2, None, "quiet"))
+    assert clips(tmp_path / "out", source) == [
+        ("a.wav[0-2 s]", ("wren",)),
+        ("a.wav[2-4 s]", ("quiet",)),
+        ("a.wav[4-6 s]", ("robin",)),
+        ("a.wav[6-8 s]", ("robin",)),  # at its border; in the last window one without a label is
+    ]
 
 
 def test_windows_have_the_labels_of_their_events(source: Path, tmp_path: Path) -> None:
