@@ -2,6 +2,10 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import f1_score
 
 from ssast.engine.evaluation.metrics import classification_metrics, verification_metrics
 from ssast.engine.evaluation.probabilities import probabilities
@@ -103,3 +107,26 @@ def test_clips_without_a_label_count_as_negatives():
     assert scores["map"] == pytest.approx((1 + 2 / 3) / 2)  # ranks right, wrong, right
     assert scores["macro_f1"] == pytest.approx(0.5) and "accuracy" not in scores
     assert classification_metrics(logits, np.zeros((4, 2), int), "bce") == {}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 4).flatmap(
+        lambda count: arrays(bool, st.tuples(st.just(2), st.integers(1, 9), st.just(count)))
+    )
+)
+def test_f1_is_that_of_scikit_learn(found):
+    """Of each class by itself: of one column, f1_score takes the absence for a class."""
+    chosen, targets = found
+    logits = np.where(chosen, 1.0, -1.0)
+    scores = classification_metrics(logits, targets.astype(int), "bce")
+    present = np.flatnonzero(targets.any(0))
+    want = [f1_score(targets[:, n], chosen[:, n], zero_division=0) for n in present]
+    assert ("macro_f1" in scores) == bool(want)
+    if want:
+        assert scores["macro_f1"] == pytest.approx(np.mean(want))
+
+
+def test_f1_where_one_class_is_present():
+    logits = np.eye(2)[[0] * 9 + [1]]
+    assert classification_metrics(logits, np.eye(2)[[0] * 10], "ce")["macro_f1"] == 18 / 19
