@@ -150,11 +150,11 @@ def _listed(names: Sequence[str]) -> str:
     return f"{[f'{name:.100}' for name in names[:NAMED]]}{more}" if names else "nothing"
 
 
-def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Check the shapes of tensors, by name, against the parameters of a model.
+def check_tensors(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Check tensors, by name: that they have the shapes of a model's, and finite values.
 
     Raises:
-        CheckpointError: Shapes that differ.
+        CheckpointError: Shapes that differ, NaN or infinite values.
     """
     own = model.state_dict()
     wrong = [
@@ -165,17 +165,20 @@ def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise CheckpointError(f"{source}: shapes that do not fit: {'; '.join(wrong[:NAMED])}{more}")
+    wrong = [name for name, value in weights.items() if not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(f"{source}: NaN or infinite weights: {_listed(wrong)}")
 
 
 def filled(build: Callable[[], Kind], weights: Mapping[str, Tensor], source: str | Path) -> Kind:
     """Return the model that ``build`` makes, filled with weights that have its own names.
 
     Raises:
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names or shapes differ, or values are NaN or infinite.
     """
     model = sketch(build, source)
     check_names(model.state_dict(), weights, source)
-    check_shapes(model, weights, source)
+    check_tensors(model, weights, source)
     model = build()
     model.load_state_dict(weights)
     return model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssast.engine.checkpoints.weights import check_complete, check_shapes
+from ssast.engine.checkpoints.weights import check_complete, check_tensors
 from ssast.engine.errors import CheckpointError
 from ssast.engine.formats.published import IMAGENET_HEADS, detect_layout, read_published
 from ssast.engine.formats.timm_trunk import build_trunk
@@ -145,7 +145,7 @@ class ASTModel(nn.Module):
         pos_embed = weights["v.pos_embed"].float()
         new = (self.f_dim, self.t_dim)
         weights["v.pos_embed"] = resize_pos_embed(pos_embed, old, new, self.cls_token_num)
-        check_shapes(self, weights, path)
+        check_tensors(self, weights, path)
         self.load_state_dict(weights, strict=False)  # but for ImageNet's heads: names are checked
 
     def forward(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.checkpoints.store import read_safetensors, save_tensors
-from ssast.engine.checkpoints.weights import check_names, check_shapes, sketch
+from ssast.engine.checkpoints.weights import check_names, check_tensors, sketch
 from ssast.engine.config import finetune_settings
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.huggingface_config import (
@@ -288,7 +288,7 @@ def _filled(
         }
     except RuntimeError as error:  # parts of qkv of different shapes
         raise CheckpointError(f"{source}: shapes that do not fit: {error}") from error
-    check_shapes(model, weights, source)
+    check_tensors(model, weights, source)
     model = build()
     model.load_state_dict(weights, strict=False)  # but for the mask, every name was checked
     return model

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ssast.engine.checkpoints.weights import check_complete, check_shapes, sketch
+from ssast.engine.checkpoints.weights import check_complete, check_tensors, sketch
 from ssast.engine.config import (
     Config,
     from_plain,
@@ -409,7 +409,7 @@ def _filled(build: Callable[[], Kind], state: dict[str, Tensor], path: str | Pat
     if isinstance(model, Classifier):
         names.remove(_MASK_EMBED)
     weights = from_published(state, names, path)
-    check_shapes(model, weights, path)
+    check_tensors(model, weights, path)
     model = build()
     model.load_state_dict(weights, strict=False)  # but for the mask, every name was checked
     return model

@@ -1,5 +1,6 @@
 """Classifiers from elsewhere: published files and folders of transformers."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -283,3 +284,24 @@ def test_what_is_not_said_is_asked_for(published, labels, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match="knows its own settings and labels"):
         open_classifier(tmp_path / "run", MissingMetadata(labels=labels))
+
+
+def test_weights_that_are_no_numbers_are_refused(classifier, tmp_path):
+    """NaN logits name the first class: damage looked like a perfect score."""
+    damaged = copy.deepcopy(classifier)
+    damaged.head[1].weight.data[1, 3] = float("nan")
+    damaged.encoder.norm.bias.data[0] = float("inf")
+    save_published(damaged, tmp_path / "damaged.pth")
+    with pytest.raises(
+        CheckpointError, match=r"damaged.pth: NaN or infinite weights: \['"
+    ) as found:
+        open_model(tmp_path / "damaged.pth", METADATA)
+    assert "head.1.weight" in str(found.value) and "norm.bias" in str(found.value)
+    export_huggingface(damaged, tmp_path / "folder", CONFIG.audio, ["a", "b", "c"])
+    with pytest.raises(CheckpointError, match=r"folder/model.safetensors: NaN or infinite weights"):
+        open_model(tmp_path / "folder")
+    weights = {f"weight/{name}": value for name, value in damaged.state_dict().items()}
+    classes = ["a", "b", "c"]
+    save_chosen(tmp_path / "run", weights, step=3, config=CONFIG, classes=classes, facts={})
+    with pytest.raises(CheckpointError, match=r"run: NaN or infinite weights"):
+        open_model(tmp_path / "run")
