@@ -175,8 +175,16 @@ class _Trials:
         compile_, cuda_graphs = self.train.compile, self.train.cuda_graphs
         plain = Mode(compile_ is True, False)
         found = Execution(plain)
-        exact = self._exact_pass()
-        eager = relative_errors(self._pass(), exact)
+        exact: list[Tensor] = []
+        eager, reason = torch.empty(0), ""
+        try:
+            exact = self._exact_pass()
+            eager = relative_errors(self._pass(), exact)
+        except torch.OutOfMemoryError:  # fp32 takes up to twice the memory of the run
+            reason = "no memory for a pass in fp32, which the results are compared with"
+        reason, _ = self._agreed(reason, 0.0)
+        if reason:
+            return self._untried(found, reason)
         self._set_up(plain)
         found.ms[plain] = self._agreed("", self.tools.milliseconds(self._pass))[1]
         for compiled in [compile_] if compile_ != "auto" else [False, True]:
@@ -196,6 +204,20 @@ class _Trials:
             raise ConfigError(f"train.cuda_graphs: true does not work here: {reasons}")
         found.mode = min(allowed, key=lambda mode: found.ms[mode] * _MARGIN**mode.compiled)
         self._set_up(found.mode)
+        return found
+
+    def _untried(self, found: Execution, reason: str) -> Execution:
+        """Return the mode that needs no trial.
+
+        Raises:
+            ConfigError: ``train.cuda_graphs`` is true.
+        """
+        if self.train.cuda_graphs is True:
+            raise ConfigError(f"train.cuda_graphs: true does not work here: {reason}")
+        self._set_up(found.mode)
+        others = [Mode(True, False)] * (self.train.compile == "auto")
+        others += [Mode(found.mode.compiled, True)] * (self.train.cuda_graphs == "auto")
+        found.rejected.update(dict.fromkeys(others, reason))
         return found
 
     def _try(

@@ -51,16 +51,16 @@ class CudaRecorder:
         """Do the work on a side stream; once with an error where the host would wait."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
+        before = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    work()
+                torch.cuda.set_sync_debug_mode("error")
                 work()
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                work()
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-        torch.cuda.current_stream().wait_stream(stream)
+        finally:  # after an error as well: memory that the work reads may be given to others
+            torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.current_stream().wait_stream(stream)
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """Capture the work as a CUDA graph."""

@@ -230,6 +230,9 @@ def test_a_candidate_is_tried_before_it_is_used(
     monkeypatch.setattr(sys.modules[name], "flash_attn_qkvpacked_func", refuses)
     reason = module.rejection_reason(flash_attn, cpu, torch.bfloat16)
     assert reason == "RuntimeError: no kernel image"
+    monkeypatch.delattr(sys.modules[name], "flash_attn_qkvpacked_func")  # a folder of that name
+    reason = module.rejection_reason(flash_attn, cpu, torch.bfloat16)
+    assert reason.startswith("AttributeError: ")
     monkeypatch.setitem(sys.modules, name, None)
     assert "ModuleNotFoundError" in module.rejection_reason(flash_attn, cpu, torch.bfloat16)
     monkeypatch.setattr(module, "candidates", lambda *_: (flash_attn, "math"))
@@ -237,6 +240,30 @@ def test_a_candidate_is_tried_before_it_is_used(
     trials = attention_trials(cpu, torch.bfloat16)
     attention_trials.cache_clear()
     assert list(trials) == [flash_attn, "math"] and trials["math"] == ""
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_candidates_are_tried_where_there_are_no_gradients(
+    mode: type, device: torch.device
+) -> None:
+    """As in the first prediction on a GPU."""
+    with mode():
+        assert module.rejection_reason("math", device, torch.float32) == ""
+
+
+def test_an_error_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(module, "run_backend", fails)
+    cpu = torch.device("cpu")
+    assert module.rejection_reason("math", cpu, torch.float32) == "AssertionError: "
+
+
+def test_shapes_alone_need_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "candidates", lambda *_: ("blocked",))
+    assert attention_backend(torch.device("meta"), torch.bfloat16) == "math"
 
 
 def test_without_a_gpu() -> None:

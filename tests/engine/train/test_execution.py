@@ -174,6 +174,19 @@ def test_graphs_that_leave_no_memory_are_refused(world):
     assert mode == EAGER and reasons[0].startswith("leaves 0.0 GiB of memory, a step takes")
 
 
+def test_without_memory_for_a_trial_the_run_begins_without_one(tools, start, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(execution._Trials, "_exact_pass", full)
+    found, _, engine, _ = start()
+    assert found.mode == EAGER and set(found.rejected) == {COMPILED, GRAPHS}
+    assert all(reason.startswith("no memory for a pass") for reason in found.rejected.values())
+    engine.close()
+    with pytest.raises(ConfigError, match=r"cuda_graphs: true does not work here: no memory"):
+        start(train__cuda_graphs=True)
+
+
 def test_all_ranks_use_the_same_mode(two_ranks):
     (mode, other), (mode_, reasons) = two_ranks.run(noise_runs.choose, 1)
     assert mode == mode_ == EAGER
