@@ -117,7 +117,7 @@ def finetune(
         lambda context: Finetuning(context, splits, pretrained, each),
         clips=splits.train.paths,
         inputs=of_splits(config, splits, pretrained.model if pretrained else None),
-        fixed=[*fixed, ("train", "seed")],
+        fixed=[*fixed, ("train", "seed"), ("train", "batch_size")],  # which epochs are counted by
         resume=resume,
         notes=notes,
         callbacks=callbacks,

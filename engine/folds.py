@@ -38,7 +38,12 @@ from ssast.engine.formats.initial import (
 from ssast.engine.formats.open import MissingMetadata
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.monitoring.reporting import reporting
-from ssast.engine.parallel.ranks import init_world, run_on_machines, run_on_main
+from ssast.engine.parallel.ranks import (
+    expecting_peers,
+    init_world,
+    run_on_machines,
+    run_on_main,
+)
 from ssast.engine.train.callbacks import Callback
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
@@ -133,6 +138,13 @@ def cross_validate(
         raise ConfigError("finetune.folds and run.folder must both be set")
     check_loggers(config.run.loggers)
     check_paths(config)
+    taken = "finetune.test" if settings.fold_role == "test" else "data.valid"
+    given = settings.test if settings.fold_role == "test" else config.data.valid
+    if given is not None and (config.stated or {}).get(taken, OVERRIDE) == OVERRIDE:
+        raise ConfigError(
+            f"finetune.folds and {taken} exclude each other with finetune.fold_role "
+            f"{settings.fold_role}: each fold has its own"
+        )
     run = Path(config.run.folder)
     folds = find_folds(settings.folds)
     if checkpoint is None and settings.checkpoint is None and resume:
@@ -143,12 +155,13 @@ def cross_validate(
     pretrained = open_initial(begun, checkpoint, metadata, weights)
     adopted = config if pretrained is None else adopt_from(config, pretrained)[0]
     configs = {fold.number: fold_config(config, fold) for fold in folds}
-    world = init_world()
-    if not resume:
-        run_on_main(lambda: _check_free(run, folds), world)
+    world = init_world(config.train.timeout_s)
     once = partial(run_on_machines, world=world)
-    for fold in folds:  # so that a mistake in the last one is reported at once
-        find_splits(fold_config(adopted, fold), run_once=once)
+    with expecting_peers(world):
+        if not resume:
+            run_on_main(lambda: _check_free(run, folds), world)
+        for fold in folds:  # so that a mistake in the last one is reported at once
+            find_splits(fold_config(adopted, fold), run_once=once)
     for fold in folds:
         if world.is_main:
             say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")
@@ -162,7 +175,8 @@ def cross_validate(
         with reporting(f"the classifiers of all folds are finished, in {run}; --resume writes it"):
             write_folds(run, numbers, split, settings.folds)
 
-    run_on_main(report, world)
+    with expecting_peers(world):
+        run_on_main(report, world)
     return 0
 
 

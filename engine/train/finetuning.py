@@ -212,13 +212,17 @@ class Finetuning(Task):
         # In [0, 1e-9]: less than any two metrics that differ in one clip are apart.
         return -values[self.metric] + 1e-9 * (loss / (1 + loss) if math.isfinite(loss) else 1.0)
 
+    def score(self, values: dict[str, float]) -> float:
+        """Return the metric."""
+        return values[self.metric]
+
     def validate(self, engine: TrainEngine) -> dict[str, float]:
         """Return loss and metrics of held-out clips. Collective."""
         return self._evaluate(engine, self.splits.valid_drawn, "valid")[0]
 
     def end_validation(self, engine: TrainEngine, step: int) -> None:
         """Include late weights in the average over epochs. Collective."""
-        if step > self._averaged_after:
+        if self.settings.average_last_epochs and step > self._averaged_after:
             tensors, _ = engine.state()
             self._num_averaged += 1
             for name, value in tensors.items():
@@ -288,7 +292,8 @@ class Finetuning(Task):
         that fails, the resumed run writes the report.
         """
         run, world, step = self.context.folder, self.context.world, progress.step
-        done, reported = run_on_main(lambda: (finished_at(run), (run / REPORT).is_file()), world)
+        test = self.settings.test
+        done, reported = run_on_main(lambda: (finished_at(run), is_reported(run, test)), world)
         if done != step:
             chosen, valid = self._keep_best(engine, progress)
         elif not reported:
@@ -318,6 +323,12 @@ class Finetuning(Task):
             if best is None:
                 raise CheckpointError(f"{run / 'checkpoints'}: the best checkpoint is gone")
             whole.update(Checkpoints.load(best)[0])
+            if self.settings.average_last_epochs and not self._num_averaged:
+                say(
+                    f"finetune.average_last_epochs: nothing was averaged, as the run ended at step "
+                    f"{step}, before its last epochs, which begin after step "
+                    f"{self._averaged_after}"
+                )
             ema = "EMA of " if has_average(whole) else ""
             return f"{ema}step {int(best.stem[4:])}", checkpoints.best_value()
 
@@ -384,15 +395,30 @@ class Finetuning(Task):
 
 def finished_at(run: Path) -> int | None:
     """Return the step at which the classifier of a run was saved; None if it was not."""
+    meta = _finished_meta(run)
+    return None if meta is None else int(meta["step"])
+
+
+def _finished_meta(run: Path) -> dict[str, Any] | None:
     found = Checkpoints(run / CHOSEN).latest()
-    if found is None:
-        return None
-    return int(json.loads((found / "meta.json").read_text(encoding="utf-8"))["step"])
+    return found and json.loads((found / "meta.json").read_text(encoding="utf-8"))
 
 
 def is_finished(run: Path) -> bool:
     """Return whether a run has its classifier, and its report."""
     return finished_at(run) is not None and (run / REPORT).is_file()
+
+
+def is_reported(run: Path, test: str | None) -> bool:
+    """Return whether a finished run has its report, also on these test clips, if there are any."""
+    if not (run / REPORT).is_file():
+        return False
+    meta = _finished_meta(run)
+    return test is None or (
+        (run / "test" / "metrics.json").is_file()
+        and meta is not None
+        and meta["config"]["finetune"]["test"] == test
+    )
 
 
 def _load_kept(run: Path) -> tuple[dict[str, Tensor], str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssast.engine.config import Config
+from ssast.engine.config import Config, to_plain
 from ssast.engine.data.labels import LabelledClips
 from ssast.engine.data.splits import Splits
 from ssast.engine.monitoring.monitor import package_versions
@@ -19,11 +19,17 @@ from ssast.engine.parallel.agreement import code_version
 from ssast.pipelines.clips.mix import fingerprint
 from ssast.pipelines.clips.order import read_weights
 from ssast.pipelines.clips.shards import ClipPaths
-from ssast.pipelines.text import NAME_BYTES
+from ssast.pipelines.text import NAME_BYTES, shown
 
 Fingerprints = dict[str, str]
 # What a resumed run can go on without: the weights are in its checkpoint.
 NOT_TRAINED_ON = ("test clips", "labels of the test clips", "pretrained weights")
+NOT_OF_TRAINING = ("run", "profile")  # sections
+PLACES = (
+    *("data.train", "data.valid", "data.mix", "data.sample_weights", "data.cache_folder"),
+    *("finetune.test", "finetune.folds", "finetune.labels", "finetune.checkpoint"),
+    *("train.checkpoint", "train.fallback_folder"),
+)
 
 
 def of_clips(
@@ -88,6 +94,21 @@ def versions() -> Fingerprints:
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the names whose fingerprints differ, or are missing on one side."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def changed_settings(before: Config, now: Config) -> list[str]:
+    """Return ``section.key (old, now new)`` of settings that may change what is trained.
+
+    Not those that say where something lies: whether it is the same is told by its fingerprint.
+    """
+    old, new = to_plain(before), to_plain(now)
+    found = []
+    for section in (name for name in new if name not in NOT_OF_TRAINING):
+        for key, value in new[section].items():
+            name, was = f"{section}.{key}", old.get(section, {}).get(key)
+            if was != value and name not in PLACES:
+                found.append(f"{name} ({shown(was)}, now {shown(value)})")
+    return found
 
 
 def _labels(clips: LabelledClips) -> str:

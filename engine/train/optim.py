@@ -54,7 +54,9 @@ class Plateau:
 
     def update(self, score: float, optim: Optim) -> None:
         """Take the score of one more validation; the higher the better."""
-        if self.best == -math.inf or score > self.best + 1e-4 * abs(self.best):
+        if (self.best == -math.inf and score > self.best) or (
+            score > self.best + 1e-4 * abs(self.best)
+        ):
             self.best, self.num_bad = score, 0
         else:
             self.num_bad += 1

@@ -10,7 +10,7 @@ import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config, dump_config, from_plain, load_config, to_plain
-from ssast.engine.errors import CheckpointError, ConfigError, ReportError
+from ssast.engine.errors import CheckpointError, ConfigError, ReportError, Stopped
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.monitoring.flops import peak_flops, step_flops_per_clip
 from ssast.engine.monitoring.loggers import build_loggers
@@ -121,7 +121,11 @@ def run_training(
                 run_on_main(lock.check, world)
                 trainer.tell_checkpoints()
                 if not stopped:
-                    task.finish(state.engine, state.progress)
+                    try:
+                        task.finish(state.engine, state.progress)
+                    except Stopped:  # by a signal that came after the last step
+                        trainer.saver.check()
+                        stopped = context.stop.signal
         except BaseException as raised:
             error = raised
             raise

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import to_plain
+from ssast.engine.config import from_plain, to_plain
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, run_on_main
-from ssast.engine.train.inputs import changed, versions
+from ssast.engine.train.inputs import changed, changed_settings, versions
 from ssast.engine.train.optim import Plateau
 from ssast.engine.train.task import Progress, Task
 
@@ -85,6 +85,7 @@ class TrainState:
         before = meta.get("versions", now)  # an older checkpoint does not know
         self.changes = changed(meta.get("inputs", self.inputs), self.inputs)
         self.changes += [f"{n} ({before.get(n)}, now {now.get(n)})" for n in changed(before, now)]
+        self.changes += changed_settings(from_plain(meta["config"]), self.task.context.config)
         self.restored, self.best = path, meta.get("best")
         plateau = Plateau(**meta["progress"].pop("plateau"))
         vars(self.progress).update(meta["progress"], plateau=plateau)

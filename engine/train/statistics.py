@@ -6,7 +6,7 @@ from pathlib import Path
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
-from ssast.engine.parallel.ranks import init_world, run_on_main
+from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.prepare.stats import measure
 
@@ -53,7 +53,8 @@ def with_measured_stats(
         return round(float(stats.mean), 4), round(float(stats.std), 4), seen
 
     world = init_world(config.train.timeout_s)
-    mean, std, how = run_on_main(find, world)
+    with expecting_peers(world):
+        mean, std, how = run_on_main(find, world)
     return (
         replace(config, audio=replace(config.audio, mean=mean, std=std)),
         [f"audio.mean {mean:g}, audio.std {std:g}: {how}"],

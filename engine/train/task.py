@@ -22,7 +22,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import World, gather_objects, reduce_max, reduce_sum
-from ssast.engine.settings import Optim, Precision
+from ssast.engine.settings import Precision
 from ssast.engine.train.caching import open_cache
 from ssast.engine.train.optim import Plateau, build_optimizer
 from ssast.engine.train.stop import Stop
@@ -76,8 +76,11 @@ class Progress:
     best_loss: float = math.inf
     """Lowest criterion (see :meth:`Task.criterion`) of all validations, saved or not."""
 
+    best_score: float = -math.inf
+    """Highest score (see :meth:`Task.score`) of all validations."""
+
     since_best: int = 0
-    """Validations since that one."""
+    """Validations since the first one with that score."""
 
     validation_due: bool = False
     """Whether the run was stopped in the validation at this step."""
@@ -85,12 +88,13 @@ class Progress:
     ended_by: str = ""
     """Name of the callback that ended the run before its last step."""
 
-    def update(self, criterion: float | None, score: float, optim: Optim) -> None:
+    def update(self, criterion: float | None, score: float) -> None:
         """Take the result of a validation."""
-        self.plateau.update(score, optim)
         self.since_best += 1
+        if score > self.best_score:
+            self.best_score, self.since_best = score, 0
         if criterion is not None and criterion < self.best_loss:
-            self.best_loss, self.since_best = criterion, 0
+            self.best_loss = criterion
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Task(ABC):
 
     Attributes:
         steps_per_epoch: Steps by which the multistep schedule counts epochs.
-        patience: Validations without a lower criterion after which training ends; None: never.
+        patience: Validations without a higher score after which training ends; None: never.
         num_valid: Number of clips in a validation.
         teacher: Encoder that is to have the averaged weights after each step, where the loss is
             made of its outputs. It is no part of the module.
@@ -302,7 +306,7 @@ class Task(ABC):
         return values["loss"]
 
     def score(self, values: dict[str, float]) -> float:
-        """Return what the plateau schedule watches, the higher the better."""
+        """Return what the plateau schedule and the patience watch, the higher the better."""
         criterion = self.criterion(values)
         return -values["loss"] if criterion is None else -criterion
 

@@ -258,10 +258,12 @@ class Trainer:
         self.monitor.restart_clock(progress.step)
         if progress.step == 0:
             return None
-        criterion = task.criterion(values if averaged is None else averaged)
+        judged = values if averaged is None else averaged
+        criterion = task.criterion(judged)
         self.context.heartbeat("writing a checkpoint")
         # The learning rate follows the raw weights: averaging must not change what is trained.
-        progress.update(criterion, task.score(values), self.context.config.optim)
+        progress.plateau.update(task.score(values), self.context.config.optim)
+        progress.update(criterion, task.score(judged))
         if criterion is None:
             return None
         return criterion if criterion < self.saver.best_value() else None

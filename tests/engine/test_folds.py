@@ -150,6 +150,14 @@ def test_folds_or_a_single_run(recipe, folds, tmp_path):
         uses_folds(load_config(single, both))
 
 
+@pytest.mark.parametrize(("role", "key"), [("test", "finetune.test"), ("valid", "data.valid")])
+def test_clips_that_the_folds_would_replace_are_refused(role, key, recipe, folds, tmp_path):
+    given = [*overrides(), f"run.folder={tmp_path / 'run'}", f"finetune.fold_role={role}"]
+    config = load_config(recipe, [*given, f"{key}={folds / 'eval_1.json'}"])
+    with pytest.raises(ConfigError, match=rf"finetune.folds and {key} exclude each other"):
+        cross_validate(config)
+
+
 def test_the_published_recipes_have_five_folds():
     for name, role in (("esc50", "valid"), ("iemocap", "test")):
         for kind in ("patch", "frame"):
