@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssast.engine.checkpoints.classifier import build_classifier, fill_encoder, save_chosen
-from ssast.engine.checkpoints.store import Checkpoints
+from ssast.engine.checkpoints.store import META, Checkpoints
 from ssast.engine.checkpoints.weights import CHOSEN, EMA, averaged_weights, has_average
 from ssast.engine.config import Config, finetune_settings
 from ssast.engine.data import augment
@@ -401,7 +401,7 @@ def finished_at(run: Path) -> int | None:
 
 def _finished_meta(run: Path) -> dict[str, Any] | None:
     found = Checkpoints(run / CHOSEN).latest()
-    return found and json.loads((found / "meta.json").read_text(encoding="utf-8"))
+    return None if found is None else json.loads((found / META).read_text(encoding="utf-8"))
 
 
 def is_finished(run: Path) -> bool:
