@@ -32,7 +32,7 @@ from ssast.pipelines.clips.shards import (
 )
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.cores import usable_cores
-from ssast.pipelines.datasets.tables import table
+from ssast.pipelines.datasets.tables import lines, table
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import parse_json, shows_progress
@@ -163,8 +163,9 @@ def known_labels(path: Path, classes: Path | None) -> set[str] | None:
     """
     if classes is None:
         classes = (path if path.is_dir() else path.parent) / "labels.csv"
-        if not classes.exists():
-            return None
+        header = next(lines(classes), ("", ""))[1] if classes.exists() else ""
+        if "mid" not in map(str.strip, header.split(",")):
+            return None  # none, or a list of clips of the same name
     return {row["mid"] for _, row in table(classes, ["mid"])}
 
 

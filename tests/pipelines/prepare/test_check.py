@@ -205,6 +205,13 @@ def test_unknown_labels(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
         faults(out, classes=out.parent / "classes.csv")
 
 
+def test_clips_in_a_table_that_is_named_labels(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", tone(16000))
+    for name in ("labels.csv", "train.csv"):
+        (tmp_path / name).write_text("filename,label\na.wav,x\n")
+        assert faults(tmp_path / name) == []
+
+
 def test_command(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.jsonl"
     assert main(["data", "check", str(out), "--report", str(report)]) == 0
