@@ -25,6 +25,7 @@ Fingerprints = dict[str, str]
 # What a resumed run can go on without: the weights are in its checkpoint.
 NOT_TRAINED_ON = ("test clips", "labels of the test clips", "pretrained weights")
 NOT_OF_TRAINING = ("run", "profile")  # sections
+SELECTING = ("data.valid_share", "data.window_s", "data.hop_s")  # choose the clips of data.train
 PLACES = (
     *("data.train", "data.valid", "data.mix", "data.sample_weights", "data.cache_folder"),
     *("finetune.test", "finetune.folds", "finetune.labels", "finetune.checkpoint"),

@@ -22,7 +22,13 @@ from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.callbacks import Callback
-from ssast.engine.train.inputs import NOT_TRAINED_ON, changed, versions
+from ssast.engine.train.inputs import (
+    NOT_TRAINED_ON,
+    SELECTING,
+    changed,
+    changed_settings,
+    versions,
+)
 from ssast.engine.train.optim import warmup_steps
 from ssast.engine.train.precision import choose_precision
 from ssast.engine.train.saving import check_fallback, fallback_checkpoints
@@ -244,6 +250,9 @@ def _open_folder(
             named = f"data.train {config.data.train} lists other clips"
             if config.data.mix is not None:
                 named = f"data.mix {config.data.mix} lists other clips or shares"
+            differ = changed_settings(from_plain(meta["config"]), config)
+            if cuts := [text for text in differ if text.split()[0] in SELECTING]:
+                named = f"{', '.join(cuts)} gives other clips"
             raise ConfigError(
                 f"{named} ({clips['count']}) than when {run} began "
                 f"({meta['clips']['count']}): choose another run.folder"

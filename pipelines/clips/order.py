@@ -136,7 +136,10 @@ def read_weights(path: str | Path, num_clips: int) -> Weights:
     except ValueError as error:
         raise DataError(f"{path}: expected a number a line: {error}") from error
     if len(values) != num_clips:
-        raise DataError(f"{path}: {len(values)} weights, but there are {num_clips} training clips")
+        raise DataError(
+            f"{path}: {len(values)} weights, but there are {num_clips} training clips, without "
+            "those held out, which data.valid names"
+        )
     try:
         return Weights(values)
     except ValueError as error:

@@ -237,6 +237,8 @@ def test_resuming_refuses_other_clips(whole, config_file, data, tmp_path):
     other = make_data(tmp_path, num_train=11)
     with pytest.raises(ConfigError, match=r"lists other clips \(11\) than when .* began \(10\)"):
         pretrain(load(config_file, other, whole[0]), resume=True)
+    with pytest.raises(ConfigError, match=r"data.window_s \(None, now 0.25\) gives other clips"):
+        pretrain(load(config_file, data, whole[0], data__window_s=0.25), resume=True)
 
 
 def test_a_run_goes_on_that_does_not_know_a_setting(config_file, data, tmp_path):
