@@ -2,7 +2,7 @@
 # Pretrain on two nodes with eight GPUs each; requeue and resume after preemption, the time limit or
 # a node failure:
 #
-#     sbatch examples/slurm.sh base_patch data.train=/data/shards train.batch_size=1536
+#     sbatch examples/slurm.sh base_throughput data.train=/data/shards
 #
 #SBATCH --job-name=ssast
 #SBATCH --nodes=2

@@ -53,8 +53,9 @@ def _add_manifests(kinds: Any) -> None:
         "name",
         metavar="NAME",
         help="audioset, librispeech, esc50, speechcommands_v1, speechcommands_v2, voxceleb1, "
-        "iemocap or fsd50k; of events in long recordings raven (selection tables), audacity "
-        "(label tracks) or audioset_segments (whole videos); lhotse (cuts)",
+        "iemocap or fsd50k; folders (each of them a class); of events in long recordings raven "
+        "(selection tables), audacity (label tracks) or audioset_segments (whole videos); lhotse "
+        "(cuts)",
     )
     command.add_argument(
         "source", type=Path, metavar="SRC", help="the folder of your copy; of cuts also a file"

@@ -114,10 +114,10 @@ def find_classes(train: str, labels_csv: str | None, table: TableFormat = PLAIN)
     else:
         labels = read_manifest(train, table=table).labels
         if labels is None:
-            raise DataError(
-                f"{train}: has no labels, fine-tuning needs them; data.columns={{labels: NAME}} "
-                "names their column"
-            )
+            hint = "data.columns={labels: NAME} names their column"
+            if Path(train).is_dir():
+                hint = "where its folders are classes, ssast data manifests folders makes a table"
+            raise DataError(f"{train}: has no labels, fine-tuning needs them; {hint}")
         names = tuple(sorted({name for clip in labels for name in clip}))
     if len(names) < 2:
         raise DataError(f"{labels_csv or train}: expected two classes or more, found {len(names)}")

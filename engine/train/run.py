@@ -11,6 +11,7 @@ import torch
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config, dump_config, from_plain, load_config, to_plain
 from ssast.engine.errors import CheckpointError, ConfigError, ReportError, Stopped
+from ssast.engine.evaluation.cut_clips import sampled_cut
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.monitoring.flops import peak_flops, step_flops_per_clip
 from ssast.engine.monitoring.loggers import build_loggers
@@ -192,6 +193,10 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
         )
     for note in notes:
         monitor.say(note)
+    if world.is_main and not config.data.random_crop:
+        cut = sampled_cut(state.task.train_paths, config.audio)
+        if cut:
+            monitor.say(f"warning: {cut}")
     for backend, reason in attention_trials(world.device, dtype).items():
         if reason:
             monitor.say(f"attention {backend} is not used: {reason}")

@@ -1,4 +1,4 @@
-"""Data sets from the user's own copy to manifests: those of the SSAST paper, events, cuts.
+"""Data sets from the user's own copy to manifests: published ones, folders, events, cuts.
 
 A published set is read in the layout of its publishers, with their splits and labels. Each set
 becomes the same files in an output folder::
@@ -27,6 +27,7 @@ from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.datasets.annotations import Reading, read_audacity, read_raven
 from ssast.pipelines.datasets.cuts import read_lhotse
 from ssast.pipelines.datasets.events import read_audioset, read_esc50, read_fsd50k
+from ssast.pipelines.datasets.folders import read_folders
 from ssast.pipelines.datasets.speech import (
     read_iemocap,
     read_librispeech,
@@ -47,6 +48,7 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "voxceleb1": read_voxceleb1,
     "iemocap": read_iemocap,
     "fsd50k": read_fsd50k,
+    "folders": read_folders,
 }
 ANNOTATIONS: dict[str, Callable[[Path, Reading], Dataset]] = {
     "raven": read_raven,

@@ -171,6 +171,11 @@ def fsd50k(root: Path) -> None:
         sound(root / f"FSD50K.{name}.wav")
 
 
+def folders(root: Path) -> None:
+    for name in ("train/dog/a", "train/dog/more/b", "train/cat, wild/c", "test/dog/a"):
+        sound(root / f"{name}.wav", seed=len(name))
+
+
 TREES = {
     "audioset": audioset,
     "librispeech": librispeech,
@@ -180,4 +185,5 @@ TREES = {
     "voxceleb1": voxceleb1,
     "iemocap": iemocap,
     "fsd50k": fsd50k,
+    "folders": folders,
 }
