@@ -68,7 +68,10 @@ def check_ssast(words, monkeypatch):
     if hasattr(options, "config"):
         known = (CONFIGS / f"{options.config}.yaml").is_file()
         assert known or re.search(r"[./]", options.config), f"no recipe {options.config}"
-        load_config(options.config if known else "base_patch", [*options.overrides, *rest])
+        named = options.config if known else "base_patch"
+        config = load_config(named, [*options.overrides, *rest])
+        if known and words[0] in ("pretrain", "finetune"):
+            assert (config.finetune is None) == (words[0] == "pretrain"), "a recipe of another kind"
     if hasattr(options, "what"):
         parse = argparse.ArgumentParser.parse_args
 
@@ -142,6 +145,7 @@ def test_commands_are_understood(page, monkeypatch):
     [
         "ssast pretrian demo",
         "ssast pretrain no_such_recipe",
+        "ssast finetune base_patch data.train=train.json",
         "ssast pretrain demo train.stepz=5",
         "ssast plan base_patch --gqus 4",
         "ssast bench step --no-such-option",
