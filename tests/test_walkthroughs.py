@@ -21,7 +21,7 @@ def test_from_raven_tables_to_a_classifier(
 ) -> None:
     page = (ROOT / "docs/bioacoustics.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code, to_raven = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     for long, short in (("60 * rate_hz", "12 * rate_hz"), ("< 58", "< 10")):
         assert long in code
         code = code.replace(long, short)
@@ -41,3 +41,13 @@ def test_from_raven_tables_to_a_classifier(
     found = [json.loads(line) for line in Path("found/windows.jsonl").read_text().splitlines()]
     assert found[0]["path"].endswith("night_7.flac") and len(found) > 10
     assert list(Path("found").glob("*.png"))
+    assert "score >= 0.5" in to_raven  # after so few steps
+    exec(compile(to_raven.replace("score >= 0.5", "True"), "to_raven.py", "exec"), {})
+    made = Path("found/night_7.found.txt")
+    source = tmp_path / "back"
+    source.mkdir()
+    (source / made.name).write_text(made.read_text())
+    (source / "night_7.flac").symlink_to(tmp_path / "field/night_7.flac")
+    assert main(["data", "manifests", "raven", str(source), "--out", "again"]) == 0
+    back = json.loads(Path("again/clips.json").read_text())["data"]
+    assert len(back) == len(found) and back[0]["duration"] == 1.28

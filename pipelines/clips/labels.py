@@ -1,6 +1,5 @@
 """The labels of a clip: one name, several with separators between them, or a list."""
 
-import ast
 import json
 import logging
 import re
@@ -18,6 +17,7 @@ log = logging.getLogger(__name__)
 Names = tuple[str, ...]
 _TEXT = r"""(?:'(?:[^'\\]|\\['"\\])*'|"(?:[^"\\]|\\['"\\])*")"""
 LIST_LIKE = re.compile(r"\[\s*['\"\d].*\]", re.DOTALL)
+ESCAPED = re.compile(r"""\\(['"\\])""")
 PYTHON_LIST = re.compile(rf"\[\s*{_TEXT}(?:\s*,\s*{_TEXT})*\s*\]")  # as pandas writes a cell
 
 
@@ -213,9 +213,11 @@ def _listed(text: str) -> list[Any] | None:
     if not text.startswith("["):
         return None
     try:
-        names = ast.literal_eval(text) if PYTHON_LIST.fullmatch(text) else parse_json(text)
-    except ValueError:  # a class may be called [noise]
-        return None
+        names = parse_json(text)
+    except ValueError:
+        if not PYTHON_LIST.fullmatch(text):  # a class may be called [noise]
+            return None
+        names = [ESCAPED.sub(r"\1", name[1:-1]) for name in re.findall(_TEXT, text)]
     return names if all(is_name(name) or _is_number(name) for name in names) else None
 
 

@@ -39,6 +39,8 @@ SPEECH = "Male speech, man speaking"
         ("['a, b', 'c']", None, True, ("a, b", "c")),
         (r"""['it\'s', "a'b" , 'c']""", ",", True, ("it's", "a'b", "c")),
         ("['a' 'b']", None, True, ("['a' 'b']",)),
+        (f'["{SPEECH}", "a\udce9"]', ",", True, (SPEECH, "a\udce9")),
+        ("['a, b', 'a\udce9']", ",", True, ("a, b", "a\udce9")),
         ("[noise]", None, True, ("[noise]",)),
         ("[[1]]", None, True, ("[[1]]",)),
         (7, None, False, ("7",)),
