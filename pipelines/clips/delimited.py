@@ -269,7 +269,7 @@ def _swallows(cells: list[str], delimiter: str, place: int | None = None) -> boo
     Then each of its lines has as many cells as the row; and a sound in the column ``place``, if
     that is given: sentences hold commas.
     """
-    if len(cells) < 2 or not any("\n" in cell for cell in cells):
+    if len(cells) < 2 or "\n" not in "".join(cells):
         return False
     rows = [line.split(delimiter) for line in delimiter.join(cells).splitlines()]
     return all(
