@@ -3,6 +3,8 @@
 import difflib
 import itertools
 import logging
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.datasets.tables import class_table
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.rejected import Counts
-from ssast.pipelines.text import read_text
+from ssast.pipelines.text import read_text, shown
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +123,19 @@ def find_classes(train: str, labels_csv: str | None, table: TableFormat = PLAIN)
         names = tuple(sorted({name for clip in labels for name in clip}))
     if len(names) < 2:
         raise DataError(f"{labels_csv or train}: expected two classes or more, found {len(names)}")
+    _warn_of_composition(labels_csv or train, names)
     return names
+
+
+def _warn_of_composition(source: str, names: Sequence[str]) -> None:
+    """Warn of classes that look alike: macOS names files in another form (NFD) than people type."""
+    alike = Counter(unicodedata.normalize("NFC", name) for name in names)
+    twice = [name for name, count in alike.items() if count > 1]
+    if twice:
+        log.warning(
+            "%s: %d classes are two for how their characters are composed (NFC, NFD) alone, such "
+            "as %s", source, len(twice), shown(twice[0]),
+        )  # fmt: skip
 
 
 def class_names(classes: Sequence[str], table: str | Path | None) -> tuple[str, ...]:

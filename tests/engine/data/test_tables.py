@@ -9,6 +9,7 @@ from sounds import tone, write
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.data.clips import find_clips
+from ssast.engine.data.labels import find_classes
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.clips.manifest import read_manifest
@@ -68,3 +69,12 @@ def test_options_of_commands(table: Path, capsys: pytest.CaptureFixture[str]) ->
     lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in listed))
     assert main(["data", "check", str(lines)]) == 0
     assert ": 8 clips, 0.00 h, 0 problems" in capsys.readouterr().out
+
+
+def test_classes_that_look_alike(tmp_path, caplog):
+    for other, warned in (("cafe\u0301", True), ("cafe", False)):
+        table = tmp_path / f"{warned}.csv"
+        table.write_text(f"wav,label\na.wav,caf\u00e9\nb.wav,{other}\n", encoding="utf-8")
+        caplog.clear()
+        assert len(find_classes(str(table), None)) == 2
+        assert ("1 classes are two for how their characters are composed" in caplog.text) == warned
