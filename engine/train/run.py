@@ -196,7 +196,7 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
     if world.is_main and not config.data.random_crop:
         cut = sampled_cut(state.task.train_paths, config.audio)
         if cut:
-            monitor.say(f"warning: {cut}")
+            monitor.say(cut)
     for backend, reason in attention_trials(world.device, dtype).items():
         if reason:
             monitor.say(f"attention {backend} is not used: {reason}")
