@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+from finetune_runs import load, plain_file
 from sounds import tone, write
 
 from ssast.engine.evaluation.cut_clips import sampled_cut
+from ssast.engine.finetune import finetune
 from ssast.engine.settings import Audio
 
 
@@ -19,3 +21,12 @@ def test_a_sample_of_the_clips_is_looked_at(tmp_path):
     assert sampled_cut([*paths[3:], behind, tmp_path / "gone.wav"], audio).startswith("1 of 2 ")
     many = sampled_cut(paths[3:] * 1000, audio)
     assert many.startswith("100 of 100 training clips that were looked at")
+
+
+def test_a_run_says_so(splits, tmp_path, capsys):
+    for name, crop in (("beginnings", False), ("parts", True)):
+        config = load(plain_file(tmp_path), splits, tmp_path / name, finetune__epochs=1,
+                      audio__num_frames=16, data__random_crop=crop)  # fmt: skip
+        assert finetune(config) == 0
+        said = capsys.readouterr().out
+        assert ("clips that were looked at are longer than the input" in said) != crop
