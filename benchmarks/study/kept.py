@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ssast.engine.config import OVERRIDE, Config, load_config, to_plain
+from ssast.engine.config import OVERRIDE, Config, load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.train.inputs import differences
 
 
 def check_kept(config: Config) -> None:
@@ -20,11 +21,6 @@ def check_kept(config: Config) -> None:
     saved = Path(config.run.folder or "") / "config.yaml"
     if not saved.exists():
         return
-    old, new = to_plain(load_config(saved)), to_plain(config)
-    for name, origin in (config.stated or {}).items():
-        section, _, key = name.partition(".")
-        if origin != OVERRIDE or name == "run.folder":
-            continue
-        before, now = old.get(section, {}).get(key), new[section][key]
-        if before != now:
+    for name, (before, now) in differences(load_config(saved), config).items():
+        if (config.stated or {}).get(name) == OVERRIDE and name != "run.folder":
             raise ConfigError(f"{saved} has {name} {before!r}, got {now!r}: choose another --out")

@@ -6,6 +6,7 @@ All ranks must have the same, and so must a run when it is resumed.
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,19 +98,32 @@ def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
+def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the old and the new value of the settings ``section.key`` that differ."""
+    old, new = to_plain(before), to_plain(now)
+    pairs = {
+        f"{section}.{key}": (old.get(section, {}).get(key), value)
+        for section, values in new.items()
+        for key, value in values.items()
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def changed_settings(before: Config, now: Config) -> list[str]:
     """Return ``section.key (old, now new)`` of settings that may change what is trained.
 
     Not those that say where something lies: whether it is the same is told by its fingerprint.
     """
-    old, new = to_plain(before), to_plain(now)
-    found = []
-    for section in (name for name in new if name not in NOT_OF_TRAINING):
-        for key, value in new[section].items():
-            name, was = f"{section}.{key}", old.get(section, {}).get(key)
-            if was != value and name not in PLACES:
-                found.append(f"{name} ({shown(was)}, now {shown(value)})")
-    return found
+    return [
+        change_of(name, pair)
+        for name, pair in differences(before, now).items()
+        if name.partition(".")[0] not in NOT_OF_TRAINING and name not in PLACES
+    ]
+
+
+def change_of(name: str, pair: tuple[Any, Any]) -> str:
+    """Format a setting that differs, ``section.key (old, now new)``."""
+    return f"{name} ({shown(pair[0])}, now {shown(pair[1])})"
 
 
 def _labels(clips: LabelledClips) -> str:

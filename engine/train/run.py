@@ -26,8 +26,9 @@ from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import (
     NOT_TRAINED_ON,
     SELECTING,
+    change_of,
     changed,
-    changed_settings,
+    differences,
     versions,
 )
 from ssast.engine.train.optim import warmup_steps
@@ -243,20 +244,19 @@ def _open_folder(
     if found is not None:
         _, meta = Checkpoints.load(found, check=False)
         # What an older version did not know had its default.
-        old, new = to_plain(from_plain(meta["config"])), to_plain(config)
-        for section, key in fixed:
-            before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
-            if before != now:
+        differ = differences(from_plain(meta["config"]), config)
+        for name in (f"{section}.{key}" for section, key in fixed):
+            if name in differ:
+                before, now = differ[name]
                 raise ConfigError(
-                    f"{section}.{key} was {before!r} when {run} began, now it is "
+                    f"{name} was {before!r} when {run} began, now it is "
                     f"{now!r}: choose another run.folder"
                 )
         if meta["clips"] != clips:
             named = f"data.train {config.data.train} lists other clips"
             if config.data.mix is not None:
                 named = f"data.mix {config.data.mix} lists other clips or shares"
-            differ = changed_settings(from_plain(meta["config"]), config)
-            if cuts := [text for text in differ if text.split()[0] in SELECTING]:
+            if cuts := [change_of(name, differ[name]) for name in SELECTING if name in differ]:
                 named = f"{', '.join(cuts)} gives other clips"
             raise ConfigError(
                 f"{named} ({clips['count']}) than when {run} began "
