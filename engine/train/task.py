@@ -73,11 +73,8 @@ class Progress:
     """Clips taken from the data order so far, over all ranks."""
 
     plateau: Plateau = field(default_factory=Plateau)
-    best_loss: float = math.inf
-    """Lowest criterion (see :meth:`Task.criterion`) of all validations, saved or not."""
-
     best_score: float = -math.inf
-    """Highest score (see :meth:`Task.score`) of all validations."""
+    """Highest score (see :meth:`Task.score`) of all validations, saved or not."""
 
     since_best: int = 0
     """Validations since the first one with that score."""
@@ -88,13 +85,11 @@ class Progress:
     ended_by: str = ""
     """Name of the callback that ended the run before its last step."""
 
-    def update(self, criterion: float | None, score: float) -> None:
-        """Take the result of a validation."""
+    def update(self, score: float) -> None:
+        """Take the score of one more validation."""
         self.since_best += 1
         if score > self.best_score:
             self.best_score, self.since_best = score, 0
-        if criterion is not None and criterion < self.best_loss:
-            self.best_loss = criterion
 
 
 @dataclass(frozen=True)

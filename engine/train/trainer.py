@@ -263,7 +263,7 @@ class Trainer:
         self.context.heartbeat("writing a checkpoint")
         # The learning rate follows the raw weights: averaging must not change what is trained.
         progress.plateau.update(task.score(values), self.context.config.optim)
-        progress.update(criterion, task.score(judged))
+        progress.update(task.score(judged))
         if criterion is None:
             return None
         return criterion if criterion < self.saver.best_value() else None

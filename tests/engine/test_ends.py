@@ -36,7 +36,7 @@ def test_patience_goes_by_the_metric_alone(splits, tmp_path, monkeypatch, capsys
 def test_an_equal_score_is_no_better():
     progress, counts = Progress(), []
     for score in (0.5, 0.5, 0.6, 0.4, 0.6, float("nan")):
-        progress.update(-score, score)
+        progress.update(score)
         counts.append(progress.since_best)
     assert counts == [0, 1, 0, 1, 2, 3]
 

@@ -154,7 +154,8 @@ def test_a_criterion_counts_once_its_checkpoint_is_on_the_disk(load, tmp_path, d
         disk.clear()
         if step == 4:
             disk[tmp_path / "run"] = failed(errno.ENOSPC)
-        return found | {"loss": values.get(step, 9.0)}
+        loss = values.get(step, 9.0)
+        return found | {"loss": loss, "pretext_accuracy": -loss}  # the score, which patience counts
 
     monkeypatch.setattr(Pretraining, "validate", validate)
     often = {"train__validate_every": 2, "train__save_every": 50, "train__keep_checkpoints": 9}
@@ -163,7 +164,7 @@ def test_a_criterion_counts_once_its_checkpoint_is_on_the_disk(load, tmp_path, d
     best = json.loads((checkpoints.folder / "best.json").read_text())
     assert (best["step"], best["value"]) == (6, 4.0), "the 3.0 of step 4 was never saved"
     progress = json.loads((checkpoints.latest() / "meta.json").read_text())["progress"]
-    assert progress["best_loss"] == 3.0
+    assert (progress["best_score"], progress["since_best"]) == (-3.0, 2), "patience counts it"
     # Killed between the checkpoint of step 6 and its mark: the resumed run makes up for it.
     (checkpoints.folder / "step000000008").rename(tmp_path / "later")
     (checkpoints.folder / "latest").write_text("step000000006\n")
