@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError
 from ssast.engine.parallel.ranks import reduce_max
+from ssast.engine.settings import Train
 from ssast.engine.train.graphs import CudaRecorder, GraphedFunction, GraphedModule, Recorder
 from ssast.engine.train.task import Task
 from ssast.pipelines.stream.batch import Batch
@@ -30,6 +31,7 @@ begins."""
 _SMALL = 1e-3  # of the largest norm: gradients below are rounding, such as those of key biases
 _COMPILING_S = 120.0  # what a run must gain by compiling, at a guess of a fifth of its steps
 _COMPILED_GAIN = 0.2
+_NO_MEMORY = "no memory for a pass in fp32, which the results are compared with"
 _MARGIN = 1.05  # compiling rounds otherwise: noise must not decide when a run is resumed
 _STEP_BYTES = 8  # per parameter: what an optimizer step allocates besides the activations
 
@@ -145,17 +147,22 @@ def start_execution(
     """
     train, device = task.context.config.train, task.context.world.device
     tools = tools_of(device)
-    compiled, graphs = train.compile is True, train.cuda_graphs is True
-    given = Mode(compiled, graphs)
+    graphs = train.cuda_graphs is True
+    given = Mode(train.compile is True, graphs)
     if tools is None or (not graphs and "auto" not in (train.compile, train.cuda_graphs)):
         return Execution(given), batches
     if train.zero_stage == 3:
         reason = "ZeRO stage 3 gathers weights during the pass"
-        others = [Mode(True, False)] * (train.compile == "auto") + [Mode(compiled, True)]
-        return Execution(given, dict.fromkeys(others, reason)), batches
+        return passed_over(train, given, reason), batches
     first = next(batches)
     trials = _Trials(task, first, tools)
     return trials.choose(steps * train.accumulation_steps), itertools.chain([first], batches)
+
+
+def passed_over(train: Train, mode: Mode, reason: str) -> Execution:
+    """Return a mode that is used without a trial, and why the others are not tried."""
+    others = [Mode(True, False)] * (train.compile == "auto") + [Mode(mode.compiled, True)]
+    return Execution(mode, dict.fromkeys(others, reason))
 
 
 class _Trials:
@@ -175,16 +182,11 @@ class _Trials:
         compile_, cuda_graphs = self.train.compile, self.train.cuda_graphs
         plain = Mode(compile_ is True, False)
         found = Execution(plain)
-        exact: list[Tensor] = []
-        eager, reason = torch.empty(0), ""
-        try:
-            exact = self._exact_pass()
-            eager = relative_errors(self._pass(), exact)
-        except torch.OutOfMemoryError:  # fp32 takes up to twice the memory of the run
-            reason = "no memory for a pass in fp32, which the results are compared with"
-        reason, _ = self._agreed(reason, 0.0)
-        if reason:
-            return self._untried(found, reason)
+        expected = self._expected()
+        reason, _ = self._agreed("" if expected else _NO_MEMORY, 0.0)
+        if not expected or reason:
+            return self._untried(plain, reason)
+        exact, eager = expected
         self._set_up(plain)
         found.ms[plain] = self._agreed("", self.tools.milliseconds(self._pass))[1]
         for compiled in [compile_] if compile_ != "auto" else [False, True]:
@@ -206,7 +208,7 @@ class _Trials:
         self._set_up(found.mode)
         return found
 
-    def _untried(self, found: Execution, reason: str) -> Execution:
+    def _untried(self, mode: Mode, reason: str) -> Execution:
         """Return the mode that needs no trial.
 
         Raises:
@@ -214,11 +216,8 @@ class _Trials:
         """
         if self.train.cuda_graphs is True:
             raise ConfigError(f"train.cuda_graphs: true does not work here: {reason}")
-        self._set_up(found.mode)
-        others = [Mode(True, False)] * (self.train.compile == "auto")
-        others += [Mode(found.mode.compiled, True)] * (self.train.cuda_graphs == "auto")
-        found.rejected.update(dict.fromkeys(others, reason))
-        return found
+        self._set_up(mode)
+        return passed_over(self.train, mode, reason)
 
     def _try(
         self,
@@ -290,6 +289,14 @@ class _Trials:
     def _pass(self) -> list[Tensor]:
         """Return the loss of the batch, and the gradients of the trained parameters."""
         return _loss_and_gradients(self.task, self.batch, list(self._trained().values()))
+
+    def _expected(self) -> tuple[list[Tensor], Tensor] | None:
+        """Return the results in fp32, and the errors of the eager pass; None without memory."""
+        try:
+            exact = self._exact_pass()
+            return exact, relative_errors(self._pass(), exact)
+        except torch.OutOfMemoryError:  # fp32 takes up to twice the memory of the run
+            return None
 
     def _exact_pass(self) -> list[Tensor]:
         """Return the results of the eager pass with weights and activations in fp32."""
