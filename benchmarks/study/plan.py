@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ssast.benchmarks.study.models import FAMILIES, MODELS, SHORT, Model
 from ssast.benchmarks.study.store import KEPT_STEPS, weights_folder
@@ -78,6 +79,27 @@ class Plan:
     def seeds_of(self, model: Model) -> int:
         """Return the number of seeds of a model."""
         return self.replicas if model.replicated else self.seeds
+
+    def check_same(
+        self, given: Mapping[str, Any], out: Path, advice: str = "choose another --out"
+    ) -> None:
+        """Check what is given now against this plan, which is stored in the folder of the study.
+
+        Args:
+            given: Values by attribute.
+            out: The folder.
+            advice: End of the message, in which ``{key}`` is the attribute.
+
+        Raises:
+            ConfigError: A value differs.
+        """
+        for key, value in given.items():
+            stored = getattr(self, key)
+            if stored != value:
+                raise ConfigError(
+                    f"{out / 'plan.json'} has {key} {stored!r}, got {value!r}: "
+                    f"{advice.format(key=key)}"
+                )
 
     def write(self, out: Path) -> None:
         """Write the plan to the folder of the study."""

@@ -181,12 +181,7 @@ def make_plan(options: argparse.Namespace, stored: Plan | None) -> Plan:
     if any(rate <= 0 for rate in given.get("rates", ())):
         raise ConfigError(f"--rates must be positive, got {min(given['rates']):g}")
     if stored is not None:
-        for key, value in given.items():
-            if getattr(stored, key) != value:
-                raise ConfigError(
-                    f"{options.out / 'plan.json'} has {key} {getattr(stored, key)!r}, got "
-                    f"{value!r}: resume without --{key}, or choose another --out"
-                )
+        stored.check_same(given, options.out, "resume without --{key}, or choose another --out")
         return stored
     if "epochs" in given and "steps" not in given:
         raise ConfigError("--epochs goes with --steps: --hours chooses both")

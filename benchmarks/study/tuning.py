@@ -215,12 +215,9 @@ def check_plan(plan: Plan, out: Path) -> None:
     Raises:
         ConfigError: They had other settings.
     """
-    for key, before in vars(Plan.read(out) or plan).items():
-        now = getattr(plan, key)
-        if before != now and key != "seeds":
-            raise ConfigError(
-                f"{out / 'plan.json'} has {key} {before!r}, got {now!r}: choose another --out"
-            )
+    stored = Plan.read(out)
+    if stored is not None:
+        stored.check_same({k: v for k, v in vars(plan).items() if k != "seeds"}, out)
 
 
 def _parser() -> argparse.ArgumentParser:
