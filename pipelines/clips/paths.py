@@ -60,9 +60,9 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
     ``a/..`` is the folder above that which a link ``a`` leads to, as it is for the system.
     """
+    if os.pardir not in os.fspath(path).split(os.sep):
+        return os.path.abspath(path)
     text = os.path.join(os.getcwd(), path)
-    if os.pardir not in text.split(os.sep):
-        return os.path.normpath(text)
     folder, name = os.path.split(text)
     if name == os.pardir:
         return _folder(text)

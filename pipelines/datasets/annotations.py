@@ -129,10 +129,8 @@ class _Recordings:
         Raven's own names hold the recording's whole name.
         """
         name = table.name
-        if own := RAVEN_TABLE.search(name):
-            found = self.by_name.get(name[: own.start()]) or self.by_stem.get(name[: own.start()])
-            return _one(found, table, name[: own.start()]) if found else None
-        for end in range(len(name), 0, -1):
+        own = RAVEN_TABLE.search(name)
+        for end in [own.start()] if own else range(len(name), 0, -1):
             if end < len(name) and name[end] not in "._":
                 continue
             found = self.by_name.get(name[:end]) or self.by_stem.get(name[:end])
