@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssast.kernels.autocast import autocast_rule
-from ssast.kernels.blocked_attention import attention_reference, blocked_attention
+from ssast.kernels.blocked_attention import attention_reference, blocked_attention, is_kept
 from ssast.kernels.efficient_attention import efficient_attention
 from ssast.kernels.launch import architecture
 from ssast.kernels.linear import joined_view
@@ -25,7 +25,15 @@ from ssast.kernels.matmul import is_fast
 from ssast.kernels.operation import is_transformed
 
 Backend = Literal[
-    "flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "math", "sdpa", "blocked"
+    "flash-attn-3",
+    "flash-attn-2",
+    "cudnn",
+    "flash",
+    "efficient",
+    "math",
+    "sdpa",
+    "blocked",
+    "blocked-or-sdpa",
 ]
 
 # For half precision, by architecture, fastest first; newer architectures use the last row.
@@ -35,7 +43,7 @@ CANDIDATES: dict[int, tuple[Backend, ...]] = {
     100: ("cudnn", "flash-attn-2", "flash", "efficient", "math"),
 }
 FULL_PRECISION: tuple[Backend, ...] = ("efficient", "math")
-CPU_BACKENDS = ("sdpa", "blocked")  # need no trial
+CPU_BACKENDS = ("sdpa", "blocked", "blocked-or-sdpa")  # need no trial
 
 _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -180,6 +188,8 @@ def run_backend(
         import flash_attn as flash2
 
         return _flash_attn(flash2, q, k, v, padding_mask)
+    if backend == "blocked-or-sdpa":
+        backend = "blocked" if is_kept(q, k, v) else "sdpa"
     if backend == "sdpa":
         return _sdpa(q, k, v, padding_mask)
     if backend == "blocked":
@@ -190,12 +200,15 @@ def run_backend(
         return _sdpa(q, k, v, padding_mask)
 
 
-def _blocked_is_faster(dtype: torch.dtype) -> bool:
-    """Whether matmuls on this CPU are faster than those inside PyTorch's attention."""
-    if dtype == torch.bfloat16:  # with AMX, PyTorch's attention has them as well
-        cpu = torch.cpu.get_capabilities()
-        return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_tile")
-    return dtype == torch.float32 and is_fast()
+def _cpu_backend(dtype: torch.dtype) -> Backend:
+    """Return the fastest backend on this CPU, by where oneDNN's matmuls are fast."""
+    cpu = torch.cpu.get_capabilities()
+    if dtype == torch.bfloat16 and cpu.get("amx_tile"):
+        # PyTorch's has AMX as well: its forward pass is twice as fast, but the backward pass a
+        # third as fast at 66 tokens, and slower wherever `blocked` keeps the probabilities.
+        return "blocked-or-sdpa"
+    fast = cpu.get("avx512_bf16") if dtype == torch.bfloat16 else is_fast()
+    return "blocked" if fast and dtype in (torch.bfloat16, torch.float32) else "sdpa"
 
 
 def _only_math() -> bool:
@@ -211,7 +224,7 @@ def _only_math() -> bool:
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
     """List the backends for a device and dtype, the fastest first."""
     if device.type != "cuda":
-        return ("blocked",) if _blocked_is_faster(dtype) else ("sdpa",)
+        return (_cpu_backend(dtype),)
     if dtype not in (torch.bfloat16, torch.float16):
         return FULL_PRECISION
     return CANDIDATES[max(a for a in CANDIDATES if a <= max(80, architecture(device)))]

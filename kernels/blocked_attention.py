@@ -216,10 +216,14 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = No
     Returns:
         [B, L, H, D_h].
     """
+    return _attention(q, k, v, valid, is_kept(q, k, v))[0]
+
+
+def is_kept(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether there will be a backward pass, and P is kept for it."""
     B, L, H, _ = q.shape
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    keep = trained and keeps_probabilities(B, H, L, k.shape[1])
-    return _attention(q, k, v, valid, keep)[0]
+    return trained and keeps_probabilities(B, H, L, k.shape[1])
 
 
 def keeps_probabilities(B: int, H: int, queries: int, keys: int) -> bool:

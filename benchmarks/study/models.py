@@ -65,7 +65,7 @@ def _latent(
         what,
         share=share,
         num_masked=LATENT_MASKED,
-        changes=("train.batch_size=12",),  # each clip is seen under several masks
+        changes=("train.batch_size=12", "optim.lr=1e-3"),  # each clip is seen under several masks
         recipe="eat_demo",
         budget=budget,
         probed=share > 0,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ssast.benchmarks.study.models import LATENT_ENCODER, LATENT_MASKED, Model
-from ssast.benchmarks.study.plan import BATCH, FineTuning, Plan, accuracy, chosen_rate
+from ssast.benchmarks.study.plan import FineTuning, Plan, accuracy, chosen_rate
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
 from ssast.engine.errors import ConfigError
@@ -35,7 +35,8 @@ from ssast.pipelines.files import replacing
 from ssast.pipelines.locks import in_turn
 
 STEPS, EPOCHS, RATES, LABELS = 1_200, 4, (3e-4, 1e-3), 250
-HALF = BATCH["pretrain"] // 2
+BATCH, LR = 24, 1e-3
+HALF = BATCH // 2
 OUT = Path("runs/tuning")
 _KIT = re.compile(r"^hydrogen-drumkits/.*/drumkits/([^/]+)/([^/]+)$")
 
@@ -62,6 +63,7 @@ def _variation(
 ) -> Model:
     family = name.partition("-")[0]
     latent = family == "latent"
+    changes = (f"train.batch_size={BATCH}", f"optim.lr={LR}", *changes)
     return Model(
         name,
         what,

@@ -40,10 +40,12 @@ def attention_activations(
     cpu_attention: Backend | None, e: int, *, batch: int, heads: int, queries: int, keys: int
 ) -> float:
     """Return the bytes that attention keeps of each clip of a batch, besides q, k, v and result."""
-    if cpu_attention != "blocked":
-        return 4 * heads * queries  # logsumexp
-    # Probabilities, which are computed again where they are many.
-    return heads * queries * keys * e * keeps_probabilities(batch, heads, queries, keys)
+    if cpu_attention in ("blocked", "blocked-or-sdpa"):
+        if keeps_probabilities(batch, heads, queries, keys):
+            return heads * queries * keys * e
+        if cpu_attention == "blocked":
+            return 0  # the probabilities are computed again
+    return 4 * heads * queries  # logsumexp
 
 
 def block_activations(

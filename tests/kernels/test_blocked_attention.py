@@ -10,6 +10,7 @@ from attention_cases import (
 )
 from compare import DTYPES, REGIMES, assert_as_good_as_reference
 
+from ssast.kernels import attention as backends
 from ssast.kernels import blocked_attention as module
 from ssast.kernels.attention import attention, attention_backend, attention_reference, run_backend
 from ssast.kernels.blocked_attention import _attention, blocked_attention
@@ -121,12 +122,34 @@ def test_is_used_where_matmul_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         return attention_backend(CPU, torch.bfloat16)
 
     assert found(avx512_bf16=True) == "blocked"
-    assert found(avx512_bf16=True, amx_tile=True) == found() == "sdpa"
+    assert found(avx512_bf16=True, amx_tile=True) == "blocked-or-sdpa"
+    assert found() == "sdpa"
     monkeypatch.undo()
     assert attention_backend(CPU, torch.float32) == "sdpa"
     with fast_matmul() as fast:
         assert attention_backend(CPU, torch.float32) == ("blocked" if fast else "sdpa")
         assert attention_backend(CPU, torch.float64) == "sdpa"
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_or_sdpa(monkeypatch: pytest.MonkeyPatch, fits: bool, trained: bool) -> None:
+    """With AMX: in training, where the probabilities are kept."""
+    inputs = [x.requires_grad_(trained) for x in queries_keys_values((2, 9, 9, 2, 8), "unit")]
+    monkeypatch.setattr(module, "KEPT", 2 * 2 * 9 * 9 - (not fits))
+    calls = []
+
+    def counted(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return blocked_attention(*inputs)
+
+    monkeypatch.setattr(backends, "blocked_attention", counted)
+    got = run_backend("blocked-or-sdpa", *inputs)
+    assert len(calls) == (fits and trained)
+    torch.testing.assert_close(got, attention_reference(*inputs).to(got.dtype))
+    with torch.no_grad():
+        run_backend("blocked-or-sdpa", *inputs)
+    assert len(calls) == (fits and trained)
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -36,7 +36,7 @@ def test_budgets_are_equal() -> None:
     )
     spent = [step_flops_per_clip(c) * c.train.steps * c.train.batch_size for c in (joint, flops)]
     assert spent[1] == pytest.approx(spent[0], rel=1e-3)
-    assert joint.train.steps == 3000 and time.train.steps == 3000 * 2 / 2.5
+    assert joint.train.steps == 3000 and time.train.steps == 3000 * 4 / 2.5
     for config in (flops, time):
         assert config.model == recipe.model and config.train.batch_size == 12
         rise = config.objective.teacher_decay_steps / config.train.steps

@@ -25,8 +25,7 @@ SMALL = ["model.depth=3", "audio.num_frames=512", "objective.num_masked=200"]
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    blocked = request.param == "blocked"
-    monkeypatch.setattr(attention, "_blocked_is_faster", lambda dtype: blocked)
+    monkeypatch.setattr(attention, "_cpu_backend", lambda dtype: request.param)
     return request.param
 
 
@@ -35,6 +34,7 @@ CASES = [
     ("tiny_patch", 1, "fp32", "blocked"),
     ("tiny_patch", None, "bf16", "blocked"),
     ("tiny_patch", None, "fp32", "sdpa"),
+    ("tiny_patch", None, "bf16", "blocked-or-sdpa"),
     ("small_frame", None, "fp32", "blocked"),
 ]
 
