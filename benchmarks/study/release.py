@@ -34,12 +34,13 @@ FIGURES = {
 }
 
 
-def release(out: Path, folder: Path) -> list[Path]:
+def release(out: Path, folder: Path, families: Sequence[str] = FAMILIES) -> list[Path]:
     """Export the weights of the patch and of the frame model.
 
     Args:
         out: Folder of the study's runs.
         folder: Folder for tiny_patch/ and tiny_frame/.
+        families: Those to export.
 
     Raises:
         ConfigError: There are no runs.
@@ -47,7 +48,7 @@ def release(out: Path, folder: Path) -> list[Path]:
     """
     plan = stored_plan(out)
     cells, written = gather(plan, out), []
-    for family in FAMILIES:
+    for family in families:
         loaded = open_encoder(weights_of(out, MODELS[family]))
         step = loaded.step or 0
         if step < plan.steps:
@@ -177,7 +178,7 @@ def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Pat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export both models."""
+    """Export the models."""
     parser = argparse.ArgumentParser("ssast bench release", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=OUT, help=f"folder of the runs (default: {OUT})"
@@ -188,6 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=CHECKPOINTS,
         help=f"folder to write (default: {CHECKPOINTS})",
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=FAMILIES,
+        default=FAMILIES,
+        metavar="MODEL",
+        help="export only these: %(choices)s",
+    )
     options = parser.parse_args(arguments)
-    print(*release(options.out, options.checkpoints), sep="\n")
+    print(*release(options.out, options.checkpoints, options.only), sep="\n")
     return 0

@@ -122,5 +122,5 @@ def test_the_group_runs(tmp_path, capsys) -> None:
     assert (tuned.model.norm, tuned.model.extra_tokens) == ("post", "cls")
     found = read_reports(tmp_path / "run")
     section = "\n".join(objectives(plan, tmp_path / "run", {}, found))
-    assert "| latent targets, as much time | 4 | 48 |" in section
+    assert "| latent targets, as much time | 8 | 96 |" in section
     assert set(found) == {("latent-time", "pitch")}  # the untrained one is probed with another

@@ -56,7 +56,7 @@ def test_settings_are_the_published_ones_scaled(plan):
     assert {n: c.train.steps for n, c in configs.items()} == {
         name: {"patch": 80, "frame": 80, "joint": 8, "joint-encoder": 8}.get(name, 2)
         for name in configs
-    } | {"latent-flops": 4, "latent-time": 4}
+    } | {"latent-flops": 9, "latent-time": 8}
     changed = {"generative": "kind", "discriminative": "kind"}
     changed |= {"masked-100": "num_masked", "masked-250": "num_masked"}
     for name, key in changed.items():
@@ -77,7 +77,7 @@ def test_the_hours_are_filled(plan):
     rates, runs = {"pretrain": 100.0, "finetune": 50.0}, {"a": 10, "b": 20}
     steps, epochs = steps_and_epochs(2.0, rates, {"a": 100, "b": 200}, runs, 4)
     shares = sum(m.share * (4 if m.replicated else 1) for group in GROUPS for m in group)
-    seconds = steps * shares * 24 / 100 + epochs * (1000 + 4000) / 50
+    seconds = steps * shares * 48 / 100 + epochs * (1000 + 4000) / 50
     assert 0.75 * 7200 < seconds <= 0.8 * 7200
     with pytest.raises(ConfigError, match=r"--hours 0.01 is too short: one epoch .* 0.063 hours"):
         steps_and_epochs(0.01, rates, {"a": 100, "b": 200}, runs, 4)
@@ -185,13 +185,16 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
             fake(plan, tmp_path, f"{family}-scratch", "pitch", rate, 0, 0.5, 3)
     reports = [report("pitch", "untrained", 0.45, 0.4), report("pitch", "checkpoint", 0.9, 0.8)]
     write_probe(tmp_path, "patch", *reports)
+    assert release([*command, "--only", "frame"]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["tiny_frame"]
+    assert [path.name for path in (tmp_path / "released").iterdir()] == ["tiny_frame"]
     assert release(command) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.name for path in paths] == ["tiny_patch", "tiny_frame"]
     for path in paths:
         text = (path / "README.md").read_text()
         assert "| pitch: pitch | 50.0 | 30.0 | 90.0 |" in text
-        assert "80 steps, batch size 24" in text and "1.2 h of 24 clips" in text
+        assert "80 steps, batch size 48" in text and "1.2 h of 24 clips" in text
         model, config = load_pretrained(path)
         number = sum(p.numel() for p in model.parameters())
         assert f"{number / 1e6:.2f} M weights" in text
