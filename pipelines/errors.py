@@ -12,6 +12,10 @@ class BeyondEndError(DataError):
     """A segment that begins beyond the end of its recording."""
 
 
+class ChainedError(DataError):
+    """An Ogg file of several streams, one behind the other; libsndfile reads the first alone."""
+
+
 class UnavailableError(DataError):
     """A package that the distribution does not have."""
 

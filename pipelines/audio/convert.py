@@ -223,6 +223,8 @@ class Part(NamedTuple):
         lengths: With the first clip: the recording's length by its header and the true one, if they
             differ by much; see :func:`length_note`.
         peak: Largest absolute sample before scaling, if that is beyond full scale, 1.
+        left_out_s: Seconds of the windows before it that cannot be used, of the last clip also of
+            those behind it.
     """
 
     number: int
@@ -230,6 +232,7 @@ class Part(NamedTuple):
     source_hz: int
     lengths: dict[str, float] | None = None
     peak: float | None = None
+    left_out_s: float = 0.0
 
 
 def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
@@ -244,7 +247,8 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
     if first is None:
         raise UnusableError("holds no samples")
     unusable: UnusableError | None = None
-    is_empty = True
+    held: Part | None = None
+    left_out_s = 0.0
     num_samples = round(recipe.clip_s * recipe.sample_rate_hz)
     hop = None if recipe.hop_s is None else round(recipe.hop_s * recipe.sample_rate_hz)
     blocks = itertools.chain([first], blocks)
@@ -254,10 +258,14 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Part]:
             samples = normalised(window, recipe)
         except UnusableError as error:  # silence or a short remainder: the other clips are fine
             unusable = unusable or error
+            left_out_s += len(window) / recipe.sample_rate_hz
             continue
-        lengths = length_note(item) if is_empty else None
+        lengths = length_note(item) if held is None else None
+        if held is not None:
+            yield held
         peak = float(np.abs(window).max())
-        yield Part(number, samples, first[1], lengths, peak if peak > 1 else None)
-        is_empty = False
-    if is_empty:
+        held = Part(number, samples, first[1], lengths, peak if peak > 1 else None, left_out_s)
+        left_out_s = 0.0
+    if held is None:
         raise unusable or UnusableError("holds no samples")
+    yield held._replace(left_out_s=held.left_out_s + left_out_s)

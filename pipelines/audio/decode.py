@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 
 from ssast.kernels.channel import Channel
-from ssast.pipelines.audio.extents import extent, go_to, missing_s
+from ssast.pipelines.audio.extents import extent, go_to, missing_s, report_missing
 from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES, ffmpeg_blocks, ffmpeg_installed
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
@@ -41,7 +41,13 @@ from ssast.pipelines.clips.folders import FFMPEG_SUFFIXES
 from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.clips.segment import Segment, span_text
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
-from ssast.pipelines.errors import DataError, UnopenedError, UnusableError
+from ssast.pipelines.errors import (
+    BeyondEndError,
+    ChainedError,
+    DataError,
+    UnopenedError,
+    UnusableError,
+)
 from ssast.pipelines.files import open_regular
 
 LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # other sample rates mean a damaged header
@@ -184,6 +190,8 @@ def _within(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Leave out what is before and after a segment, of a recording that is decoded from its start.
 
+    A segment that the recording has too little of is reported.
+
     Raises:
         UnusableError: The recording ends before the segment begins.
     """
@@ -193,20 +201,25 @@ def _within(
     done, rate_hz = 0, 0
     for block, rate_hz in blocks:
         part = extent(segment, rate_hz, out_hz or rate_hz)
-        last = done + len(block) if part.last is None else part.last
-        yield block[max(0, part.first - done) : max(0, last - done)], rate_hz
+        end = len(block) if part.last is None else max(0, part.last - done)
+        yield block[max(0, part.first - done) : end], rate_hz
         done += len(block)
-        if done >= last:
+        if part.last is not None and done >= part.last:
             return
-    if rate_hz:
-        missing_s(segment, done, rate_hz)
+    try:
+        beyond_s = missing_s(segment, done, rate_hz) if rate_hz else 0
+    except BeyondEndError as error:
+        raise UnusableError(str(error)) from error
+    if beyond_s:
+        report_missing(segment, beyond_s)
 
 
 def sndfile_blocks(item: Item, out_hz: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
     """Decode blocks of [S, channels] float32 with libsndfile; see :func:`read_blocks`.
 
     Raises:
-        UnopenedError: libsndfile does not know the format, or finds its header damaged.
+        UnopenedError: libsndfile does not know the format, finds its header damaged, or would read
+            a part of it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -251,6 +264,8 @@ def sndfile_blocks(item: Item, out_hz: int | None = None) -> Iterator[tuple[np.n
             ) from error
         except OSError as error:
             raise unreadable(error) from error
+        except ChainedError as error:
+            raise UnopenedError(str(error), foreign=True) from error
         except DataError as error:
             raise UnusableError(str(error)) from error
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # a damaged header

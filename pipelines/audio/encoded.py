@@ -108,7 +108,7 @@ def decode(
                 )
             part = _extent(segment, frames, rate_hz, spec, crop)
             wanted = (part.last or frames) - part.first
-            if segment is not None:
+            if segment is not None or not sound.seekable():
                 go_to(sound, part.first)
             elif part.first:
                 sound.seek(part.first)

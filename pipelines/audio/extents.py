@@ -122,11 +122,12 @@ def report_missing(segment: Segment, beyond_s: float) -> None:
 
 
 def go_to(sound: soundfile.SoundFile, frame: int) -> None:
-    """Go to a sample of an open recording: by seeking, in MP3 by decoding to there.
+    """Go to a sample of an open recording: by seeking, or by decoding to there.
 
-    The first samples after a seek in an MP3 file depend on frames before it.
+    The first samples after a seek in an MP3 file depend on frames before it; GSM 6.10, G.72x and
+    NMS ADPCM cannot seek.
     """
-    if frame and sound.format != "MP3":
+    if frame and sound.format != "MP3" and sound.seekable():
         sound.seek(frame)
         return
     while frame > 0:

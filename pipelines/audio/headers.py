@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import ChainedError, DataError
 
 Reader = Callable[[int, int], bytes]  # offset and number of bytes -> these bytes, fewer at the end
 
@@ -124,17 +124,36 @@ def foreign_format(head: bytes) -> str | None:
     return None
 
 
-def check_ogg(tail: bytes) -> None:
-    """Check that an Ogg file is not truncated, which libsndfile does not report.
+def check_ogg(read: Reader, size: int) -> None:
+    """Check that an Ogg file is one whole stream: libsndfile does not report what it leaves out.
 
     Args:
-        tail: The last :data:`OGG_PAGE` bytes of the file, or all of it.
+        read: Reads bytes of the file.
+        size: Size of the file in bytes.
 
     Raises:
+        ChainedError: Other streams follow the first, as in recordings of a radio station.
         DataError: It ends in the middle of a page.
     """
+    tail = read(max(0, size - OGG_PAGE), OGG_PAGE)
     page = tail[tail.rfind(b"OggS") :]
     # Byte 26 is the number of segments; their lengths follow it, then the segments themselves.
     segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
     if len(page) < 27 or len(page) < 27 + page[26] or len(page) - 27 - page[26] < sum(segments):
         raise DataError("truncated: ends in the middle of an Ogg page")
+    first = _first_streams(read)
+    if first and page[14:18] not in first:
+        raise ChainedError(
+            "several Ogg streams one behind the other: ssast data prepare decodes them, with ffmpeg"
+        )
+
+
+def _first_streams(read: Reader) -> set[bytes]:
+    """Return the numbers of the streams that begin at the start of an Ogg file (RFC 3533)."""
+    numbers, at = set(), 0
+    while True:
+        page = read(at, 27 + 255)
+        if page[:4] != b"OggS" or len(page) < 27 or not page[5] & 2:  # it begins no stream
+            return numbers
+        numbers.add(page[14:18])
+        at += 27 + page[26] + sum(page[27 : 27 + page[26]])

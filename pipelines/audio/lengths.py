@@ -11,7 +11,6 @@ from ssast.pipelines.audio.chunks import examine_chunks
 from ssast.pipelines.audio.flac import examine_flac
 from ssast.pipelines.audio.headers import (
     ID3_HEADER,
-    OGG_PAGE,
     Reader,
     Sound,
     behind_tags,
@@ -32,6 +31,7 @@ def examine(read: Reader, size: int) -> Sound | None:
         decoder will tell.
 
     Raises:
+        ChainedError: It is of several Ogg streams, one behind the other.
         DataError: The file is truncated, which libsndfile does not always report.
     """
     start, head = behind_tags(read)
@@ -44,5 +44,5 @@ def examine(read: Reader, size: int) -> Sound | None:
     if start or head[:1] == b"\xff":
         return examine_mp3(read, start, size)
     if head[:4] == b"OggS":
-        check_ogg(read(max(0, size - OGG_PAGE), OGG_PAGE))
+        check_ogg(read, size)
     return examine_chunks(read, size, head)

@@ -10,6 +10,7 @@ from ssast.pipelines.audio.decode import Item, length_s
 from ssast.pipelines.clips.listed import FileList
 from ssast.pipelines.clips.segment import WHOLE, Files, Segment
 from ssast.pipelines.clips.shards import ClipPaths, ShardClip, ShardIndex
+from ssast.pipelines.clips.tars import TarIndex
 from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.errors import DataError
 
@@ -50,8 +51,13 @@ def cut_into_windows(
         The windows, in the order of the clips, and the row of the clip that each is of, [n] int64.
 
     Raises:
-        DataError: The clips are prepared.
+        DataError: The clips are prepared, or in archives.
     """
+    if isinstance(clips, TarIndex):
+        raise DataError(
+            f"{clips.tars[0]}: sounds in archives are not cut into windows: ssast data prepare "
+            "--clip-s cuts them"
+        )
     if isinstance(clips, ShardIndex):
         raise DataError(
             f"{clips.folder}: prepared clips are not cut into windows: ssast data prepare --clip-s "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 
-from ssast.pipelines.clips.segment import TimeKeys
+from ssast.pipelines.clips.segment import OFFSET, ONSET, TimeKeys
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import shown
 
@@ -18,8 +18,8 @@ PATH_KEYS = (
     *("filepath", "file_path", "fname", "slice_file_name"),
 )
 LABEL_KEYS = ("labels", "label", "category", "class_name", "class", "target")
-BEGIN_KEYS = ("onset", "begin", "start", "offset")
-END_KEYS = ("end", "offset")  # with an onset, as in DCASE's tables, the offset is the end
+BEGIN_KEYS = (ONSET, "begin", "start", OFFSET)
+END_KEYS = ("end", OFFSET)  # beside an onset alone
 DURATION_KEYS = ("duration",)
 ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -132,7 +132,7 @@ class Columns:
 
         Later entries of JSON may have times where the first has none.
         """
-        others: TimeKeys = (BEGIN_KEYS[1:], END_KEYS[:1], DURATION_KEYS)
+        others: TimeKeys = (BEGIN_KEYS, END_KEYS, DURATION_KEYS)
         if is_slices(self.wav):
             others = ((), (), ())
         begin, end, duration = (
@@ -206,7 +206,8 @@ def _find_times(found: dict[str, str | None], by_hand: Collection[str]) -> None:
     """Undo what the names of times do not mean beside each other."""
     if is_slices(found["wav"]):
         found |= {role: None for role in TIMES if role not in by_hand}
-    if found["end"] == found["begin"] and "end" not in by_hand:  # an offset without an onset
+    begin, end = ((found[role] or "").strip().lower() for role in ("begin", "end"))
+    if end == OFFSET and begin != ONSET and "end" not in by_hand:
         found["end"] = None
     if found["end"] is None and found["begin"] is None:  # it is that of the whole file
         found["duration"] = None
@@ -215,6 +216,13 @@ def _find_times(found: dict[str, str | None], by_hand: Collection[str]) -> None:
 def is_slices(name: str | None) -> bool:
     """Return whether a column names the slices of UrbanSound8K, which are files of their own."""
     return name is not None and name.strip().lower() == SLICES
+
+
+def say_unused(source: object, table: TableFormat) -> None:
+    """Say once that the format of a table is set for what is none."""
+    if table != PLAIN:
+        names = "data.columns, data.label_separator, data.delimiter and data.encoding"
+        say_once(str(source), f"is no table: {names} are not used")
 
 
 @cache

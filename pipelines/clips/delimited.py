@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ssast.pipelines.clips.columns import (
     DELIMITERS,
@@ -57,10 +58,10 @@ def open_delimited(path: Path, table: TableFormat) -> Table:
     if headed is not None:
         delimiter, header = headed
         columns = find_columns(header, table, path)
-        return _table(path, table, delimiter, header, columns, skipped + 1)
+        return _table(path, table, _dialect(delimiter, lines), header, columns, skipped + 1)
     if not skipped and _is_fairseq(lines):
         columns = find_columns(["1", "2"], _with_path(table, 0), path)
-        made = _table(path, table, "\t", ["1", "2"], columns, 1)
+        made = _table(path, table, _dialect("\t", lines), ["1", "2"], columns, 1)
         return replace(made, form="fairseq's TSV", guessed=True, root=lines[0].strip())
     texts = [line.rstrip("\r\n") for line in lines]
     if not table.columns and _are_sounds(texts, path):
@@ -94,7 +95,8 @@ def _headless(path: Path, table: TableFormat, lines: list[str], skipped: int) ->
         if len(header) == 2 and "labels" not in form.columns:
             (other,) = {*header} - {place}
             form = replace(form, columns={**form.columns, "labels": other})
-        made = _table(path, table, delimiter, header, find_columns(header, form, path), skipped)
+        columns = find_columns(header, form, path)
+        made = _table(path, table, _dialect(delimiter, lines), header, columns, skipped)
         return replace(made, form=f"{made.form} without header", guessed=True)
     return None
 
@@ -177,11 +179,19 @@ def _rows(lines: Sequence[str], delimiter: str) -> list[list[str]]:
     """Return the rows of a sample, as far as they are CSV."""
     rows: list[list[str]] = []
     try:
-        for row in csv.reader(lines, delimiter=delimiter, strict=True):
+        for row in csv.reader(lines, strict=True, **_dialect(delimiter, lines)):
             rows.append(row)
     except csv.Error:
         pass
     return rows[:SAMPLE_ROWS]
+
+
+def _dialect(delimiter: str, lines: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of csv: cells may be quoted behind a blank, as in AudioSet's tables."""
+    mark = re.escape(delimiter)
+    behind = re.compile(rf'{mark} +"[^"]*" *({mark}|[\r\n]|$)')
+    skipped = not delimiter.isspace() and any(map(behind.search, lines))
+    return {"delimiter": delimiter, "skipinitialspace": skipped}
 
 
 def _codec(path: Path, table: TableFormat) -> str | None:
@@ -196,7 +206,7 @@ def _codec(path: Path, table: TableFormat) -> str | None:
 def _table(
     path: Path,
     table: TableFormat,
-    delimiter: str,
+    dialect: dict[str, Any],
     header: list[str],
     columns: Columns,
     skipped: int,
@@ -206,19 +216,20 @@ def _table(
     Args:
         path: The file.
         table: What is set.
-        delimiter: What separates cells.
+        dialect: Settings of csv.
         header: Names of the columns.
         columns: Those that are used.
         skipped: Rows before the first clip.
     """
+    delimiter = dialect["delimiter"]
     used = [(name, header.index(name)) for name in columns.used]
     sound = dict(used).get(columns.wav or "")
 
     def entries() -> Iterator[Entries]:
         codec = _codec(path, table)
-        settings = {"delimiter": delimiter}
+        settings = dict(dialect)
         if delimiter == "\t" and not _is_quoted(path, codec, len(header)):
-            settings["quoting"] = csv.QUOTE_NONE  # type: ignore[assignment]
+            settings["quoting"] = csv.QUOTE_NONE
         rows = islice(csv_rows(_lines_of(path, codec), path, **settings), skipped, None)
         while block := list(islice(rows, BLOCK_ROWS)):
             for line, cells in block:

@@ -1,5 +1,6 @@
 """The entries of JSON and JSON Lines, many at a time, without holding a whole file in memory."""
 
+import codecs
 import json
 import os
 import re
@@ -75,10 +76,16 @@ class Table:
         return usual and not self.columns.unused and not self.guessed
 
 
-def json_entries(path: Path) -> tuple[dict[str, Any] | None, Iterator[Entries]]:
+def json_entries(
+    path: Path, codec: str | None = None
+) -> tuple[dict[str, Any] | None, Iterator[Entries]]:
     """Read ``{"data": [...], ...}`` or a bare list; the entries are ``entry 0``, ``entry 1``, ...
 
     The entries of a bare list may be paths alone.
+
+    Args:
+        path: The file.
+        codec: Encoding of the text; None: UTF-8, or what its byte order mark says.
 
     Returns:
         What there is besides ``data``, None of a bare list; and the entries.
@@ -87,9 +94,9 @@ def json_entries(path: Path) -> tuple[dict[str, Any] | None, Iterator[Entries]]:
         DataError: Not JSON, not of this form, or (while iterating) an entry is not an object.
         OSError: It cannot be read.
     """
-    head = _head(path)
+    head = _head(path) if codec is None else None
     if head is None:
-        content = json_content(path)
+        content = json_content(path, codec)
         if isinstance(content, list):
             besides, blocks = None, _parts(content)
         else:
@@ -118,17 +125,19 @@ def _numbered(
         done += len(entries)
 
 
-def are_json_lines(path: Path) -> bool:
+def are_json_lines(path: Path, codec: str | None = None) -> bool:
     """Return whether the first line is an entry of its own, as NeMo writes its manifests.
 
     Raises:
         OSError: It cannot be read.
     """
     with open_regular(path) as file:
-        line = file.read(LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
-    if not line.startswith(b"{"):
-        return False
-    try:
+        data = file.read(LINE_BYTES).removeprefix(b"\xef\xbb\xbf")
+    try:  # a character may be cut at the end
+        decoder = codecs.getincrementaldecoder(codec or "utf-8")()
+        line = decoder.decode(data).lstrip().partition("\n")[0]
+        if not line.startswith("{"):
+            return False
         first = parse_json(line)
     except ValueError:
         return False
@@ -214,14 +223,14 @@ def _parts(entries: list[Any]) -> Iterator[list[Any]]:
         yield entries[start : start + BLOCK_ROWS]
 
 
-def json_content(path: Path) -> dict[str, Any] | list[Any]:
+def json_content(path: Path, codec: str | None = None) -> dict[str, Any] | list[Any]:
     """Read ``{"data": [...], ...}`` or a list as a whole.
 
     Raises:
         DataError: Not JSON, or not of this form.
         OSError: It cannot be read.
     """
-    text = read_text(path)
+    text = read_text(path) if codec is None else "".join(read_lines(path, codec))
     try:
         content = parse_json(text)
     except json.JSONDecodeError as error:

@@ -33,8 +33,7 @@ class LabelReader:
         self._source, self._classes = source, classes
         self._key: str | None = None
         self._others: tuple[str, ...] = ()  # keys of labels that no entry may have
-        self._separator: str | None = None
-        self._lists = False
+        self._form = label_form(None, None)
         self._labels: list[Names] = []
         self._given: list[Any] = []  # what is parsed into them
         self._parsed: dict[str, tuple[str, Names]] = {}  # equal texts are kept once
@@ -50,9 +49,7 @@ class LabelReader:
         self._key = columns.labels
         self._others = LABEL_KEYS if "labels" not in columns.set_by_hand else ()
         published = table.published and columns.labels == LABEL_KEYS[0]
-        self._separator = separator or ("," if published else None)
-        named = (columns.labels or "").strip().lower() == LABEL_KEYS[0]
-        self._lists = named or separator is not None
+        self._form = label_form(columns.labels, separator or ("," if published else None))
         self._labels, self._given, self._parsed = [], [], {}
 
     def add(self, part: Entries) -> None:
@@ -89,7 +86,7 @@ class LabelReader:
         if self._key is None:
             return None
         if self._classes is None:
-            found = doubtful(self._given, separator=self._separator, lists=self._lists)
+            found = doubtful(self._given, **self._form)
             if found is not None:
                 message, count = found
                 log.warning(
@@ -99,12 +96,22 @@ class LabelReader:
 
     def _parse(self, given: Any) -> tuple[Any, Names]:
         classes = self._classes or ()
-        form: Any = {"separator": self._separator, "lists": self._lists, "classes": classes}
         if not isinstance(given, str):
-            return given, parse_labels(given, **form)
+            return given, parse_labels(given, classes=classes, **self._form)
         if given not in self._parsed:
-            self._parsed[given] = given, parse_labels(given, **form)
+            self._parsed[given] = given, parse_labels(given, classes=classes, **self._form)
         return self._parsed[given]
+
+
+def label_form(column: str | None, separator: str | None) -> dict[str, Any]:
+    """Return how :func:`parse_labels` takes the texts of a column.
+
+    Args:
+        column: Name of the column: lists are expected in ``labels``.
+        separator: What separates labels in a text, if that is known.
+    """
+    named = (column or "").strip().lower() == LABEL_KEYS[0]
+    return {"separator": separator, "lists": named or separator is not None}
 
 
 def parse_labels(

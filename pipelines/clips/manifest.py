@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ssast.pipelines.clips.columns import PLAIN, TableFormat, say_once
+from ssast.pipelines.clips.columns import PLAIN, TableFormat, say_once, say_unused
 from ssast.pipelines.clips.entries import CLIP_KEY, PREPARED_KEY, Entries, Table
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.labels import LabelReader, format_labels, is_name
@@ -94,7 +94,7 @@ def read_manifest(
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
-    clips = _unlisted_clips(path)
+    clips = _unlisted_clips(path, table)
     if isinstance(clips, TarIndex):
         return Manifest(clips, clips.labels(), str(path))
     path = as_path(path)
@@ -118,7 +118,7 @@ def read_clips(path: str | Path, table: TableFormat = PLAIN) -> ClipPaths:
     Raises:
         DataError: No such file, not in this form, empty, or a clip is listed twice.
     """
-    clips = _unlisted_clips(path)
+    clips = _unlisted_clips(path, table)
     return _listed_clips(as_path(path), table) if clips is None else clips
 
 
@@ -130,8 +130,15 @@ def holds_clips(place: str | Path) -> bool:
     return path.is_dir() or is_table(path)
 
 
-def _unlisted_clips(place: str | Path) -> ClipPaths | None:
+def _unlisted_clips(place: str | Path, table: TableFormat) -> ClipPaths | None:
     """Return the clips of a folder or of tar archives; None for a manifest."""
+    found = _found_clips(place)
+    if found is not None:
+        say_unused(place, table)
+    return found
+
+
+def _found_clips(place: str | Path) -> ClipPaths | None:
     if names_tars(place):
         return _clips_of_tars(find_files(place))
     path = as_path(place)

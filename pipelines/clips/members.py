@@ -21,6 +21,7 @@ from ssast.pipelines.text import parse_json, shown
 
 LONGEST_HEADER = 2**14  # bytes: tarfile's time for one grows with the square of its length
 LONGEST_LABEL = 2**20  # bytes of a member with labels
+_ZEROS = 2**16  # bytes read at a time behind the last member
 PACKED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz")
 LABEL_SUFFIXES = (".json", ".cls", ".txt")  # the first that a sample has counts
 SAMPLE_KEYS = ("labels", "label", "cls", "class", "class_name", "category", "target")  # of a .json
@@ -106,7 +107,7 @@ def read_tar(
                 if member.isdir() or not inside.name or inside.name[0] == ".":
                     pass
                 elif kind in suffixes:
-                    key = _key(member.name)
+                    key = sample_key(member.name)
                     sample = samples.setdefault(key, len(samples))
                     problem = _problem(member, inside, size)
                     found.sounds.append(
@@ -119,11 +120,10 @@ def read_tar(
                 if place > size:
                     raise tarfile.ReadError("unexpected end of data")
             place = archive.offset
-        file.seek(place)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            found.problem = (
-                f"damaged archive: no header at byte {place} of {size}: what follows is lost"
-            )
+        behind = _behind_zeros(file, place)
+        if behind is not None:
+            what = "damaged archive: no header" if behind == place else "another archive begins"
+            found.problem = f"{what} at byte {behind} of {size}: what follows is lost"
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         file.seek(0)
         if file.read(6).startswith(MAGIC):
@@ -132,6 +132,17 @@ def read_tar(
         found.problem = f"damaged archive: {error}"
     found.sounds = [labels.give(sound, found.label_sources) for sound in found.sounds]
     return found
+
+
+def _behind_zeros(file: "File", place: int) -> int | None:
+    """Return where the first block stands that is not zero; None if there is none to the end."""
+    file.seek(place)
+    while data := file.read(_ZEROS):
+        if any(data):
+            first = len(data) - len(data.lstrip(b"\0"))
+            return place + first - first % tarfile.BLOCKSIZE
+        place += len(data)
+    return None
 
 
 def parse_sample(kind: str, data: bytes) -> Names | None:
@@ -179,12 +190,12 @@ class _Labels:
             labels = f"its labels cannot be read: {name}: {error}"
         if labels is not None:
             stem = os.path.splitext(name)[0]
-            for key in dict.fromkeys((stem, _key(name))):
+            for key in dict.fromkeys((stem, sample_key(name))):
                 self._found.setdefault(key, {}).setdefault(kind, labels)
 
     def give(self, sound: Sound, sources: Counter[str]) -> Sound:
         found = self._found.get(os.path.splitext(sound.name)[0]) or self._found.get(
-            _key(sound.name)
+            sample_key(sound.name)
         )
         if not found:
             return sound
@@ -196,7 +207,7 @@ class _Labels:
         return replace(sound, labels=labels)
 
 
-def _key(name: str) -> str:
+def sample_key(name: str) -> str:
     """Return what the members of a sample have in common: the name up to its first dot."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]

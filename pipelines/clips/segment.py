@@ -1,7 +1,7 @@
 """A clip that is a part of a longer recording, and the columns of a manifest that say which."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import shown
 
 TimeKeys = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+ONSET, OFFSET = "onset", "offset"  # beside each other, as in DCASE's tables, begin and end
 WHOLE = (0.0, math.inf)  # begin and duration of a clip that is a whole file
 
 
@@ -110,17 +111,16 @@ def read_seconds(
     Raises:
         DataError: One is no number, the begin is negative, or nothing lies between begin and end.
     """
-    begins, ends, durations = keys
-    if all(map(frozenset(begins + ends).isdisjoint, columns)):
+    if all(map(frozenset(keys[0] + keys[1]).isdisjoint, columns)):
         return None
     plain = _plain_seconds(columns, keys)
     if plain is not None:
         return plain
     seconds = np.empty((len(columns), 2))
     for row, entry in enumerate(columns):
-        begin = _seconds(entry, begins, where, row)
-        end = _seconds(entry, ends, where, row)
-        duration = _seconds(entry, durations, where, row)
+        begin, end, duration = (
+            _seconds(entry, key, where, row) for key in _own_keys(entry.keys(), keys)
+        )
         begin_s = 0.0 if begin is None else begin
         if end is not None:
             duration = end - begin_s
@@ -138,7 +138,7 @@ def read_seconds(
 def _plain_seconds(columns: Sequence[Mapping[str, Any]], keys: TimeKeys) -> np.ndarray | None:
     """Return begin and duration of entries, looked at together; None if one needs a closer look."""
     first = columns[0].keys()
-    begin, end, duration = (next((key for key in group if key in first), None) for group in keys)
+    begin, end, duration = _own_keys(first, keys)
     until = end or duration
     if begin is None or until is None or any(entry.keys() != first for entry in columns):
         return None
@@ -155,11 +155,18 @@ def _plain_seconds(columns: Sequence[Mapping[str, Any]], keys: TimeKeys) -> np.n
     return seconds if usable else None
 
 
+def _own_keys(given: Collection[str], keys: TimeKeys) -> tuple[str | None, str | None, str | None]:
+    """Return those of the keys that an entry has for begin, end and duration."""
+    begin, end, duration = (next((key for key in group if key in given), None) for group in keys)
+    if end == OFFSET and len(keys[1]) > 1 and begin != ONSET:
+        end = None
+    return begin, end, duration
+
+
 def _seconds(
-    entry: Mapping[str, Any], keys: Sequence[str], where: Callable[[int], str], row: int
+    entry: Mapping[str, Any], key: str | None, where: Callable[[int], str], row: int
 ) -> float | None:
     """Return a time in s; None for one that is not given, or blank."""
-    key = next((key for key in keys if key in entry), None)
     given = None if key is None else entry[key]
     if given is None or (isinstance(given, str) and not given.strip()):
         return None

@@ -44,12 +44,12 @@ def open_table(path: Path, table: TableFormat = PLAIN) -> Table:
         found = open_parquet(path, table)
     elif kind in DELIMITED:
         found = open_delimited(path, table)
-    elif kind in JSON_LINES or are_json_lines(path):
+    elif kind in JSON_LINES or are_json_lines(path, table.encoding):
         found = _with_columns(
             path, table, Table(Columns(None), json_lines(path, table.encoding), "JSON Lines")
         )
     else:
-        besides, entries = json_entries(path)
+        besides, entries = json_entries(path, table.encoding)
         form = "JSON" if besides is not None else "JSON list"
         made = Table(Columns(None), entries, form, besides is not None, besides or {})
         found = _with_columns(path, table, made)

@@ -229,7 +229,7 @@ class TarIndex(Sequence[TarClip]):
     def recordings(self) -> np.ndarray:
         """Return the number of each sound's sample, [n] int64; of its row if there is but one."""
         numbers = self._arrays["recordings"]
-        if len(numbers) and numbers[-1] == 0:
+        if not numbers.any():
             numbers = np.arange(len(numbers))
         return numbers if self._rows is None else numbers[self._rows]
 

@@ -5,6 +5,7 @@ or by the columns in which Raven names the recording. Each event becomes a clip,
 recording; or each recording is cut into windows, which have the labels of the events in them.
 """
 
+import logging
 import math
 import os
 import re
@@ -21,6 +22,9 @@ from ssast.pipelines.clips.labels import is_name
 from ssast.pipelines.clips.manifest import audio_files
 from ssast.pipelines.datasets.tables import Dataset, Listed, lines
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.text import legacy_encoding
+
+log = logging.getLogger(__name__)
 
 SPLIT = "clips"
 BEGIN, END, FILE, OFFSET = "begin time (s)", "end time (s)", "begin file", "file offset (s)"
@@ -188,7 +192,8 @@ def _read(source: Path, reading: Reading, rows: Read, form: str) -> Dataset:
     if reading.window_s is None:
         clips = list(_event_clips(usable))
     else:
-        clips = _windows(events, usable, reading.window_s, reading)
+        clips, more = _windows(events, usable, reading.window_s, reading)
+        notes += more
         if reading.background is not None:
             names = sorted({*names, reading.background})
         used = {name for clip in clips for name in clip.labels}
@@ -238,18 +243,25 @@ def _event_clips(events: Events) -> Iterator[Listed]:
             yield Listed(os.path.basename(path), path, tuple(names), span)
 
 
-def _windows(events: Events, usable: Events, window_s: float, reading: Reading) -> list[Listed]:
-    """Return the windows of the recordings that have a table.
+def _windows(
+    events: Events, usable: Events, window_s: float, reading: Reading
+) -> tuple[list[Listed], list[str]]:
+    """Return the windows of the recordings that have a table; and notes on events in none.
 
     A window has the label of an event if it holds half of it, or is half filled by it; and of one
     at a point in it, or at its border. What is touched by events and has no label is left out: it
     is neither background nor an example.
     """
     paths = sorted(usable)
-    clips = []
+    clips, beyond = [], []
     for path, length in zip(paths, lengths_s(paths), strict=True):
         if length is None:
             raise DataError(f"{path}: cannot be cut into windows: its length is not known")
+        beyond += [
+            f"{path}: {event.begin_s:g} s, of {length:g} s"
+            for event in events[path]
+            if event.begin_s >= length
+        ]
         for begin_s in window_starts(length, window_s, reading.hop_s or window_s):
             end_s = min(begin_s + window_s, length)
             names = {
@@ -264,7 +276,12 @@ def _windows(events: Events, usable: Events, window_s: float, reading: Reading) 
             if names:
                 span = (begin_s, round(end_s - begin_s, 6))
                 clips.append(Listed(os.path.basename(path), path, tuple(sorted(names)), span))
-    return clips
+    if not beyond:
+        return clips, []
+    return clips, [
+        f"{len(beyond)} events begin beyond the end of their recording, and are in no window; the "
+        f"first: {beyond[0]}"
+    ]
 
 
 def _touches(event: Event, begin_s: float, end_s: float) -> bool:
@@ -284,13 +301,17 @@ def _raven_rows(
     column = width = 0
     own = recordings.of_table(table)
     places: set[str] = set()
-    for place, text in lines(table, tabs=True):
+    for place, text in lines(table, encoding=_codec(table), tabs=True):
         cells = [cell.strip() for cell in text.split("\t")]
         if not header:
             header, width = {name.lower(): n for n, name in enumerate(cells)}, len(cells)
             if BEGIN not in header or END not in header:
                 return  # another text file
-            column = header[_label_column(table, header, reading.label_column)]
+            label = _label_column(table, header, reading.label_column)
+            for name in (label, BEGIN, END, FILE, OFFSET):
+                if [cell.lower() for cell in cells].count(name) > 1:
+                    raise DataError(f"{place}: expected one column {name!r}, found several")
+            column = header[label]
             if own is not None:
                 yield own, None
             continue
@@ -312,6 +333,17 @@ def _raven_rows(
                 f"{place}: times over several recordings: expected a column 'File Offset (s)'"
             )
         yield path, _event(begin_s, end_s, cells[column], place)
+
+
+def _codec(table: Path) -> str | None:
+    """Return the codec of a table that is no Unicode, and say so."""
+    try:
+        codec = legacy_encoding(table)
+    except OSError:  # said when it is read
+        return None
+    if codec is not None:
+        log.warning("%s: not UTF-8: read as %s", table, codec)
+    return codec
 
 
 def _label_column(table: Path, header: Mapping[str, int], wanted: str | None) -> str:
@@ -337,7 +369,7 @@ def _audacity_rows(
     own = recordings.of_table(table)
     if own is not None:
         yield own, None
-    for place, text in lines(table):
+    for place, text in lines(table, encoding=_codec(table)):
         if text.startswith("\\"):  # the frequencies of the label before
             continue
         begin, *rest = text.split("\t", 2)

@@ -60,8 +60,9 @@ def write_index(
     overflows: list[str] = []
     reasons: Counter[str] = Counter()
     rates: Counter[int] = Counter()
-    size = num_recordings = 0
-    previous = None  # name of a recording, whose segments may lie in several shards
+    size = num_recordings = num_groups = 0
+    left_out_s = 0.0
+    previous = group = None  # a recording or sample, whose parts may lie in several shards
     for number in range(num_shards):
         sidecar = Sidecar.read(out / SIDECAR.format(number))
         size += sidecar.size
@@ -75,6 +76,10 @@ def write_index(
                 previous = clip["name"]
                 num_recordings += 1
                 rates[clip["source_hz"]] += 1
+            if clip.get("sample", clip["name"]) != group:
+                group = clip.get("sample", clip["name"])
+                num_groups += 1
+            left_out_s += clip.get("left_out_s", 0.0)
             if "found_s" in clip:
                 text = {key: clip[key] for key in ("name", "stated_s", "found_s")}
                 text["name"] += clip.get("segment", "")
@@ -82,7 +87,7 @@ def write_index(
             if "peak" in clip:
                 text = {key: clip[key] for key in ("name", "part", "peak")}
                 overflows.append(json.dumps(text) + "\n")
-            recordings.append(num_recordings - 1)
+            recordings.append(num_groups - 1)
             durations.append(clip["duration_s"])
             digests.append(bytes.fromhex(clip["digest"]))
             if has_labels:
@@ -122,6 +127,7 @@ def write_index(
         "rejected": dict(sorted(reasons.items())),
         "wrong_lengths": len(wrong_lengths),
         "overflows": len(overflows),
+        "left_out_s": round(left_out_s, 1),
         "duplicates": len(durations) - len(first_of),
         "settings": settings,
     }
@@ -151,6 +157,11 @@ def remarks(report: dict[str, Any], out: Path) -> Iterator[str]:
         kept = settings["recipe"]["is_float"]
         what = "kept" if kept else "scaled down to it: see --codec float"
         yield f"{report['overflows']} clips have peaks beyond full scale, {what}: {out / OVERFLOWS}"
+    if report.get("left_out_s", 0) >= 1:
+        yield (
+            f"{report['left_out_s']:.0f} s of other recordings' windows are left out: they hold "
+            "nothing but silence, or too little sound"
+        )
     if report["duplicates"]:
         what = "left out" if settings["drop_duplicates"] else "kept: see --drop-duplicates"
         yield f"{report['duplicates']} clips are exact duplicates of others, {what}"

@@ -316,9 +316,10 @@ def suggestions(look: Look) -> dict[str, dict[str, Any]]:
     found["data"] |= {key: value for key, value in table.items() if value}
     if look.counts:
         most, least = max(look.counts.values()), min(look.counts.values())
+        several = look.several or look.unlabelled > 0  # ce wants one label of each clip
         found["finetune"] = {
-            "loss": "bce" if look.several else "ce",
-            "metric": "map" if look.several else "accuracy",
+            "loss": "bce" if several else "ce",
+            "metric": "map" if several else "accuracy",
             "class_weights": "balanced" if most >= 3 * least else "none",
         }
     return found

@@ -361,7 +361,9 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
     stem = clip_stem(recording.item.full_name, STEM).replace(".", "_")
     segment = recording.item.segment
     rate_hz = packing.recipe.sample_rate_hz
-    for part, samples, source_hz, lengths, peak in fetched_and_cut(recording, packing.recipe):
+    for part, samples, source_hz, lengths, peak, left_out_s in fetched_and_cut(
+        recording, packing.recipe
+    ):
         data = encode(samples, rate_hz, packing.codec)
         member = tarfile.TarInfo(
             f"{stem}-{part:05d}.{'flac' if packing.codec == 'flac' else 'wav'}"
@@ -384,6 +386,10 @@ def packed(recording: Recording, file: BinaryIO, packing: Packing) -> Iterator[d
         if segment is not None:
             line["segment"] = span_text(segment.begin_s, segment.duration_s)
         line |= (lengths or {}) | ({} if peak is None else {"peak": round(peak, 4)})
+        if left_out_s:
+            line["left_out_s"] = round(left_out_s, 4)
+        if recording.sample is not None:
+            line["sample"] = recording.sample
         yield line | ({"labels": recording.labels} if recording.labels else {})
 
 

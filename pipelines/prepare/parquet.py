@@ -7,13 +7,13 @@ group once, and no more than :data:`AT_ONCE` sounds are in memory.
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ssast.pipelines.audio.parts import Cell
 from ssast.pipelines.clips.columns import PLAIN, TableFormat, find_columns
-from ssast.pipelines.clips.labels import is_name
+from ssast.pipelines.clips.labels import is_name, label_form, parse_labels
 from ssast.pipelines.clips.parquet import parquet_file, sound_column
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.text import one_line, parse_json, shown
@@ -51,6 +51,7 @@ def parquet_rows(path: Path, table: TableFormat = PLAIN) -> tuple[list[Row], boo
     given = {key: name for key, name in table.columns.items() if key == "labels"}
     label = find_columns(others, TableFormat(given), path).labels
     classes = None if label is None else _classes(schema, label)
+    form = label_form(label, table.label_separator)
     fields = {field.name for field in schema.field(column).type}
     wanted = [f"{column}.path"] * ("path" in fields) + ([label] if label is not None else [])
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
@@ -66,7 +67,8 @@ def parquet_rows(path: Path, table: TableFormat = PLAIN) -> tuple[list[Row], boo
             inside = PurePosixPath(str((sound or {}).get("path") or "sound")).name
             labels: Names = ()
             if label is not None:
-                labels = _labels(path, len(rows), columns[label][number].as_py(), classes)
+                given = columns[label][number].as_py()
+                labels = _labels(f"{path}: row {len(rows)}", given, classes, form)
             name = f"{len(rows):08d}_{inside}"
             rows.append((name, Cell(path, column, group, number), size, labels))
     return rows, label is not None
@@ -106,12 +108,17 @@ def _classes(schema: Any, label: str) -> list[str] | None:
     return None
 
 
-def _labels(path: Path, row: int, given: Any, classes: list[str] | None) -> Names:
-    """Return the labels in a cell: a name, a number, or a list of them.
+def _labels(where: str, given: Any, classes: list[str] | None, form: Mapping[str, Any]) -> Names:
+    """Return the labels in a cell: a name, several in a text, a number, or a list of them.
 
     Raises:
         DataError: They are something else, or no number of a class.
     """
+    if isinstance(given, str):
+        try:
+            return parse_labels(given, **form)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}, found {shown(given)}") from error
     listed = [] if given is None else given if isinstance(given, list) else [given]
     names: list[str] = []
     for value in listed:
@@ -119,16 +126,14 @@ def _labels(path: Path, row: int, given: Any, classes: list[str] | None) -> Name
             if value == -1:  # unknown, as in the test sets of the hub
                 continue
             if not 0 <= value < len(classes):
-                raise DataError(
-                    f"{path}: row {row}: class {value}, expected 0 to {len(classes) - 1}"
-                )
+                raise DataError(f"{where}: class {value}, expected 0 to {len(classes) - 1}")
             names.append(classes[value])
         elif isinstance(value, str) or type(value) is int:
             names += [str(value)] if str(value).strip() else []
         else:
-            raise DataError(f"{path}: row {row}: expected a label, found {shown(value)}")
+            raise DataError(f"{where}: expected a label, found {shown(value)}")
     if not all(map(is_name, names)):
-        raise DataError(f"{path}: row {row}: expected labels that are text")
+        raise DataError(f"{where}: expected labels that are text")
     return tuple(names)
 
 

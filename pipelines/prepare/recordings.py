@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ssast.pipelines.audio.decode import Item, suffix
 from ssast.pipelines.audio.parts import Cell, Span
-from ssast.pipelines.clips.columns import PLAIN, TableFormat
+from ssast.pipelines.clips.columns import PLAIN, TableFormat, say_unused
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.manifest import read_manifest
-from ssast.pipelines.clips.members import PACKED, read_tar
+from ssast.pipelines.clips.members import PACKED, read_tar, sample_key
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
@@ -39,6 +39,7 @@ class Recording:
         num_bytes: Size in bytes; of a segment, about.
         problem: Reason why it cannot be read, if so.
         labels: Labels from the manifest.
+        sample: Sample of WebDataset that it is a sound of; None outside archives.
         cell: Where it is in a Parquet file, which is then the data of ``item``.
     """
 
@@ -47,6 +48,7 @@ class Recording:
     num_bytes: int
     problem: str | None = None
     labels: tuple[str, ...] = ()
+    sample: str | None = None
     cell: Cell | None = None
 
 
@@ -110,6 +112,7 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
             folder = Path(path).parents[1]
             if os.path.basename(os.path.dirname(path)) == "shards" and is_prepared(folder):
                 raise DataError(f"{folder}: is prepared already: leave it out of {source}")
+            say_unused(path, table)
             recordings += tar_recordings(name, Path(path))
         elif suffix(name) == ".parquet" and labels is None:
             if _has_sounds(Path(path)):
@@ -169,10 +172,12 @@ def tar_recordings(name: str, path: Path) -> Iterator[Recording]:
     except OSError as error:
         yield _problem(name, path, f"cannot be read: {error.strerror}")
         return
+    told = len({sound.sample for sound in found.sounds}) > 1
     for sound in found.sounds:
         item = Item(f"{name}/{sound.name}", Span(path, sound.offset, sound.size))
         signature = f"{status.st_size}-{status.st_mtime_ns}-{sound.offset}-{sound.size}"
-        yield Recording(item, signature, sound.size, sound.problem, sound.labels or ())
+        sample = f"{name}/{sample_key(sound.name)}" if told else None
+        yield Recording(item, signature, sound.size, sound.problem, sound.labels or (), sample)
     if found.problem is not None:
         yield _problem(name, path, found.problem)
     if found.left_out:
@@ -200,7 +205,7 @@ def parquet_recordings(name: str, path: Path, table: TableFormat) -> Iterator[Re
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     for row, cell, size, labels in rows:
         signature = f"{status.st_size}-{status.st_mtime_ns}-{cell.group}-{cell.row}"
-        yield Recording(Item(f"{name}/{row}", path), signature, size, None, labels, cell)
+        yield Recording(Item(f"{name}/{row}", path), signature, size, None, labels, cell=cell)
 
 
 def file_recording(

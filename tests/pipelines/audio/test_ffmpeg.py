@@ -1,5 +1,6 @@
 """What libsndfile cannot read goes through ffmpeg, which may open that one file alone."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -13,10 +14,11 @@ import pytest
 from prepared import prepared, rejected, samples_of
 from sounds import tone, write
 
-from ssast.pipelines.audio import ffmpeg
+from ssast.pipelines.audio import decode, ffmpeg
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.audio.decode import Item, read_blocks
 from ssast.pipelines.audio.headers import foreign_format
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.errors import DataError, UnusableError
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
@@ -245,3 +247,25 @@ def test_a_reader_that_stops_ends_the_process(
     next(blocks)
     blocks.close()
     assert started[0].poll() is not None
+
+
+def test_segments_of_what_ffmpeg_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of several blocks, also to the end and beyond it."""
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, (4 * 16000, 2)).astype(np.float32)
+    monkeypatch.setattr(decode, "ffmpeg_installed", lambda: True)
+    monkeypatch.setattr(
+        decode, "ffmpeg_blocks", lambda data: ((b, 16000) for b in np.split(sound, 4))
+    )
+    path = tmp_path / "a.m4a"
+    path.write_bytes(bytes(4) + b"ftypM4A " + bytes(64))
+    for begin_s, duration_s in ((0.5, math.inf), (0.0, 1.0), (0.9, 2.2), (1.0, 1.0), (2.5, 9.0)):
+        segment = Segment(str(path), begin_s, duration_s)
+        blocks = [block for block, _ in read_blocks(Item("a.m4a", path, segment))]
+        last = round(min(4.0, begin_s + duration_s) * 16000)
+        want = sound[round(begin_s * 16000) : last].mean(1)
+        np.testing.assert_array_equal(np.concatenate(blocks), want)
+    assert "[2.5-11.5 s]: reaches 7.50 s beyond the end" in caplog.text
+    with pytest.raises(UnusableError, match="begins at 4 s, beyond the end of the recording, 4 s"):
+        list(read_blocks(Item("a.m4a", path, Segment(str(path), 4.0, 1.0))))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 from pathlib import Path
@@ -28,11 +29,11 @@ from sounds import write
 
 from ssast.kernels.fbank import FbankSpec, num_frames
 from ssast.pipelines.audio.convert import Recipe
-from ssast.pipelines.audio.decode import Item, length_s, read_blocks
+from ssast.pipelines.audio.decode import Item, length_s, read_blocks, sndfile_blocks
 from ssast.pipelines.audio.encoded import read_clip
 from ssast.pipelines.audio.lengths import examine
 from ssast.pipelines.audio.parts import Span
-from ssast.pipelines.errors import DataError, UnusableError
+from ssast.pipelines.errors import DataError, UnopenedError, UnusableError
 from ssast.pipelines.prepare.check import check_data, is_report
 from ssast.pipelines.stream.stream import AudioStream
 
@@ -279,3 +280,21 @@ def test_a_whole_file_is_handed_on_as_it_is(tmp_path: Path) -> None:
     for suffix in ("wav", "flac"):
         path = write(tmp_path / f"a.{suffix}", sound(), subtype="PCM_16")
         assert read_clip(path, FbankSpec(num_frames=200)).tobytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_of_several_streams(subtype: str, tmp_path: Path) -> None:
+    """libsndfile reads the first and says nothing of the others."""
+    links = [encoded("OGG", sound(LONG // count), subtype) for count in (1, 2)]
+    (tmp_path / "one.ogg").write_bytes(links[0])
+    list(read_blocks(Item("one.ogg", tmp_path / "one.ogg")))
+    path = tmp_path / "a.ogg"
+    path.write_bytes(b"".join(links))
+    said = "several Ogg streams one behind"
+    with pytest.raises(DataError, match=said):
+        read_clip(path, FbankSpec())
+    with pytest.raises(UnopenedError, match=said):
+        list(sndfile_blocks(Item("", path)))
+    if shutil.which("ffmpeg"):
+        got = np.concatenate([block for block, _ in read_blocks(Item("a.ogg", path))])
+        assert abs(len(got) - 1.5 * LONG) < 2000

@@ -35,6 +35,8 @@ KINDS = [
     ("ogg", "OPUS", 48000),
     ("mp3", "MPEG_LAYER_III", RATE_HZ),
     ("mp3", "MPEG_LAYER_III", 44100),
+    ("wav", "GSM610", 8000),  # which cannot seek
+    ("au", "G721_32", 8000),
     ("aiff", "PCM_16", 47999),  # without a sample that both rates have, but for whole seconds
 ]
 SEGMENTS = [(0.0, 1.0), (3.3, 2.25), (8.123, 1.5), (5.0, float("inf"))]
@@ -55,11 +57,13 @@ def test_segments_are_slices_of_the_whole(
 ) -> None:
     """In training, and in ``prepare``, which rounds to 16 bits."""
     sound = np.random.default_rng(1).normal(0, 0.1, (10 * rate_hz, 2)).astype(np.float32)
+    sound = sound[:, 0] if subtype in ("GSM610", "G721_32") else sound  # have one channel
     path = write(tmp_path / f"a.{kind}", sound, rate_hz, subtype=subtype)
     expected = whole(path)
     for begin_s, duration_s in SEGMENTS:
         segment = Segment(str(path), begin_s, duration_s)
-        first, last = round(begin_s * RATE_HZ), round(min(begin_s + duration_s, 10) * RATE_HZ)
+        end_s = min(begin_s + duration_s, len(expected) / RATE_HZ)  # codecs fill their last block
+        first, last = round(begin_s * RATE_HZ), round(end_s * RATE_HZ)
         want = expected[first:last]
         found = samples(segment)
         assert len(found) == min(len(want), LONG.num_samples)

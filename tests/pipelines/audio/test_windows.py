@@ -1,5 +1,6 @@
 """Windows of long recordings: which there are, of files and of segments."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sounds import tone, write
 from ssast.pipelines.audio.windows import cut_into_windows, window_starts
 from ssast.pipelines.clips.holdout import recordings_of
 from ssast.pipelines.clips.listed import FileList
+from ssast.pipelines.clips.manifest import read_clips
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.errors import DataError
@@ -52,3 +54,10 @@ def test_prepared_clips_are_not_cut(tmp_path: Path) -> None:
     prepare(tmp_path / "in", tmp_path / "out")
     with pytest.raises(DataError, match="prepared clips are not cut"):
         cut_into_windows(ShardIndex(tmp_path / "out"), 2.0)
+
+
+def test_sounds_in_archives_are_not_cut(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(write(tmp_path / "a.wav", tone(16000)), "a.wav")
+    with pytest.raises(DataError, match=r"a.tar: sounds in archives are not cut into windows"):
+        cut_into_windows(read_clips(tmp_path / "a.tar"), 0.5)

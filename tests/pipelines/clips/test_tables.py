@@ -122,6 +122,7 @@ PARTS = {
     ("m.tsv", "filename\tonset\toffset\tevent_label\na.wav\t1.5\t4\tx\n"): "[1.5-4 s]",
     ("m.tsv", "filename\tstart\tduration\na.wav\t1.5\t4\n"): "[1.5-5.5 s]",
     ("m.csv", "slice_file_name,start,end\na.wav,1,4\n"): "",
+    ("m.csv", "path,start,duration,offset\na.wav,0.1,0.2,0.4\n"): "[0.1-0.3 s]",
 }
 
 
@@ -346,3 +347,36 @@ def test_written_rows_are_read(
     found = read_manifest(folder / "m.csv")
     assert found.paths == [str(folder / f"{clip}.wav") for clip, _, _ in rows]
     assert found.labels == tuple((label,) for _, label, _ in rows)
+
+
+def test_an_offset_is_an_end_beside_an_onset_alone(folder: Path) -> None:
+    """Also in entries whose first has no times."""
+    later = [
+        {"wav": "a.wav"},
+        {"wav": "b.wav", "onset": 1.0, "offset": 2.5},
+        {"wav": "b.wav", "start": 3.0, "offset": 9.0, "duration": 0.5},
+        {"wav": "b.wav", "offset": 4.0},
+    ]
+    names = ["a.wav", "b.wav[1-2.5 s]", "b.wav[3-3.5 s]", "b.wav[4 s to end]"]
+    (folder / "m.json").write_text(json.dumps(later))
+    assert list(map(str, read_clips(folder / "m.json"))) == [f"{folder}/{name}" for name in names]
+
+
+def test_quotes_behind_a_blank(folder: Path) -> None:
+    """As in the tables of AudioSet."""
+    (folder / "m.csv").write_text('path, label\na.wav, "dog"\nb.wav, dog\nc.wav, "dog, big"\n')
+    assert read_manifest(folder / "m.csv").labels == (("dog",), ("dog",), ("dog, big",))
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_json_of_another_encoding(folder: Path, lines: bool) -> None:
+    entries = [json.dumps({"wav": "a.wav", "label": "M\u00e9sange"}, ensure_ascii=False)] * 2
+    text = "\n".join(entries) if lines else f"[{', '.join(entries)}]"
+    (folder / "m.json").write_text(text.replace("a.wav", "b.wav", 1), "cp1252")
+    found = read_manifest(folder / "m.json", table=TableFormat(encoding="cp1252"))
+    assert found.labels == (("M\u00e9sange",),) * 2
+
+
+def test_a_format_of_what_is_no_table(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(read_clips(folder, TableFormat(label_separator=";"))) == len(read_clips(folder))
+    assert f"{folder}: is no table: data.columns, data.label_separator" in caplog.text

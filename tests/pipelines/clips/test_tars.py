@@ -1,6 +1,7 @@
 """Tar archives of others: written by webdataset, indexed once, trained on, predicted, prepared."""
 
 import io
+import json
 import logging
 import os
 import pickle
@@ -27,6 +28,7 @@ from ssast.pipelines.clips import tar_index
 from ssast.pipelines.clips.manifest import read_clips, read_manifest
 from ssast.pipelines.clips.members import LONGEST_LABEL, parse_sample
 from ssast.pipelines.clips.mix import fingerprint, is_remote, select
+from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.clips.tars import TarClip, TarIndex, find_files
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.check import check_data
@@ -334,3 +336,30 @@ def test_webdataset_reads_prepared_shards(tmp_path: Path) -> None:
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
     assert len(samples) == len(index) == 9
     assert [sample["flac"] for sample in samples] == [clip.read() for clip in index]  # type: ignore[union-attr]
+
+
+def test_an_archive_behind_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As ``cat`` joins them: what tar itself would not read either is said."""
+    a, b = (write_tar(tmp_path / f"{n}.tar", [(f"{n}.flac", flac(k))]) for k, n in enumerate("ab"))
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(a.read_bytes() + bytes(2**17) + b.read_bytes())
+    at = a.stat().st_size + 2**17
+    said = f"another archive begins at byte {at} of {joined.stat().st_size}: what follows is lost"
+    assert len(read_clips(joined)) == 1 and said in caplog.text
+    caplog.clear()
+    a.write_bytes(a.read_bytes() + bytes(2**17))
+    assert len(read_clips(a)) == 1 and not caplog.text
+
+
+@pytest.mark.parametrize("order", ["aabb", "abba"])
+def test_sounds_of_a_sample_stay_together(order: str, tmp_path: Path) -> None:
+    members = [(f"{key}.mic{order[:n].count(key)}.flac", flac(n)) for n, key in enumerate(order)]
+    path = write_tar(tmp_path / "a.tar", members)
+    clips = read_clips(path)
+    assert isinstance(clips, TarIndex)
+    assert clips.recordings().tolist() == ["ab".index(key) for key in order]
+    prepare_shards(path, tmp_path / "out", Packing(Recipe(clip_s=0.1)), jobs=1, progress=False)
+    found = ShardIndex(tmp_path / "out").recordings()
+    assert found.tolist() == [0] * 4 + [1] * 4  # of two clips each
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["recordings"] == 4

@@ -219,3 +219,28 @@ def test_a_name_of_two_recordings(source: Path, tmp_path: Path) -> None:
     (source / "tables/a.txt").unlink()
     write_dataset("raven", source, tmp_path / "out", silent)
     assert json.loads((tmp_path / "out/clips.json").read_text())["data"][0]["labels"] == "y"
+
+
+def test_a_raven_table_of_old_windows(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raven(source / "a.txt", row(1, 1.0, 2.0, "M\u00e9sange"))
+    (source / "a.txt").write_bytes((source / "a.txt").read_text().encode("cp1252"))
+    write_dataset("raven", source, tmp_path / "out", print)
+    assert clips(tmp_path / "out", source) == [("a.wav[1-2 s]", ("M\u00e9sange",))]
+    assert "a.txt: not UTF-8: read as cp1252" in caplog.text
+
+
+def test_two_columns_of_labels(source: Path, tmp_path: Path) -> None:
+    raven(source / "a.txt", row(1, 1.0, 2.0, "x", "y"), columns="Species\tSPECIES")
+    with pytest.raises(DataError, match=r"line 1: expected one column 'species', found several"):
+        write_dataset("raven", source, tmp_path / "out", print)
+
+
+def test_events_beyond_the_end(source: Path, tmp_path: Path) -> None:
+    raven(source / "a.txt", row(1, 1.0, 2.0, "x"), row(2, 12.0, 13.0, "x"), row(3, 700, 701, "x"))
+    lines: list[str] = []
+    reading = Reading(window_s=2.0)
+    write_dataset("raven", source, tmp_path / "out", lines.append, reading=reading)
+    assert "2 events begin beyond the end of their recording" in "\n".join(lines)
+    assert "a.wav: 12 s, of 10 s" in "\n".join(lines)

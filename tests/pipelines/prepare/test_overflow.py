@@ -54,3 +54,14 @@ def test_files_in_training_keep_their_levels(tmp_path: Path) -> None:
     data = read_clip(path, FbankSpec(num_frames=100)).tobytes()
     got = soundfile.read(io.BytesIO(data), dtype="float32")[0]
     np.testing.assert_array_equal(got, 6 * tone(16000))
+
+
+def test_silent_windows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wave = np.concatenate([tone(32000), np.zeros(48000, np.float32), tone(16000)])
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/a.wav", np.concatenate([wave, np.zeros(32000, np.float32)]))
+    write(tmp_path / "in/b.wav", wave[:32000])
+    folders = [str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main(["data", "prepare", *folders, "--clip-s", "1"]) == 0
+    assert "5 s of other recordings' windows are left out: they hold" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["left_out_s"] == 5

@@ -14,6 +14,7 @@ import soundfile
 from sounds import tone, write
 
 from ssast.pipelines.audio.convert import Recipe
+from ssast.pipelines.clips.columns import TableFormat
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.errors import DataError, UnusableError
@@ -141,3 +142,10 @@ def test_rows_that_are_only_stated(sounds: list[bytes], tmp_path: Path) -> None:
                 break
     with pytest.raises(DataError, match=r"states 1000000 rows of sounds in \d+ bytes"):
         parquet_rows(path)
+
+
+def test_several_labels_in_a_text(sounds: list[bytes], tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", sounds[:3], ["a;b", "c", ""], None)
+    given = [labels for *_, labels in parquet_rows(path, TableFormat(label_separator=";"))[0]]
+    assert given == [("a", "b"), ("c",), ()]
+    assert [labels for *_, labels in parquet_rows(path)[0]] == [("a;b",), ("c",), ()]
