@@ -232,7 +232,8 @@ def with_data(
         config.data, train=str(train), valid=None if valid is None else str(valid)
     )
     run = config.run if folder is None else dataclasses.replace(config.run, folder=str(folder))
-    return dataclasses.replace(config, data=data, run=run)
+    stated = {**(config.stated or {}), "data.train": OVERRIDE}  # what the recipe has of its data
+    return dataclasses.replace(config, data=data, run=run, stated=stated)
 
 
 def check_paths(config: Config) -> None:

@@ -277,7 +277,11 @@ class FinetuneEngine:
         return evaluate(self._trained(), manifest, out, precision=precision)
 
     def predict(
-        self, sources: Sequence[str | Path], top: int = 5, *, precision: Precision = "fp32"
+        self,
+        sources: str | Path | Sequence[str | Path],
+        top: int = 5,
+        *,
+        precision: Precision = "fp32",
     ) -> list[Prediction]:
         """Predict the classes of files, of all files in folders, or of the clips of manifests.
 
@@ -293,7 +297,7 @@ class FinetuneEngine:
 
     def timelines(
         self,
-        sources: Sequence[str | Path],
+        sources: str | Path | Sequence[str | Path],
         window_s: float | None = None,
         hop_s: float | None = None,
         *,

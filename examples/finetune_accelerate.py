@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ssast.engine.api import Classifier, FbankSpec, export_huggingface, fbank, open_model
+from ssast.pipelines.audio.decode import downmix
 
 
 class Recordings(Dataset):
@@ -41,7 +42,8 @@ class Recordings(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, number = self.items[index]
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        wave = torch.from_numpy(soxr.resample(samples.mean(1), rate, self.spec.sample_rate_hz))
+        mono = downmix(samples, self.spec.channel)
+        wave = torch.from_numpy(soxr.resample(mono, rate, self.spec.sample_rate_hz))
         # Clips longer than the model's input are cut, shorter ones padded.
         return fbank(wave[None], torch.tensor([len(wave)]), self.spec)[0], number
 

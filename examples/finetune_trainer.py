@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import soxr
 from torch.utils.data import Dataset
@@ -22,6 +23,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+
+def mono(samples: np.ndarray, channel: str) -> np.ndarray:
+    """Return the waveform [S] of samples [S, channels]: their mean, the left or the right one."""
+    if channel == "mean":
+        return samples.mean(1)
+    return samples[:, min(channel == "right", samples.shape[1] - 1)]
 
 
 class Recordings(Dataset):
@@ -43,7 +51,8 @@ class Recordings(Dataset):
         path, number = self.items[index]
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         sampling_rate = self.extractor.sampling_rate
-        wave = soxr.resample(samples.mean(1), rate, sampling_rate)
+        channel = getattr(self.extractor, "channel", "mean")
+        wave = soxr.resample(mono(samples, channel), rate, sampling_rate)
         found = self.extractor(wave, sampling_rate=sampling_rate, return_tensors="pt")
         return {"input_values": found.input_values[0], "labels": number}
 

@@ -40,12 +40,19 @@ def log_mel(wave: np.ndarray, audio: dict) -> np.ndarray:
     return out.astype(np.float32)
 
 
+def mono(samples: np.ndarray, channel: str) -> np.ndarray:
+    """Return the waveform [S] of samples [S, channels]: their mean, the left or the right one."""
+    if channel == "mean":
+        return samples.mean(1)
+    return samples[:, min(channel == "right", samples.shape[1] - 1)]
+
+
 def classify(session: onnxruntime.InferenceSession, path: str) -> dict[str, float]:
     """Return the probabilities of a recording by the names of the classes, the likeliest first."""
     metadata = session.get_modelmeta().custom_metadata_map
     audio = json.loads(metadata["audio"])
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    wave = soxr.resample(samples.mean(1), rate, audio["sample_rate_hz"])
+    wave = soxr.resample(mono(samples, audio["channel"]), rate, audio["sample_rate_hz"])
     if metadata["input"] == "waveform":
         inputs = {"waveform": wave[None], "num_samples": np.array([len(wave)])}
     else:

@@ -22,6 +22,7 @@ from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled
 from ssast.pipelines.audio.decode import Item, read_blocks
 from ssast.pipelines.errors import DataError, UnusableError
+from ssast.pipelines.text import one_line
 
 Level = Literal["clip", "frame"]
 Layer = int | Literal["last", "all"]
@@ -148,7 +149,15 @@ def load_waveforms(
         except UnusableError as error:
             raise DataError(f"{audio}: {error}") from error
         return _checked(waves, spec, str(audio))
-    waves = torch.as_tensor(audio)
+    if isinstance(audio, np.ndarray):  # torch takes no other byte order, and no negative strides
+        audio = np.ascontiguousarray(audio, audio.dtype.newbyteorder("="))
+    try:
+        waves = torch.as_tensor(audio).detach()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"waveform: expected [S] or [B, S] floating-point samples, got {type(audio).__name__}: "
+            f"{one_line(error):.200}"
+        ) from error
     if waves.ndim not in (1, 2) or not waves.is_floating_point():
         raise DataError(
             f"waveform: expected [S] or [B, S] floating-point samples, got {list(waves.shape)} "
@@ -167,7 +176,9 @@ def load_waveforms(
 
 
 def _checked(waves: Tensor, spec: FbankSpec, name: str) -> Tensor:
-    if not waves.numel() or waves.shape[-1] < spec.window:
+    if waves.ndim == 2 and not len(waves):
+        raise DataError(f"{name}: expected one or more waveforms, got {list(waves.shape)}")
+    if waves.shape[-1] < spec.window:
         raise DataError(
             f"{name}: {waves.shape[-1]} samples at {spec.sample_rate_hz} Hz, expected at least "
             f"{spec.window}, one frame"

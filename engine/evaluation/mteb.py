@@ -22,6 +22,7 @@ from ssast.engine.evaluation.features import load_waveforms
 from ssast.engine.evaluation.harness import Pooling, WaveformEncoder
 from ssast.engine.evaluation.predict import default_device
 from ssast.engine.formats.open import LoadedModel
+from ssast.pipelines.audio.decode import downmix
 from ssast.pipelines.errors import DataError
 
 
@@ -139,7 +140,7 @@ class MtebEncoder(WaveformEncoder):
         audio = row["audio"]
         array = np.asarray(audio["array"])
         if array.ndim == 2:
-            array = array.mean(0)
+            array = downmix(array.T, self.spec.channel)
         try:
             return load_waveforms(array, audio["sampling_rate"], self.spec)
         except DataError as error:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.cut_clips import CutClips
@@ -22,6 +23,7 @@ from ssast.pipelines.errors import DataError
 from ssast.pipelines.stream.stream import AudioStream
 
 BATCH = 32  # clips at a time outside of training, on a GPU
+Module = TypeVar("Module", bound=nn.Module)
 CPU_TOKENS = 4096  # at a time on a CPU: with more, what is between two layers leaves its caches
 
 
@@ -42,7 +44,7 @@ class Prediction:
 
 def predict(
     model: LoadedModel | str | Path,
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     top: int = 5,
     *,
     precision: Precision = "fp32",
@@ -85,6 +87,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def on_device(module: Module, device: torch.device) -> Module:
+    """Move a module to a device for evaluation; it can be trained afterwards.
+
+    Weights that move in inference mode could not be.
+    """
+    with torch.inference_mode(False):
+        return module.to(device).eval()
+
+
 def clips_at_once(loaded: LoadedModel, device: torch.device) -> int:
     """Return the number of clips of a batch that suits a model on a device."""
     if device.type != "cpu":
@@ -93,16 +104,16 @@ def clips_at_once(loaded: LoadedModel, device: torch.device) -> int:
     return min(BATCH, max(1, CPU_TOKENS // (rows * columns)))
 
 
-def find_files(sources: Sequence[str | Path], table: TableFormat = PLAIN) -> list[Any]:
+def find_files(sources: str | Path | Sequence[str | Path], table: TableFormat = PLAIN) -> list[Any]:
     """List the clips of sources: files as they are, folders and manifests by their clips.
 
-    A folder may be a URL, if it was prepared.
+    A folder may be a URL, if it was prepared. One source may stand alone.
 
     Raises:
         DataError: A folder or a manifest is wrong, or nothing is named.
     """
     paths: list[Any] = []
-    for source in sources:
+    for source in [sources] if isinstance(sources, str | Path) else sources:
         paths += read_clips(source, table) if holds_clips(source) else [str(source)]
     if not paths:
         raise DataError("no files: expected audio files, folders or manifests")
@@ -143,7 +154,7 @@ def score_clips(
     Returns:
         Logits, 0 for clips that cannot be read, and the reasons for those, by row.
     """
-    classifier = loaded.classifier.to(device).eval()
+    classifier = on_device(loaded.classifier, device)
     audio = loaded.audio
     logits = np.zeros((len(paths), loaded.num_classes))
     reasons: dict[int, str] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ssast.engine.errors import CheckpointError
-from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
+from ssast.engine.evaluation.predict import clips_at_once, default_device, on_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, open_model, open_raw
 from ssast.engine.model.objective import PretrainingModel, with_masks
@@ -36,9 +36,9 @@ def pretext_losses(
     """
     loaded = model if isinstance(model, LoadedModel) else open_model(model)
     paths, device = read_clips(source), default_device()
-    module, totals, scored = _as_trained(loaded).to(device).eval(), dict[str, float](), 0
+    module, totals, scored = on_device(_as_trained(loaded), device), dict[str, float](), 0
     if module.teacher is not None:
-        module.teacher.to(device)
+        on_device(module.teacher, device)
     with one_pass(paths, loaded.audio, device, batch_size=clips_at_once(loaded, device)) as batches:
         for batch in with_progress(batches, len(paths), "evaluate", progress):
             masks = module.held_out_masks(batch.clip_ids, batch.num_frames)

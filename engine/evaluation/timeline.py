@@ -12,7 +12,7 @@ import torch
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.precision import autocast_in, class_logits
-from ssast.engine.evaluation.predict import clips_at_once, default_device, find_files
+from ssast.engine.evaluation.predict import clips_at_once, default_device, find_files, on_device
 from ssast.engine.evaluation.probabilities import probabilities, top_classes
 from ssast.engine.evaluation.progress import with_progress
 from ssast.engine.formats.open import LoadedModel, as_classifier
@@ -119,7 +119,7 @@ class Windows:
 
 def timelines(
     model: LoadedModel | str | Path,
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     window_s: float | None = None,
     hop_s: float | None = None,
     *,
@@ -168,7 +168,7 @@ def timeline(
         device: Device of the classifier.
         precision: Precision of matmuls and attention.
     """
-    audio, classifier = loaded.audio, loaded.classifier.to(device).eval()
+    audio, classifier = loaded.audio, on_device(loaded.classifier, device)
     spec, num_classes = fbank_spec(audio), loaded.num_classes
     starts: list[int] = []
     ends: list[int] = []

@@ -285,7 +285,8 @@ class ASTModel(nn.Module):
         patch, stride = projection.kernel_size, projection.stride
         if image.ndim == 4 and image.shape[1] == 1:
             grid = patch_grid(image.shape[2], image.shape[3], patch, stride)
-            if min(grid) > 0 and grid[0] * grid[1] == self._positions():
+            own = image.shape[2] == self.input_fdim  # not time and frequency swapped
+            if own and min(grid) > 0 and grid[0] * grid[1] == self._positions():
                 return grid
         x = image.squeeze(1).transpose(1, 2) if image.ndim == 4 else image
         raise ValueError(self._wrong(x))

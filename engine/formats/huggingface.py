@@ -24,6 +24,7 @@ from ssast.engine.checkpoints.store import read_safetensors, save_tensors
 from ssast.engine.checkpoints.weights import check_names, check_tensors, sketch
 from ssast.engine.config import finetune_settings
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.exportable import check_classes, check_exportable, check_loss
 from ssast.engine.formats.huggingface_config import (
     CONFIG,
     OWN,
@@ -38,7 +39,6 @@ from ssast.engine.formats.huggingface_config import (
     model_config,
 )
 from ssast.engine.formats.weight_files import describe_foreign
-from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio
@@ -114,12 +114,15 @@ def export_huggingface(
         The folder.
 
     Raises:
-        ConfigError: Labels or names that do not fit the classes, or audio that is not at 16 kHz.
+        ConfigError: The model is wrapped or changed, audio that is not its own or not at 16 kHz,
+            labels or names that do not fit the classes, or no such loss.
         CheckpointError: The folder cannot be written.
     """
     folder = Path(folder)
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    check_transformer(encoder, "a folder of transformers")
+    check_exportable(model, audio, "a folder of transformers")
+    if raw is not None:
+        check_exportable(raw, audio, "a folder of transformers")
+    check_loss(loss)
     if audio.sample_rate_hz != _SAMPLE_RATE_HZ:
         raise ConfigError(
             f"audio.sample_rate_hz is {audio.sample_rate_hz}, the feature extractor of "
@@ -127,7 +130,9 @@ def export_huggingface(
         )
     config = model_config(model, audio)
     if isinstance(model, Classifier):
-        config |= class_config(model, labels, names, loss)
+        count = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
+        given = [f"LABEL_{i}" for i in range(count)] if labels is None else labels
+        config |= class_config(*check_classes(count, given, names), loss)
     convert = _stock_state if config["model_type"] == STOCK else _own_state
     # The names of the feature extractor's settings are transformers'.
     preprocessor = {
@@ -149,7 +154,9 @@ def export_huggingface(
         for name, content in ((CONFIG, config), (_PREPROCESSOR, preprocessor)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_tensors(convert(model), folder / _WEIGHTS, {"format": "pt"})
-        if raw is not None:
+        if raw is None:
+            (folder / _RAW_WEIGHTS).unlink(missing_ok=True)  # of an earlier export
+        else:
             save_tensors(convert(raw), folder / _RAW_WEIGHTS, {"format": "pt"})
         if config["model_type"] == OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
@@ -158,8 +165,17 @@ def export_huggingface(
     return folder
 
 
-def import_huggingface(folder: str | Path) -> Imported:
+def has_raw_weights(folder: Path) -> bool:
+    """Return whether a folder has raw weights, beside averaged ones or alone."""
+    return (folder / _RAW_WEIGHTS).is_file()
+
+
+def import_huggingface(folder: str | Path, raw: bool = False) -> Imported:
     """Load the model in a folder that transformers' AST or :func:`export_huggingface` has saved.
+
+    Args:
+        folder: The folder.
+        raw: Take the raw weights, which a folder may have beside averaged ones.
 
     Returns:
         The model and what the folder says of it. The epsilons of its LayerNorms are the folder's.
@@ -174,7 +190,7 @@ def import_huggingface(folder: str | Path) -> Imported:
     if kind not in (STOCK, OWN):
         raise CheckpointError(f"{folder / CONFIG}: model_type is {shown(kind)}, expected {STOCK!r}")
     state: dict[str, Tensor] = {}
-    for weights in _weight_files(folder):
+    for weights in [folder / _RAW_WEIGHTS] if raw else _weight_files(folder):
         if (foreign := describe_foreign(weights)) is not None:
             raise CheckpointError(f"{weights}: {foreign}")
         try:

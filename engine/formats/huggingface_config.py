@@ -1,6 +1,5 @@
 """The configuration of a folder for transformers, out and in: config.json."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,26 +80,8 @@ def model_config(model: Classifier | SpectrogramTransformer, audio: Audio) -> di
     return config
 
 
-def class_config(
-    model: Classifier,
-    labels: Sequence[str] | None,
-    names: Sequence[str] | None,
-    loss: Loss | None,
-) -> dict[str, Any]:
-    """Return the part of a classifier's configuration that is about its classes.
-
-    Raises:
-        ConfigError: Labels or names that do not fit the classes.
-    """
-    num_classes = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
-    labels = [f"LABEL_{i}" for i in range(num_classes)] if labels is None else list(labels)
-    names = labels if names is None else list(names)
-    for key, given in (("labels", labels), ("names", names)):
-        if len(given) != num_classes or len(set(given)) != num_classes:
-            raise ConfigError(
-                f"{key}: expected {num_classes} different names, got {len(given)}, "
-                f"{len(set(given))} of them different"
-            )
+def class_config(labels: list[str], names: list[str], loss: Loss | None) -> dict[str, Any]:
+    """Return the part of a classifier's configuration that is about its classes."""
     found: dict[str, Any] = {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune_settings import Finetune
 from ssast.engine.formats.fetch import local_path
-from ssast.engine.formats.huggingface import import_huggingface
+from ssast.engine.formats.huggingface import has_raw_weights, import_huggingface
 from ssast.engine.formats.huggingface_config import CONFIG
 from ssast.engine.formats.published import (
     build_pretrained,
@@ -291,8 +291,15 @@ def _open(
     weights: Weights | None = None,
 ) -> LoadedModel:
     path = local_path(source)
-    if weights == "ema" and (path.is_file() or (path / CONFIG).is_file()):
-        raise CheckpointError(f"{path}: has one kind of weights: only a run of ours has an average")
+    if weights not in (None, *get_args(Weights)):
+        raise ConfigError(f"weights: expected {' or '.join(get_args(Weights))}, got {weights!r}")
+    both = (path / CONFIG).is_file() and has_raw_weights(path)
+    if weights == "ema" and (path.is_file() or (path / CONFIG).is_file()) and not both:
+        raise CheckpointError(f"{path}: has one kind of weights, no averaged ones (EMA) beside raw")
+    for key, known in (("loss", ("ce", "bce")), ("pooling", ("avgtok", "cls"))):
+        given = getattr(metadata, key)
+        if given not in (None, *known):
+            raise ConfigError(f"{key}: expected {' or '.join(known)}, got {given!r}")
     if path.is_file():
         return _open_published(path, metadata, purpose)
     if not path.is_dir():
@@ -302,7 +309,7 @@ def _open(
             "ssast weights lists what has a name"
         )
     if (path / CONFIG).is_file():
-        return _open_transformers(path, metadata)
+        return _open_transformers(path, metadata, (weights or "ema") if both else None)
     loaded = _open_run(path, metadata, weights)
     if loaded.weights is not None and purpose != "encoder":
         _log.warning("%s: %s", path, WEIGHTS[loaded.weights])
@@ -340,12 +347,16 @@ def _texts(found: Any, path: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _open_transformers(path: Path, metadata: MissingMetadata) -> LoadedModel:
+def _open_transformers(
+    path: Path, metadata: MissingMetadata, weights: Weights | None
+) -> LoadedModel:
     _check_known(path, replace(metadata, loss=None, labels=None))
-    found = import_huggingface(path)
+    found = import_huggingface(path, weights == "raw")
     given = replace(metadata, loss=metadata.loss or found.loss)
     config = _describe(found.model, found.audio, given)
-    loaded = LoadedModel(found.model, config, path, "transformers", found.labels, found.names)
+    loaded = LoadedModel(
+        found.model, config, path, "transformers", found.labels, found.names, weights=weights
+    )
     return _with_labels(loaded, metadata.labels)
 
 

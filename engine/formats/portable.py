@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.exportable import check_classes, check_exportable, check_loss
 from ssast.engine.formats.huggingface_config import PROBLEM_TYPES, Loss
 from ssast.engine.formats.timm_trunk import Trunk
 from ssast.engine.model.classifier import ACTIVATIONS, Classifier, pool
@@ -144,11 +145,13 @@ def save_program(
 
     Raises:
         CheckpointError: It cannot be written.
+        ConfigError: The model is wrapped or changed, the audio is not its own, labels or names do
+            not fit the classes, or there is no such loss.
     """
+    extra = _metadata(model, audio, labels, loss, names, fed)
     path = _made(path)
     try:
         with open(path, "wb") as file:
-            extra = _metadata(audio, labels, loss, names, fed)
             torch.export.save(export_program(model, audio, fed), file, extra_files=extra)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
@@ -178,8 +181,10 @@ def save_onnx(
 
     Raises:
         CheckpointError: It cannot be written.
-        ConfigError: The packages of the extra ``onnx`` are not installed.
+        ConfigError: See :func:`save_program`; or the packages of the extra ``onnx`` are not
+            installed.
     """
+    extra = _metadata(model, audio, labels, loss, names, fed)
     path = _made(path)
     try:
         import onnxscript  # noqa: F401  # what torch.onnx needs
@@ -202,7 +207,7 @@ def save_onnx(
             verbose=False,
         )
     assert converted is not None
-    converted.model.metadata_props.update(_metadata(audio, labels, loss, names, fed))
+    converted.model.metadata_props.update(extra)
     try:
         converted.save(path, external_data=_bytes(model) > 2 * 10**9)
     except OSError as error:
@@ -211,12 +216,15 @@ def save_onnx(
 
 
 def _metadata(
+    model: Classifier | SpectrogramTransformer,
     audio: Audio,
     labels: Sequence[str] | None,
     loss: Loss | None,
     names: Sequence[str] | None,
     fed: Input,
 ) -> dict[str, str]:
+    check_exportable(model, audio, "an exported program")
+    check_loss(loss)
     spec = fbank_spec(audio)
     settings = {
         "sample_rate_hz": spec.sample_rate_hz,
@@ -240,9 +248,10 @@ def _metadata(
         "padding_value": 0.0,
     }
     found = {"input": fed, "audio": json.dumps(settings)}
-    if labels is not None:
-        shown = labels if names is None else names
-        found |= {"labels": json.dumps(list(shown)), "label_ids": json.dumps(list(labels))}
+    if labels is not None and isinstance(model, Classifier):
+        count = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
+        ids, shown = check_classes(count, labels, names)
+        found |= {"labels": json.dumps(shown), "label_ids": json.dumps(ids)}
     if loss is not None:
         found |= {"activation": ACTIVATIONS[loss], "problem_type": PROBLEM_TYPES[loss]}
     return found

@@ -22,6 +22,7 @@ from ssast.engine.config import (
     section_from_plain,
 )
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.exportable import check_whole
 from ssast.engine.formats.weight_files import read_state, write_state
 from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
@@ -341,6 +342,8 @@ def published_state(
         raise ConfigError(
             f"the published format holds the heads of SSAST alone, got {type(model).__name__}"
         )
+    if isinstance(model, Classifier):
+        check_whole(model, "the published format")
     state = {n: p.detach().to("cpu", torch.float32) for n, p in model.state_dict().items()}
     width = model.encoder.embed_dim
     published = {}

@@ -82,9 +82,9 @@ class Block(nn.Module):
         super().__init__()
         width, heads = block.attn.proj.out_features, block.attn.num_heads
         with torch.device("meta"):  # parameters are those of the other block
-            self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
-            self.drop_path = nn.Identity()
-            self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width)
+            self.norm1 = nn.LayerNorm(width, eps=block.norm1.eps)
+            self.attn, self.drop_path = Attention(width, heads), nn.Identity()
+            self.norm2, self.mlp = nn.LayerNorm(width, eps=block.norm2.eps), Mlp(width)
         for name, parameter in block.named_parameters():
             path, _, last = name.rpartition(".")
             setattr(self.get_submodule(path), last, parameter)

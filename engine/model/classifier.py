@@ -37,6 +37,8 @@ class Classifier(nn.Module):
         pooling: Literal["avgtok", "cls"] = "avgtok",
     ):
         super().__init__()
+        if pooling not in ("avgtok", "cls"):
+            raise ValueError(f"pooling: expected avgtok or cls, got {pooling!r}")
         self.encoder, self.pooling = encoder, pooling
         self.head = nn.Sequential(
             nn.LayerNorm(encoder.embed_dim), nn.Linear(encoder.embed_dim, num_classes)

@@ -90,7 +90,19 @@ class PatchEmbed(nn.Module):
         return (fbank - self.mean) / (2 * self.std)
 
     def forward(self, fbank: Tensor, masks: Masks) -> tuple[Tensor, Tensor, SharedTokens]:
-        """Return tokens and targets (see :func:`patch_embed`), and the shared tokens."""
+        """Return tokens and targets (see :func:`patch_embed`), and the shared tokens.
+
+        Raises:
+            ValueError: The filterbanks have other patches than the model.
+        """
+        if fbank.ndim != 3 or self.grid != patch_grid(
+            fbank.shape[2], fbank.shape[1], self.patch, self.stride
+        ):
+            rows, columns = self.grid
+            raise ValueError(
+                f"expected filterbanks [B, T, F] of {rows} x {columns} patches of {self.patch[0]} "
+                f"mel bins x {self.patch[1]} frames, got {list(fbank.shape)}"
+            )
         assert self.bias is not None
         pos_embed = self.pos_embed.to(self.weight.dtype)  # fixed positions stay float32
         tokens, targets = patch_embed(

@@ -150,7 +150,8 @@ def check_ogg(read: Reader, size: int) -> None:
 
 def _first_streams(read: Reader) -> set[bytes]:
     """Return the numbers of the streams that begin at the start of an Ogg file (RFC 3533)."""
-    numbers, at = set(), 0
+    numbers: set[bytes] = set()
+    at = 0
     while True:
         page = read(at, 27 + 255)
         if page[:4] != b"OggS" or len(page) < 27 or not page[5] & 2:  # it begins no stream

@@ -141,3 +141,19 @@ def test_rows_that_fill_up_a_batch_are_not_computed(finetuned, splits, monkeypat
     loaded.classifier.head.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     predict.predict(loaded, [*(splits["test"].parent / "test").glob("*.wav")][:4], progress=False)
     assert sum(rows) == 4
+
+
+def test_one_source_alone(finetuned, splits):
+    path = find_files([splits["test"]])[0]
+    assert find_files(str(path)) == find_files([path]) == [path]
+    assert len(predict.predict(finetuned[0], path)) == 1
+
+
+def test_a_model_that_moved_can_be_trained(finetuned, monkeypatch):
+    """Weights that are moved in inference mode could not be."""
+    loaded = open_model(finetuned[0])
+    moved = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved(self, torch.float64))
+    with torch.inference_mode():
+        predict.on_device(loaded.classifier, torch.device("cpu"))
+    assert not any(weight.is_inference() for weight in loaded.model.parameters())

@@ -1,6 +1,7 @@
 """Folders for transformers, by the numbers of transformers' own classes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_wrong_exports(tmp_path):
     with pytest.raises(ConfigError, match="names: expected 5 different names, got 1, 1 of them"):
         export_huggingface(classifier, tmp_path, AUDIO, LABELS, names=["a"])
     with pytest.raises(ConfigError, match=r"audio.sample_rate_hz is 8000, .* works at 16000"):
-        export_huggingface(classifier, tmp_path, Audio(sample_rate_hz=8000))
+        export_huggingface(classifier, tmp_path, replace(AUDIO, sample_rate_hz=8000))
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file.model: cannot be written"):
         export_huggingface(classifier, tmp_path / "file" / "model", AUDIO)
