@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from scipy import stats
+
 from ssast.benchmarks.study.analysis import (
     PUBLISHED,
     PUBLISHED_ABLATIONS,
-    Cell,
     Cells,
-    Difference,
     difference,
     on_tasks,
-    over_tasks,
 )
 from ssast.benchmarks.study.models import ABLATIONS, MODELS
 from ssast.benchmarks.study.plan import Plan
+from ssast.benchmarks.study.significance import CONFIDENCE, Cell, Spread, over_tasks
 from ssast.benchmarks.study.tables import PLUS_MINUS, mean_and_std, of_seeds, table
 
 SHOWN = 0.02  # a difference in accuracy that is worth showing
-POWER = 1.96 + 0.84  # standard errors: two-sided 5 %, shown in 80 % of all cases
+POWER = 0.8  # share of cases in which it is to be shown
 BEFORE = ("patch-scratch", "patch", "joint")  # models whose spread is known before the ablations
 
 
 @dataclass(frozen=True)
-class Spread:
+class Variation:
     """How much the mean accuracy over some tasks varies.
 
     Attributes:
@@ -39,7 +39,10 @@ class Spread:
 
     def seeds_for(self, difference: float) -> int:
         """Return how many seeds of each model show a difference on these test clips."""
-        return max(2, math.ceil(2 * (POWER * self.seeds / difference) ** 2))
+        seeds = 2
+        while self.shown_by(seeds, clips=False) > difference:
+            seeds += 1
+        return seeds
 
     def shown_by(self, seeds: int, *, clips: bool) -> float:
         """Return the smallest difference that so many seeds show.
@@ -48,19 +51,22 @@ class Spread:
             seeds: Seeds of each model.
             clips: On other test clips of the same kind; else on these.
         """
-        return POWER * math.hypot(self.seeds * (2 / seeds) ** 0.5, self.clips if clips else 0.0)
+        freedom = 2 * seeds - 2
+        errors = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) + stats.t.ppf(POWER, freedom)
+        error = math.hypot(self.seeds * (2 / seeds) ** 0.5, self.clips if clips else 0.0)
+        return float(errors) * error
 
 
-def spread(cells: Cells, names: Sequence[str], tasks: Sequence[str]) -> Spread | None:
-    """Pool the spread of some models; None unless two of them have two seeds on all tasks."""
+def variation(cells: Cells, names: Sequence[str], tasks: Sequence[str]) -> Variation | None:
+    """Pool the variation of some models; None unless two of them have two seeds on all tasks."""
     found = [each for name in names if (each := on_tasks(cells, name, tasks))]
-    seeds = [over_tasks(cell.accuracies for cell in each) for each in found]
+    seeds = list(map(over_tasks, found))
     pairs = [difference(one, other) for one, other in pairwise(found)]
-    known = [pair.of_clips**2 for pair in pairs if pair is not None]
+    known = [pair[1].of_clips ** 2 for pair in pairs if pair is not None]
     if not known:
         return None
     variances = [statistics.variance(values) for values in seeds if len(values) > 1]
-    return Spread(statistics.mean(variances) ** 0.5, statistics.mean(known) ** 0.5)
+    return Variation(statistics.mean(variances) ** 0.5, statistics.mean(known) ** 0.5)
 
 
 def ablations(plan: Plan, cells: Cells) -> list[str]:
@@ -70,8 +76,8 @@ def ablations(plan: Plan, cells: Cells) -> list[str]:
         "Test accuracy in percent. Each seed of an ablation has a pretraining of its own, of "
         f"{max(1, round(ABLATIONS[0].share * plan.steps)):,} steps, and the learning rates chosen "
         "for the patch model; the last row is pretrained once, for all steps. Differences to the "
-        "first ablation with two standard errors: over seeds on these test clips, and over seeds "
-        "and test clips.",
+        "first ablation with half of their 95 % interval: over seeds on these test clips, and over "
+        "seeds and groups of test clips.",
         "",
         *_power(plan, cells),
     ]
@@ -81,7 +87,7 @@ def ablations(plan: Plan, cells: Cells) -> list[str]:
         ours = on_tasks(cells, model.name, tasks)
         row = [f"{model.what}, all steps" if model.name == "patch" else model.what]
         row += [of_seeds(plan, cells.get((model.name, task)), model) for task in tasks]
-        row.append(mean_and_std(over_tasks(cell.accuracies for cell in ours)))
+        row.append(mean_and_std(over_tasks(ours)))
         compared = model in ABLATIONS[1:] and ours and reference
         row += _differences(difference(ours, reference) if compared else None)
         published = PUBLISHED_ABLATIONS.get(model.name)
@@ -92,12 +98,13 @@ def ablations(plan: Plan, cells: Cells) -> list[str]:
     return lines + table(["pretraining", *tasks, *columns], rows)
 
 
-def _differences(found: Difference | None) -> list[str]:
+def _differences(found: tuple[float, Spread] | None) -> list[str]:
     if found is None:
         return ["", ""]
+    mean, spread = found
     return [
-        f"{100 * found.mean:+.1f}{PLUS_MINUS}{200 * error:.1f}"
-        for error in (found.of_seeds, found.error)
+        f"{100 * mean:+.1f}{PLUS_MINUS}{100 * margin:.1f}"
+        for margin in (spread.seeds_margin, spread.margin)
     ]
 
 
@@ -107,7 +114,7 @@ def _power(plan: Plan, cells: Cells) -> list[str]:
         ("main models, seeds of fine-tuning", BEFORE),
         ("ablations, seeds of both trainings", tuple(model.name for model in ABLATIONS)),
     ):
-        found = spread(cells, names, tasks)
+        found = variation(cells, names, tasks)
         if found is not None:
             here, elsewhere = (found.shown_by(n, clips=clips) for clips in (False, True))
             rows.append([
@@ -133,8 +140,8 @@ def _power(plan: Plan, cells: Cells) -> list[str]:
 
 def told_apart(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
     """Return in words how two models differ."""
-    found = difference(ours, theirs)
-    if found is None or abs(found.mean) <= 2 * found.of_seeds:
+    mean, spread = difference(ours, theirs) or (0.0, None)
+    if spread is None or abs(mean) <= spread.seeds_margin:
         return "not told apart from"
-    where = "" if abs(found.mean) > 2 * found.error else " on these test clips, not on others,"
-    return f"significantly {'better' if found.mean > 0 else 'worse'}{where} than"
+    where = "" if abs(mean) > spread.margin else " on these test clips, not on others,"
+    return f"significantly {'better' if mean > 0 else 'worse'}{where} than"

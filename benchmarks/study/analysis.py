@@ -1,22 +1,30 @@
 """Analysis of the runs of ``ssast bench reproduce``: accuracies, gains, significance."""
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from ssast.benchmarks.study.models import MODELS
 from ssast.benchmarks.study.plan import (
-    BATCH,
     FineTuning,
     Plan,
     accuracy,
     chosen_rate,
     diverged,
     kept_models,
+    pretraining_config,
 )
+from ssast.benchmarks.study.significance import Cell, Spread, over_tasks, spread_of
 from ssast.engine.evaluation.report import PREDICTIONS, read_predictions
+from ssast.pipelines.clips.holdout import recordings_of
+from ssast.pipelines.clips.manifest import read_clips
+from ssast.pipelines.clips.shards import ShardIndex
+from ssast.pipelines.demo.publish import clips_of
+from ssast.pipelines.demo.sounds import STUDY_TASKS
 
 # Gong et al., AAAI 2022: base models, mAP (AudioSet-20K) or accuracy, in percent. Only a patch
 # model was trained from scratch; the paper gives 60.9 % as the average gain of pretraining.
@@ -38,31 +46,27 @@ PUBLISHED_ABLATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Results of a model on a task.
-
-    Attributes:
-        rate: The chosen learning rate.
-        tried: Validation accuracy by learning rate, NaN where training diverged.
-        accuracies: Test accuracy by seed.
-        num_diverged: Number of seeds whose training diverged.
-        correct: Fraction of the seeds that classify each test clip correctly.
-    """
-
-    rate: float
-    tried: Mapping[float, float]
-    accuracies: tuple[float, ...]
-    num_diverged: int
-    correct: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean test accuracy over the seeds."""
-        return statistics.mean(self.accuracies)
-
-
 Cells = Mapping[tuple[str, str], Cell]
+
+
+@cache
+def groups_of(plan: Plan, task: str) -> tuple[Hashable, ...]:
+    """Return the group of each test clip of a task, of which none is on both sides of its split.
+
+    Of a task that is none of the study's: its recording.
+    """
+    clips = read_clips(plan.labelled(task, "eval"))
+    known = next((each for each in STUDY_TASKS if each.name == task), None)
+    recordings = recordings_of(clips).tolist()
+    if known is None or not isinstance(clips, ShardIndex):
+        return tuple((task, number) for number in recordings)
+    names = {line.row: line.name for line in clips_of(ShardIndex(Path(plan.data)))}
+    rows = range(len(clips)) if clips.rows is None else clips.rows.tolist()
+    labels = [known.label(names[row]) for row in rows]
+    return tuple(
+        (task, number) if label is None else label.group
+        for label, number in zip(labels, recordings, strict=True)
+    )
 
 
 def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
@@ -77,22 +81,26 @@ def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
                 FineTuning(model, task, rate, seed).folder(out)
                 for seed in range(plan.seeds_of(model))
             ]
-            found = [accuracy(folder, "test") for folder in folders]
-            values = tuple(value for value in found if value is not None)
-            if not values:
+            finished = {
+                seed: folder
+                for seed, folder in enumerate(folders)
+                if accuracy(folder, "test") is not None
+            }
+            if not finished:
                 continue
             tried = {}
             for each in plan.rates if model.tuned else ():
                 value = accuracy(FineTuning(model, task, each, 0).folder(out), "valid")
                 tried[each] = float("nan") if value is None else value
-            named = [
+            right = np.array([
                 [label == name for label, name in read_predictions(folder / "test" / PREDICTIONS)]
-                for folder, value in zip(folders, found, strict=True)
-                if value is not None
-            ]
-            correct = tuple(map(statistics.mean, zip(*named, strict=True)))
+                for folder in finished.values()
+            ])  # fmt: skip
             gone = sum(map(diverged, folders))
-            cells[model.name, task] = Cell(rate, tried, values, gone, correct)
+            groups = groups_of(plan, task)
+            if len(groups) != right.shape[1]:  # some clips could not be read
+                groups = ()
+            cells[model.name, task] = Cell(rate, tried, gone, tuple(finished), right, groups)
     return cells
 
 
@@ -103,12 +111,12 @@ class Gain:
     Attributes:
         accuracies: Mean test accuracies, from scratch and pretrained, on each task that both have
             finished.
-        error: Standard error of the mean over the tasks, of fine-tuning seeds and test clips; None
-            with one seed.
+        margin: Half of the 95 % interval of the mean over the tasks, over fine-tuning seeds and
+            groups of test clips; None with one seed.
     """
 
     accuracies: Mapping[str, tuple[float, float]]
-    error: float | None
+    margin: float | None
 
     @property
     def by_task(self) -> dict[str, float]:
@@ -138,26 +146,18 @@ def gain(cells: Cells, name: str, family: str, tasks: Sequence[str]) -> Gain | N
     }
     if not pairs:
         return None
-    errors = [_gain_variance(*pair) for pair in pairs.values()]
-    known = [error for error in errors if error is not None]
+    ours, theirs = zip(*pairs.values(), strict=True)
+    # The linear terms of ours / theirs.
+    weights = [1 / other.mean / len(pairs) for other in theirs]
+    their_weights = [
+        weight * one.mean / other.mean
+        for weight, one, other in zip(weights, ours, theirs, strict=True)
+    ]
+    spread = spread_of(ours, theirs, weights, their_weights)
     return Gain(
         {task: (theirs.mean, ours.mean) for task, (ours, theirs) in pairs.items()},
-        sum(known) ** 0.5 / len(pairs) if len(known) == len(pairs) else None,
+        None if spread is None else spread.margin,
     )
-
-
-def _gain_variance(ours: Cell, theirs: Cell) -> float | None:
-    """Return the variance of ours / theirs by its linear terms; None with fewer than two seeds.
-
-    It is that over seeds plus that over test clips, paired clip by clip.
-    """
-    if min(len(ours.accuracies), len(theirs.accuracies)) < 2:
-        return None
-    ratio = ours.mean / theirs.mean
-    seeds = [statistics.variance(c.accuracies) / len(c.accuracies) for c in (ours, theirs)]
-    residues = [a - ratio * b for a, b in zip(ours.correct, theirs.correct, strict=True)]
-    clips = statistics.variance(residues) / len(residues)
-    return (seeds[0] + ratio**2 * seeds[1] + clips) / theirs.mean**2
 
 
 def gain_curve(plan: Plan, cells: Cells, family: str) -> list[tuple[int, Gain]]:
@@ -166,65 +166,38 @@ def gain_curve(plan: Plan, cells: Cells, family: str) -> list[tuple[int, Gain]]:
     Nothing without one of the kept steps.
     """
     kept = [(model.step, model.name) for model in kept_models(plan) if model.family == family]
+    batch = pretraining_config(plan, MODELS[family], Path()).train.batch_size
     points = [
-        ((step or 0) * BATCH["pretrain"], found)
+        ((step or 0) * batch, found)
         for step, name in [*kept, (plan.steps, family)]
         if (found := gain(cells, name, family, plan.tasks)) is not None
     ]
     return points if len(points) > 1 else []
 
 
-def over_tasks(columns: Iterable[Sequence[float]]) -> list[float]:
-    """Average over the tasks, for each seed that all tasks have."""
-    return [statistics.mean(row) for row in zip(*columns, strict=False)]
+def difference(ours: Sequence[Cell], theirs: Sequence[Cell]) -> tuple[float, Spread] | None:
+    """Return how much higher a model's mean accuracy over some tasks is, and its spread.
 
-
-@dataclass(frozen=True)
-class Difference:
-    """Difference between the mean accuracies of two models over some tasks.
-
-    Attributes:
-        mean: The difference.
-        of_seeds: Its standard error over seeds, on these test clips.
-        of_clips: That over test clips, paired clip by clip.
+    None with fewer than two seeds of either.
     """
-
-    mean: float
-    of_seeds: float
-    of_clips: float
-
-    @property
-    def error(self) -> float:
-        """Standard error over seeds and test clips."""
-        return math.hypot(self.of_seeds, self.of_clips)
-
-
-def difference(ours: Sequence[Cell], theirs: Sequence[Cell]) -> Difference | None:
-    """Compare two models on the same tasks; None with fewer than two seeds of either."""
-    seeds = [over_tasks(cell.accuracies for cell in cells) for cells in (ours, theirs)]
-    if min(map(len, seeds)) < 2:
+    share = [1 / len(ours)] * len(ours)
+    spread = spread_of(ours, theirs, share, share)
+    if spread is None:
         return None
-    clips = 0.0
-    for one, other in zip(ours, theirs, strict=True):
-        each = [a - b for a, b in zip(one.correct, other.correct, strict=True)]
-        clips += statistics.variance(each) / len(each) / len(ours) ** 2
-    return Difference(
-        statistics.mean(seeds[0]) - statistics.mean(seeds[1]),
-        sum(statistics.variance(values) / len(values) for values in seeds) ** 0.5,
-        clips**0.5,
-    )
+    return statistics.mean(over_tasks(ours)) - statistics.mean(over_tasks(theirs)), spread
 
 
 def significant_sign(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
     """Compare mean accuracies: 1 if ours is significantly higher, -1 if lower, else 0.
 
-    A difference is significant if it exceeds two standard errors (an approximate 95 % confidence
-    interval), over seeds and test clips. With fewer than two seeds of either, none is.
+    A difference is significant if its 95 % interval, over seeds and groups of test clips, does not
+    hold 0. With fewer than two seeds of either, none is.
     """
     found = difference(ours, theirs)
     if found is None:
         return 0
-    return (found.mean > 2 * found.error) - (found.mean < -2 * found.error)
+    mean, spread = found
+    return (mean > spread.margin) - (mean < -spread.margin)
 
 
 def compare(

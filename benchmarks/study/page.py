@@ -223,23 +223,24 @@ def write_page(out: Path, docs: Path) -> Path:
             *([f"Not finished yet: {'; '.join(waiting)}.", ""] if waiting else []),
         ]),
         ("## Claims", [
-            "A difference is significant if it exceeds two standard errors (an approximate 95 % "
-            "confidence interval), over fine-tuning seeds and test clips; gains are given with "
-            "two standard errors.", "",
+            "A difference is significant if its 95 % confidence interval (Student's t) does not "
+            "hold 0, over fine-tuning seeds and groups of test clips, such as the takes of a "
+            "syllable or the pieces of a drum kit; gains are given with half of that interval.",
+            "",
             *summary(plan, cells),
         ]),
         ("## Setup", facts(plan, out)),
         ("## Pretrained and from scratch", [
             "Test accuracy in percent, mean and standard deviation over fine-tuning seeds. Both "
             "are trained for the same number of epochs, each with the learning rate that is best "
-            f"on validation clips ({VALID_SHARE:.0%} of the training clips). Gains: with two "
-            "standard errors.", "",
+            f"on validation clips ({VALID_SHARE:.0%} of the training clips). Gains: with half of "
+            "their 95 % interval.", "",
             *headline(plan, cells), *images["gains"],
         ]),
         ("## Gain against clips", clips and [
             "Test accuracy in percent after fine-tuning from weights kept during pretraining, each "
             "with its own learning rate; in brackets the relative gain in percent over training "
-            "from scratch, whose mean is given with two standard errors.", "",
+            "from scratch, whose mean is given with half of its 95 % interval.", "",
             *clips, *images["clips"],
         ]),
         ("## Learning curves", images["learning"]),

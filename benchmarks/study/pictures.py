@@ -77,7 +77,7 @@ def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain
     """Draw test accuracy, and relative gain over training from scratch, against clips seen.
 
     A line per task; training from scratch is dashed. The mean gain over the tasks is thick, with
-    two standard errors.
+    half of its 95 % interval.
 
     Args:
         path: Path of the PNG.
@@ -98,7 +98,7 @@ def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain
             lower.plot(*_percent([(n, gain.by_task[task]) for n, gain in there]), "o-", **line)
         lower.errorbar(
             *_percent([(n, gain.mean) for n, gain in points]),
-            [200 * (gain.error or 0) for _, gain in points],
+            [100 * (gain.margin or 0) for _, gain in points],
             color="black",
             capsize=3,
             lw=2.5,

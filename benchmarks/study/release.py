@@ -14,7 +14,7 @@ import torch
 from ssast.benchmarks.study.analysis import Cells, gather
 from ssast.benchmarks.study.models import FAMILIES, MODELS
 from ssast.benchmarks.study.page import OUT, stored_plan
-from ssast.benchmarks.study.plan import BATCH, Plan, weights_of
+from ssast.benchmarks.study.plan import Plan, weights_of
 from ssast.benchmarks.study.probes import read_reports
 from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
@@ -147,7 +147,7 @@ def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Pat
             ("masked patches", f"{objective.num_masked} of {rows * columns}, `{objective.mask}`"),
             ("padding", "ignored" if audio.ignore_padding else "part of the input"),
             ("objective", f"{objective.kind}, softmax axis `{objective.softmax_axis}`"),
-            ("training", f"{steps:,} steps, batch size {BATCH['pretrain']}, "
+            ("training", f"{steps:,} steps, batch size {config.train.batch_size}, "
                          f"{config.train.precision}, {config.optim.name}, learning rate "
                          f"{config.optim.lr:g}, {config.optim.schedule}"),
             ("recordings", f"{made['hours']:.1f} h of {made['num_clips']:,} clips from Debian's "

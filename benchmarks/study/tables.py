@@ -16,7 +16,7 @@ from ssast.benchmarks.study.analysis import (
     published_gain,
 )
 from ssast.benchmarks.study.models import COMPARISON, FAMILIES, MODELS, SHORT, Model
-from ssast.benchmarks.study.plan import BATCH, Plan
+from ssast.benchmarks.study.plan import FineTuning, Plan, finetuning_config, pretraining_config
 from ssast.engine.config import load_config
 from ssast.engine.data.labels import find_classes, read_labelled
 from ssast.engine.monitoring.monitor import read_metrics, scalars
@@ -35,8 +35,8 @@ def mean_and_std(values: Sequence[float]) -> str:
 
 
 def with_error(found: Gain) -> str:
-    """Format a mean relative gain in percent, with two standard errors."""
-    error = [] if found.error is None else [f"{200 * found.error:.1f}"]
+    """Format a mean relative gain in percent, with half of its 95 % interval."""
+    error = [] if found.margin is None else [f"{100 * found.margin:.1f}"]
     return PLUS_MINUS.join([f"{100 * found.mean:+.1f}", *error])
 
 
@@ -135,7 +135,8 @@ def pretraining(out: Path) -> list[str]:
         accuracy = chance = ""
         if "valid/pretext_accuracy" in last:
             accuracy = f"{100 * last['valid/pretext_accuracy']:.1f}"
-            chance = f"{100 / objective.num_masked:.1f}"
+        if "valid/pretext_chance" in last:
+            chance = f"{100 * last['valid/pretext_chance']:.1f}"
         rows.append(
             [
                 f"{model.name}: {model.what}",
@@ -189,9 +190,9 @@ def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
 
 def exceeding(family: str, curve: Sequence[tuple[int, Gain]]) -> str:
     """Say at how many clips the mean gain of a family is told apart from zero."""
-    found = [f"{n:,}" for n, gain in curve if gain.error is not None and gain.mean > 2 * gain.error]
+    found = [f"{n:,}" for n, gain in curve if gain.margin is not None and gain.mean > gain.margin]
     where = f"at {', '.join(found)} of these clips" if found else "nowhere"
-    return f"- {family} model: the mean gain exceeds two standard errors {where}."
+    return f"- {family} model: the 95 % interval of the mean gain lies above 0 {where}."
 
 
 def learning_rates(plan: Plan, cells: Cells) -> list[str]:
@@ -221,6 +222,12 @@ def facts(plan: Plan, out: Path) -> list[str]:
     codes = sorted({str(e["code"]) for e in environments})
     metrics = [*out.glob("pretrain/*/metrics.jsonl"), *out.glob("finetune/*/*/*/metrics.jsonl")]
     config = next((load_config(p) for p in sorted(out.glob("pretrain/*/config.yaml"))), None)
+    patch = MODELS["patch"]
+    trainings = (
+        pretraining_config(plan, patch, out),
+        finetuning_config(plan, FineTuning(patch, plan.tasks[0], plan.rates[0], 0), out),
+    )
+    batches = [training.train.batch_size for training in trainings]
     rows = [
         ("machine", "; ".join(machines)),
         ("code", ", ".join(codes)),
@@ -228,12 +235,12 @@ def facts(plan: Plan, out: Path) -> list[str]:
         ("runs", f"{len(metrics)}, {len(list(out.glob('pretrain/*')))} of them pretraining"),
         (
             "pretraining",
-            f"{plan.steps:,} steps, batch size {BATCH['pretrain']}; "
+            f"{plan.steps:,} steps, batch size {batches[0]}; "
             f"objectives {COMPARISON:.0%}, ablations {SHORT:.0%} of the steps",
         ),
         (
             "fine-tuning",
-            f"{plan.epochs} epochs, batch size {BATCH['finetune']}, {plan.seeds} seeds, "
+            f"{plan.epochs} epochs, batch size {batches[1]}, {plan.seeds} seeds, "
             f"{plan.replicas} of ablations",
         ),
     ]

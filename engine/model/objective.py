@@ -159,7 +159,8 @@ class MSPM(PretrainingModel):
 
         Returns:
             Those of "infonce_loss", "pretext_accuracy" and "mse_loss" that the objective has,
-            each [B].
+            each [B]; and beside the accuracy "pretext_chance", that of a random choice among the
+            masked patches of a clip.
         """
         kind, losses = self.objective.kind, {}
         states, targets = self.encoder(fbank, masks[0], masked_only=True)
@@ -168,6 +169,7 @@ class MSPM(PretrainingModel):
             losses["infonce_loss"], losses["pretext_accuracy"] = info_nce(
                 targets, predictions, self.objective.softmax_axis, masks[0].num_masked
             )
+            losses["pretext_chance"] = _chance(masks[0], losses["pretext_accuracy"])
         if len(masks) > 1:
             states, targets = self.encoder(fbank, masks[1], masked_only=True)
         if kind != "discriminative":
@@ -182,6 +184,13 @@ class MSPM(PretrainingModel):
     def mean_losses(self, losses: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
         """See :func:`mean_losses`."""
         return mean_losses(losses, valid, self.objective.mse_weight)
+
+
+def _chance(masks: Masks, like: Tensor) -> Tensor:
+    """Return one over the number of masked patches of each clip, [B]."""
+    if masks.num_masked is None:
+        return torch.full_like(like, 1 / masks.mask_ids.shape[1])
+    return masks.num_masked.clamp(min=1).reciprocal().to(like.dtype)
 
 
 def with_masks(valid: Tensor, masks: Sequence[Masks]) -> Tensor:

@@ -79,9 +79,9 @@ def test_gradients(kind: str, dtype: torch.dtype, loss: str) -> None:
     losses = joint_loss(model, fbank, masks)
     assert losses["loss"].item() == pytest.approx(expected[loss].item(), rel=relative(dtype, 5e-6))
     assert set(losses) - {"loss"} == {
-        "nce": {"infonce_loss", "pretext_accuracy"},
+        "nce": {"infonce_loss", "pretext_accuracy", "pretext_chance"},
         "mse": {"mse_loss"},
-        "joint": {"infonce_loss", "pretext_accuracy", "mse_loss"},
+        "joint": {"infonce_loss", "pretext_accuracy", "pretext_chance", "mse_loss"},
     }[loss]  # fmt: skip
     losses["loss"].backward()
     ours, norms = gradients(model), expected["grad_norms"][loss]

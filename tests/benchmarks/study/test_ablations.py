@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from study_runs import fake, small_plan
 
-from ssast.benchmarks.study.ablations import Spread, ablations, spread, told_apart
-from ssast.benchmarks.study.analysis import Cell, difference, gather, significant_sign
+from ssast.benchmarks.study.ablations import Variation, ablations, told_apart, variation
+from ssast.benchmarks.study.analysis import difference, gather, significant_sign
 from ssast.benchmarks.study.models import ABLATIONS, MODELS
 from ssast.benchmarks.study.plan import FineTuning, finetuning_config, pretraining_config
+from ssast.benchmarks.study.significance import Cell
 
 
 @pytest.fixture
@@ -17,8 +19,7 @@ def plan(tmp_path):
 
 def cell(rights) -> Cell:
     """Results of seeds on the same clips, as a [seeds, clips] array of bool."""
-    values = tuple(rights.mean(1).tolist())
-    return Cell(1e-3, {}, values, 0, tuple(rights.mean(0).tolist()))
+    return Cell(1e-3, {}, 0, tuple(range(len(rights))), rights)
 
 
 def test_each_seed_has_a_pretraining_of_its_own(plan, tmp_path):
@@ -34,17 +35,16 @@ def test_each_seed_has_a_pretraining_of_its_own(plan, tmp_path):
 
 @pytest.mark.parametrize("difference_shown", [0.01, 0.02, 0.05])
 def test_so_many_seeds_show_the_difference(difference_shown):
-    known = Spread(seeds=0.015, clips=0.01)
+    known = Variation(seeds=0.015, clips=0.01)
     seeds = known.seeds_for(difference_shown)
     assert known.shown_by(seeds, clips=False) <= difference_shown
     assert seeds == 2 or known.shown_by(seeds - 1, clips=False) > difference_shown
-    # As often as it says, in draws: the error is known here, so that a z-test is exact.
+    # As often as it says, in draws, by the test of Student.
     draw = np.random.default_rng(0)
-    ours, theirs = draw.normal([[[difference_shown]], [[0.0]]], 0.015, (2, 20_000, seeds)).mean(2)
-    apart = ours - theirs
-    error = 0.015 * (2 / seeds) ** 0.5
-    assert np.mean(np.abs(apart) > 1.96 * error) > 0.79
-    assert known.shown_by(10**9, clips=True) == pytest.approx(2.8 * 0.01)
+    ours, theirs = draw.normal([[[difference_shown]], [[0.0]]], 0.015, (2, 20_000, seeds))
+    found = stats.ttest_ind(ours, theirs, axis=1).pvalue < 0.05
+    assert found.mean() > 0.78
+    assert known.shown_by(10**9, clips=True) == pytest.approx(2.8 * 0.01, rel=1e-3)
 
 
 def test_the_spread_is_that_of_seeds_and_clips():
@@ -56,12 +56,13 @@ def test_the_spread_is_that_of_seeds_and_clips():
             own = draw.random(clips) < 0.3  # clips on which this model differs from the others
             right = hardness[number] ^ own
             cells[name, task] = cell(np.stack([right] * 3))
-    found = spread(cells, ("patch", "joint", "patch-scratch"), tasks)
+    found = variation(cells, ("patch", "joint", "patch-scratch"), tasks)
     assert found.seeds == 0
     # Two models differ on 2 x 0.3 x 0.7 of the clips, by one each; two tasks are averaged.
     assert found.clips == pytest.approx((2 * 0.3 * 0.7 / clips / 2) ** 0.5, rel=0.1)
     assert (
-        spread(cells, ("patch",), tasks) is None and spread({}, ("patch", "joint"), tasks) is None
+        variation(cells, ("patch",), tasks) is None
+        and variation({}, ("patch", "joint"), tasks) is None
     )
 
 
@@ -69,8 +70,8 @@ def test_where_a_difference_holds():
     few, many = np.zeros((3, 40), bool), np.zeros((3, 40), bool)
     few[:, :10], many[:, 10:22] = True, True  # 25 and 30 %, on other clips
     ours, theirs = [cell(many)], [cell(few)]
-    found = difference(ours, theirs)
-    assert found.mean == pytest.approx(0.05) and found.of_seeds == 0 and found.of_clips > 0.1
+    mean, spread = difference(ours, theirs)
+    assert mean == pytest.approx(0.05) and spread.of_seeds == 0 and spread.of_clips > 0.1
     where = "significantly {} on these test clips, not on others, than"
     assert told_apart(ours, theirs) == where.format("better")
     assert told_apart(theirs, ours) == where.format("worse")
@@ -91,6 +92,7 @@ def test_the_table(plan, tmp_path):
     plus_minus = "\N{PLUS-MINUS SIGN}"
     # Over seeds 2 x 0.1; over clips the seeds agree on 8 of 10, half on 1, and not on the others.
     assert f"| generative only | 50.0 {plus_minus} 14.1 | 50.0 {plus_minus} 14.1 | -30.0 " in text
-    assert f"-30.0 {plus_minus} 20.0 | -30.0 {plus_minus}" in text
+    # 0.1, of two seeds: with one degree of freedom.
+    assert f"-30.0 {plus_minus} {10 * stats.t.ppf(0.975, 1):.1f} | -30.0 {plus_minus}" in text
     assert "| ablations, seeds of both trainings | 10.0 |" in text
     assert "of 2 steps" in text and "shown by 2 seeds" in text

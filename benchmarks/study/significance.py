@@ -1,0 +1,163 @@
+"""How far apart two models are, over seeds and over groups of test clips.
+
+    a value           v = sum over tasks t of w[t] a[t],   a[t] the accuracy, the mean of r[s, i]
+    r[s, i]           1 where seed s names test clip i rightly, else 0
+    its variance      over seeds s, over groups of clips g, and once less that of both together,
+                      which is in either: a two-way analysis of variance with random effects
+    95 % interval     Student's t, with the degrees of freedom of Welch and Satterthwaite
+
+Clips of a group (takes of a syllable, pieces of a drum kit) are held out together and are alike, so
+they count as one draw. A group may have clips of several tasks.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Results of a model on a task.
+
+    Attributes:
+        rate: The chosen learning rate.
+        tried: Validation accuracy by learning rate, NaN where training diverged.
+        num_diverged: Number of seeds whose training diverged.
+        seeds: The seeds that are finished.
+        right: Whether each of them names each test clip rightly, [seeds, clips] bool.
+        groups: Group of each test clip; none: each clip is one of its own.
+    """
+
+    rate: float
+    tried: Mapping[float, float]
+    num_diverged: int
+    seeds: tuple[int, ...]
+    right: np.ndarray
+    groups: tuple[Hashable, ...] = ()
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """Test accuracy of each seed."""
+        return tuple(self.right.mean(1).tolist())
+
+    @property
+    def mean(self) -> float:
+        """Mean test accuracy over the seeds."""
+        return float(self.right.mean())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard errors of a difference, and half of its confidence intervals.
+
+    Attributes:
+        of_seeds: Standard error over seeds, on these test clips.
+        of_clips: That over groups of test clips.
+        seeds_margin: Half of the interval over seeds.
+        margin: Half of the interval over seeds and groups of test clips.
+    """
+
+    of_seeds: float
+    of_clips: float
+    seeds_margin: float
+    margin: float
+
+    @property
+    def error(self) -> float:
+        """Standard error over seeds and groups of test clips."""
+        return math.hypot(self.of_seeds, self.of_clips)
+
+
+def common_seeds(cells: Sequence[Cell]) -> list[int]:
+    """Return the seeds that all of these results have."""
+    return sorted(set.intersection(*(set(cell.seeds) for cell in cells))) if cells else []
+
+
+def over_tasks(cells: Sequence[Cell]) -> list[float]:
+    """Average the accuracies over the tasks, for each seed that all of them have."""
+    seeds = common_seeds(cells)
+    rows = [[cell.accuracies[cell.seeds.index(seed)] for seed in seeds] for cell in cells]
+    return np.mean(rows, 0).tolist() if cells else []
+
+
+class _Side:
+    """One model of a difference: its values by seed, and what each group adds to them."""
+
+    def __init__(self, cells: Sequence[Cell], weights: Sequence[float]) -> None:
+        seeds = common_seeds(cells)
+        self.values = np.zeros(len(seeds))
+        self.groups: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(seeds)))
+        for task, (cell, weight) in enumerate(zip(cells, weights, strict=True)):
+            right = cell.right[[cell.seeds.index(seed) for seed in seeds]].astype(float)
+            means = right.mean(1, keepdims=True)
+            self.values += weight * means[:, 0]
+            # Less the accuracy: what is left of a group of clips that are like all others is 0.
+            residues = weight * (right - means) / right.shape[1]
+            groups = cell.groups or tuple((task, i) for i in range(right.shape[1]))
+            for group, column in zip(groups, residues.T, strict=True):
+                self.groups[group] = self.groups[group] + column
+
+    @property
+    def seed_variance(self) -> float:
+        """Variance of the mean over the seeds."""
+        return float(self.values.var(ddof=1)) / len(self.values)
+
+    def interaction(self) -> float:
+        """Variance of the mean by what a seed does on a group, which is in both other terms."""
+        each = np.array(list(self.groups.values()))
+        own = each - each.mean(1, keepdims=True)
+        return float((own**2).sum()) / (len(self.values) * (len(self.values) - 1))
+
+
+def spread_of(
+    ours: Sequence[Cell],
+    theirs: Sequence[Cell],
+    weights: Sequence[float],
+    their_weights: Sequence[float],
+) -> Spread | None:
+    """Return the spread of sum(weights * ours) - sum(their_weights * theirs).
+
+    Args:
+        ours: Results of a model, a task each.
+        theirs: Those of the other on the same tasks.
+        weights: Weight of each task.
+        their_weights: That of each for the other model.
+
+    Returns:
+        None with fewer than two seeds of either.
+    """
+    sides = _Side(ours, weights), _Side(theirs, their_weights)
+    if min(len(side.values) for side in sides) < 2:
+        return None
+    together = {
+        group: sides[0].groups[group].mean() - sides[1].groups[group].mean()
+        for group in {**sides[0].groups, **sides[1].groups}
+    }
+    count, of_clips = len(together), 0.0
+    if count > 1:
+        own = float(sum(value**2 for value in together.values()))
+        own -= sum(side.interaction() for side in sides)
+        of_clips = max(0.0, own) * count / (count - 1)
+    variances = [(side.seed_variance, len(side.values) - 1) for side in sides]
+    of_seeds = sum(variance for variance, _ in variances)
+    return Spread(
+        of_seeds**0.5,
+        of_clips**0.5,
+        _margin(variances),
+        _margin([*variances, (of_clips, max(1, count - 1))]),
+    )
+
+
+def _margin(variances: Sequence[tuple[float, int]]) -> float:
+    """Return half of the confidence interval of a sum, by variances and degrees of freedom."""
+    total = sum(variance for variance, _ in variances)
+    uncertain = sum(variance**2 / freedom for variance, freedom in variances)
+    if not uncertain:
+        return 0.0
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, total**2 / uncertain) * total**0.5)
