@@ -82,16 +82,20 @@ def _f1(targets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _own_metric(name: str, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Return what a metric of another package gives, by its name; nothing of a name of ours."""
+    """Return what a metric of another package gives, by its name; nothing of a name of ours.
+
+    Nothing either where it is not finite, as the share of what is predicted before anything is.
+    """
     if METRICS.is_built_in(name):
         return {}
     metric = METRICS.load(name)
     try:
-        return {name: float(metric(logits, targets))}
+        value = float(metric(logits, targets))
     except Exception as error:  # whatever another package's code raises
         raise ConfigError(
             f"finetune.metric {name!r}: {type(error).__name__}: {one_line(error)}"
         ) from error
+    return {name: value} if math.isfinite(value) else {}
 
 
 def clip_counts(read: np.ndarray) -> dict[str, float]:

@@ -198,14 +198,16 @@ def pairwise_eer(x: np.ndarray, y: np.ndarray, recordings: np.ndarray) -> float:
     """Compute the equal error rate of verifying labels by the cosine of features.
 
     Args:
-        x: [n, D] features, of which the first are paired, each with each.
+        x: [n, D] features, paired each with each; of many, so many that are drawn.
         y: [n] labels.
         recordings: [n] recording of each clip; clips of one recording make no pair.
 
     Returns:
         NaN if the labels of no pair are the same, or those of all are.
     """
-    x, y, recordings = x[:MAX_PAIRED], y[:MAX_PAIRED], recordings[:MAX_PAIRED]
+    if len(x) > MAX_PAIRED:  # drawn: a manifest is often in the order of its classes
+        rows = np.random.default_rng(0).choice(len(x), MAX_PAIRED, replace=False)
+        x, y, recordings = x[rows], y[rows], recordings[rows]
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     one, other = np.triu_indices(len(x), 1)
     apart = recordings[one] != recordings[other]
@@ -256,7 +258,11 @@ def probe_model(
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:
     """Write the scores as a JSON list, and return its path."""
-    write_atomically(path, json.dumps([vars(score) for score in scores], indent=1) + "\n")
+    rows = [
+        {key: None if value != value else value for key, value in vars(score).items()}  # NaN
+        for score in scores
+    ]
+    write_atomically(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     return path
 
 

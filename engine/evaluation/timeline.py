@@ -173,7 +173,7 @@ def timeline(
     starts: list[int] = []
     ends: list[int] = []
     logits = [np.zeros((0, num_classes))]
-    columns: dict[int, np.ndarray] = {}  # of the spectrogram
+    columns: dict[int, tuple[np.ndarray, int]] = {}  # of the spectrogram, of so many frames
     reason = None
     try:
         count = clips_at_once(loaded, device)
@@ -192,7 +192,9 @@ def timeline(
             ):
                 starts.append(start)
                 ends.append(start + len(window))
-                columns |= _columns(rows[:held], start // spec.hop)
+                for number, column in _columns(rows[:held], start // spec.hop).items():
+                    if number not in columns or columns[number][1] < column[1]:
+                        columns[number] = column
     except UnusableError as error:
         reason = str(error)
     if reason is None and not starts:
@@ -206,17 +208,21 @@ def timeline(
         np.array(starts) / rate,
         np.array(ends) / rate,
         probabilities(np.concatenate(logits), loaded.loss),
-        np.array(list(columns.values())).reshape(-1, audio.n_mels),
+        np.array([mean for mean, _ in columns.values()]).reshape(-1, audio.n_mels),
         reason,
     )
 
 
-def _columns(frames: np.ndarray, first: int) -> dict[int, np.ndarray]:
-    """Average each SLICE frames of a window [T, F]; the means [F], by their number in all."""
+def _columns(frames: np.ndarray, first: int) -> dict[int, tuple[np.ndarray, int]]:
+    """Average each SLICE frames of a window [T, F]; means [F] and frames, by their number in all.
+
+    The first and the last may be of fewer frames.
+    """
     numbers, begins = np.unique((first + np.arange(len(frames))) // SLICE, return_index=True)
     sums = np.add.reduceat(frames, begins)
     sizes = np.diff(begins, append=len(frames))
-    return dict(zip(numbers.tolist(), sums / sizes[:, None], strict=True))
+    means = zip(sums / sizes[:, None], sizes.tolist(), strict=True)
+    return dict(zip(numbers.tolist(), means, strict=True))
 
 
 def _batches(

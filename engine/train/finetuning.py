@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import gather_rows, run_on_main
+from ssast.engine.registry import METRICS
 from ssast.engine.train.step import evaluate
 from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
@@ -210,11 +212,11 @@ class Finetuning(Task):
         """Return the negative metric; of equal ones that with the lower loss is lower."""
         loss = values["loss"]
         # In [0, 1e-9]: less than any two metrics that differ in one clip are apart.
-        return -values[self.metric] + 1e-9 * (loss / (1 + loss) if math.isfinite(loss) else 1.0)
+        return -self.score(values) + 1e-9 * (loss / (1 + loss) if math.isfinite(loss) else 1.0)
 
     def score(self, values: dict[str, float]) -> float:
-        """Return the metric."""
-        return values[self.metric]
+        """Return the metric; where it is undefined, less than any other."""
+        return values.get(self.metric, -sys.float_info.max)
 
     def validate(self, engine: TrainEngine) -> dict[str, float]:
         """Return loss and metrics of held-out clips. Collective."""
@@ -260,7 +262,7 @@ class Finetuning(Task):
             self.settings.loss,
             self.settings.metric,
         )
-        if self.metric not in scores and split == "valid":
+        if METRICS.is_built_in(self.metric) and self.metric not in scores and split == "valid":
             raise DataError(
                 f"{clips.source}: the {mask.sum()} of {len(clips)} held-out clips that can be read "
                 f"define no {self.metric}, which weights are chosen by"

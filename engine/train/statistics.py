@@ -7,6 +7,7 @@ from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
+from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.prepare.stats import measure
 
@@ -49,7 +50,8 @@ def with_measured_stats(
             num_threads=config.data.num_threads or min(8, world.cores),
             seed=config.train.seed,
         )
-        seen = f"measured on {stats.num_clips} of {stats.num_total} training clips"
+        again = " draws from" if isinstance(clips, MixedClips) else " of"
+        seen = f"measured on {stats.num_clips}{again} {stats.num_total} training clips"
         return round(float(stats.mean), 4), round(float(stats.std), 4), seen
 
     world = init_world(config.train.timeout_s)

@@ -75,7 +75,7 @@ class Stats:
 
 
 def estimate(
-    counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, num_total: int
+    counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, num_total: float
 ) -> tuple[float, float, float, float]:
     """Estimate mean and standard deviation by the formulas above.
 
@@ -83,7 +83,7 @@ def estimate(
         counts: [k] values of each clip.
         sums: [k] their sum.
         squares: [k] the sum of their squares.
-        num_total: K, of which these k were drawn.
+        num_total: K, of which these k were drawn; infinite if some may have been drawn again.
 
     Returns:
         (mean, half of its 95 % interval, std, half of its interval); infinite for a single clip of
@@ -151,6 +151,8 @@ def measure(
     spec = spec or FbankSpec()
     paths = read_clips(path, table) if clips is None else clips
     wanted = min(math.ceil(share * len(paths)), max_clips or len(paths))
+    drawn_again = isinstance(paths, MixedClips)
+    num_total = math.inf if drawn_again else len(paths)
     found = np.zeros((wanted, 3))  # values, sum and sum of squares of each clip
     frames = np.zeros(wanted)
     histogram = np.zeros(len(EDGES) - 1)
@@ -191,13 +193,13 @@ def measure(
             bar.update(here)
             if num_seen >= next_look:
                 next_look = CHECKED_EVERY * num_seen
-                _, mean_error, std, std_error = _estimated(found[:num_seen], len(paths))
+                _, mean_error, std, std_error = _estimated(found[:num_seen], num_total)
                 bar.set_postfix_str(f"+- {max(mean_error, std_error) / std:.2%} of std")
                 if max(mean_error, std_error) <= precision * std:
                     break
     if not num_seen:
         raise DataError(f"{path}: none of {num_rejected} clips can be used, see ssast data check")
-    mean, mean_error, std, std_error = _estimated(found[:num_seen], len(paths) - num_rejected)
+    mean, mean_error, std, std_error = _estimated(found[:num_seen], num_total - num_rejected)
     return Stats(
         mean=mean,
         mean_error=mean_error,
@@ -213,7 +215,7 @@ def measure(
     )
 
 
-def _estimated(found: np.ndarray, num_total: int) -> tuple[float, float, float, float]:
+def _estimated(found: np.ndarray, num_total: float) -> tuple[float, float, float, float]:
     return estimate(found[:, 0], found[:, 1], found[:, 2], num_total)
 
 

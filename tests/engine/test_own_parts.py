@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import math
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 from finetune_runs import data_overrides
@@ -17,6 +19,7 @@ from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.evaluate import evaluate
 from ssast.engine.evaluation.features import embed
+from ssast.engine.evaluation.metrics import classification_metrics
 from ssast.engine.evaluation.pretext import pretext_losses
 from ssast.engine.finetune import FinetuneEngine
 from ssast.engine.formats.huggingface import export_huggingface
@@ -24,6 +27,7 @@ from ssast.engine.formats.open import load_pretrained, open_model
 from ssast.engine.formats.published import published_state
 from ssast.engine.pretrain import pretrain
 from ssast.engine.registry import BACKBONES, METRICS, OBJECTIVES
+from ssast.engine.train.finetuning import Finetuning
 
 EXAMPLE = ROOT / "examples/own_parts"
 OWN = {"objective__kind": "own_parts.huber", "model__backbone": "own_parts.convolution"}
@@ -176,3 +180,14 @@ def test_a_program_registers_its_own(registry, register, monkeypatch):
     assert registry.load("mine") is len and "mine" in registry.names()
     with pytest.raises(ConfigError, match="is built in: choose another name"):
         register(registry.names()[0], len)
+
+
+def test_a_metric_of_no_number_is_the_worst(monkeypatch, tmp_path):
+    monkeypatch.setattr(METRICS, "_registered", {})
+    api.register_metric("found", lambda logits, targets: float("nan"))
+    scores = classification_metrics(np.zeros((2, 2)), np.eye(2), "ce", "found")
+    assert "found" not in scores
+    task = Finetuning.__new__(Finetuning)
+    task.metric = "found"
+    worst, best = task.criterion({"loss": 1.0}), task.criterion({"loss": 1.0, "found": -1e9})
+    assert best < worst < math.inf and task.score({}) < task.score({"found": -1e9})

@@ -199,3 +199,13 @@ def test_clips_of_one_class_train_nothing(folder, tmp_path):
     for pair in ((tmp_path / "x.json", None), (tmp_path / "x.json", folder / "pitch_eval.json")):
         with pytest.raises(DataError, match=r"x\.json: the clips to train on are all a, expected"):
             probe(encoders, {"x": pair}, CONFIG.audio, CPU)
+
+
+def test_the_equal_error_rate_is_of_all_classes(tmp_path):
+    """Manifests are often in the order of their classes."""
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 1000)
+    x = np.eye(8)[labels] + 1.5 * draw.standard_normal((3000, 8))
+    mixed = draw.permutation(3000)
+    found, wanted = (pairwise_eer(x[rows], labels[rows], rows) for rows in (np.arange(3000), mixed))
+    assert found == pytest.approx(wanted, abs=0.02) and 0.2 < found < 0.5

@@ -13,7 +13,7 @@ from ssast.engine.checkpoints.classifier import build_classifier, save_chosen
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
-from ssast.engine.evaluation.timeline import Windows
+from ssast.engine.evaluation.timeline import SLICE, Windows, _columns
 from ssast.engine.finetune import FinetuneEngine
 from ssast.kernels.fbank import FbankSpec
 
@@ -126,3 +126,12 @@ def test_impossible_windows_are_refused(window_s, hop_s, message):
 def test_windows_are_as_long_as_the_input_by_default():
     cutting = Windows.from_seconds(SPEC, None, None)
     assert (cutting.length, cutting.hop) == (SPEC.num_samples, round(SPEC.num_samples / 2))
+
+
+def test_a_column_of_the_spectrogram_is_of_all_its_frames():
+    """Of two windows that begin within it, the one that has more of it counts."""
+    frames = np.arange(40.0)[:, None]
+    whole = _columns(frames, 0)
+    assert [number for number, (_, held) in whole.items() if held != SLICE] == []
+    part = _columns(frames[SLICE // 2 : 3 * SLICE], SLICE // 2)
+    assert part[0][1] == SLICE - SLICE // 2 and part[1] == whole[1]

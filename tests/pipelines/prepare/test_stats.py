@@ -13,6 +13,8 @@ from sounds import tone, write
 from ssast.engine.cli.main import main
 from ssast.kernels.fbank import FbankSpec, fbank_reference
 from ssast.pipelines.audio.convert import Recipe
+from ssast.pipelines.clips.manifest import read_clips
+from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 from ssast.pipelines.prepare.stats import estimate, measure, write_stats
@@ -174,3 +176,12 @@ def test_nothing_usable(tmp_path: Path) -> None:
 def test_pictures_of_one_silent_clip(tmp_path: Path) -> None:
     write(tmp_path / "a.wav", np.zeros(8000, np.float32), subtype="PCM_16")
     assert write_stats(measure(tmp_path, spec=SPEC, progress=False), tmp_path / "out")
+
+
+def test_a_mix_is_drawn_with_repeats(folder: Path) -> None:
+    """So that as many draws as there are clips have not heard all of them."""
+    clips = read_clips(folder)
+    mixed = MixedClips([clips[:3], clips[3:]], [1.0, 1.0])  # type: ignore[list-item]
+    stats = measure(folder, clips=mixed, spec=SPEC, precision=0, progress=False)
+    assert stats.num_clips == 23 and stats.mean_error > 0 and stats.std_error > 0
+    assert measure(folder, spec=SPEC, precision=0, progress=False).mean_error == 0
