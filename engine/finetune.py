@@ -196,10 +196,15 @@ class FinetuneEngine:
 
         Raises:
             CheckpointError: There is no model, or a classifier has another number of classes.
-            ConfigError: The configuration is wrong.
+            ConfigError: The configuration is wrong, or given with a fine-tuned classifier.
         """
-        loaded = open_model(path, metadata, weights)
+        loaded, overrides = open_model(path, metadata, weights), list(overrides)
         if loaded.is_classifier:
+            if overrides or config != "classifier":
+                raise ConfigError(
+                    f"{path}: is fine-tuned already, expected a pretrained model with config or "
+                    "overrides, which are of a training"
+                )
             trained = as_classifier(loaded)
             if num_classes not in (None, trained.num_classes):
                 raise CheckpointError(

@@ -14,7 +14,7 @@ from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_ba
 from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
-from ssast.engine.formats.open import LoadedModel
+from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.settings import Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
@@ -124,7 +124,7 @@ def _as_list(array: np.ndarray) -> Any:
 @fast_matmul()
 @torch.no_grad()
 def embed_recordings(
-    loaded: LoadedModel,
+    model: LoadedModel | str | Path,
     source: str | Path,
     out: str | Path,
     *,
@@ -140,7 +140,7 @@ def embed_recordings(
     Only the beginning of a clip longer than the input is used; a warning says of how many.
 
     Args:
-        loaded: Any model.
+        model: Any model, or the path of one.
         source: A manifest, a folder, or one audio file. Row i is its i-th clip.
         out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
             over its valid columns. ``frame``: [clips, T', D], the mean over the rows of each column
@@ -157,6 +157,7 @@ def embed_recordings(
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
+        CheckpointError: There is no model at the path.
         ConfigError: A package for the format is missing, or the model has no such layer.
         DataError: The source is wrong, none of its clips can be read, or ``out`` has another
             ending, exists already or cannot be written.
@@ -164,6 +165,7 @@ def embed_recordings(
     out = Path(out)
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
+    loaded = model if isinstance(model, LoadedModel) else open_model(model)
     check_layer(loaded.encoder, layer)
     listing = out.with_suffix(".csv") if out.suffix == ".npy" else out
     check_new([out, listing], [source])

@@ -148,7 +148,11 @@ def detect_layout(state: dict[str, Tensor], source: str | Path = "state dict") -
     needed = ("v.patch_embed.proj.weight", "v.pos_embed", "v.blocks.0.norm1.weight")
     missing = [name for name in needed if name not in state]
     if missing:
-        raise CheckpointError(f"{source}: no SSAST model: missing {missing}")
+        hint = ""
+        if any(name.endswith("embed.mask_embed") for name in state):
+            hint = "; a state dict of ours says nothing of its settings: export_huggingface and "
+            hint += "ssast export write whole models"
+        raise CheckpointError(f"{source}: no SSAST model: missing {missing}{hint}")
     projection, pos_embed = state["v.patch_embed.proj.weight"], state["v.pos_embed"]
     is_patch = projection.ndim == 4 and projection.shape[1] == 1 and projection.numel() > 0
     if not is_patch or pos_embed.ndim != 3:

@@ -133,7 +133,13 @@ class UpstreamExpert(nn.Module):
             :meth:`get_downsample_rates`, rounded up. "last_hidden_state": the last of them. With
             ``superb`` there are none of the tokens, and T' may be smaller: a window has a column
             less where the patches reach over its end.
+
+        Raises:
+            ConfigError: The samples are integers.
         """
+        if not all(wav.is_floating_point() for wav in wavs):
+            found = next(wav.dtype for wav in wavs if not wav.is_floating_point())
+            raise ConfigError(f"wavs: expected floating-point samples in [-1, 1], got {found}")
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)
         steps = max(1, -(-waves.shape[1] // self.get_downsample_rates()))

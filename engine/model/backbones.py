@@ -55,6 +55,13 @@ class Backbone(SpectrogramTransformer):
     the patches, which follow the ``num_extra_tokens`` extra tokens row by row.
     """
 
+    def __init__(self, model: Model, audio: Audio, stride: tuple[int, int] | None = None):
+        if model.norm != "pre":
+            raise ConfigError(
+                f"model.norm: expected pre with a model.backbone of one's own, got {model.norm!r}"
+            )
+        super().__init__(model, audio, stride)
+
     def build_block(self, embed_dim: int, num_heads: int) -> nn.Module:
         """Build one block, called ``model.depth`` times.
 

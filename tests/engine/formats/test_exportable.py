@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.finetune import FinetuneEngine
 from ssast.engine.formats.huggingface import export_huggingface
 from ssast.engine.formats.open import MissingMetadata, open_model
 from ssast.engine.formats.portable import Portable, save_onnx, save_program
 from ssast.engine.formats.published import save_published
+from ssast.engine.model.backbones import Backbone
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
@@ -152,3 +154,21 @@ def test_the_epsilon_of_norms_is_the_models():
         norm.eps = 1e-2
     x = torch.randn(2, 64, 128)
     torch.testing.assert_close(Portable(model)(x), model(x))
+
+
+def test_a_state_dict_alone(tmp_path):
+    torch.save(make().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="export_huggingface and ssast export write whole"):
+        open_model(tmp_path / "a.pth")
+
+
+def test_a_recipe_beside_a_fine_tuned_model(tmp_path):
+    export_huggingface(make(), tmp_path, AUDIO)
+    with pytest.raises(ConfigError, match="is fine-tuned already, expected a pretrained model"):
+        FinetuneEngine.from_checkpoint(tmp_path, overrides=["optim.lr=1"])
+    assert FinetuneEngine.from_checkpoint(tmp_path).trained is not None
+
+
+def test_blocks_of_ones_own_are_pre_norm():
+    with pytest.raises(ConfigError, match=r"model.norm: expected pre with a model.backbone"):
+        Backbone(Model(size="tiny", norm="post"), AUDIO)
