@@ -85,19 +85,19 @@ class Config:
             )
         BACKBONES.check(self.model.backbone)
         if self.model.norm == "post" and self.model.backbone != "transformer":
-            raise ConfigError(
-                f"model.norm post is of model.backbone transformer, got {self.model.backbone!r}: "
-                "its blocks have their own norms"
-            )
+            backbone = self.model.backbone
+            raise ConfigError(f"model.norm post is of model.backbone transformer, got {backbone!r}")
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise ConfigError(
                 f"model.patch {list(self.model.patch)} does not fit into "
                 f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
             )
-        data = self.data
+        data, optim = self.data, self.optim
+        if optim.min_lr > optim.lr:
+            raise ConfigError(f"optim.min_lr must be at most {optim.lr}, got {optim.min_lr}")
         if data.mix is not None and (data.train is not None or data.sample_weights is not None):
-            other = "train" if data.train is not None else "sample_weights"
+            other = "sample_weights" if data.train is None else "train"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
         if data.hop_s is not None and data.window_s is None:
             raise ConfigError("data.hop_s is between the windows of data.window_s, which is null")

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -136,6 +137,20 @@ def check_new(outputs: Iterable[str | Path], inputs: Iterable[str | Path] = ()) 
                 if os.path.samefile(source, output):
                     raise DataError(f"{output}: is an input of this command: choose another output")
         raise DataError(f"{output}: exists already: remove it, or choose another output")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Create a folder that a command will write to, before it does any work.
+
+    Raises:
+        DataError: It cannot be written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to: {error.strerror or error}") from error
 
 
 def _without_waiting(name: str, flags: int) -> int:

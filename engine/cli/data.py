@@ -287,7 +287,8 @@ def _stats(options: argparse.Namespace) -> int:
     from ssast.kernels.fbank import FbankSpec
     from ssast.pipelines.cores import usable_cores
     from ssast.pipelines.errors import DataError
-    from ssast.pipelines.prepare.stats import measure, write_stats
+    from ssast.pipelines.files import check_new, check_writable
+    from ssast.pipelines.prepare.stats import PICTURE, STATS, measure, write_stats
 
     try:
         spec = FbankSpec(
@@ -295,6 +296,9 @@ def _stats(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise DataError(str(error)) from error
+    if options.out is not None:
+        check_new([options.out / name for name in (STATS, PICTURE)], [options.path])
+        check_writable(options.out)
     stats = measure(
         options.path,
         table=table_format(options),
@@ -323,12 +327,13 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _look(options: argparse.Namespace) -> int:
-    from ssast.pipelines.files import check_new
+    from ssast.pipelines.files import check_new, check_writable
     from ssast.pipelines.prepare.look import look_at
     from ssast.pipelines.prepare.look_page import is_look, write_look
 
     if not is_look(options.out):
         check_new([options.out], [options.path])
+    check_writable(options.out)
     look = look_at(
         options.path,
         table=table_format(options),

@@ -157,6 +157,10 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.push and options.to != "hf":
         raise ConfigError("--push is for --to hf")
+    if options.push:
+        from ssast.engine.formats.hub import check_push
+
+        check_push(options.push)
     if options.input and options.to not in ("onnx", "pt2"):
         raise ConfigError("--input is for --to onnx and --to pt2")
     check_new([options.out], [options.model])

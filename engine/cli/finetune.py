@@ -24,7 +24,8 @@ from ssast.engine.cli.options import (
 )
 from ssast.engine.cli.probe import add_layers, check_options, run_probe
 from ssast.engine.cli.status import FILES_STATUS, files_status
-from ssast.pipelines.files import check_new
+from ssast.engine.errors import ConfigError
+from ssast.pipelines.files import check_new, check_writable
 from ssast.pipelines.text import printable
 
 if TYPE_CHECKING:  # imported only when needed: --help answers at once
@@ -162,8 +163,11 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.train is not None and not options.probe:
+        raise ConfigError("--train is for --probe")
     if options.out is not None:
         check_new([options.out], [options.manifest])
+        check_writable(options.out)
     if options.probe:
         manifest = Path(options.manifest)
         pair = (manifest, None) if options.train is None else (options.train, manifest)
@@ -203,8 +207,11 @@ def _predict(options: argparse.Namespace) -> int:
         from ssast.kernels.memory import keep_freed_memory
 
     keep_freed_memory()
+    if options.top < 1:
+        raise ConfigError(f"--top must be at least 1, got {options.top}")
     if options.out is not None:
         check_new([options.out], options.sources)
+        check_writable(options.out)
     loaded = open_classifier(options.checkpoint, missing_metadata(options), options.weights)
     if options.window_s is not None or options.hop_s is not None or options.out is not None:
         return _predict_windows(loaded, options)

@@ -210,8 +210,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_plan_commands(commands)
 
-    command = commands.add_parser("bench", help="run a benchmark on this machine", add_help=False)
-    command.add_argument("what", choices=BENCHMARKS)
+    command = commands.add_parser(
+        "bench",
+        help="run a benchmark on this machine",
+        epilog="ssast bench WHAT --help explains each.",
+    )
+    command.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help=", ".join(BENCHMARKS))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="see ssast bench WHAT --help")
     command.set_defaults(run=_bench)
 
@@ -249,6 +253,8 @@ def _status(stopped: int) -> int:
 def _visualize(options: argparse.Namespace) -> int:
     from ssast.engine.evaluation.reconstructions import visualize
 
+    if options.clips < 1:
+        raise ConfigError(f"--clips must be at least 1, got {options.clips}")
     for path in visualize(options.run_folder, num_clips=options.clips):
         print(path)
     return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssast.engine.cli.options import add_config
 from ssast.engine.errors import ConfigError
-from ssast.pipelines.files import check_new
+from ssast.pipelines.files import check_new, check_writable
 
 if TYPE_CHECKING:
     from ssast.engine.config import Config
@@ -126,8 +126,13 @@ def _plan(options: argparse.Namespace) -> int:
 
     for name in ("gpus", "batch", "clips", "price", "order"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"--{name} must be positive, got {value:g}")
+    if options.png is not None:
+        if options.png.suffix.lower() != ".png":
+            raise ConfigError(f"--png {options.png}: expected a name that ends in .png")
+        check_new([options.png], [options.config])
+        check_writable(options.png.parent)
     config = load_config(options.config, options.overrides)
     if options.calibrate is not None:
         gpu = calibrate(

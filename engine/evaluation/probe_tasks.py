@@ -8,7 +8,8 @@ import numpy as np
 from ssast.engine.data.labels import check_read
 from ssast.pipelines.clips.columns import TableFormat
 from ssast.pipelines.clips.holdout import assign_folds, recordings_of
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_clips, read_manifest
+from ssast.pipelines.clips.overlap import shared_recordings
 from ssast.pipelines.clips.shards import ClipPath
 from ssast.pipelines.errors import DataError
 
@@ -49,6 +50,20 @@ def read_labels(path: Path, table: TableFormat) -> Labelled:
     return {clip: (names[0], recording) for clip, names, recording in rows}
 
 
+def check_apart(train: Path, held: Path, table: TableFormat) -> None:
+    """Check that no recording is both trained on and evaluated on.
+
+    Raises:
+        DataError: One is.
+    """
+    shared = shared_recordings(read_clips(held, table), read_clips(train, table))
+    if shared:
+        raise DataError(
+            f"{held}: {shared[0][0]} is of a recording that {train} has, too, and so are "
+            f"{len(shared) - 1} others: expected clips that the probe is not trained on"
+        )
+
+
 def read_tasks(
     tasks: Mapping[str, tuple[Path, Path | None]], table: TableFormat
 ) -> tuple[dict[str, list[Labelled]], list[ClipPath]]:
@@ -61,6 +76,9 @@ def read_tasks(
         task: [read_labels(path, table) for path in pair if path is not None]
         for task, pair in tasks.items()
     }
+    for train, held in tasks.values():
+        if held is not None:
+            check_apart(train, held, table)
     # Tasks share clips: each is listed, and encoded, once.
     paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
     return labels, paths

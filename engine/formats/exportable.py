@@ -7,7 +7,6 @@ import torch
 
 from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.errors import ConfigError
-from ssast.engine.formats.huggingface_config import Loss
 from ssast.engine.model.backbones import check_transformer
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
@@ -99,11 +98,13 @@ def check_classes(
     return texts, shown
 
 
-def check_loss(loss: Any) -> None:
-    """Check the name of a loss; None leaves it open.
+def check_choices(**choices: tuple[Any, Any]) -> None:
+    """Check values, each given with the Literal that it must be of; None leaves it open.
 
     Raises:
-        ConfigError: There is no such loss.
+        ConfigError: One is none of those.
     """
-    if loss is not None and loss not in get_args(Loss):
-        raise ConfigError(f"loss: expected {' or '.join(get_args(Loss))}, got {loss!r}")
+    for name, (given, kind) in choices.items():
+        known = get_args(kind)
+        if given is not None and given not in known:
+            raise ConfigError(f"{name}: expected {' or '.join(known)}, got {given!r}")

@@ -53,6 +53,18 @@ def fetch_from_hub(source: str) -> Path:
         raise CheckpointError(f"{source}: cannot be fetched: {one_line(error):.200}") from error
 
 
+def check_push(repository: str) -> None:
+    """Check before any work that a model can be uploaded under a name.
+
+    Raises:
+        ConfigError: The name is malformed.
+        CheckpointError: The package for it is not installed.
+    """
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repository) is None:
+        raise ConfigError(f"--push {repository}: expected owner/name")
+    _hub(repository)
+
+
 def push_to_hub(
     folder: Path, repository: str, audio: Audio, *, num_classes: int | None, own_code: bool
 ) -> str:
@@ -69,8 +81,7 @@ def push_to_hub(
         ConfigError: The name is malformed.
         CheckpointError: It cannot be uploaded, for instance without a token.
     """
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", repository) is None:
-        raise ConfigError(f"--push {repository}: expected owner/name")
+    check_push(repository)
     classifier = num_classes is not None
     card = _CARD.format(
         name=repository,

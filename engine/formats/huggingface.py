@@ -24,7 +24,7 @@ from ssast.engine.checkpoints.store import read_safetensors, save_tensors
 from ssast.engine.checkpoints.weights import check_names, check_tensors, sketch
 from ssast.engine.config import finetune_settings
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.formats.exportable import check_classes, check_exportable, check_loss
+from ssast.engine.formats.exportable import check_choices, check_classes, check_exportable
 from ssast.engine.formats.huggingface_config import (
     CONFIG,
     OWN,
@@ -122,7 +122,7 @@ def export_huggingface(
     check_exportable(model, audio, "a folder of transformers")
     if raw is not None:
         check_exportable(raw, audio, "a folder of transformers")
-    check_loss(loss)
+    check_choices(loss=(loss, Loss))
     if audio.sample_rate_hz != _SAMPLE_RATE_HZ:
         raise ConfigError(
             f"audio.sample_rate_hz is {audio.sample_rate_hz}, the feature extractor of "

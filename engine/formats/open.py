@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -21,9 +21,10 @@ from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune_settings import Finetune
+from ssast.engine.formats.exportable import check_choices
 from ssast.engine.formats.fetch import local_path
 from ssast.engine.formats.huggingface import has_raw_weights, import_huggingface
-from ssast.engine.formats.huggingface_config import CONFIG
+from ssast.engine.formats.huggingface_config import CONFIG, Loss
 from ssast.engine.formats.published import (
     build_pretrained,
     build_published_classifier,
@@ -31,7 +32,7 @@ from ssast.engine.formats.published import (
     imagenet_heads,
     read_published_state,
 )
-from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.classifier import Classifier, Pooling
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.settings import Audio
@@ -65,7 +66,7 @@ class MissingMetadata:
     stride: tuple[int, int] | None = None
     """Mel bins and frames between two patches of a fine-tuned model."""
 
-    pooling: Literal["avgtok", "cls"] | None = None
+    pooling: Pooling | None = None
     """Mean of the patch tokens, or of cls and dist, in a fine-tuned model; avgtok if None."""
 
     mean: float | None = None
@@ -74,7 +75,7 @@ class MissingMetadata:
     std: float | None = None
     """Standard deviation of the filterbanks, likewise."""
 
-    loss: Literal["ce", "bce"] | None = None
+    loss: Loss | None = None
     """Loss of a fine-tuned model: one class a clip, or several. If None, as the ``problem_type``
     of a folder of transformers says, else ce."""
 
@@ -113,8 +114,7 @@ class LoadedModel:
     """Settings ``section.key`` that the file does not say, and that have the published values."""
 
     weights: Weights | None = None
-    """Which weights it has, of a run that trained with ``train.ema``; None where there is one
-    kind only."""
+    """Which weights it has, where there are averaged ones (``train.ema``) beside raw ones."""
 
     imagenet_heads: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """What nothing uses of a published file, for another one: ImageNet's heads."""
@@ -149,7 +149,7 @@ class LoadedModel:
         return self.model
 
     @property
-    def loss(self) -> Literal["ce", "bce"]:
+    def loss(self) -> Loss:
         """Loss of a classifier, which its scores follow; ``ce`` where nothing says it.
 
         Raises:
@@ -277,9 +277,8 @@ def published_metadata(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a published file does not say of a model, to be stored in it all the same."""
     found: dict[str, Any] = {"audio": to_plain(loaded.audio)}
     if loaded.is_classifier:
-        settings = to_plain(finetune_settings(loaded.config))
-        stride = list(loaded.encoder.embed.stride)
-        found |= {"pooling": settings["pooling"], "loss": settings["loss"], "stride": stride}
+        settings, stride = finetune_settings(loaded.config), list(loaded.encoder.embed.stride)
+        found |= {"pooling": settings.pooling, "loss": settings.loss, "stride": stride}
         found |= {"classes": list(loaded.classes), "names": list(loaded.names)}
     return found
 
@@ -291,15 +290,11 @@ def _open(
     weights: Weights | None = None,
 ) -> LoadedModel:
     path = local_path(source)
-    if weights not in (None, *get_args(Weights)):
-        raise ConfigError(f"weights: expected {' or '.join(get_args(Weights))}, got {weights!r}")
-    both = (path / CONFIG).is_file() and has_raw_weights(path)
+    check_choices(weights=(weights, Weights), pooling=(metadata.pooling, Pooling))
+    check_choices(loss=(metadata.loss, Loss))
+    both = has_raw_weights(path)
     if weights == "ema" and (path.is_file() or (path / CONFIG).is_file()) and not both:
         raise CheckpointError(f"{path}: has one kind of weights, no averaged ones (EMA) beside raw")
-    for key, known in (("loss", ("ce", "bce")), ("pooling", ("avgtok", "cls"))):
-        given = getattr(metadata, key)
-        if given not in (None, *known):
-            raise ConfigError(f"{key}: expected {' or '.join(known)}, got {given!r}")
     if path.is_file():
         return _open_published(path, metadata, purpose)
     if not path.is_dir():
@@ -347,17 +342,13 @@ def _texts(found: Any, path: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _open_transformers(
-    path: Path, metadata: MissingMetadata, weights: Weights | None
-) -> LoadedModel:
+def _open_transformers(path: Path, metadata: MissingMetadata, kind: Weights | None) -> LoadedModel:
     _check_known(path, replace(metadata, loss=None, labels=None))
-    found = import_huggingface(path, weights == "raw")
+    found = import_huggingface(path, kind == "raw")
     given = replace(metadata, loss=metadata.loss or found.loss)
     config = _describe(found.model, found.audio, given)
-    loaded = LoadedModel(
-        found.model, config, path, "transformers", found.labels, found.names, weights=weights
-    )
-    return _with_labels(loaded, metadata.labels)
+    loaded = LoadedModel(found.model, config, path, "transformers", found.labels, found.names)
+    return _with_labels(replace(loaded, weights=kind), metadata.labels)
 
 
 def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> LoadedModel:

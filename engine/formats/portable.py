@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ssast.engine.data.clips import fbank_spec
 from ssast.engine.errors import CheckpointError, ConfigError
-from ssast.engine.formats.exportable import check_classes, check_exportable, check_loss
+from ssast.engine.formats.exportable import check_choices, check_classes, check_exportable
 from ssast.engine.formats.huggingface_config import PROBLEM_TYPES, Loss
 from ssast.engine.formats.timm_trunk import Trunk
 from ssast.engine.model.classifier import ACTIVATIONS, Classifier, pool
@@ -224,7 +224,7 @@ def _metadata(
     fed: Input,
 ) -> dict[str, str]:
     check_exportable(model, audio, "an exported program")
-    check_loss(loss)
+    check_choices(loss=(loss, Loss))
     spec = fbank_spec(audio)
     settings = {
         "sample_rate_hz": spec.sample_rate_hz,

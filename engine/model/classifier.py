@@ -1,6 +1,6 @@
 """Classification head on the encoder: mean pooling, LayerNorm, Linear."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from ssast.kernels.attention import make_padding_mask
 from ssast.kernels.autocast import autocast_off
 from ssast.kernels.patch_embed import take
 
+Pooling = Literal["avgtok", "cls"]
+
 ACTIVATIONS = {"ce": "softmax", "bce": "sigmoid"}
 """What makes probabilities of the logits of a classifier, by the loss it was trained with."""
 
 
-def pool(hidden: Tensor, pooling: Literal["avgtok", "cls"], num_extra_tokens: int) -> Tensor:
+def pool(hidden: Tensor, pooling: Pooling, num_extra_tokens: int) -> Tensor:
     """Pool hidden states [B, E + N, D] to one vector per clip, [B, D].
 
     ``avgtok`` is the mean of the patch tokens (published default), ``cls`` that of the extra
@@ -34,10 +36,10 @@ class Classifier(nn.Module):
         self,
         encoder: SpectrogramTransformer,
         num_classes: int,
-        pooling: Literal["avgtok", "cls"] = "avgtok",
+        pooling: Pooling = "avgtok",
     ):
         super().__init__()
-        if pooling not in ("avgtok", "cls"):
+        if pooling not in get_args(Pooling):
             raise ValueError(f"pooling: expected avgtok or cls, got {pooling!r}")
         self.encoder, self.pooling = encoder, pooling
         self.head = nn.Sequential(
@@ -55,7 +57,7 @@ class Classifier(nn.Module):
 def embed_clips(
     encoder: SpectrogramTransformer,
     fbank: Tensor,
-    pooling: Literal["avgtok", "cls"] = "avgtok",
+    pooling: Pooling = "avgtok",
     num_frames: Tensor | None = None,
 ) -> Tensor:
     """Compute one embedding per clip, with no patch masked.
@@ -90,7 +92,7 @@ def embed_kept(
     encoder: SpectrogramTransformer,
     fbank: Tensor,
     kept: KeptPatches,
-    pooling: Literal["avgtok", "cls"] = "avgtok",
+    pooling: Pooling = "avgtok",
 ) -> Tensor:
     """Compute one embedding per clip from some of its patches alone, [B, D].
 
@@ -124,7 +126,7 @@ def _can_skip_patches(encoder: SpectrogramTransformer) -> bool:
 def pool_clips(
     encoder: SpectrogramTransformer,
     hidden: Tensor,
-    pooling: Literal["avgtok", "cls"] = "avgtok",
+    pooling: Pooling = "avgtok",
     num_frames: Tensor | None = None,
 ) -> Tensor:
     """Pool hidden states [B, E + N, D] of any layer to [B, D]; see :func:`embed_clips`."""

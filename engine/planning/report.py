@@ -107,10 +107,12 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
             reasons.append(
                 f"train.compile=true would be {gain:.0%} faster after minutes of compiling"
             )
-    clips = request.clips or float(train.steps) * train.batch_size
+    clips = request.clips
+    if clips is None and config.finetune is None:  # it goes by epochs
+        clips = float(train.steps) * train.batch_size
     global_batch = choice.batch * parts
-    hours = clips / facts["clips_per_s"] / 3600
-    if train.batch_size < global_batch and clips < FEW_STEPS * global_batch:
+    hours = None if clips is None else clips / facts["clips_per_s"] / 3600
+    if clips is not None and train.batch_size < global_batch and clips < FEW_STEPS * global_batch:
         reasons.append(
             f"only {math.ceil(clips / global_batch):,} steps: batches of {global_batch:,} clips "
             "learn less from each clip, so train on more of them, or on fewer devices"
@@ -161,10 +163,10 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
             "read_gb_per_s": facts["clips_per_s"] * seconds * 32000 * FLAC_SHARE / 1e9,
         },
         "clips": clips,
-        "steps": math.ceil(clips / global_batch),
-        "days": hours / 24,
-        "gpu_hours": hours * W,
-        "cost": None if request.price is None else hours * W * request.price,
+        "steps": None if clips is None else math.ceil(clips / global_batch),
+        "days": None if hours is None else hours / 24,
+        "gpu_hours": None if hours is None else hours * W,
+        "cost": None if request.price is None or hours is None else hours * W * request.price,
         "memory_table": _memory_table(config, gpu, parameters, W),
         "scaling": _scaling(config, gpu, parameters, choice, sorted({*SCALES, W})),
         "assumptions": _assumptions(
@@ -317,9 +319,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"({plan['clips_per_s_per_gpu']:,.1f} per GPU), MFU {plan['mfu']:.1%}",
         f"  data             {data['cores']:,.1f} CPU cores ({data['cores_per_gpu']:.1f} per GPU), "
         f"{data['read_gb_per_s']:.2f} GB/s read",
-        f"  run              {plan['clips']:,.0f} clips, {plan['steps']:,} steps: "
-        f"{_duration(plan['days'])}, {plan['gpu_hours']:,.1f} GPU hours"
-        + ("" if plan["cost"] is None else f", cost {plan['cost']:,.0f}"),
+        f"  run              {_run(plan)}",
         "",
         "GiB per GPU by clips per GPU      "
         + "".join(f"{b:>9}" for b in BATCHES)
@@ -338,6 +338,14 @@ def format_plan(plan: dict[str, Any]) -> str:
             f"{row['mfu']:6.1%}  {row['memory_per_gpu']:11.1f}"
         )
     return "\n".join([*lines, "", "assumed:", *(f"  {text}" for text in plan["assumptions"])])
+
+
+def _run(plan: dict[str, Any]) -> str:
+    if plan["clips"] is None:
+        return "of a fine-tuning: as many clips as there are, times the epochs: --clips says it"
+    text = f"{plan['clips']:,.0f} clips, {plan['steps']:,} steps: {_duration(plan['days'])}, "
+    text += f"{plan['gpu_hours']:,.1f} GPU hours"
+    return text + ("" if plan["cost"] is None else f", cost {plan['cost']:,.0f}")
 
 
 def _duration(days: float) -> str:
@@ -363,10 +371,11 @@ def draw_scaling(plan: dict[str, Any], path: Path) -> None:
         )
     left.set(xlabel="GPUs", ylabel="clips per second", title="speed, and efficiency")
     left.legend()
-    hours = [plan["clips"] / rate / 3600 for rate in rates]
+    clips = plan["clips"] or 1e6
+    hours = [clips / rate / 3600 for rate in rates]
     right.loglog(sizes, hours, "o-", ms=4, color="tab:red")
     right.axvline(plan["gpus"], color="grey", lw=0.8, ls=":")
-    right.set(xlabel="GPUs", ylabel="hours", title=f"time for {plan['clips'] / 1e6:,.1f} M clips")
+    right.set(xlabel="GPUs", ylabel="hours", title=f"time for {clips / 1e6:,.1f} M clips")
     for axes in (left, right):
         axes.set_xticks(sizes[::2], [str(n) for n in sizes[::2]], fontsize=8)
         axes.minorticks_off()

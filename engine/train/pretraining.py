@@ -76,6 +76,8 @@ class Pretraining(Task):
         if pretrained is not None:
             taken = continue_from(module, pretrained.model)
             summary += f", continued from {pretrained.path} ({taken})"
+        elif context.config.train.checkpoint is None:
+            summary += ", from scratch"
         super().__init__(context, module, module.encoder, train_paths, summary)
         self.teacher, self.ema_decay = module.build_teacher(), module.ema_decay
         self.floors = module.floors

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import (
     INDEX,
     LABELS,
@@ -17,12 +19,37 @@ from ssast.pipelines.clips.shards import (
     RECORDINGS,
     REJECTED,
     REPORT,
+    SHARD,
     SIDECAR,
     WRONG_LENGTHS,
 )
 from ssast.pipelines.clips.sidecar import Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import parse_json
+
+
+def place_of(source: str | Path) -> str:
+    """Return where a source is, in full."""
+    return str(source) if is_url(source) else os.path.abspath(source)
+
+
+def check_source(out: Path, source: str | Path) -> None:
+    """Check that a folder does not hold what was prepared of another source.
+
+    Raises:
+        DataError: It does.
+    """
+    try:
+        before = parse_json((out / REPORT).read_text()).get("source")
+    except (OSError, ValueError, AttributeError):
+        return
+    place = place_of(source)
+    if before not in (None, place):
+        raise DataError(
+            f"{out}: holds what was prepared of {before}, and nothing of {place}: choose another "
+            "folder, or remove it"
+        )
 
 
 def write_index(
@@ -37,7 +64,8 @@ def write_index(
 
     Args:
         out: The prepared folder; all shards are finished.
-        source: Source of the recordings, for messages.
+        source: Source of the recordings, for messages and the report; ``out`` if there is no one
+            place.
         num_shards: Number of shards.
         settings: Settings, for the report.
         has_labels: Whether the source has labels.
@@ -117,6 +145,7 @@ def write_index(
         numbers = [[number_of[name] for name in labels[place]] for place in kept]
         files[LABELS] = json.dumps({"names": names, "clips": numbers}).encode()
     report = {
+        **({} if Path(source) == out else {"source": place_of(source)}),
         "clips": len(kept),
         "hours": round(float(np.array(durations)[kept].sum()) / 3600, 4),
         "mib": round(size / 2**20, 1),
@@ -134,6 +163,14 @@ def write_index(
     files[REPORT] = (json.dumps(report, indent=1) + "\n").encode()
     _replace(out, files)
     return report
+
+
+def remove_others(out: Path, num_shards: int) -> None:
+    """Remove files of an earlier run with other settings, or of a killed one."""
+    wanted = {Path(kind.format(n)).name for n in range(num_shards) for kind in (SHARD, SIDECAR)}
+    for path in (out / SHARD).parent.iterdir():
+        if path.name not in wanted and path.name.removeprefix(".tmp-").split(".")[0].isdigit():
+            path.unlink()
 
 
 def remarks(report: dict[str, Any], out: Path) -> Iterator[str]:

@@ -39,7 +39,7 @@ from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.files import replacing, write_atomically
 from ssast.pipelines.locks import exclusive
-from ssast.pipelines.prepare.index import remarks, write_index
+from ssast.pipelines.prepare.index import check_source, remarks, remove_others, write_index
 from ssast.pipelines.prepare.mirror import Mirror, local_folder
 from ssast.pipelines.prepare.parquet import read_cell
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
@@ -164,13 +164,16 @@ def pack_recordings(
         The report.
 
     Raises:
-        DataError: No recording is usable, or the disk is too small.
+        DataError: No recording is usable, the disk is too small, or the folder holds what was
+            prepared of another source.
         OSError: A file cannot be written.
     """
     out = folder if mirror is None else mirror.remote
     groups = grouped(with_unique_names(recordings), round(packing.shard_mib * 2**20))
     digests = [digest(group, packing) for group in groups]
     missing = [n for n in range(len(groups)) if not is_finished(folder, n, digests[n])]
+    if len(missing) == len(groups):
+        check_source(folder, source)
     if missing:
         if mirror is None:
             check_space(out, [item for n in missing for item in groups[n]], packing)
@@ -415,14 +418,6 @@ def fetched_and_cut(recording: Recording, recipe: Recipe) -> Iterator[Part]:
 def _is_file(recording: Recording) -> bool:
     """Return whether the header of a recording can be read before it is fetched."""
     return recording.cell is None and not is_url(recording.item.data)
-
-
-def remove_others(out: Path, num_shards: int) -> None:
-    """Remove files of an earlier run with other settings, or of a killed one."""
-    wanted = {Path(kind.format(n)).name for n in range(num_shards) for kind in (SHARD, SIDECAR)}
-    for path in (out / SHARD).parent.iterdir():
-        if path.name not in wanted and path.name.removeprefix(".tmp-").split(".")[0].isdigit():
-            path.unlink()
 
 
 def check_space(out: Path, recordings: Sequence[Recording], packing: Packing) -> None:

@@ -37,6 +37,7 @@ from ssast.pipelines.files import write_atomically
 from ssast.pipelines.stream.stream import AudioStream
 from ssast.pipelines.text import shows_progress
 
+STATS, PICTURE = "stats.json", "stats.png"  # files of an output folder
 NORMAL_95 = 1.959964  # a normal variable is within so many standard deviations with 95 %
 LEAST_CLIPS = 256  # before the precision is believed
 CHECKED_EVERY = 1.1  # the precision is looked at when there are so many times the clips as before
@@ -143,7 +144,7 @@ def measure(
     """
     for name, value, low, high in (
         ("share", share, 1e-9, 1.0),
-        ("max-clips", max_clips or 1, 1, math.inf),
+        ("max-clips", 1 if max_clips is None else max_clips, 1, math.inf),
         ("precision", precision, 0.0, 1.0),
     ):
         if not low <= value <= high:
@@ -231,7 +232,7 @@ def write_stats(stats: Stats, out: Path) -> list[Path]:
     """Write ``stats.json`` and the histogram ``stats.png`` to a folder; return their paths."""
     facts = asdict(stats) | {"histogram": stats.histogram.astype(int).tolist()}
     facts["edges"] = EDGES.round(6).tolist()
-    write_atomically(out / "stats.json", json.dumps(facts, indent=1) + "\n")
+    write_atomically(out / STATS, json.dumps(facts, indent=1) + "\n")
     figure, axes = subplots(figsize=(8, 4), layout="tight")
     axes.stairs(stats.histogram / stats.histogram.sum() / np.diff(EDGES), EDGES, fill=True)
     axes.axvline(stats.mean, color="black", label=f"mean {stats.mean:.4f}")
@@ -244,4 +245,4 @@ def write_stats(stats: Stats, out: Path) -> list[Path]:
     axes.set_ylabel("density")
     axes.set_title(f"{stats.num_clips} of {stats.num_total} clips, {stats.num_frames} frames each")
     axes.legend()
-    return [out / "stats.json", save_figure(figure, out / "stats.png")]
+    return [out / STATS, save_figure(figure, out / PICTURE)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def test_planted_faults_are_found(out: Path, fault: str) -> None:
 
 def test_other_samples_are_found_where_no_format_guards_them(out: Path) -> None:
     packing = Packing(Recipe(), "wav")
+    shutil.rmtree(out)
     prepare_shards(out.parent / "in", out, packing, progress=False, log=lambda _: 0)
     line = Sidecar.read(out / "shards/00000.jsonl").clips[3]
     change(out / "shards/00000.tar", line["offset"] + 5000, b"\x55")

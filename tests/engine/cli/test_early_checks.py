@@ -1,0 +1,85 @@
+"""What a command refuses before it does any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sounds import tone, write
+
+from ssast.engine.cli.main import main
+
+REFUSED = {
+    "predict RUN a.wav --top 0": "--top must be at least 1, got 0",
+    "visualize RUN --clips -1": "--clips must be at least 1, got -1",
+    "evaluate RUN a.csv --train b.csv": "--train is for --probe",
+    "export RUN out --to hf --push nobody": "--push nobody: expected owner/name",
+    "data stats SOUNDS --max-clips 0": "--max-clips is 0, expected a number in [1, inf]",
+    "data stats SOUNDS --out TAKEN": "stats.json: exists already",
+    "plan tiny_patch --price nan": "--price must be positive, got nan",
+    "plan tiny_patch --png notes.txt": "--png notes.txt: expected a name that ends in .png",
+    "plan tiny_patch --png TAKEN/a.png": "a.png: exists already",
+    "plan tiny_patch --png TAKEN/stats.json/b.png": "stats.json: cannot be written to",
+    "predict RUN a.wav --out TAKEN/stats.json/x": "x: cannot be written to",
+    "pretrain tiny_patch optim.min_lr=1": "optim.min_lr must be at most 0.0001, got 1",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken, sounds = tmp_path / "taken", tmp_path / "sounds"
+    for folder in (taken, sounds):
+        folder.mkdir()
+    (taken / "stats.json").write_text("{}")
+    (taken / "a.png").write_text("")
+    write(sounds / "a.wav", tone(8000))
+    places = {"TAKEN": str(taken), "SOUNDS": str(sounds)}
+    words = [
+        "/".join(places.get(part, part) for part in word.split("/")) for word in command.split()
+    ]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert REFUSED[command] in shown.err and not shown.out
+    assert sorted(path.name for path in taken.iterdir()) == ["a.png", "stats.json"]
+
+
+def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--help"])
+    assert (
+        end.value.code == 0 and "ssast bench WHAT --help explains each" in capsys.readouterr().out
+    )
+
+
+def test_a_plan_of_a_fine_tuning_knows_no_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "esc50_patch", "--price", "2"]) == 0
+    assert "of a fine-tuning: as many clips as there are" in capsys.readouterr().out
+    assert main(["plan", "esc50_patch", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu_hours"] is None
+    assert main(["plan", "esc50_patch", "--clips", "4e5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["clips"] == 4e5
+
+
+def test_other_recordings_into_a_prepared_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"{name}.wav", tone(16000, seed=ord(name)))
+    prepare = ["data", "prepare", str(tmp_path / "a"), str(tmp_path / "out"), "--jobs", "1"]
+    assert main(prepare) == 0
+    before = (tmp_path / "out/report.json").read_bytes()
+    assert main([*prepare[:2], str(tmp_path / "b"), *prepare[3:]]) == 2
+    said = f"out: holds what was prepared of {tmp_path / 'a'}, and nothing of {tmp_path / 'b'}"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "out/report.json").read_bytes() == before
+    assert main([*prepare, "--clip-s", "0.5"]) == 0  # of the same recordings it is made anew
+
+
+def test_a_probe_that_knows_its_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abcd":
+        write(tmp_path / f"{name}.wav", tone(16000, seed=ord(name)))
+    (tmp_path / "all.csv").write_text("wav,label\na.wav,x\nb.wav,y\nc.wav,x\nd.wav,y\n")
+    model = str(Path(__file__).parents[3] / "checkpoints/tiny_patch")
+    manifest = str(tmp_path / "all.csv")
+    assert main(["evaluate", model, manifest, "--probe", "--train", manifest]) == 2
+    assert "a.wav is of a recording that" in capsys.readouterr().err
