@@ -85,8 +85,7 @@ class Config:
             )
         BACKBONES.check(self.model.backbone)
         if self.model.norm == "post" and self.model.backbone != "transformer":
-            backbone = self.model.backbone
-            raise ConfigError(f"model.norm post is of model.backbone transformer, got {backbone!r}")
+            raise ConfigError("model.norm post is of model.backbone transformer: set it to pre")
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise ConfigError(
@@ -275,7 +274,8 @@ def _find(name: str | Path) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(f"{path}: no such configuration file")
+        hint = f", perhaps {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
+        raise ConfigError(f"{path}: no such configuration file{hint}")
     named = CONFIGS / f"{name}.yaml"
     if named.is_file():
         return named

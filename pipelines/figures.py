@@ -3,11 +3,23 @@
 matplotlib takes most of a second to import, so it is imported by the first figure.
 """
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssast.pipelines.files import replacing
 
+log = logging.getLogger(__name__)
+
+WIDE_FONTS = (  # that have what DejaVu Sans lacks: Chinese, Japanese, Korean, Indic and others
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei"),
+    *("WenQuanYi Zen Hei", "Droid Sans Fallback", "IPAGothic", "NanumGothic", "Noto Sans"),
+    *("Noto Sans Devanagari", "Unifont", "FreeSans"),
+)
 LONGEST, LONGEST_LABEL = 200, 80  # characters: more would push the axes out of the figure
 
 if TYPE_CHECKING:
@@ -69,11 +81,45 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> Path:
             # What set_xticks makes of labels. The others make numbers, some with mathtext: 10^3.
             if isinstance(formatter, FuncFormatter):
                 axis.set_major_formatter(_literal_labels(formatter))
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format="png")
+    with _fonts(figure):
+        if figure.get_layout_engine() is None:
+            figure.tight_layout()
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=dpi, format="png")
     return path
+
+
+@contextmanager
+def _fonts(figure: "Figure") -> Iterator[None]:
+    """Draw what the usual font lacks in another that is installed; say once if there is none."""
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    if all(text.get_text().isascii() for text in texts):
+        yield
+        return
+    families = ["DejaVu Sans", *sorted(set(get_font_names()) & set(WIDE_FONTS))]
+    for text in texts:
+        text.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph .* missing", UserWarning)
+        try:
+            figure.draw_without_rendering()
+        except UserWarning as error:
+            _say_missing(str(error).partition(" missing")[0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        yield
+
+
+@cache
+def _say_missing(glyph: str) -> None:
+    log.warning(
+        "pictures lack characters that no installed font has, such as %s: a font like Noto Sans "
+        "CJK has them",
+        glyph,
+    )
 
 
 def _literal(text: str, longest: int = LONGEST) -> str:

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 from matplotlib.text import Text
 
+from ssast.pipelines import figures
 from ssast.pipelines.figures import save_figure, subplots
 
 NAMES = ["cost $5 to $9", r"$\nosuch{$", "caf\u00e9", "bytes \udcff", r"a \$ b"]
@@ -83,3 +84,18 @@ def test_neither_pyplot_nor_a_backend_is_chosen(tmp_path):
     path = tmp_path / "figure.png"
     subprocess.run([sys.executable, "-c", program, path], check=True)
     assert path.is_file()
+
+
+def test_characters_that_no_font_has(tmp_path, caplog, recwarn):
+    figures._say_missing.cache_clear()
+    for _ in range(2):
+        figure, axes = subplots(figsize=(2, 1), layout="tight")
+        axes.set_title("\N{EGYPTIAN HIEROGLYPH A001} \u732b \u00e4")
+        save_figure(figure, tmp_path / "a.png")
+    assert len(caplog.records) <= 1 and "lack characters that no installed font has" in caplog.text
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    figures._say_missing.cache_clear()
+    figure, axes = subplots(figsize=(2, 1))
+    axes.set_title("\u00e4")
+    save_figure(figure, tmp_path / "b.png")
+    assert len(caplog.records) <= 1
