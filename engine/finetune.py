@@ -86,6 +86,7 @@ def finetune(
     check_loggers(config.run.loggers)
     METRICS.check(finetune_settings(config).metric)
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
+    notes += without_effect(config)
     check_paths(config)
     pretrained = open_initial(config, checkpoint, metadata, weights)
     if pretrained is not None:
@@ -122,6 +123,15 @@ def finetune(
         notes=notes,
         callbacks=callbacks,
     )
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return a line for the log on what the user set that is of pretraining alone."""
+    given = [name for name, origin in (config.stated or {}).items() if origin == OVERRIDE]
+    unused = [name for name in given if name == "train.steps" or name.startswith("objective.")]
+    if not unused:
+        return []
+    return [f"{', '.join(unused)}: of pretraining, not used; finetune.epochs says how long"]
 
 
 def without_recipe_data(config: Config) -> tuple[Config, list[str]]:

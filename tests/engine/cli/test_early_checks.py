@@ -7,6 +7,8 @@ import pytest
 from sounds import tone, write
 
 from ssast.engine.cli.main import main
+from ssast.engine.config import load_config
+from ssast.engine.finetune import without_effect
 
 REFUSED = {
     "predict RUN a.wav --top 0": "--top must be at least 1, got 0",
@@ -83,3 +85,10 @@ def test_a_probe_that_knows_its_test(tmp_path: Path, capsys: pytest.CaptureFixtu
     manifest = str(tmp_path / "all.csv")
     assert main(["evaluate", model, manifest, "--probe", "--train", manifest]) == 2
     assert "a.wav is of a recording that" in capsys.readouterr().err
+
+
+def test_settings_of_pretraining_in_a_fine_tuning() -> None:
+    given = ["data.train=x", "train.steps=5", "objective.kind=latent"]
+    (line,) = without_effect(load_config("classifier", given))
+    assert line.startswith("train.steps, objective.kind: of pretraining, not used")
+    assert without_effect(load_config("classifier", given[:1])) == []
