@@ -6,7 +6,8 @@ over the steps since the line before:
 
     train/loss, train/lr, train/skipped_steps
     train/grad_norm                                                of the last step, unclipped
-    train/infonce_loss, train/mse_loss, train/pretext_accuracy      pretraining
+    train/infonce_loss, train/mse_loss                              pretraining
+    train/pretext_accuracy, train/pretext_chance                    pretraining
     train/latent_loss, train/cls_loss                               latent targets
     train/target_std, train/content_std, train/prediction_std       latent targets
     train/accuracy                                                  fine-tuning on single labels
