@@ -109,11 +109,11 @@ def test_commands_take_it(finetuned, splits, tmp_path, capsys):
             assert rounded == pytest.approx(exact, abs=TOLERANCE)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    for part in ("train", "eval"):
-        (tasks / f"pitch_{part}.json").write_bytes(splits["test"].read_bytes())
+    for part, split in (("train", "train"), ("eval", "test")):
+        (tasks / f"pitch_{part}.json").write_bytes(splits[split].read_bytes())
     commands = [
         ["evaluate", run, str(splits["test"])],
-        ["evaluate", run, str(splits["test"]), "--probe", "--train", str(splits["test"])],
+        ["evaluate", run, str(splits["test"]), "--probe", "--train", str(splits["train"])],
         ["probe", run, "--tasks", str(tasks), "--out", str(tmp_path / "out")],
         ["probe", run, "--tasks", str(tasks), "--layers", "--out", str(tmp_path / "layers")],
         ["embed", run, folder, "--out", str(tmp_path / "a.npy")],
