@@ -145,7 +145,7 @@ def write_index(
         numbers = [[number_of[name] for name in labels[place]] for place in kept]
         files[LABELS] = json.dumps({"names": names, "clips": numbers}).encode()
     report = {
-        **({} if Path(source) == out else {"source": place_of(source)}),
+        **({} if str(source) == str(out) else {"source": place_of(source)}),
         "clips": len(kept),
         "hours": round(float(np.array(durations)[kept].sum()) / 3600, 4),
         "mib": round(size / 2**20, 1),
