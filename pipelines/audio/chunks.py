@@ -198,7 +198,10 @@ def wav_data(read: Reader, size: int, is_rf64: bool) -> Data | None:
     plain = codec == PCM and bits in PLAIN_BITS and not is_rf64 and block == channels * bits // 8
     if codec == 0xFFFE and len(fields) == 26:  # extensible: the codec is in its GUID's first bytes
         (codec,) = struct.unpack_from("<H", fields, 24)
-    lean = None if found.fits(channels, b"fmt ") else lean_header(read, RIFF, found)
+    # In RF64, libsndfile takes no byte of padding behind a chunk of odd size.
+    padded = is_rf64 and any(chunk.length % 2 for chunk in found.others)
+    fits = found.fits(channels, b"fmt ") and not padded
+    lean = None if fits else lean_header(read, RIFF, found)
     stated, place = samples.length, ((samples.at if lean is None else len(lean)) - 4, "<I", 0)
     long = found.needed.get(b"ds64")
     if long is not None and long.length >= 24 and len(sizes := read(long.at, 24)) == 24:
