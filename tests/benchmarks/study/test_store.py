@@ -123,18 +123,18 @@ def test_gain_against_clips(tmp_path) -> None:
         page = write_page(tmp_path, tmp_path / "docs").read_text()
         assert ("## Gain against clips" in page) == (name == "patch-step1000")
         assert (tmp_path / "docs/results/gain-by-clips.png").exists() == ("## Gain ag" in page)
-    assert "| model, task | from scratch | 24,000 clips | 84,000 clips |" in page
+    assert "| model, task | from scratch | 48,000 clips | 168,000 clips |" in page
     assert "| patch, pitch | 40.0 | 30.0 (-25.0) | 80.0 (+100.0) |" in page
     mean = "**patch, relative gain on average, %**"
     assert f"| {mean} |  | **-25.0** | **+100.0** |" in page  # one seed: no error is known
-    assert "exceeds two standard errors nowhere" in page
+    assert "the 95 % interval of the mean gain lies above 0 nowhere" in page
 
 
 def test_a_gain_that_is_told_apart_from_zero() -> None:
     scores = {"pitch": (0.4, 0.6)}
-    curve = [(24, Gain(scores, 0.3)), (72, Gain(scores, 0.2)), (240, Gain(scores, 0.1))]
-    assert exceeding("frame", curve).endswith("errors at 72, 240 of these clips.")
-    assert exceeding("frame", [(24, Gain(scores, None))]).endswith("errors nowhere.")
+    curve = [(24, Gain(scores, 0.6)), (72, Gain(scores, 0.4)), (240, Gain(scores, 0.2))]
+    assert exceeding("frame", curve).endswith("above 0 at 72, 240 of these clips.")
+    assert exceeding("frame", [(24, Gain(scores, None))]).endswith("above 0 nowhere.")
 
 
 @pytest.mark.slow
