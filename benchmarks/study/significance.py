@@ -146,12 +146,10 @@ def spread_of(
         of_clips = max(0.0, own) * count / (count - 1)
     variances = [(side.seed_variance, len(side.values) - 1) for side in sides]
     of_seeds = sum(variance for variance, _ in variances)
-    return Spread(
-        of_seeds**0.5,
-        of_clips**0.5,
-        _margin(variances),
-        _margin([*variances, (of_clips, max(1, count - 1))]),
-    )
+    seeds_margin = _margin(variances)
+    # More that is drawn cannot narrow it: with two seeds, the many clips would hide them.
+    margin = max(seeds_margin, _margin([*variances, (of_clips, max(1, count - 1))]))
+    return Spread(of_seeds**0.5, of_clips**0.5, seeds_margin, margin)
 
 
 def _margin(variances: Sequence[tuple[float, int]]) -> float:
