@@ -190,7 +190,7 @@ def _chance(masks: Masks, like: Tensor) -> Tensor:
     """Return one over the number of masked patches of each clip, [B]."""
     if masks.num_masked is None:
         return torch.full_like(like, 1 / masks.mask_ids.shape[1])
-    return masks.num_masked.clamp(min=1).reciprocal().to(like.dtype)
+    return masks.num_masked.clamp(min=1).to(like.dtype).reciprocal()
 
 
 def with_masks(valid: Tensor, masks: Sequence[Masks]) -> Tensor:

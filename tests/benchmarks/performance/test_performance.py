@@ -31,7 +31,7 @@ from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.parallel.ranks import close_world
 from ssast.kernels import matmul
 from ssast.kernels.attention import attention_backend
-from ssast.kernels.matmul import is_fast
+from ssast.kernels.matmul import fast_matmul, is_fast
 from ssast.pipelines.clips.manifest import write_manifest
 
 TOY = Setting("tiny", batch=3, frames=64, threads=1, default_memory=False)
@@ -243,8 +243,12 @@ def test_the_floor_is_at_the_peaks(store: ResultStore) -> None:
     least = floor(store, Scope(), "tiny")
     assert least is not None
     flops = 8 * step_flops_per_clip(Scope().setting().config())
-    # The default step does less than what FLOPs are counted by, which saves nothing.
-    assert 0.9 < (least.matmul + least.attention) / (flops / 200e9) < 0.99
+    # The default step does less than what FLOPs are counted by, which saves nothing; but PyTorch's
+    # attention computes its scores again, where the one by blocks keeps them.
+    with fast_matmul():
+        keeps = attention_backend(torch.device("cpu"), torch.float32) == "blocked"
+    share = (least.matmul + least.attention) / (flops / 200e9)
+    assert 0.9 < share < (0.99 if keeps else 1.05)
     assert least.total == least.device > least.matmul + least.attention + least.elementwise
     rows, _ = step_rows(store, Scope(sizes=("tiny",)), "small")
     assert rows == []

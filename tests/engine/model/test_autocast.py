@@ -13,7 +13,8 @@ from ssast.kernels.fbank import fbank
 from ssast.kernels.masking import masks_from_ids
 from ssast.kernels.mel import FbankSpec
 
-HALF = {torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative errors that are allowed
+# Relative errors that are allowed. CPUs with AVX512-FP16 add up float16 in float16.
+HALF = {torch.bfloat16: 2e-2, torch.float16: 1e-2}
 every_model = pytest.mark.parametrize("name", MODELS)
 halves = pytest.mark.parametrize("dtype", HALF, ids=str)
 
