@@ -7,6 +7,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ssast.benchmarks.study.probes import read_reports
 from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights
+from ssast.engine.config import Config
 from ssast.engine.errors import CheckpointError
 from ssast.engine.evaluation.pretext import pretext_losses
 from ssast.engine.formats.open import load_pretrained, open_encoder
@@ -54,10 +56,20 @@ def release(out: Path, folder: Path, families: Sequence[str] = FAMILIES) -> list
         if step < plan.steps:
             raise CheckpointError(f"{out}: {family} has {step} of {plan.steps} steps")
         path = folder / f"tiny_{family}"
-        export_weights(loaded.model, loaded.config, step, path, torch.float16)
+        export_weights(loaded.model, _anywhere(loaded.config, family), step, path, torch.float16)
         write_atomically(path / CARD, card(out, plan, cells, family, step, path))
         written.append(path)
     return written
+
+
+def _anywhere(config: Config, family: str) -> Config:
+    """Return a configuration with the folders of ``make reproduce``, not those of a machine."""
+    train = Path("data/sounds", Path(config.data.train or "").name)
+    return replace(
+        config,
+        data=replace(config.data, train=str(train)),
+        run=replace(config.run, folder=str(OUT / "pretrain" / family)),
+    )
 
 
 def figures(weights: Path) -> dict[str, float]:
@@ -166,7 +178,7 @@ def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Pat
         *table(["task", "largest class", "from scratch", "from these weights"], scores),
         *layers(out, plan, family),
         *checked(path),
-        "All results: docs/results.md. `make reproduce` trains these weights again.",
+        "More: docs/results.md, docs/pretraining.md. `make reproduce` trains such weights again.",
         "",
         "## Limitations",
         "",
