@@ -90,6 +90,8 @@ def test_no_reader_fails_on_a_few_inputs(
     worker = Worker(fuzz.READERS, tmp_path, 1, Limits())
     try:
         for name, count in shares(150, list(fuzz.READERS)).items():
+            if not fuzz.READERS[name].seeds():  # without ffmpeg
+                continue
             for number in range(count):
                 found = worker.run(name, number)
                 assert found.outcome not in FAILURES, f"{name} {number}: {found}"
