@@ -50,6 +50,12 @@ Cells = Mapping[tuple[str, str], Cell]
 
 
 @cache
+def _names(data: str) -> list[str]:
+    """Return the name of the recording of each clip of the study's data, by row."""
+    return [clip.name for clip in clips_of(ShardIndex(Path(data)))]
+
+
+@cache
 def groups_of(plan: Plan, task: str) -> tuple[Hashable, ...]:
     """Return the group of each test clip of a task, of which none is on both sides of its split.
 
@@ -60,7 +66,7 @@ def groups_of(plan: Plan, task: str) -> tuple[Hashable, ...]:
     recordings = recordings_of(clips).tolist()
     if known is None or not isinstance(clips, ShardIndex):
         return tuple((task, number) for number in recordings)
-    names = {line.row: line.name for line in clips_of(ShardIndex(Path(plan.data)))}
+    names = _names(plan.data)
     rows = range(len(clips)) if clips.rows is None else clips.rows.tolist()
     labels = [known.label(names[row]) for row in rows]
     return tuple(

@@ -17,6 +17,7 @@ from ssast.benchmarks.study.models import FAMILIES, MODELS
 from ssast.benchmarks.study.page import OUT, stored_plan
 from ssast.benchmarks.study.plan import Plan, weights_of
 from ssast.benchmarks.study.probes import read_reports
+from ssast.benchmarks.study.reproduce import DATA
 from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
 from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
 from ssast.engine.checkpoints.weights import export_weights
@@ -64,7 +65,7 @@ def release(out: Path, folder: Path, families: Sequence[str] = FAMILIES) -> list
 
 def _anywhere(config: Config, family: str) -> Config:
     """Return a configuration with the folders of ``make reproduce``, not those of a machine."""
-    train = Path("data/sounds", Path(config.data.train or "").name)
+    train = DATA / Path(config.data.train or "").name
     return replace(
         config,
         data=replace(config.data, train=str(train)),

@@ -10,7 +10,6 @@ Clips of a group (takes of a syllable, pieces of a drum kit) are held out togeth
 they count as one draw. A group may have clips of several tasks.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,11 +66,6 @@ class Spread:
     of_clips: float
     seeds_margin: float
     margin: float
-
-    @property
-    def error(self) -> float:
-        """Standard error over seeds and groups of test clips."""
-        return math.hypot(self.of_seeds, self.of_clips)
 
 
 def common_seeds(cells: Sequence[Cell]) -> list[int]:
