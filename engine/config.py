@@ -85,7 +85,10 @@ class Config:
             )
         BACKBONES.check(self.model.backbone)
         if self.model.norm == "post" and self.model.backbone != "transformer":
-            raise ConfigError("model.norm post is of model.backbone transformer: set it to pre")
+            raise ConfigError(
+                f"model.norm post is of model.backbone transformer, got {self.model.backbone!r}: "
+                "its blocks have their own norms"
+            )
         rows, columns = self.grid
         if rows < 1 or columns < 1:
             raise ConfigError(
@@ -96,7 +99,7 @@ class Config:
         if optim.min_lr > optim.lr:
             raise ConfigError(f"optim.min_lr must be at most {optim.lr}, got {optim.min_lr}")
         if data.mix is not None and (data.train is not None or data.sample_weights is not None):
-            other = "sample_weights" if data.train is None else "train"
+            other = "train" if data.train is not None else "sample_weights"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
         if data.hop_s is not None and data.window_s is None:
             raise ConfigError("data.hop_s is between the windows of data.window_s, which is null")
@@ -106,19 +109,16 @@ class Config:
                 "place for filterbanks is enough, and a crop is used once"
             )
         if self.finetune is not None:
-            if self.train.checkpoint is not None:
-                raise ConfigError("train.checkpoint is for pretraining: set finetune.checkpoint")
-            if data.window_s is not None:
-                raise ConfigError(
-                    "data.window_s is for pretraining: ssast data prepare --clip-s cuts labelled "
-                    "recordings, ssast data manifests --window-s those with marked events"
-                )
-            if data.mix is not None:
-                raise ConfigError("data.mix is for pretraining: name one labelled set, data.train")
-            if self.train.spike_factor is not None:
-                raise ConfigError(
-                    "train.spike_factor is for pretraining: fine-tuning goes by epochs"
-                )
+            window = "ssast data prepare --clip-s cuts labelled recordings, ssast data manifests "
+            window += "--window-s those with marked events"
+            for name, given, remedy in (
+                ("train.checkpoint", self.train.checkpoint, "set finetune.checkpoint"),
+                ("data.window_s", data.window_s, window),
+                ("data.mix", data.mix, "name one labelled set, data.train"),
+                ("train.spike_factor", self.train.spike_factor, "fine-tuning goes by epochs"),
+            ):
+                if given is not None:
+                    raise ConfigError(f"{name} is for pretraining: {remedy}")
             self.finetune.check_grid(rows, columns)
             return
         OBJECTIVES.check(self.objective.kind)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ssast.engine.data.labels import check_read
+from ssast.engine.data.leakage import check_disjoint
 from ssast.pipelines.clips.columns import TableFormat
 from ssast.pipelines.clips.holdout import assign_folds, recordings_of
-from ssast.pipelines.clips.manifest import read_clips, read_manifest
-from ssast.pipelines.clips.overlap import shared_recordings
+from ssast.pipelines.clips.manifest import Manifest, read_manifest
 from ssast.pipelines.clips.shards import ClipPath
 from ssast.pipelines.errors import DataError
 
@@ -33,13 +33,13 @@ def find_tasks(folder: Path) -> dict[str, tuple[Path, Path]]:
     return tasks
 
 
-def read_labels(path: Path, table: TableFormat) -> Labelled:
-    """Read the one label and the recording of each clip of a manifest.
+def labels_of(manifest: Manifest) -> Labelled:
+    """Return the one label and the recording of each clip of a manifest.
 
     Raises:
-        DataError: It is wrong, or a clip has not one label.
+        DataError: A clip has not one label.
     """
-    manifest = read_manifest(path, table=table)
+    path = manifest.source
     if manifest.labels is None:
         raise DataError(f"{path}: has no labels, a probe needs them")
     for clip, names in zip(manifest.paths, manifest.labels, strict=True):
@@ -50,35 +50,23 @@ def read_labels(path: Path, table: TableFormat) -> Labelled:
     return {clip: (names[0], recording) for clip, names, recording in rows}
 
 
-def check_apart(train: Path, held: Path, table: TableFormat) -> None:
-    """Check that no recording is both trained on and evaluated on.
-
-    Raises:
-        DataError: One is.
-    """
-    shared = shared_recordings(read_clips(held, table), read_clips(train, table))
-    if shared:
-        raise DataError(
-            f"{held}: {shared[0][0]} is of a recording that {train} has, too, and so are "
-            f"{len(shared) - 1} others: expected clips that the probe is not trained on"
-        )
-
-
 def read_tasks(
     tasks: Mapping[str, tuple[Path, Path | None]], table: TableFormat
 ) -> tuple[dict[str, list[Labelled]], list[ClipPath]]:
     """Read the labels of tasks, of each its training and evaluation clips, and list all clips.
 
     Raises:
-        DataError: See :func:`read_labels`.
+        DataError: A manifest is wrong, see :func:`labels_of`; or clips of a recording are both
+            trained on and evaluated on.
     """
-    labels = {
-        task: [read_labels(path, table) for path in pair if path is not None]
+    manifests = {
+        task: [read_manifest(path, table=table) for path in pair if path is not None]
         for task, pair in tasks.items()
     }
-    for train, held in tasks.values():
-        if held is not None:
-            check_apart(train, held, table)
+    labels = {task: list(map(labels_of, pair)) for task, pair in manifests.items()}
+    for pair in manifests.values():
+        parts = zip(("training clips", "evaluation clips"), pair, strict=False)
+        check_disjoint({f"{part} {found.source}": found.paths for part, found in parts})
     # Tasks share clips: each is listed, and encoded, once.
     paths = sorted({path for pair in labels.values() for part in pair for path in part}, key=str)
     return labels, paths

@@ -80,13 +80,17 @@ def check_whole(model: Classifier | SpectrogramTransformer, format_name: str) ->
 
 
 def check_classes(
-    num_classes: int, labels: Sequence[Any], names: Sequence[Any] | None
+    model: Classifier, labels: Sequence[Any] | None, names: Sequence[Any] | None
 ) -> tuple[list[str], list[str]]:
-    """Return the labels and names of classes as text; the names are the labels if None.
+    """Return the labels and names of the classes of a model as text.
+
+    Labels that are not given are numbered; names that are not given are the labels.
 
     Raises:
         ConfigError: They do not fit the classes.
     """
+    num_classes = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
+    labels = [f"LABEL_{i}" for i in range(num_classes)] if labels is None else labels
     texts = [str(label) for label in labels]
     shown = texts if names is None else [str(name) for name in names]
     for key, given in (("labels", texts), ("names", shown)):

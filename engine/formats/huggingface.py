@@ -130,9 +130,7 @@ def export_huggingface(
         )
     config = model_config(model, audio)
     if isinstance(model, Classifier):
-        count = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
-        given = [f"LABEL_{i}" for i in range(count)] if labels is None else labels
-        config |= class_config(*check_classes(count, given, names), loss)
+        config |= class_config(*check_classes(model, labels, names), loss)
     convert = _stock_state if config["model_type"] == STOCK else _own_state
     # The names of the feature extractor's settings are transformers'.
     preprocessor = {

@@ -249,8 +249,7 @@ def _metadata(
     }
     found = {"input": fed, "audio": json.dumps(settings)}
     if labels is not None and isinstance(model, Classifier):
-        count = len(model.head[1].weight)  # type: ignore[arg-type]  # a Linear's
-        ids, shown = check_classes(count, labels, names)
+        ids, shown = check_classes(model, labels, names)
         found |= {"labels": json.dumps(shown), "label_ids": json.dumps(ids)}
     if loss is not None:
         found |= {"activation": ACTIVATIONS[loss], "problem_type": PROBLEM_TYPES[loss]}

@@ -137,8 +137,8 @@ class UpstreamExpert(nn.Module):
         Raises:
             ConfigError: The samples are integers.
         """
-        if not all(wav.is_floating_point() for wav in wavs):
-            found = next(wav.dtype for wav in wavs if not wav.is_floating_point())
+        found = next((wav.dtype for wav in wavs if not wav.is_floating_point()), None)
+        if found is not None:
             raise ConfigError(f"wavs: expected floating-point samples in [-1, 1], got {found}")
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)

@@ -111,7 +111,6 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
     if clips is None and config.finetune is None:  # it goes by epochs
         clips = float(train.steps) * train.batch_size
     global_batch = choice.batch * parts
-    hours = None if clips is None else clips / facts["clips_per_s"] / 3600
     if clips is not None and train.batch_size < global_batch and clips < FEW_STEPS * global_batch:
         reasons.append(
             f"only {math.ceil(clips / global_batch):,} steps: batches of {global_batch:,} clips "
@@ -162,11 +161,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
             "cores_per_gpu": facts["clips_per_s"] / per_core / W,
             "read_gb_per_s": facts["clips_per_s"] * seconds * 32000 * FLAC_SHARE / 1e9,
         },
-        "clips": clips,
-        "steps": None if clips is None else math.ceil(clips / global_batch),
-        "days": None if hours is None else hours / 24,
-        "gpu_hours": None if hours is None else hours * W,
-        "cost": None if request.price is None or hours is None else hours * W * request.price,
+        **_length(clips, facts["clips_per_s"], global_batch, W, request.price),
         "memory_table": _memory_table(config, gpu, parameters, W),
         "scaling": _scaling(config, gpu, parameters, choice, sorted({*SCALES, W})),
         "assumptions": _assumptions(
@@ -284,6 +279,22 @@ def clips_per_core(path: Path, gpu: Gpu) -> float:
         raise ConfigError(
             f"--loader {path}: expected what ssast bench data --json prints: {error!r}"
         ) from error
+
+
+def _length(
+    clips: float | None, clips_per_s: float, batch: int, gpus: int, price: float | None
+) -> dict[str, float | None]:
+    """Return the length of a run; nothing is known without its clips."""
+    if clips is None:
+        return dict.fromkeys(("clips", "steps", "days", "gpu_hours", "cost"))
+    hours = clips / clips_per_s / 3600
+    return {
+        "clips": clips,
+        "steps": math.ceil(clips / batch),
+        "days": hours / 24,
+        "gpu_hours": hours * gpus,
+        "cost": None if price is None else hours * gpus * price,
+    }
 
 
 def format_plan(plan: dict[str, Any]) -> str:

@@ -84,7 +84,8 @@ def test_a_probe_that_knows_its_test(tmp_path: Path, capsys: pytest.CaptureFixtu
     model = str(Path(__file__).parents[3] / "checkpoints/tiny_patch")
     manifest = str(tmp_path / "all.csv")
     assert main(["evaluate", model, manifest, "--probe", "--train", manifest]) == 2
-    assert "a.wav is of a recording that" in capsys.readouterr().err
+    both = f"training clips {manifest} and evaluation clips {manifest} both hold {tmp_path}/a.wav"
+    assert f"{both}: expected no recording in two data sets" in capsys.readouterr().err
 
 
 def test_settings_of_pretraining_in_a_fine_tuning() -> None:
