@@ -102,15 +102,19 @@ def _fonts(figure: "Figure") -> Iterator[None]:
     families = ["DejaVu Sans", *sorted(set(get_font_names()) & set(WIDE_FONTS))]
     for text in texts:
         text.set_fontfamily(families)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Glyph .* missing", UserWarning)
-        try:
-            figure.draw_without_rendering()
-        except UserWarning as error:
-            _say_missing(str(error).partition(" missing")[0])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
         yield
+    glyphs = [str(each.message).partition(" missing")[0] for each in found if _is_of_font(each)]
+    if glyphs:
+        _say_missing(glyphs[0])
+    for each in found:
+        if not _is_of_font(each):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def _is_of_font(warning: warnings.WarningMessage) -> bool:
+    return str(warning.message).startswith("Glyph ")
 
 
 @cache

@@ -108,6 +108,22 @@ def legacy_encoding(path: Path) -> str | None:
     return codec
 
 
+def told_encoding(path: Path, remedy: str = "") -> str | None:
+    """Return :func:`legacy_encoding`, and say so where there is one.
+
+    Args:
+        path: The file.
+        remedy: What the line ends with.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    codec = legacy_encoding(path)
+    if codec is not None:
+        log.warning("%s: not UTF-8: read as %s%s", path, codec, remedy)
+    return codec
+
+
 def read_lines(path: Path, codec: str | None = None) -> Iterator[str]:
     """Read the lines of a text file, with any line ends, without holding all of it.
 

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import logging
 import os
 import re
 from collections import deque
@@ -25,9 +24,7 @@ from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES
 from ssast.pipelines.clips.paths import absolute, resolve
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
-from ssast.pipelines.text import csv_rows, legacy_encoding, marked_encoding, read_lines
-
-log = logging.getLogger(__name__)
+from ssast.pipelines.text import csv_rows, marked_encoding, read_lines, told_encoding
 
 SAMPLE_BYTES, SAMPLE_ROWS = 2**16, 20  # that a table is told by
 LISTS = (".txt", ".lst", ".list")  # a path in each line, unless they look otherwise
@@ -197,10 +194,7 @@ def _dialect(delimiter: str, lines: Sequence[str]) -> dict[str, Any]:
 def _codec(path: Path, table: TableFormat) -> str | None:
     if table.encoding is not None:
         return table.encoding
-    codec = legacy_encoding(path)
-    if codec is not None:
-        log.warning("%s: not UTF-8: read as %s; data.encoding sets another", path, codec)
-    return codec
+    return told_encoding(path, "; data.encoding sets another")
 
 
 def _table(

@@ -133,11 +133,12 @@ def are_json_lines(path: Path, codec: str | None = None) -> bool:
     """
     with open_regular(path) as file:
         data = file.read(LINE_BYTES).removeprefix(b"\xef\xbb\xbf")
-    try:  # a character may be cut at the end
-        decoder = codecs.getincrementaldecoder(codec or "utf-8")()
-        line = decoder.decode(data).lstrip().partition("\n")[0]
-        if not line.startswith("{"):
-            return False
+    # Replaced: what is wrong in a later line is said when it is read.
+    decoder = codecs.getincrementaldecoder(codec or "utf-8")("replace")
+    line = decoder.decode(data).lstrip().partition("\n")[0]
+    if not line.startswith("{"):
+        return False
+    try:
         first = parse_json(line)
     except ValueError:
         return False

@@ -5,7 +5,6 @@ or by the columns in which Raven names the recording. Each event becomes a clip,
 recording; or each recording is cut into windows, which have the labels of the events in them.
 """
 
-import logging
 import math
 import os
 import re
@@ -22,9 +21,7 @@ from ssast.pipelines.clips.labels import is_name
 from ssast.pipelines.clips.manifest import audio_files
 from ssast.pipelines.datasets.tables import Dataset, Listed, lines
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import legacy_encoding
-
-log = logging.getLogger(__name__)
+from ssast.pipelines.text import told_encoding
 
 SPLIT = "clips"
 BEGIN, END, FILE, OFFSET = "begin time (s)", "end time (s)", "begin file", "file offset (s)"
@@ -336,14 +333,11 @@ def _raven_rows(
 
 
 def _codec(table: Path) -> str | None:
-    """Return the codec of a table that is no Unicode, and say so."""
+    """Return the codec of a table that is no Unicode."""
     try:
-        codec = legacy_encoding(table)
+        return told_encoding(table)
     except OSError:  # said when it is read
         return None
-    if codec is not None:
-        log.warning("%s: not UTF-8: read as %s", table, codec)
-    return codec
 
 
 def _label_column(table: Path, header: Mapping[str, int], wanted: str | None) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ssast.pipelines.clips.paths import absolute
 from ssast.pipelines.clips.remote import is_url
 from ssast.pipelines.clips.shards import (
     INDEX,
@@ -31,7 +31,7 @@ from ssast.pipelines.text import parse_json
 
 def place_of(source: str | Path) -> str:
     """Return where a source is, in full."""
-    return str(source) if is_url(source) else os.path.abspath(source)
+    return str(source) if is_url(source) else absolute(source)
 
 
 def check_source(out: Path, source: str | Path) -> None:

@@ -152,8 +152,7 @@ def measure(
     spec = spec or FbankSpec()
     paths = read_clips(path, table) if clips is None else clips
     wanted = min(math.ceil(share * len(paths)), max_clips or len(paths))
-    drawn_again = isinstance(paths, MixedClips)
-    num_total = math.inf if drawn_again else len(paths)
+    num_total = math.inf if isinstance(paths, MixedClips) else len(paths)
     found = np.zeros((wanted, 3))  # values, sum and sum of squares of each clip
     frames = np.zeros(wanted)
     histogram = np.zeros(len(EDGES) - 1)
