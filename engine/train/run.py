@@ -115,6 +115,7 @@ def run_training(
         choice = choose_precision(task, found)
         if choice is not None:
             notes = [*notes, f"train.precision auto: {choice.precision}: {choice.reason}"]
+        notes = [*notes, *outside_patches(config)]
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
@@ -151,6 +152,26 @@ def run_training(
             how = f"stopped by signal {stopped} after" if stopped else "finished"
             say(f"{how} step {state.progress.step} of {config.train.steps}: {folder}")
         return stopped
+
+
+def outside_patches(config: Config) -> list[str]:
+    """Return a line for the log on the mel bins and frames that are in no patch, if there are any.
+
+    Patches begin at the first bin and frame, as published: what is left over is at the ends, and
+    between patches whose stride is larger than they are.
+    """
+    patch, audio = config.model.patch, config.audio
+    stride = (config.finetune and config.finetune.stride) or patch
+    sizes = {"mel bins": audio.n_mels, "frames": audio.num_frames}
+    left = [
+        f"{outside} of {total} {name}"
+        for (name, total), size, step, count in zip(
+            sizes.items(), patch, stride, config.grid, strict=True
+        )
+        if (outside := total - size - (count - 1) * min(size, step))
+    ]
+    cut = f"patches of {patch[0]} x {patch[1]}, {stride[0]} x {stride[1]} apart"
+    return [f"{' and '.join(left)} are in no patch ({cut})"] if left else []
 
 
 def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -> Monitor:
