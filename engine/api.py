@@ -96,6 +96,8 @@ _HOMES = {
     "StopTraining": "ssast.engine.errors",
     "TrainingError": "ssast.engine.errors",
     "DataError": "ssast.pipelines.errors",
+    # Data
+    "TableFormat": "ssast.pipelines.clips.columns",
 }
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
@@ -166,6 +168,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from ssast.kernels.mel import FbankSpec
     from ssast.kernels.mspm_loss import info_nce, mse
     from ssast.kernels.patch_embed import patch_embed
+    from ssast.pipelines.clips.columns import TableFormat
     from ssast.pipelines.errors import DataError
 else:
 

@@ -212,7 +212,7 @@ def _cpu_backend(dtype: torch.dtype) -> Backend:
 
 
 def _only_math() -> bool:
-    """Whether the caller has left PyTorch's attention no backend but ``math``."""
+    """Return whether the caller has left PyTorch's attention no backend but ``math``."""
     settings = torch.backends.cuda  # for every device
     return settings.math_sdp_enabled() and not (
         settings.flash_sdp_enabled()

@@ -59,7 +59,7 @@ class Masks(NamedTuple):
 
 
 def philox(seed: int, block: Tensor, clip: Tensor, epoch: Tensor, stream: int | Tensor) -> Tensor:
-    """Philox4x32-10 with the key ``seed`` (64 bits) at the counter (block, clip, epoch, stream).
+    """Draw Philox4x32-10 with the key ``seed`` (64 bits) at (block, clip, epoch, stream).
 
     The counters are int64 tensors that broadcast to a shape S and are taken modulo 2**32.
 

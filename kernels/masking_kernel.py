@@ -1,6 +1,6 @@
 """Masks on CUDA: one program draws the mask of one clip, bit for bit that of masking.py.
 
-And the rows of noise of its masked patches, bit for bit those of fill_masked.py.
+And the rows of noise of its patches, bit for bit those of fill_masked.py.
 """
 
 import torch

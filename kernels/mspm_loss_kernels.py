@@ -1,8 +1,9 @@
 """The losses on CUDA; see mspm_loss.py.
 
-S exists in tiles alone, which are computed twice (three times for "official", whose normaliser is
-that of a row while the accuracy and the gradient go down the columns). Matmuls take the dtype of
-the inputs, float32 as three TF32 matmuls, and accumulate in float32.
+S exists in tiles alone, which are computed once for each chunk of P, and once more for
+"official", whose normaliser is that of a row while the accuracy and the gradient go down the
+columns. Matmuls take the dtype of the inputs, float32 as three TF32 matmuls, and accumulate in
+float32.
 """
 
 import torch

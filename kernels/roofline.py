@@ -44,7 +44,7 @@ def patch_embed(
     B: int, N: int, M: int, P: int, D: int, *, fbank_bytes: int, weight_bytes: int
 ) -> Work:
     """Count the forward pass: visible patches are read for the matmul, masked ones as targets."""
-    read = B * N * (P * fbank_bytes + ID_BYTES) + (D * P + (PREFIX + N + 2) * D) * weight_bytes
+    read = B * N * (P * fbank_bytes + ID_BYTES) + (D * P + (2 * PREFIX + N + 2) * D) * weight_bytes
     written = B * (PREFIX + N) * D * weight_bytes + B * M * P * weight_bytes
     return Work(read + written, 2 * B * (N - M) * P * D)
 
@@ -55,7 +55,7 @@ def patch_embed_backward(
     """Count the backward pass: gradients of all tokens and visible patches in, of weights out."""
     V = N - M
     read = B * (PREFIX + N) * D * weight_bytes + B * V * P * fbank_bytes + B * N * ID_BYTES
-    written = (D * P + (PREFIX + N + 2) * D) * weight_bytes
+    written = (D * P + (2 * PREFIX + N + 2) * D) * weight_bytes
     return Work(read + written, 2 * B * V * P * D)
 
 

@@ -347,18 +347,17 @@ class FolderLock:
 
 
 @contextlib.contextmanager
-def exclusive(out: Path, doing: str = "another run is preparing data") -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
     """Create a folder and lock it while the body writes there.
 
     Args:
         out: The folder.
-        doing: What an owner does, see :class:`FolderLock`.
 
     Raises:
         FolderInUse: Another process holds the lock.
         DataError: The body cannot write a file (a full disk).
     """
-    with FolderLock(out, doing) as lock:
+    with FolderLock(out, "another run is preparing data") as lock:
         try:
             lock.acquire()
         except OSError as error:

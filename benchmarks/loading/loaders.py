@@ -15,6 +15,7 @@ from ssast.kernels.fbank import EPS, FbankSpec
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.stream.graph import PREFETCH, decoded_clips
 from ssast.pipelines.stream.source import ClipSource
+from ssast.pipelines.text import one_line
 
 Compute = Callable[[Path, FbankSpec], Tensor]  # returns the filterbank [T, F] of a file
 
@@ -96,7 +97,7 @@ def plain_loaders() -> tuple[dict[str, Compute], list[str]]:
             OSError,
             RuntimeError,
         ) as error:  # no FFmpeg, other torch
-            missing.append(f"not compared with {name}: {str(error).splitlines()[0]}")
+            missing.append(f"not compared with {name}: {one_line(error):.200}")
         else:
             found[name] = compute
     return found, missing

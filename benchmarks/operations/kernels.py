@@ -49,6 +49,7 @@ from ssast.engine.settings import SIZES
 from ssast.kernels.aot import ARCHITECTURES, compile_all, record
 from ssast.kernels.launch import assume_architecture
 from ssast.kernels.roofline import Work
+from ssast.pipelines.text import one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "int64"}
@@ -178,8 +179,8 @@ def time_problem(
             _run(fused, leaves, backward=False)
             providers["torch.compile"] = fused
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            print(f"{problem.operation}: torch.compile is left out: {reason}", file=sys.stderr)
+            reason = f"torch.compile is left out: {one_line(error):.200}"
+            print(f"{problem.operation}: {reason}", file=sys.stderr)
     phases: list[tuple[str, Work]] = [("forward", problem.forward)]
     if problem.backward is not None:
         both = (a + b for a, b in zip(problem.forward, problem.backward, strict=True))

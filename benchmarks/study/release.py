@@ -147,8 +147,7 @@ def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Pat
         "experiments with few clips and for trying the commands, not a substitute for the "
         "published models.",
         "",
-        f"    ssast finetune demo_finetune --checkpoint {path} "
-        f"'model.patch=[{model.patch[0]}, {model.patch[1]}]' data.train=mine.json",
+        f"    ssast finetune classifier --checkpoint {path} data.train=mine.json",
         f"    ssast embed {path} /my/recordings --out x.npy",
         "",
         "## Training",

@@ -171,6 +171,13 @@ def _add_stats(kinds: Any) -> None:
     )
     _add_channel(command)
     command.add_argument(
+        "--sample-rate-hz",
+        type=int,
+        default=16000,
+        metavar="HZ",
+        help="as audio.sample_rate_hz (16000)",
+    )
+    command.add_argument(
         "--n-mels", type=int, default=128, metavar="F", help="as audio.n_mels (128)"
     )
     command.add_argument(
@@ -292,7 +299,10 @@ def _stats(options: argparse.Namespace) -> int:
 
     try:
         spec = FbankSpec(
-            num_frames=options.num_frames, n_mels=options.n_mels, channel=options.channel
+            sample_rate_hz=options.sample_rate_hz,
+            num_frames=options.num_frames,
+            n_mels=options.n_mels,
+            channel=options.channel,
         )
     except ValueError as error:
         raise DataError(str(error)) from error

@@ -135,6 +135,8 @@ def _plan(options: argparse.Namespace) -> int:
         check_writable(options.png.parent)
     config = load_config(options.config, options.overrides)
     if options.calibrate is not None:
+        check_new([options.calibrate], [options.config])
+        check_writable(options.calibrate.parent)
         gpu = calibrate(
             lambda text: print(text, flush=True) if not options.json else None,
             precision=config.train.precision,

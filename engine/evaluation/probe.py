@@ -22,10 +22,9 @@ from sklearn.preprocessing import StandardScaler
 
 from ssast.engine.checkpoints.classifier import model_settings
 from ssast.engine.config import Config
-from ssast.engine.data.clips import fbank_spec
 from ssast.engine.evaluation.metrics import verification_metrics
 from ssast.engine.evaluation.precision import autocast_in
-from ssast.engine.evaluation.predict import default_device
+from ssast.engine.evaluation.predict import BATCH, default_device, one_pass
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
     read_tasks,
@@ -43,7 +42,6 @@ from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
 from ssast.pipelines.files import write_atomically
-from ssast.pipelines.stream.stream import AudioStream
 
 UNTRAINED = "untrained"  # name of the fresh weights in scores
 MAX_PAIRED = 2000  # clips whose pairs are looked at
@@ -93,9 +91,7 @@ def features(
     encoder, found = encoder.to(device), {}
     with (
         autocast_in(precision, device),
-        AudioStream(
-            paths, fbank_spec(audio), batch_size=32, epochs=1, device=device, max_rejected=1.0
-        ) as batches,
+        one_pass(paths, audio, device, batch_size=BATCH) as batches,
     ):
         for batch in with_progress(batches, len(paths), "encode", progress):
             pooled = embed_clips(encoder, batch.fbank, num_frames=batch.num_frames)

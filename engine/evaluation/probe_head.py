@@ -120,8 +120,9 @@ def fit_head(
 ) -> Head:
     """Train a head.
 
-    It minimises the mean cross entropy plus (|W|^2 + |q|^2) / (2 c n), which for one layer and the
-    mean is the multinomial logistic regression of scikit-learn with C = c.
+    It minimises the mean cross entropy plus (|W|^2 + |q|^2 + |a|^2) / (2 c n), with the query q and
+    the layer logits a, which for one layer and the mean is the multinomial logistic regression of
+    scikit-learn with C = c.
 
     Args:
         features: Features of n clips, a copy: they are standardised in place.

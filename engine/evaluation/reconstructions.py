@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssast.engine.data.clips import fbank_spec, find_clips
+from ssast.engine.data.clips import find_clips
+from ssast.engine.evaluation.predict import one_pass
 from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.curves import draw_curves
@@ -14,7 +15,6 @@ from ssast.kernels.masking import Masks
 from ssast.kernels.patch_embed import cut_patches, join_patches
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.stream.batch import Batch
-from ssast.pipelines.stream.stream import AudioStream
 
 
 def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
@@ -35,11 +35,8 @@ def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
     model, config = load_pretrained(run)
     paths = find_clips(config)[1]
     chosen = [paths[i * len(paths) // num_clips] for i in range(min(num_clips, len(paths)))]
-    spec = fbank_spec(config.audio)
     device = torch.device("cpu")
-    with AudioStream(
-        chosen, spec, batch_size=len(chosen), epochs=1, device=device, max_rejected=1.0
-    ) as batches:
+    with one_pass(chosen, config.audio, device, batch_size=len(chosen)) as batches:
         batch = next(batches)
     titles = [Path(str(path)).name for path in chosen]
     pictures = [draw_curves(run)]

@@ -23,6 +23,7 @@ from torch import Tensor
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.harness import WaveformEncoder
 from ssast.engine.formats.open import LoadedModel
+from ssast.pipelines.text import one_line
 
 
 class XaresEncoder(WaveformEncoder):
@@ -95,5 +96,5 @@ def check_decoding() -> None:
         except Exception as error:  # of torchaudio, torchcodec, FFmpeg or the loader of libraries
             raise ConfigError(
                 "X-ARES decodes audio by torchaudio, which cannot here, and would leave out all "
-                f"clips: install torchcodec and FFmpeg: {str(error).splitlines()[0]:.200}"
+                f"clips: install torchcodec and FFmpeg: {one_line(error):.200}"
             ) from error

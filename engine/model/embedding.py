@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
         return torch.cat((self.cls_token, self.dist_token), 1)
 
     def valid_columns(self, num_frames: Tensor | None) -> Tensor | None:
-        """Columns of patches that lie whole in the sound, [B], at least one.
+        """Count the columns of patches that lie whole in the sound, [B], at least one.
 
         None where padding counts as sound, or where no length is given.
         """

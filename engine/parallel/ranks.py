@@ -142,7 +142,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
 
 
 def _tasks_here(env: Mapping[str, str], world_size: int) -> int:
-    """Processes of a Slurm step on this machine; "2(x3),1" means 2, 2, 2 and 1."""
+    """Count the processes of a Slurm step on this machine; "2(x3),1" means 2, 2, 2 and 1."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -281,7 +281,7 @@ def _set_environment(**variables: str) -> None:
 
 
 def _pick_device(launch: Launch) -> tuple[torch.device, int]:
-    """The device of this process and its index; makes it the current one."""
+    """Return the device of this process and its index; make it the current one."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), launch.local_rank
     count, index = torch.cuda.device_count(), launch.local_rank

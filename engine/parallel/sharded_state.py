@@ -166,18 +166,18 @@ class ShardedState:
         self._refresh_module()
 
     def _averages(self) -> list[Tensor]:
-        """This rank's averages, in the order of the partitions; empty where none are kept."""
+        """Return this rank's averages in the order of the partitions; none where none are kept."""
         states = [self._zero.optimizer.state[flat] for flat in self._flats()]
         return [state[EMA] for state in states if EMA in state]
 
     def _flats(self) -> list[Tensor]:
-        """This rank's fp32 partitions, which the optimizer updates; padded with zeros."""
+        """Return this rank's fp32 partitions, which the optimizer updates; padded with zeros."""
         if self.stage == 3:
             return self._zero.fp32_partitioned_groups_flat
         return self._zero.single_partition_of_fp32_groups
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Buffers that belong to the state dict, by name."""
+        """Return the buffers that belong to the state dict, by name."""
         found: dict[str, Tensor] = {}
         for prefix, module in self.module.named_modules():
             for name, buffer in module.named_buffers(prefix, recurse=False):
@@ -186,7 +186,7 @@ class ShardedState:
         return found
 
     def _create_moments(self) -> None:
-        """Creates the zero moments that Adam would create in its first step.
+        """Create the zero moments that Adam would create in its first step.
 
         So the state can be read and written before that step, and DeepSpeed links the moments
         of every group: by itself it does so after the first group's first step, when the other
@@ -208,7 +208,7 @@ class ShardedState:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _gather(self, param: nn.Parameter, kind: str) -> Tensor:
-        """The whole weight or moment of a parameter, in its shape, on every rank."""
+        """Return the whole weight or moment of a parameter, in its shape, on every rank."""
         from deepspeed import utils, zero
 
         if not param.requires_grad:
@@ -219,7 +219,7 @@ class ShardedState:
         return utils.safe_get_full_optimizer_state(param, kind)
 
     def _receive(self, source: Tensor | None, target: Tensor) -> None:
-        """Copies rank 0's source into the target of every rank."""
+        """Copy rank 0's source into the target of every rank."""
         value = torch.empty_like(target, memory_format=torch.contiguous_format)
         if self.world.is_main and source is not None:
             value.copy_(source)
@@ -229,7 +229,7 @@ class ShardedState:
 
     @torch.no_grad()
     def _write_parameters(self, tensors: Mapping[str, Tensor], kinds: tuple[str, ...]) -> None:
-        """Sets these kinds from rank 0's tensors, then the module's own copies of the weights."""
+        """Set these kinds from rank 0's tensors, then the module's own copies of the weights."""
         from deepspeed import zero
 
         if self.stage == 3:
@@ -248,7 +248,7 @@ class ShardedState:
         self._refresh_module()
 
     def _scatter(self, param: nn.Parameter, kind: str, value: Tensor) -> None:
-        """Puts this rank's share of a whole weight or moment into its partition."""
+        """Put this rank's share of a whole weight or moment into its partition."""
         from deepspeed import utils
 
         if self.stage < 3 and kind == "weight":
@@ -267,7 +267,7 @@ class ShardedState:
             utils.safe_set_local_optimizer_state(param, shares[self.world.rank], kind)
 
     def _refresh_module(self) -> None:
-        """Copies the master weights into the module, as the end of an optimizer step does."""
+        """Copy the master weights into the module, as the end of an optimizer step does."""
         if self.stage < 3:
             self._zero.update_lp_params()
             return

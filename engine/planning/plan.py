@@ -226,7 +226,7 @@ def bus_bandwidth(gpu: Gpu, world_size: int) -> float:
 
 
 def collective_s(gpu: Gpu, world_size: int, size: float, pieces: int) -> float:
-    """Seconds to reduce or to gather ``size`` bytes in some pieces, in rings over all devices."""
+    """Estimate the seconds to reduce or gather ``size`` bytes in pieces, in rings."""
     if world_size == 1:
         return 0.0
     nodes = math.ceil(world_size / gpu.per_node)

@@ -29,12 +29,12 @@ from ssast.engine.planning.plan import (
     wire_elements,
 )
 from ssast.pipelines.figures import save_figure, subplots
+from ssast.pipelines.prepare.pack import FLAC_SHARE
 
-# Of `ssast bench data --threads 1`, 10 s FLAC, on a Xeon with AVX-512: 640 and 300; see --loader.
+# Of `ssast bench data --threads 1`, 10 s FLAC, on a Xeon with AVX-512; see --loader.
 CLIPS_PER_CORE = {"decoded": 600.0, "filterbank": 300.0}
 FEW_STEPS = 10_000
 SMALL_GAIN = 0.02  # not worth naming
-FLAC_SHARE = 0.6  # of 16-bit samples
 SCALES = [2**k for k in range(13)]  # 1 to 4096
 BATCHES = (1, 8, 32, 128)
 
@@ -118,6 +118,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
         )
     per_core = request.clips_per_core or CLIPS_PER_CORE["filterbank" if gpu.is_cpu else "decoded"]
     seconds = config.audio.num_frames / 100
+    bytes_per_s = 2 * config.audio.sample_rate_hz * FLAC_SHARE
     reduced, gathered = 0.0, 0.0
     if W > 1:
         reduced, gathered = wire_elements(parameters, choice.stage, train.accumulation_steps)
@@ -159,7 +160,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
             "clips_per_s_per_core": per_core,
             "cores": facts["clips_per_s"] / per_core,
             "cores_per_gpu": facts["clips_per_s"] / per_core / W,
-            "read_gb_per_s": facts["clips_per_s"] * seconds * 32000 * FLAC_SHARE / 1e9,
+            "read_gb_per_s": facts["clips_per_s"] * seconds * bytes_per_s / 1e9,
         },
         **_length(clips, facts["clips_per_s"], global_batch, W, request.price),
         "memory_table": _memory_table(config, gpu, parameters, W),
@@ -173,7 +174,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
 def _facts(
     config: Config, gpu: Gpu, parameters: Parameters, world_size: int, choice: Choice
 ) -> dict[str, Any]:
-    """Memory and speed of a choice."""
+    """Work out memory and speed of a choice."""
     shape: dict[str, Any] = {
         "world_size": world_size,
         "batch": choice.batch,
@@ -218,7 +219,7 @@ def _memory_table(
 def _scaling(
     config: Config, gpu: Gpu, parameters: Parameters, choice: Choice, sizes: list[int]
 ) -> list[dict[str, Any]]:
-    """Speed on other numbers of devices, with as many clips on each."""
+    """Work out the speed on other numbers of devices, with as many clips on each."""
     rows: list[dict[str, Any]] = []
     for W in sizes:
         facts = _facts(config, gpu, parameters, W, choice)
@@ -249,7 +250,8 @@ def _assumptions(
         f"{LIVE_ELEMENTS / 1e6:.0f} M weights gathered",
         f"a core makes {per_core:.0f} clips/s ready"
         + ("" if measured else " (a default: measure with ssast bench data --json, --loader)")
-        + f"; 16 kHz FLAC of {config.audio.num_frames / 100:g} s a clip",
+        + f"; FLAC of {config.audio.sample_rate_hz / 1000:g} kHz, "
+        f"{config.audio.num_frames / 100:g} s a clip",
         "times without faults, validations and checkpoints; expect 30 % either way before "
         "--calibrate on the machine",
     ]

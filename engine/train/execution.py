@@ -22,6 +22,7 @@ from ssast.engine.settings import Train
 from ssast.engine.train.graphs import CudaRecorder, GraphedFunction, GraphedModule, Recorder
 from ssast.engine.train.task import Task
 from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.text import one_line
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}
 """Largest error of the loss, and of the gradient of each parameter relative to its norm, besides
@@ -244,7 +245,7 @@ class _Trials:
                 ms = self.tools.milliseconds(self._pass)
         # Whatever a compiler, a driver or a lack of memory may raise.
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = f"{type(error).__name__}: {one_line(error):.200}"
         if mode.graphs and not reason:
             reason = self._shortage()
         self._set_up(Mode(self.train.compile is True, False))

@@ -21,6 +21,7 @@ from ssast.engine.train.execution import pass_in, relative_errors
 from ssast.engine.train.task import Task
 from ssast.kernels.matmul import multiplies_bf16
 from ssast.pipelines.stream.batch import Batch
+from ssast.pipelines.text import one_line
 
 LOSS_TOLERANCE = 0.02
 GRADIENT_TOLERANCE = 0.25
@@ -75,7 +76,7 @@ def _choose(task: Task, resumed: Path | None) -> Choice:
     try:
         reason, fp32_ms, bf16_ms = _try(task)
     except (RuntimeError, TypeError, NotImplementedError) as error:  # an operation without bf16
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {one_line(error):.200}"
     failed, fp32_ms, bf16_ms = reduce_max([float(bool(reason)), fp32_ms, bf16_ms], world)
     if failed:
         return Choice("fp32", reason or "another rank cannot use bf16")

@@ -91,7 +91,7 @@ class Saver:
         self._last = self._thread.submit(self._write, tensors, meta, step, best, last)
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk. Collective.
+        """Wait until the last checkpoint is on the disk. Collective.
 
         Raises:
             CheckpointError: It could not be written.

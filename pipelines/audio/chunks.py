@@ -9,6 +9,7 @@ from ssast.pipelines.audio.headers import (
     Reader,
     Repair,
     Sound,
+    missing,
     without_tags,
 )
 from ssast.pipelines.audio.optional import (
@@ -109,7 +110,7 @@ def settled(read: Reader, size: int, data: Data) -> Sound:
         behind = data.form is not None and are_chunks(read, data.form, data.at, size)
         found = 0 if behind else there
     elif stated > there:
-        if stated - there > max(few, MISSING_SHARE * stated):
+        if missing(stated, there, few):
             raise DataError(f"truncated: {there} of {stated} bytes of samples")
         found = there
     else:

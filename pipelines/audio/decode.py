@@ -28,6 +28,7 @@ from ssast.pipelines.audio.ffmpeg import BLOCK_SAMPLES, ffmpeg_blocks, ffmpeg_in
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
     HEAD,
+    RATES_HZ,
     Reader,
     Sound,
     foreign_format,
@@ -50,7 +51,6 @@ from ssast.pipelines.errors import (
 )
 from ssast.pipelines.files import open_regular
 
-LOWEST_HZ, HIGHEST_HZ = 2000, 768_000  # other sample rates mean a damaged header
 SPAN_BUFFER = 2**20  # bytes of a read from an archive
 SYSTEM_ERROR = 2  # libsndfile's error number
 STREAMED = 1 << 48  # a header with so many samples was written before their number was known
@@ -176,7 +176,7 @@ def to_mono(
         UnusableError: The sample rate is out of range, or a sample is NaN or infinite.
     """
     for block, rate_hz in blocks:
-        if not LOWEST_HZ <= rate_hz <= HIGHEST_HZ:
+        if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
             raise UnusableError(f"states a sample rate of {rate_hz} Hz")
         mono = downmix(block, channel)
         if not np.isfinite(mono).all():

@@ -24,6 +24,7 @@ from ssast.pipelines.audio.extents import Extent, cropped, go_to, missing_s, rep
 from ssast.pipelines.audio.headers import (
     FEW_SAMPLES,
     HEAD,
+    RATES_HZ,
     Reader,
     Sound,
     foreign_format,
@@ -40,7 +41,6 @@ from ssast.pipelines.errors import BeyondEndError, DataError
 from ssast.pipelines.files import open_regular
 
 LOUDEST = 1e9  # full scale is 1; the power of larger samples in a float file overflows
-RATES_HZ = (1000, 1_000_000)
 TAIL_S = 0.1  # decoded after the crop, so that the resampler's edge effect is outside of it
 RETRY_S = 0.5  # for which a clip is tried again, where nothing else is said
 

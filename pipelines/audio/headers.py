@@ -12,6 +12,7 @@ ID3_HEADER = 10  # bytes in front of a tag
 OGG_PAGE = 65307  # bytes of the largest page of an Ogg file
 FEW_SAMPLES = 64  # may be missing: more than the 44 bytes of a header that was counted as sound
 MISSING_SHARE = 0.01  # of the samples, that may be missing as well
+RATES_HZ = (1000, 1_000_000)  # other sample rates mean a damaged header
 FOREIGN = (  # what ffmpeg reads and libsndfile does not: offset, bytes there, name of the format
     (4, b"ftyp", "MP4 or M4A"),
     (0, b"\x1a\x45\xdf\xa3", "Matroska or WebM"),

@@ -33,7 +33,6 @@ NAMES = {",": "CSV", "\t": "TSV", ";": "CSV with ;", "|": "CSV with |"}
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
 SEPARATOR = re.compile(r"sep=(.)\s*$")  # a first line for Excel
 ARCHIVE = re.compile(r":\d+$")  # Kaldi: a place in an archive
-Rows = Iterator[tuple[int, list[str]]]
 
 
 def open_delimited(path: Path, table: TableFormat) -> Table:

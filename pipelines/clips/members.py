@@ -72,7 +72,6 @@ def read_tar(
     file: "File",
     size: int,
     suffixes: Collection[str],
-    tick: Callable[[], None] = lambda: None,
 ) -> Contents:
     """Find the sounds of a plain tar archive and read their labels.
 
@@ -84,7 +83,6 @@ def read_tar(
         file: The archive.
         size: Its size in bytes.
         suffixes: Suffixes of sounds.
-        tick: Called for each member.
 
     Raises:
         DataError: The archive is compressed.
@@ -97,7 +95,6 @@ def read_tar(
     try:
         with cast(Any, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:")) as archive:
             for member in archive:
-                tick()
                 archive.members = []  # else all of them stay in memory
                 if member.size < 0 or archive.offset <= place:  # else it comes again and again
                     raise tarfile.ReadError(f"a member at byte {place} ends before it begins")

@@ -120,11 +120,12 @@ def _write(
     texts, counts = _texts(dataset)
     manifests = {split: f"{split}.json" for split in dataset.splits}
     files = sorted([*texts, *manifests.values(), *dataset.made])
-    if os.path.realpath(out) == os.path.realpath(source):  # never over what is the user's
-        check_new(out / file for file in files if file not in earlier)
+    check_new(out / file for file in files if file not in earlier)  # never over the user's own
+    mine = sorted({*earlier, *files})  # for the next run, if this one is killed
+    unfinished = {"data_set": name, "unfinished": True, "files": mine}
+    write_atomically(out / REPORT, json.dumps(unfinished) + "\n")
     for file in set(earlier) - set(files):
         (out / file).unlink(missing_ok=True)
-    (out / REPORT).unlink(missing_ok=True)  # from here on unfinished
     for file, cut in dataset.made.items():
         _write_sound(out / file, cut)
     for split, clips in dataset.splits.items():

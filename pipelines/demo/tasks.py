@@ -209,7 +209,7 @@ DEMO_TASKS = (
 def divide(
     task: Task, clips: Sequence[Clip]
 ) -> tuple[list[tuple[Clip, str]], list[tuple[Clip, str]]]:
-    """Label and splits the clips of a task.
+    """Label and split the clips of a task.
 
     Args:
         task: The task.

@@ -26,12 +26,37 @@ from ssast.pipelines.clips.shards import (
 from ssast.pipelines.clips.sidecar import Sidecar
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.locks import LOCK
 from ssast.pipelines.text import parse_json
+
+# the report says that the others are there
+LISTS = (REJECTED, WRONG_LENGTHS, OVERFLOWS, INDEX, RECORDINGS, LABELS, REPORT)
 
 
 def place_of(source: str | Path) -> str:
     """Return where a source is, in full."""
     return str(source) if is_url(source) else absolute(source)
+
+
+def check_own(out: Path) -> None:
+    """Check that a folder holds nothing that a preparation would replace but did not write.
+
+    Without a report, that of a preparation which was killed has its lock, or behind a URL sidecars.
+
+    Raises:
+        DataError: It holds something else.
+    """
+    report, shards = out / REPORT, (out / SHARD).parent
+    there = sorted(path.name for path in shards.iterdir()) if shards.exists() else []
+    if report.exists():
+        others = [] if "shards" in _read_report(out) else [report]
+    elif (out / LOCK).exists() or any(re.fullmatch(r"\d+\.jsonl", name) for name in there):
+        others = []
+    else:
+        others = [shards / name for name in there]
+        others += [out / name for name in LISTS if (out / name).exists()]
+    if others:
+        raise DataError(f"{others[0]}: not of ssast data prepare: choose another output folder")
 
 
 def check_source(out: Path, source: str | Path) -> None:
@@ -40,16 +65,21 @@ def check_source(out: Path, source: str | Path) -> None:
     Raises:
         DataError: It does.
     """
-    try:
-        before = parse_json((out / REPORT).read_text()).get("source")
-    except (OSError, ValueError, AttributeError):
-        return
-    place = place_of(source)
+    place, before = place_of(source), _read_report(out).get("source")
     if before not in (None, place):
         raise DataError(
             f"{out}: holds what was prepared of {before}, and nothing of {place}: choose another "
             "folder, or remove it"
         )
+
+
+def _read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a folder; an empty one if there is none, or it is none."""
+    try:
+        found = parse_json((out / REPORT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_index(

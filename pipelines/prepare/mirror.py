@@ -7,25 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssast.pipelines.clips.remote import as_os_error, is_url
-from ssast.pipelines.clips.shards import (
-    INDEX,
-    LABELS,
-    OVERFLOWS,
-    RECORDINGS,
-    REJECTED,
-    REPORT,
-    SHARD,
-    SIDECAR,
-    WRONG_LENGTHS,
-)
-
-# the report says that the others are there
-LISTS = (REJECTED, WRONG_LENGTHS, OVERFLOWS, INDEX, RECORDINGS, LABELS, REPORT)
+from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
+from ssast.pipelines.prepare.index import LISTS, check_own
 
 
 @contextlib.contextmanager
 def local_folder(out: Path) -> Iterator[Path]:
-    """Yield ``out``, or a temporary folder if that is behind a URL."""
+    """Yield ``out``, or a temporary folder if that is behind a URL.
+
+    Raises:
+        DataError: ``out`` holds something that was not prepared.
+    """
+    check_own(out)
     if not is_url(out):
         yield out
         return

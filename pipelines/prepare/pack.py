@@ -122,7 +122,7 @@ def prepare_shards(
 
     Raises:
         DataError: Wrong settings or source, no usable recording, too small a disk, or ``out``
-            cannot be written to.
+            cannot be written to or holds something else.
     """
     source, out = as_path(source), as_path(out)
     packing.check()
@@ -164,8 +164,7 @@ def pack_recordings(
         The report.
 
     Raises:
-        DataError: No recording is usable, the disk is too small, or the folder holds what was
-            prepared of another source.
+        DataError: No recording is usable, the disk is too small, or the folder has another source.
         OSError: A file cannot be written.
     """
     out = folder if mirror is None else mirror.remote
@@ -173,7 +172,7 @@ def pack_recordings(
     digests = [digest(group, packing) for group in groups]
     missing = [n for n in range(len(groups)) if not is_finished(folder, n, digests[n])]
     if len(missing) == len(groups):
-        check_source(folder, source)
+        check_source(out, source)
     if missing:
         if mirror is None:
             check_space(out, [item for n in missing for item in groups[n]], packing)

@@ -21,8 +21,6 @@ from ssast.pipelines.stream.graph import PREFETCH, FbankThreads, build_pipeline
 from ssast.pipelines.stream.rejected import Rejections
 from ssast.pipelines.stream.source import CACHED, READ, ClipSource
 
-__all__ = ["AudioStream", "build_pipeline"]
-
 log = logging.getLogger(__name__)
 
 MAX_RECOVERIES = 4  # decoding errors after which libsndfile decodes every clip

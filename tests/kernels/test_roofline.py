@@ -20,14 +20,15 @@ def test_fill_masked() -> None:
 
 
 def test_patch_embed() -> None:
-    # fp32 in: 64 values; ids: 16. bf16 parameters: weight 12, positions 30, bias 3, mask token 3.
+    # fp32 in: 64 values; ids: 16. bf16 parameters: weight 12, positions 30, bias 3, mask token 3,
+    # two tokens in front 6.
     # Out: 2 x 10 tokens of 3, 2 x 5 targets of 4.
-    want = 64 * 4 + 16 * 8 + (12 + 30 + 3 + 3) * 2 + 60 * 2 + 40 * 2
+    want = 64 * 4 + 16 * 8 + (12 + 30 + 3 + 3 + 6) * 2 + 60 * 2 + 40 * 2
     got = roofline.patch_embed(B, N, M, P, D, fbank_bytes=4, weight_bytes=2)
     assert got == Work(want, 6 * 4 * 3 * 2)  # 6 visible patches
 
     # In: 60 gradients, 6 visible patches of 4, 16 ids. Out: the gradients of the parameters.
-    want = 60 * 2 + 24 * 4 + 16 * 8 + (12 + 30 + 3 + 3) * 2
+    want = 60 * 2 + 24 * 4 + 16 * 8 + (12 + 30 + 3 + 3 + 6) * 2
     got = roofline.patch_embed_backward(B, N, M, P, D, fbank_bytes=4, weight_bytes=2)
     assert got == Work(want, 6 * 4 * 3 * 2)
 

@@ -264,14 +264,6 @@ def spread(rows: Sequence[Tensor]) -> float:
     return float(torch.sqrt(square - mean * mean).sum() / len(mean))
 
 
-def averages(steps: Sequence[Tensor], decays: Sequence[float]) -> Tensor:
-    """The average after weights were recorded; the first are those before any step."""
-    average = steps[0]
-    for weight, decay in zip(steps[1:], decays, strict=True):
-        average = decay * average + (1 - decay) * weight
-    return average
-
-
 def decay(step: int, first: float, last: float, steps: int) -> float:
     return last if step >= steps else first + (last - first) * step / steps
 

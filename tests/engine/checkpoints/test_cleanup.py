@@ -13,7 +13,6 @@ from ssast.engine.checkpoints import store
 from ssast.engine.checkpoints.store import Checkpoints
 
 ERRORS = [errno.EBUSY, errno.ENOTEMPTY, errno.EACCES]  # NFS and its open files; a read-only folder
-TENSORS = {"weight/a": torch.ones(2)}
 
 
 def save(checkpoints, step, value=0.0):

@@ -93,3 +93,23 @@ def test_settings_of_pretraining_in_a_fine_tuning() -> None:
     (line,) = without_effect(load_config("classifier", given))
     assert line.startswith("train.steps, objective.kind: of pretraining, not used")
     assert without_effect(load_config("classifier", given[:1])) == []
+
+
+@pytest.mark.parametrize("name", ["shards/00000.tar", "index.npy", "report.json"])
+def test_prepare_leaves_the_users_own_files(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.wav", tone(16000))
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"of": "the user"}')
+    prepare = ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--jobs", "1"]
+    assert main(prepare) == 2
+    assert f"{mine}: not of ssast data prepare" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [mine]
+    assert mine.read_text() == '{"of": "the user"}'
+    mine.unlink()
+    assert main(prepare) == 0
+    (tmp_path / "out/report.json").unlink()  # as if it had been killed
+    assert main([*prepare, "--clip-s", "0.5"]) == 0

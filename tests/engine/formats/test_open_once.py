@@ -35,7 +35,6 @@ from ssast.engine.model.objective import MSPM
 
 PLAIN = {"model": {"size": "tiny", "depth": 1}, "audio": {"num_frames": 48}}
 CLASSES = ("pitch0", "pitch1", "pitch2")
-OPTIONS = ("--frames", "48", "--stride", "16", "16")
 
 
 class Reads:

@@ -21,7 +21,7 @@ from ssast.engine.train.execution import Mode, start_execution
 from ssast.engine.train.pretraining import Pretraining
 
 EAGER, GRAPHS = Mode(False, False), Mode(False, True)
-COMPILED, BOTH = Mode(True, False), Mode(True, True)
+COMPILED = Mode(True, False)
 
 
 @pytest.fixture

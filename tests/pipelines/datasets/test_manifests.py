@@ -14,6 +14,7 @@ from dataset_trees import TREES, text
 
 from ssast.engine.cli.main import main
 from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.datasets import manifests
 from ssast.pipelines.datasets.manifests import DATASETS, write_dataset
 from ssast.pipelines.errors import DataError
 
@@ -107,6 +108,27 @@ def test_an_output_folder_that_cannot_be_written(trees: dict[str, Path], tmp_pat
     with pytest.raises(DataError, match=re.escape(str(tmp_path / "file"))) as caught:
         write_dataset("fsd50k", trees["fsd50k"], tmp_path / "file" / "out", silent)
     assert "\n" not in str(caught.value)
+
+
+def raise_interrupt(*_: object) -> str:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("file", ["labels.csv", "train.json"])
+def test_files_of_the_user_in_the_output_folder(
+    file: str, trees: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text(tmp_path / file, "mine")
+    with pytest.raises(DataError, match=f"{file}: exists already"):
+        write_dataset("fsd50k", trees["fsd50k"], tmp_path, silent)
+    assert contents(tmp_path) == {file: b"mine"}
+    (tmp_path / file).unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(manifests, "_summary", raise_interrupt)
+        write_dataset("fsd50k", trees["fsd50k"], tmp_path, silent)
+    assert report(tmp_path)["unfinished"]
+    write_dataset("fsd50k", trees["fsd50k"], tmp_path, silent)  # goes over what a killed run left
+    assert "unfinished" not in report(tmp_path)
 
 
 def test_what_an_earlier_run_left_is_replaced(trees: dict[str, Path], tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ from sounds import tone, write
 from streams import FIELDS, SPEC, rows, take
 
 from ssast.kernels.fbank import FbankSpec, fbank, fbank_reference, num_frames
-from ssast.pipelines.stream.graph import FbankThreads, mel_gains
+from ssast.pipelines.stream.graph import FbankThreads, build_pipeline, mel_gains
 from ssast.pipelines.stream.source import ClipSource
-from ssast.pipelines.stream.stream import build_pipeline
 
 
 def oracle(path: Path, spec: FbankSpec) -> tuple[torch.Tensor, int]:
