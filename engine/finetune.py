@@ -25,7 +25,7 @@ from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.predict import Prediction, predict
 from ssast.engine.evaluation.timeline import Timeline, timelines
-from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
+from ssast.engine.formats.initial import adopt_from, begin_from, with_checkpoint
 from ssast.engine.formats.open import (
     LoadedModel,
     MissingMetadata,
@@ -88,10 +88,8 @@ def finetune(
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     notes += without_effect(config)
     check_paths(config)
-    pretrained = open_initial(config, checkpoint, metadata, weights)
-    if pretrained is not None:
-        config, lines = adopt_from(config, pretrained)
-        notes += lines
+    pretrained, config, lines = begin_from(config, checkpoint, metadata, weights, resume=resume)
+    notes += lines
     world = init_world(config.train.timeout_s)
     with expecting_peers(world):
         splits = find_splits(config, num_classes, partial(run_on_machines, world=world))

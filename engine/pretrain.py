@@ -16,7 +16,7 @@ from ssast.engine.config import Config, check_paths, load_config, with_data
 from ssast.engine.data.clips import draw_valid, find_clips
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.pretext import pretext_losses
-from ssast.engine.formats.initial import adopt_from, open_initial, with_checkpoint
+from ssast.engine.formats.initial import adopt_from, begin_from, with_checkpoint
 from ssast.engine.formats.open import (
     LoadedModel,
     MissingMetadata,
@@ -75,11 +75,9 @@ def pretrain(
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"
         )
-    config, notes = with_checkpoint(config, checkpoint, resume), list[str]()
+    config = with_checkpoint(config, checkpoint, resume)
     check_paths(config)
-    pretrained = open_initial(config, checkpoint, metadata, weights)
-    if pretrained is not None:
-        config, notes = adopt_from(config, pretrained)
+    pretrained, config, notes = begin_from(config, checkpoint, metadata, weights, resume=resume)
     train_paths, held_out = find_clips(config)
     config, measured = with_measured_stats(config, train_paths, resume=resume)
     # What the weights, the masks or the data order depend on must not change on the way.

@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssast.engine.checkpoints.adopt import adopt
+from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import Weights
 from ssast.engine.config import Config, load_config
-from ssast.engine.errors import ConfigError
+from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.open import WEIGHTS, LoadedModel, MissingMetadata, open_encoder
 
 Checkpoint = LoadedModel | str | Path
@@ -56,6 +57,38 @@ def open_initial(
             raise ConfigError(f"--weights {weights}: expected a checkpoint that has them: give one")
         return None
     return open_encoder(name, metadata, weights)
+
+
+def begin_from(
+    config: Config,
+    checkpoint: Checkpoint | None,
+    metadata: MissingMetadata | None,
+    weights: Weights | None,
+    *,
+    resume: bool,
+) -> tuple[LoadedModel | None, Config, list[str]]:
+    """Open the model that a run begins from, and take the settings that nobody set from it.
+
+    A run that is resumed has its weights already: where the model is gone, the settings that nobody
+    set are those of the run so far.
+
+    Returns:
+        The model, if there is one; the configuration; lines for the log.
+
+    Raises:
+        CheckpointError: It cannot be opened, or does not fit, or those of the run are damaged.
+        ConfigError: See :func:`open_initial`.
+    """
+    try:
+        loaded = open_initial(config, checkpoint, metadata, weights)
+    except CheckpointError as error:
+        run = Path(config.run.folder or "")
+        if not resume or Checkpoints(run / "checkpoints").latest() is None:
+            raise
+        stored = run / "config.yaml"
+        config, lines = adopt(config, load_config(stored), str(stored))
+        return None, config, [f"{error}: not needed, as the run goes on from its own", *lines]
+    return (None, config, []) if loaded is None else (loaded, *adopt_from(config, loaded))
 
 
 def adopt_from(config: Config, loaded: LoadedModel) -> tuple[Config, list[str]]:

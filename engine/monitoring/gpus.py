@@ -69,7 +69,7 @@ class Gpu:
 
 _AMPERE: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.38}
 _CARD: dict[str, Any] = {"gemm_share": 0.73, "attention_share": 0.4}
-# The first entry whose name is part of the device name is used.
+# The first entry whose words are all in the device name is used: "NVIDIA A100-SXM4-40GB".
 GPUS = (
     Gpu(
         name="B200", peak_tflops=2250, memory_gib=179, bandwidth_gb_s=8000, link_gb_s=800,
@@ -97,11 +97,13 @@ GPUS = (
     Gpu(name="A10", peak_tflops=125, memory_gib=22, bandwidth_gb_s=600, **_CARD),
     Gpu(name="4090", peak_tflops=165, memory_gib=23, bandwidth_gb_s=1008, **_CARD),
 )  # fmt: skip
+SAME_GPU = {"A10G": "A10", "GB200": "B200"}
 
 
 def find_gpu(device_name: str) -> Gpu | None:
     """Find a GPU by the device name of its driver; None if it is not in the table."""
-    return next((gpu for gpu in GPUS if gpu.name in device_name), None)
+    words = {SAME_GPU.get(word, word) for word in device_name.replace("-", " ").split()}
+    return next((gpu for gpu in GPUS if words.issuperset(gpu.name.split())), None)
 
 
 def load_gpu(name: str) -> Gpu:

@@ -5,7 +5,7 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,23 +83,24 @@ class SpikeGuard:
     Args:
         factor: A loss is a spike when it exceeds the median of the last losses by more than this
             many median absolute deviations; None: never.
+        losses: The last ones before a run was stopped.
     """
 
-    def __init__(self, factor: float | None):
+    def __init__(self, factor: float | None, losses: Iterable[float] = ()):
         self._factor = factor
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self.losses: deque[float] = deque(losses, maxlen=WINDOW)
 
     def spiked(self, loss: float) -> bool:
         """Return whether a loss is a spike; if not, later losses are compared with it too."""
         if self._factor is None or not math.isfinite(loss):
             return False  # no finite gradient: the step was skipped already
-        if len(self._losses) >= MIN_LOSSES:
-            median = statistics.median(self._losses)
-            deviation = statistics.median(abs(past - median) for past in self._losses)
+        if len(self.losses) >= MIN_LOSSES:
+            median = statistics.median(self.losses)
+            deviation = statistics.median(abs(past - median) for past in self.losses)
             # A floor, since a loss that barely moves has hardly any deviation.
             if loss - median > self._factor * max(deviation, 1e-3 * abs(median)):
                 return True
-        self._losses.append(loss)
+        self.losses.append(loss)
         return False
 
 
@@ -109,16 +110,17 @@ class CollapseGuard:
     Args:
         floors: Lowest healthy value by name; other metrics are not looked at.
         reports: How many log lines in a row must be below it.
+        below: How many were, by name, before a run was stopped.
     """
 
-    def __init__(self, floors: Mapping[str, float], reports: int):
+    def __init__(self, floors: Mapping[str, float], reports: int, below: Mapping[str, int] = {}):
         self.floors, self.reports = floors, reports
-        self._below = dict.fromkeys(floors, 0)
+        self.below = {name: below.get(name, 0) for name in floors}
 
     def collapsed(self, values: Mapping[str, float]) -> str | None:
         """Take the metrics of one more log line; return the name of one that has collapsed."""
         for name, floor in self.floors.items():
-            self._below[name] = self._below[name] + 1 if values[name] < floor else 0
-            if self._below[name] >= self.reports:
+            self.below[name] = self.below[name] + 1 if values[name] < floor else 0
+            if self.below[name] >= self.reports:
                 return name
         return None

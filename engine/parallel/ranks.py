@@ -290,6 +290,7 @@ def _pick_device(launch: Launch) -> tuple[torch.device, int]:
     if index >= count:
         raise ConfigError(f"local rank {index}: this machine shows {count} GPUs")
     torch.cuda.set_device(index)
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds fp32 convolutions to 10 bits
     return torch.device("cuda", index), index
 
 

@@ -8,6 +8,7 @@ class StopAt(Callback):
 pretrain(config, callbacks=[StopAt()])
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from ssast.engine.config import Config
 from ssast.engine.errors import StopTraining, TrainingError
 from ssast.engine.monitoring.monitor import Monitor
+from ssast.engine.parallel.ranks import gather_objects
 from ssast.engine.train.state import TrainState
 from ssast.pipelines.text import one_line
 
@@ -95,7 +97,7 @@ class Callback:
 
 
 class Callbacks:
-    """The callbacks of a run.
+    """The callbacks of a run; other ranks may have others. Collective.
 
     Attributes:
         reason: Which callback of this process wants the run to end, and why; "" if none does.
@@ -104,9 +106,11 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback], state: RunState):
         self._callbacks, self._state = list(callbacks), state
         self.reason = ""
-        self._heartbeat = state._state.task.context.heartbeat
+        context = state._state.task.context
+        self._heartbeat = context.heartbeat
         ended_by = state._state.progress.ended_by
-        if ended_by and ended_by not in map(_name, callbacks):
+        names = gather_objects([_name(callback) for callback in callbacks], context.world)
+        if ended_by not in itertools.chain(*names):
             state._state.progress.ended_by = ""  # resumed without it: the run goes on
 
     def call(self, method: str, *arguments: Any) -> None:

@@ -32,7 +32,7 @@ from ssast.engine.formats.open import LoadedModel
 from ssast.engine.model.classifier import LossClassifier
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
-from ssast.engine.parallel.ranks import gather_rows, run_on_main
+from ssast.engine.parallel.ranks import broadcast_object, gather_rows, run_on_main
 from ssast.engine.registry import METRICS
 from ssast.engine.train.step import evaluate
 from ssast.engine.train.task import Progress, RunContext, Task
@@ -262,6 +262,8 @@ class Finetuning(Task):
             self.settings.loss,
             self.settings.metric,
         )
+        # One that draws at random differs between ranks, which must do the same next.
+        scores = broadcast_object(scores, world)
         if METRICS.is_built_in(self.metric) and self.metric not in scores and split == "valid":
             raise DataError(
                 f"{clips.source}: the {mask.sum()} of {len(clips)} held-out clips that can be read "

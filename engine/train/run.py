@@ -121,28 +121,9 @@ def run_training(
             state.restore(found)
         monitor = _open_monitor(state, found, notes)
         trainer = Trainer(state, checkpoints, monitor, lock, fallback, callbacks)
-        error: BaseException | None = None
-        try:
-            with watchdog:
-                stopped = trainer.train()
-                context.heartbeat("writing a checkpoint")
-                trainer.saver.wait()
-                run_on_main(lock.check, world)
-                trainer.tell_checkpoints()
-                if not stopped:
-                    try:
-                        task.finish(state.engine, state.progress)
-                    except Stopped:  # by a signal that came after the last step
-                        trainer.saver.check()
-                        stopped = context.stop.signal
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            try:
-                trainer.callbacks.end(error)
-            finally:
-                trainer.close()
+        # To the end: a signal must not interrupt the writing of the last checkpoint.
+        with context.stop.listening():
+            stopped = _train(trainer, watchdog, lock)
         if world.is_main:
             try:
                 with reporting(f"ssast visualize {folder} draws the curves again"):
@@ -152,6 +133,34 @@ def run_training(
             how = f"stopped by signal {stopped} after" if stopped else "finished"
             say(f"{how} step {state.progress.step} of {config.train.steps}: {folder}")
         return stopped
+
+
+def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
+    """Train, write what is left, and report; return the signal that stopped the run, or 0."""
+    state, context = trainer.state, trainer.context
+    error: BaseException | None = None
+    try:
+        with watchdog:
+            stopped = trainer.train()
+            context.heartbeat("writing a checkpoint")
+            trainer.saver.wait()
+            run_on_main(lock.check, context.world)
+            trainer.tell_checkpoints()
+            if not stopped:
+                try:
+                    state.task.finish(state.engine, state.progress)
+                except Stopped:  # by a signal that came after the last step
+                    trainer.saver.check()
+                    stopped = context.stop.signal
+        return stopped
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        try:
+            trainer.callbacks.end(error)
+        finally:
+            trainer.close()
 
 
 def outside_patches(config: Config) -> list[str]:

@@ -60,7 +60,7 @@ class Saver:
         self._num_failed = 0  # in a row
         self._given_up: CheckpointError | None = None
         self._discarded = False
-        self._best = math.inf  # of the marked checkpoint, as far as it is known
+        self._best = -math.inf  # of the marked checkpoint; until that is known, none is better
         self._unmarked: tuple[int, float] | None = None  # on the disk, and the best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None

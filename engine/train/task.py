@@ -85,6 +85,15 @@ class Progress:
     ended_by: str = ""
     """Name of the callback that ended the run before its last step."""
 
+    losses: list[float] = field(default_factory=list)
+    """Those that the next are compared with, for a jump."""
+
+    below: dict[str, int] = field(default_factory=dict)
+    """Log lines in a row in which a metric was below its floor."""
+
+    rollbacks: dict[str, int] = field(default_factory=dict)
+    """How many times training went back to a checkpoint, by its name."""
+
     def update(self, score: float) -> None:
         """Take the score of one more validation."""
         self.since_best += 1

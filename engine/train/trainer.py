@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import Stopped, TrainingError
@@ -59,14 +58,16 @@ class Trainer:
         self.skip_log = SkipLog(
             context.folder / "skipped.jsonl", world.rank, lambda row: str(task.train_paths[row])
         )
-        self.spike_guard = SpikeGuard(context.config.train.spike_factor)
-        self.collapse_guard = CollapseGuard(task.floors, context.config.objective.collapse_reports)
+        config, progress = context.config, state.progress
+        self.spike_guard = SpikeGuard(config.train.spike_factor, progress.losses)
+        reports = config.objective.collapse_reports
+        self.collapse_guard = CollapseGuard(task.floors, reports, progress.below)
+        self.rollbacks = Counter(progress.rollbacks)
         self.num_skipped = 0  # steps since the last log line
         self.stop = context.stop
         self.stop.failing = lambda: self.saver.failing
         self.callbacks = Callbacks(callbacks, RunState(state, monitor))
         self.stop.ending = lambda: self.callbacks.reason != ""
-        self.rollbacks: Counter[Path] = Counter()
 
     def train(self) -> int:
         """Train to ``train.steps``, or until the patience of the task is over.
@@ -81,13 +82,12 @@ class Trainer:
             CheckpointError: ``train.max_failed_saves`` checkpoints in a row could not be written.
             FolderInUse: Another process has taken over the run's folder.
         """
-        with self.stop.listening():
-            try:
-                return self._train()
-            except Stopped:  # in a validation, which is made up for when the run is resumed
-                self.saver.check()
-                self._save(None, last=True)
-                return self.stop.signal
+        try:
+            return self._train()
+        except Stopped:  # in a validation, which is made up for when the run is resumed
+            self.saver.check()
+            self._save(None, last=True)
+            return self.stop.signal
 
     def _train(self) -> int:
         task, engine, progress = self.state.task, self.state.engine, self.state.progress
@@ -271,6 +271,8 @@ class Trainer:
     def _save(self, best: float | None, *, last: bool = False) -> None:
         self.context.heartbeat("gathering a checkpoint")
         progress = self.state.progress
+        progress.losses, progress.below = list(self.spike_guard.losses), self.collapse_guard.below
+        progress.rollbacks = dict(self.rollbacks)
         tensors, meta = self.state.gather()
         self.saver.save(tensors, meta, step=progress.step, best=best, last=last)
         self.monitor.restart_clock(progress.step)
@@ -312,8 +314,8 @@ class Trainer:
         if found is None:
             self.monitor.say(f"the loss has jumped at step {step}; there is no checkpoint yet")
             return False
-        self.rollbacks[found] += 1
-        if self.rollbacks[found] > MAX_ROLLBACKS:
+        self.rollbacks[found.name] += 1
+        if self.rollbacks[found.name] > MAX_ROLLBACKS:
             raise TrainingError(
                 f"the loss has jumped {MAX_ROLLBACKS} times after {found}, the last time at step "
                 f"{step}: lower optim.lr or set optim.max_grad_norm, then --resume"

@@ -1,5 +1,6 @@
 """Runs that begin from a checkpoint, and what they take from it."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -163,6 +164,32 @@ def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_read(pretra
         pretrain(config, pretrained)
     with pytest.raises(ConfigError, match=r"set finetune\.checkpoint"):
         load_config("classifier", ["train.checkpoint=x"])
+
+
+@pytest.mark.parametrize("task", ["pretraining", "fine-tuning"])
+def test_a_run_is_resumed_when_the_checkpoint_it_began_from_is_gone(
+    pretrained, data, splits, tmp_path, capsys, task
+):
+    gone, run = tmp_path / "gone", tmp_path / "run"
+    shutil.copytree(pretrained, gone)
+    recipe, given, train = ("continue", [*QUICK, *data], pretrain)
+    if task == "fine-tuning":
+        given = [*QUICK[2:], *data_overrides(splits), "finetune.epochs=1"]
+        recipe, train = "classifier", finetune
+    config = load_config(recipe, [*given, f"run.folder={run}"])
+    assert train(config, gone) == 0
+    before = load_config(run / "config.yaml")
+    shutil.rmtree(gone)
+    longer = "finetune.epochs=2" if task == "fine-tuning" else "train.steps=2"
+    config = load_config(recipe, [*given, f"run.folder={run}", longer])
+    with pytest.raises(CheckpointError, match="gone"):
+        train(load_config(recipe, [*given, f"run.folder={tmp_path / 'new'}"]), gone, resume=True)
+    capsys.readouterr()
+    assert train(config, gone, resume=True) == 0
+    assert "not needed, as the run goes on from its own" in capsys.readouterr().out
+    after = load_config(run / "config.yaml")
+    assert (after.audio, after.model) == (before.audio, before.model)
+    assert after.objective == before.objective and after.audio.mean == THEIRS["audio__mean"]
 
 
 def test_the_engine_continues_evaluates_and_saves(pretrained, data, tmp_path):

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from ssast.engine.config import load_config
 from ssast.engine.errors import StopTraining
+from ssast.engine.finetune import finetune
 from ssast.engine.pretrain import pretrain
+from ssast.engine.registry import register_metric
 from ssast.engine.train.callbacks import Callback
 
 
@@ -44,3 +48,27 @@ def stopped_on_one_rank(world, config_file, settings, folder):
     config = load_config(config_file, [*settings, f"run.folder={run}"])
     assert pretrain(config, callbacks=[StopAt(2, rank=1), recorder]) == 0
     return recorder.steps("on_step"), [path.name for path in recorder.given("on_checkpoint")]
+
+
+def resumed_with_the_callback_on_one_rank(world, config_file, settings, folder):
+    """The steps of a run that was ended by a callback of rank 0, when it is resumed with it."""
+    config = load_config(config_file, [*settings, f"run.folder={folder}"])
+    ours = [StopAt(2)] if world.is_main else []
+    assert pretrain(config, callbacks=ours) == 0
+    recorder = Recorder()
+    assert pretrain(config, resume=True, callbacks=[*ours, recorder]) == 0
+    return recorder.steps("on_step")
+
+
+def drawn(scores, targets):
+    """A metric of no use, another one on each rank."""
+    return float(np.random.default_rng().random())
+
+
+def fine_tuned_by_a_random_metric(world, config_file, settings, folder):
+    """The metrics that a rank was told."""
+    recorder = Recorder()
+    register_metric("drawn", drawn)
+    config = load_config(config_file, [*settings, f"run.folder={folder}", "finetune.metric=drawn"])
+    assert finetune(config, callbacks=[recorder]) == 0
+    return [given["valid/drawn"] for given in recorder.given("on_validation")]

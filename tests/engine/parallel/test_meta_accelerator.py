@@ -2,7 +2,9 @@
 
 import gc
 
+import pytest
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import build_shm_op
 
 from ssast.engine.parallel.meta_accelerator import meta_accelerator
 
@@ -28,3 +30,10 @@ def test_an_engine_that_was_dropped_before_is_not_heard():
     finally:
         gc.enable()
     assert waits == ["all work of the device is awaited"]
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_no_collectives_of_cpus_are_compiled(cpu):
+    with meta_accelerator(lambda where: None, cpu=cpu):
+        assert build_shm_op() is None
+        assert get_accelerator().create_op_builder("ShareMemCommBuilder") is None

@@ -164,7 +164,9 @@ def test_each_process_gets_its_own_gpu(monkeypatch, launcher, local_rank, expect
         with pytest.raises(ConfigError, match=expected):
             distributed._pick_device(launch)
     else:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
         assert distributed._pick_device(launch) == (torch.device("cuda", expected), expected)
+        assert not torch.backends.cudnn.allow_tf32, "fp32 is rounded to 10 bits"
 
 
 def test_collectives_agree_on_every_rank(two_ranks):

@@ -326,7 +326,11 @@ def test_a_described_gpu(tmp_path):
 def test_gpus_are_found_by_what_the_driver_calls_them():
     assert find_gpu("NVIDIA H100 PCIe").bandwidth_gb_s == 2000
     assert find_gpu("NVIDIA L40S").name == "L40S" and find_gpu("NVIDIA A10G").name == "A10"
-    assert find_gpu("Something else") is None
+    assert find_gpu("NVIDIA A100-SXM4-40GB").memory_gib == 39
+    assert find_gpu("NVIDIA A100-SXM4-80GB").memory_gib == 79
+    assert find_gpu("NVIDIA GeForce RTX 4090").name == "4090"
+    for name in ("NVIDIA L40", "NVIDIA GH200 480GB", "Something else"):  # none of its likes
+        assert find_gpu(name) is None
 
 
 def test_the_loader_s_speed_is_taken_from_its_benchmark(tmp_path, capsys):

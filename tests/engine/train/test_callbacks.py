@@ -91,6 +91,21 @@ def test_one_rank_ends_the_run_on_all(two_ranks, config_file, data, tmp_path):
     assert found == [([1, 2], ["step000000002"]), ([1, 2], [])]
 
 
+def test_ranks_agree_that_a_run_was_ended_by_a_callback_of_one(
+    two_ranks, config_file, data, tmp_path
+):
+    settings = [*overrides(**SMALL), *data]
+    job = callback_jobs.resumed_with_the_callback_on_one_rank
+    assert two_ranks.run(job, config_file, settings, str(tmp_path / "run")) == [[], []]
+
+
+def test_ranks_share_a_metric_that_draws_at_random(two_ranks, recipe, splits, tmp_path):
+    settings = [*finetune_overrides(finetune__epochs=2), *data_overrides(splits)]
+    job = callback_jobs.fine_tuned_by_a_random_metric
+    ours, theirs = two_ranks.run(job, recipe, settings, str(tmp_path / "run"))
+    assert ours == theirs and len(set(ours)) == 3
+
+
 def test_fine_tuning_that_is_ended_in_its_first_epoch_has_a_classifier(
     splits, recipe, tmp_path, capsys
 ):

@@ -133,6 +133,23 @@ def test_a_mark_that_fails_is_made_up_for(tmp_path, disk, monkeypatch):
     save.saver.close()
 
 
+def test_a_best_that_cannot_be_read_yet_is_kept(tmp_path, monkeypatch):
+    """After a resumption nothing is known of it: the next one must not take its place unasked."""
+    before = Saves(tmp_path)
+    before(1, best=0.5)
+    before.saver.close()
+    save = Saves(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def stale(_):
+            raise CheckpointError("cannot read best.json: Stale file handle")
+
+        patch.setattr(Checkpoints, "best_value", stale)
+        assert not save.saver.best_value() > 0.9
+    assert save.saver.best_value() == 0.5
+    save.saver.close()
+
+
 @pytest.fixture
 def load(config_file, data, tmp_path):
     def load(**changed):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_validation_is_abandoned(
     """At the start, on the way, and at the end; the resumed run is that of an unstopped one."""
     data = make_data(tmp_path, num_valid=12)
     settings = overrides(train__steps=4, train__validate_every=2, train__save_every=3,
-                         optim__schedule="plateau")  # fmt: skip
+                         optim__schedule="plateau", train__spike_factor=1e9)  # fmt: skip
     whole, stopped = (
         load_config(write_config(tmp_path), [*settings, *data, f"run.folder={tmp_path / name}"])
         for name in ("whole", "stopped")
@@ -55,4 +56,33 @@ def test_a_validation_is_abandoned(
         states.append((best.name, *Checkpoints.load(latest)))
     (best, tensors, meta), (other_best, others, other_meta) = states
     assert best == other_best and meta["progress"] == other_meta["progress"]
+    assert len(meta["progress"]["losses"]) > 2  # with which a jump is told
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def test_a_signal_does_not_interrupt_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the thread writes, after the last step."""
+    config = load_config(
+        write_config(tmp_path),
+        [*overrides(train__steps=2), *make_data(tmp_path), f"run.folder={tmp_path / 'run'}"],
+    )
+    honest, outside = Checkpoints.save, list[int]()
+
+    def save(self, *args, step, **settings):  # type: ignore[no-untyped-def]
+        if step == 2:
+            time.sleep(0.5)  # the main thread waits for this one
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return honest(self, *args, step=step, **settings)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: outside.append(number))
+    try:
+        assert pretrain(config) == 0  # it was done anyway
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert outside == [], "it reached the handler of before, which ends a process"
+    latest = Checkpoints(tmp_path / "run/checkpoints").latest()
+    assert latest is not None and latest.name == "step000000002"
