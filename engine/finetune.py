@@ -75,7 +75,7 @@ def finetune(
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
     from ssast.engine.monitoring.loggers import check_loggers
-    from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_machines
+    from ssast.engine.parallel.ranks import expecting_peers, init_world, run_long
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
     from ssast.engine.train.run import run_training
@@ -92,7 +92,9 @@ def finetune(
     notes += lines
     world = init_world(config.train.timeout_s)
     with expecting_peers(world):
-        splits = find_splits(config, num_classes, partial(run_on_machines, world=world))
+        splits = find_splits(
+            config, num_classes, partial(run_long, world=world, here=world.local_rank == 0)
+        )
     notes += [splits.compared] if splits.compared else []
     config, lines = with_measured_stats(config, splits.train.paths, resume=resume)
     notes += lines

@@ -41,7 +41,7 @@ from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.ranks import (
     expecting_peers,
     init_world,
-    run_on_machines,
+    run_long,
     run_on_main,
 )
 from ssast.engine.train.callbacks import Callback
@@ -156,7 +156,7 @@ def cross_validate(
     adopted = config if pretrained is None else adopt_from(config, pretrained)[0]
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     world = init_world(config.train.timeout_s)
-    once = partial(run_on_machines, world=world)
+    once = partial(run_long, world=world, here=world.local_rank == 0)
     with expecting_peers(world):
         if not resume:
             run_on_main(lambda: _check_free(run, folds), world)

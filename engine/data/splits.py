@@ -67,7 +67,7 @@ def find_splits(
         config: The configuration, with a section ``finetune``.
         num_classes: Expected number of classes; any number if None.
         run_once: Runs the checks that look at every file, which one process of a machine may do for
-            all; see :func:`~ssast.engine.parallel.ranks.run_on_machines`.
+            all; see :func:`~ssast.engine.parallel.ranks.run_long`.
 
     Raises:
         ConfigError: No training data is named, or settings contradict each other.

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssast.engine.errors import ConfigError, LostPeer
+from ssast.engine.parallel.meeting import agree_on_attempt
 from ssast.pipelines.cores import chosen_threads, usable_cores
 
 SET_BY_TORCH_AND_DEEPSPEED = ("DS_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")  # in the environment
@@ -74,7 +75,6 @@ class Launch:
 
 _world: World | None = None
 _environment: dict[str, str | None] = {}  # what init_world replaced, for close_world
-_joined = 0  # how often this process has joined a world
 
 
 def _integer(env: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -161,7 +161,7 @@ def init_world(timeout_s: float = 600.0) -> World:
         ConfigError: incomplete launcher variables, or more processes than GPUs.
         LostPeer: the other processes did not come in time.
     """
-    global _world, _joined
+    global _world
     if _world is not None:
         return _world
     launch = read_launch(os.environ)
@@ -182,16 +182,13 @@ def init_world(timeout_s: float = 600.0) -> World:
     else:
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+            name = agree_on_attempt(store, launch.rank, launch.world_size, timeout_s)
+            store = dist.PrefixStore(name, store)
         except dist.DistError as error:
             raise LostPeer(
                 f"rank {launch.rank} of {launch.world_size} has met no other process at "
                 f"{launch.address}:{launch.port}: {first_line(error)}"
             ) from error
-    # torchrun --max-restarts keeps one store: without a prefix of its own, the next attempt (and
-    # the next world of this process) would dial the addresses of the one before.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt{attempt}.{_joined}", store)
-    _joined += 1
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -407,21 +404,21 @@ def run_on_main(function: Callable[[], T], world: World) -> T:
     return result  # type: ignore[return-value]
 
 
-def run_on_machines(work: Callable[[Callable[[], None]], T], world: World) -> T:
-    """Call the function on one rank of each machine; what it says reaches every rank.
+def run_long(work: Callable[[Callable[[], None]], T], world: World, *, here: bool) -> T:
+    """Call a function that may take longer than the timeout of a collective on some ranks.
 
-    It may take longer than the timeout of a collective, if it calls what it is given often: then
-    the ranks meet every few seconds. Collective.
+    It calls what it is given often: then the ranks meet every few seconds. Collective.
 
     Args:
-        work: Called on the ranks with local rank 0; its result is small and picklable.
+        work: The function; its result is small and picklable.
         world: This process's world.
+        here: Whether this rank calls it, as rank 0 does: with local rank 0, once on each machine.
 
     Returns:
         The result of rank 0.
 
     Raises:
-        ValueError: The function raised it (or a subclass) on some machine.
+        ValueError: The function raised it (or a subclass) on some rank.
         OSError: Likewise.
     """
     if world.world_size == 1:
@@ -435,7 +432,7 @@ def run_on_machines(work: Callable[[Callable[[], None]], T], world: World) -> T:
             reduce_max([1.0], world)  # not done yet
             met = time.monotonic()
 
-    if world.local_rank == 0:
+    if here:
         try:
             outcome = (work(tick), None)
         except (ValueError, OSError) as error:

@@ -1,12 +1,13 @@
 """Mean and standard deviation of a run's input, measured on its training clips."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
-from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
+from ssast.engine.parallel.ranks import expecting_peers, init_world, run_long
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.prepare.stats import measure
@@ -35,7 +36,7 @@ def with_measured_stats(
     if config.audio.stats == "given":
         return config, []
 
-    def find() -> tuple[float, float, str]:
+    def find(tick: Callable[[], None]) -> tuple[float, float, str]:
         folder = Path(config.run.folder or "", "checkpoints")
         found = Checkpoints(folder).latest() if resume else None
         if found is not None:
@@ -49,6 +50,7 @@ def with_measured_stats(
             max_clips=MAX_CLIPS,
             num_threads=config.data.num_threads or min(8, world.cores),
             seed=config.train.seed,
+            tick=tick,
         )
         again = " draws from" if isinstance(clips, MixedClips) else " of"
         seen = f"measured on {stats.num_clips}{again} {stats.num_total} training clips"
@@ -56,7 +58,7 @@ def with_measured_stats(
 
     world = init_world(config.train.timeout_s)
     with expecting_peers(world):
-        mean, std, how = run_on_main(find, world)
+        mean, std, how = run_long(find, world, here=world.is_main)
     return (
         replace(config, audio=replace(config.audio, mean=mean, std=std)),
         [f"audio.mean {mean:g}, audio.std {std:g}: {how}"],

@@ -19,6 +19,7 @@ instead of 95 % for the standard deviation, in a simulation).
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def measure(
     batch_size: int = 16,
     num_threads: int = 2,
     progress: bool = True,
+    tick: Callable[[], None] = lambda: None,
 ) -> Stats:
     """Measure a data set until the statistics are precise enough.
 
@@ -138,6 +140,7 @@ def measure(
         batch_size: Clips at a time.
         num_threads: See :class:`AudioStream`.
         progress: Show a progress bar on stderr, if that is a terminal.
+        tick: Called for each batch.
 
     Raises:
         DataError: A setting is out of range, or no clip can be used.
@@ -176,6 +179,7 @@ def measure(
     ):
         while seen < wanted:
             batch = next(stream)
+            tick()
             here = min(len(batch), wanted - seen)  # the stream is endless, the share is not
             seen += here
             valid = batch.valid[:here]

@@ -29,7 +29,7 @@ def exchange(world):
 
 
 def once_a_machine(world, fails):
-    """What run_on_machines returns or raises on this rank, and how often it ran here."""
+    """What run_long returns or raises on this rank, and how often it ran here."""
     calls = []
 
     def work(tick):
@@ -43,7 +43,7 @@ def once_a_machine(world, fails):
     world = replace(world, local_rank=world.rank)
     with mock.patch.object(ranks, "MEET_S", 0.0):
         try:
-            return ranks.run_on_machines(work, world), calls
+            return ranks.run_long(work, world, here=world.local_rank == 0), calls
         except CheckpointError as error:
             return str(error), calls
 
