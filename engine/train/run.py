@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
@@ -19,7 +20,7 @@ from ssast.engine.monitoring.monitor import Monitor, environment, read_metrics
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
-from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
+from ssast.engine.parallel.ranks import World, expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.callbacks import Callback
@@ -119,6 +120,7 @@ def run_training(
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
+        seed_rank(config.train.seed, state.progress.step, world)
         monitor = _open_monitor(state, found, notes)
         trainer = Trainer(state, checkpoints, monitor, lock, fallback, callbacks)
         # To the end: a signal must not interrupt the writing of the last checkpoint.
@@ -161,6 +163,18 @@ def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
             trainer.callbacks.end(error)
         finally:
             trainer.close()
+
+
+def seed_rank(seed: int, step: int, world: World) -> None:
+    """Give PyTorch's random numbers of a rank a seed of its own, as far as a checkpoint has none.
+
+    It has those of rank 0's CPU. They are for modules of others, with dropout: ours draw by clip.
+    """
+    own = int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1, np.uint64)[0] >> 1)
+    if world.rank > 0:
+        torch.manual_seed(own)
+    elif world.device.type == "cuda":
+        torch.cuda.manual_seed(own)
 
 
 def outside_patches(config: Config) -> list[str]:

@@ -10,6 +10,7 @@ random, in a seeded order.
 """
 
 import hashlib
+import socket
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -64,6 +65,9 @@ def _drawn_once(
         order = draw()
         order.setflags(write=False)
         return order
+
+    # NFS takes a file that another machine removes from under a mapping: each has its own.
+    what = (*what, socket.gethostname())
 
     def build(writer: ArrayWriter) -> None:
         forget((*what, epoch - 2))  # a batch may need the last one
