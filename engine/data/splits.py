@@ -1,12 +1,13 @@
 """The labelled clips of a fine-tuning run, checked before training starts."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from ssast.engine.config import Config, finetune_settings
+from ssast.engine.config import OVERRIDE, Config, finetune_settings
 from ssast.engine.data.clips import table_format
 from ssast.engine.data.labels import (
     LabelledClips,
@@ -90,12 +91,14 @@ def find_splits(
     one_label = settings.loss == "ce"
     train = read_labelled(config.data.train, classes, one_label=one_label, table=table)
     if config.data.valid is not None:
-        valid = read_labelled(config.data.valid, classes, one_label=one_label, table=table)
+        with _of_recipe(config, "data.valid"):
+            valid = read_labelled(config.data.valid, classes, one_label=one_label, table=table)
     else:
         train, valid = _split(train, config.data.valid_share)
     test = None
     if settings.test is not None:
-        test = read_labelled(settings.test, classes, one_label=one_label, table=table)
+        with _of_recipe(config, "finetune.test"):
+            test = read_labelled(settings.test, classes, one_label=one_label, table=table)
     warn_of_empty_classes(train)
     weights = class_weights(settings.class_weights, train)
     splits = {"data.train": train, "data.valid": valid}
@@ -159,6 +162,19 @@ def _draw(valid: LabelledClips, count: int | None) -> LabelledClips:
             count, left, held,
         )  # fmt: skip
     return drawn
+
+
+@contextmanager
+def _of_recipe(config: Config, name: str) -> Iterator[None]:
+    """Say of clips that do not fit to those of the user that they are a recipe's."""
+    try:
+        yield
+    except DataError as error:
+        origins = config.stated or {}
+        if origins.get("data.train") != OVERRIDE or origins.get(name, OVERRIDE) == OVERRIDE:
+            raise
+        remedy = f"{name} is that of {origins[name]}: set it, or {name}=null"
+        raise DataError(f"{error} ({remedy})") from error
 
 
 def _split(clips: LabelledClips, valid_share: float) -> tuple[LabelledClips, LabelledClips]:

@@ -19,6 +19,7 @@ from ssast.engine.formats.published import save_published
 from ssast.engine.model.objective import MSPM
 from ssast.engine.pretrain import PretrainEngine, pretrain
 from ssast.engine.train.pretraining import continue_from
+from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare.stats import measure
 
 QUICK = ["optim.lr=1e-4", "train.steps=1", "train.batch_size=4", "train.log_every=1"]
@@ -132,6 +133,18 @@ def test_clips_of_a_recipe_that_are_not_there_are_left_out_for_others(
     named = load_config(path, [*given, "finetune.test=gone.json", f"run.folder={tmp_path / 'two'}"])
     with pytest.raises(ConfigError, match=r"finetune\.test: gone\.json"):
         finetune(named, pretrained)
+
+
+def test_clips_of_a_recipe_that_do_not_fit_to_the_users_are_named(splits, tmp_path):
+    (tmp_path / "eval.csv").write_text(f"wav,label\n{splits['valid']},no_such_class\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"finetune: {{test: {tmp_path / 'eval.csv'}}}\n")
+    given = [*QUICK, f"data.train={splits['train']}", f"run.folder={tmp_path / 'run'}"]
+    with pytest.raises(DataError, match=r"no_such_class.*finetune.test is that of mine.yaml"):
+        finetune(load_config(path, given))
+    given.append(f"finetune.test={tmp_path / 'eval.csv'}")
+    with pytest.raises(DataError, match=r"no_such_class(?!.*is that of)"):
+        finetune(load_config(path, given))
 
 
 def test_mean_and_std_can_be_measured_on_the_training_clips(data, tmp_path, capsys):
