@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssast.engine.data.token_dropping import KeptPatches
-from ssast.engine.model.encoder import SpectrogramTransformer
-from ssast.kernels.attention import make_padding_mask
+from ssast.engine.model.encoder import SpectrogramTransformer, token_mask
 from ssast.kernels.autocast import autocast_off
 from ssast.kernels.patch_embed import take
 
@@ -105,10 +104,7 @@ def embed_kept(
     E, valid = encoder.num_extra_tokens, kept.valid()
     tokens, _ = encoder.embed_tokens(fbank)
     tokens = torch.cat((tokens[:, :E], take(tokens[:, E:], kept.ids)), 1)
-    mask = None
-    if valid is not None:
-        mask = make_padding_mask(functional.pad(valid, (E, 0), value=True))
-    hidden = encoder.encode_tokens(tokens, mask)
+    hidden = encoder.encode_tokens(tokens, token_mask(valid, E))
     assert isinstance(hidden, Tensor)
     if pooling == "cls" or valid is None:
         return pool(hidden, pooling, E)

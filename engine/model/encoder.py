@@ -165,10 +165,19 @@ class SpectrogramTransformer(nn.Module):
 
     def padding_mask(self, masks: Masks) -> PaddingMask | None:
         """Return which tokens attention leaves out; None where no clip has padding."""
-        valid = valid_patches(masks)
-        if valid is None:
-            return None
-        return make_padding_mask(nn.functional.pad(valid, (self.num_extra_tokens, 0), value=True))
+        return token_mask(valid_patches(masks), self.num_extra_tokens)
+
+
+def token_mask(valid: Tensor | None, num_extra_tokens: int) -> PaddingMask | None:
+    """Return which tokens attention leaves out; None where it leaves out none.
+
+    Args:
+        valid: [R, K] bool, False for patches that are padding; None if none are.
+        num_extra_tokens: Tokens in front of the patches, which are never padding.
+    """
+    if valid is None:
+        return None
+    return make_padding_mask(nn.functional.pad(valid, (num_extra_tokens, 0), value=True))
 
 
 def layer_states(

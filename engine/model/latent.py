@@ -18,8 +18,8 @@ from torch.nn import functional
 from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError
 from ssast.engine.model.decoder import Decoder
+from ssast.engine.model.encoder import token_mask
 from ssast.engine.model.objective import PretrainingModel
-from ssast.kernels.attention import PaddingMask, make_padding_mask
 from ssast.kernels.fill_masked import fill_masked, noise_rows
 from ssast.kernels.masking import Masks, draw_masks, valid_patches
 from ssast.kernels.mspm_loss import mse
@@ -135,7 +135,7 @@ class Latent(PretrainingModel):
 
         tokens, _ = self.encoder.embed_tokens(fbank)
         seen = _of_clones(tokens, visible_token_ids(masks, E))
-        padding_mask = _padding_mask(_first(masks.visible_ids, masks.num_visible), E)
+        padding_mask = token_mask(_first(masks.visible_ids, masks.num_visible), E)
         states = self.encoder.encode_tokens(seen, padding_mask)
         assert isinstance(states, Tensor)
         hidden = fill_masked(states[:, E:], self.noise, rows, masks)
@@ -173,7 +173,7 @@ class Latent(PretrainingModel):
         assert teacher is not None
         E = teacher.num_extra_tokens
         tokens, _ = teacher.embed_tokens(fbank)
-        _, outputs = teacher.encode_tokens(tokens, _padding_mask(valid, E), mlp_outputs=True)
+        _, outputs = teacher.encode_tokens(tokens, token_mask(valid, E), mlp_outputs=True)
         total = torch.zeros((), device=tokens.device)
         for output in outputs:
             total = total + _instance_norm(output[:, E:], valid)
@@ -208,13 +208,6 @@ def _of_clones(rows: Tensor, ids: Tensor) -> Tensor:
     ids = ids.unflatten(0, (len(rows), -1))[..., None].expand(-1, -1, -1, rows.shape[2])
     # Expanded, not indexed by clip: so the backward pass adds up clones in a fixed order.
     return rows[:, None].expand(-1, ids.shape[1], -1, -1).gather(2, ids).flatten(0, 1)
-
-
-def _padding_mask(valid: Tensor | None, num_extra_tokens: int) -> PaddingMask | None:
-    """Return which tokens attention leaves out; ``valid`` [R, K] is of the patches alone."""
-    if valid is None:
-        return None
-    return make_padding_mask(functional.pad(valid, (num_extra_tokens, 0), value=True))
 
 
 def _first(ids: Tensor, count: Tensor | None) -> Tensor | None:
