@@ -202,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--replay", type=Path, metavar="DIR", help="read one failure again")
     options = parser.parse_args(arguments)
+    if min(options.jobs, options.inputs) < 1:
+        parser.error("--jobs and --inputs must be at least 1")
     limits = Limits(options.seconds, options.memory_mib)
     if options.replay is not None:
         found = replay(options.replay, limits)

@@ -34,7 +34,7 @@ from ssast.engine.settings import (
     Train,
 )
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown
+from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown, with_home
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Section = TypeVar("Section")
@@ -171,7 +171,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
     raw = _mapping({} if raw is None else raw, str(path))
-    if _is_of_run(path):
+    if is_of_run(path):
         run = _mapping(raw.get("run") or {}, "run")
         if not _is_folder(run.get("folder"), path.parent):
             raw["run"] = run | {"folder": str(path.parent)}
@@ -183,7 +183,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
         stated |= dict.fromkeys(named, OVERRIDE)
     if "objective.num_masked" not in stated and "finetune" not in raw:
         raw["objective"] = (raw.get("objective") or {}) | {"num_masked": _default_masked(raw)}
-    config = dataclasses.replace(_build(Config, raw, ""), stated=stated)
+    config = dataclasses.replace(_build(Config, with_home(raw), ""), stated=stated)
     if config.finetune is not None:
         METRICS.check(config.finetune.metric)
     if config.run.folder is None:
@@ -257,7 +257,7 @@ def check_paths(config: Config) -> None:
         )
 
 
-def _is_of_run(path: Path) -> bool:
+def is_of_run(path: Path) -> bool:
     """Return whether a file is the configuration that a run stored in its folder."""
     written = ("environment.json", "metrics.jsonl", "checkpoints")
     return path.name == "config.yaml" and any((path.parent / name).exists() for name in written)

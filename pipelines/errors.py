@@ -3,6 +3,18 @@
 Each message is one line that names the file, what was found and what was expected.
 """
 
+import errno
+
+TRANSIENT = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE),
+        *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
+        *(errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO, errno.ENOLINK),
+    }
+)
+"""Error numbers of storage that may work again later."""
+
 
 class DataError(ValueError):
     """Audio, a manifest or a data folder that cannot be used."""
@@ -26,6 +38,12 @@ class FolderInUse(DataError):
 
 class StorageError(DataError):
     """Storage that kept failing; the files are not to blame, and it may work again later."""
+
+
+def data_error(error: OSError, message: str) -> DataError:
+    """Return the error to raise for one of the system: another, if it may pass by itself."""
+    passes = error.errno in TRANSIENT | {errno.ENOMEM}
+    return (StorageError if passes else DataError)(message)
 
 
 class UnusableError(Exception):

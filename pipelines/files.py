@@ -28,7 +28,7 @@ def cache_folder(kind: Kept) -> Path:
         kind: ``weights`` (fetched by name or address), ``packages`` (of the demo's recordings), or
             ``lists`` (of clips, and digests of files).
     """
-    return Path(os.environ.get(CACHE) or "~/.cache/ssast").expanduser() / kind
+    return Path(os.path.expanduser(os.environ.get(CACHE) or "~/.cache/ssast")) / kind
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Self
 
-from ssast.pipelines.errors import DataError, FolderInUse
+from ssast.pipelines.errors import FolderInUse, data_error
 from ssast.pipelines.files import flush, machine_id
 from ssast.pipelines.text import say
 
@@ -361,12 +361,12 @@ def exclusive(out: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except OSError as error:
-            raise DataError(f"{out}: cannot be written to: {error.strerror}") from error
+            raise data_error(error, f"{out}: cannot be written to: {error.strerror}") from error
         try:
             yield
         except OSError as error:
             reason = f"{error.filename or out}: {error.strerror or error}"
-            raise DataError(f"preparing the data failed: {reason}") from error
+            raise data_error(error, f"preparing the data failed: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -235,6 +235,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def with_home(value: Any) -> Any:
+    """Expand a leading ``~`` in all text of nested values: a shell leaves that of ``key=~/x``."""
+    if isinstance(value, dict):
+        return {with_home(key): with_home(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [with_home(content) for content in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def shown(value: Any) -> str:
     """Return a value from a file for a message: short, however deep, wide or long it is."""
     try:
@@ -329,7 +338,8 @@ def in_notebook() -> bool:
 
 def shows_progress(wanted: bool = True) -> bool:
     """Return whether a progress bar is wanted, and seen: on a terminal or in a notebook."""
-    return wanted and (sys.stderr.isatty() or in_notebook())
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return wanted and (terminal or in_notebook())
 
 
 @cache
@@ -339,5 +349,7 @@ def _warn_of_lost_lines(reason: str) -> None:
 
 def print_error(text: str) -> None:
     """Print a line to standard error at once; never an error, as a status follows that counts."""
+    if sys.stderr is None:  # closed, and print would take standard output
+        return
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)

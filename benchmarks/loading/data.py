@@ -258,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--plot", type=Path, help="draw the results, PNG")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or min(args.seconds) < 0.1:
-        parser.error("needs at least 1 round and 0.1 seconds")
+    if min(args.rounds, args.batch_size, args.clips) < 1 or min(args.seconds) < 0.1:
+        parser.error("needs at least 1 round, 1 clip, batches of 1 clip and 0.1 seconds")
     for line in () if args.json else plain_loaders()[1]:
         print(line, flush=True)
     count = args.batch_size * math.ceil(args.clips / args.batch_size)

@@ -261,11 +261,16 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from ssast.pipelines.files import check_new
+    from ssast.pipelines.errors import DataError
+    from ssast.pipelines.files import check_new, check_writable
     from ssast.pipelines.prepare.check import check_data, is_report
 
-    if options.report is not None and not is_report(options.report):
-        check_new([options.report], [options.path, *filter(None, [options.labels])])
+    if options.report is not None:
+        if options.report.is_dir():
+            raise DataError(f"--report {options.report}: expected a file, found a folder")
+        if not is_report(options.report):
+            check_new([options.report], [options.path, *filter(None, [options.labels])])
+        check_writable(options.report.parent)
     found = check_data(
         options.path,
         classes=options.labels,

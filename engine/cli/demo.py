@@ -1,5 +1,6 @@
 """The demonstration: real recordings, a short pretraining, and what pretraining is for."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from ssast.engine.evaluation.reconstructions import visualize
 from ssast.engine.formats.known_weights import ours
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.engine.pretrain import pretrain
+from ssast.engine.train.task import run_folder
 from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.demo.corpora import fetch_demo
 from ssast.pipelines.demo.publish import TASKS, publish_labels
@@ -39,16 +41,18 @@ def demo(source: Path | None, overrides: Sequence[str] = ()) -> int:
     """
     name = "demo"
     if source is not None:
-        name = f"demo-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.resolve().name) or 'root'}"
+        place = os.path.realpath(source)
+        name = f"demo-{re.sub(r'[^A-Za-z0-9_-]+', '_', os.path.basename(place)) or 'root'}"
     folder, run = Path("data") / name, Path("runs") / name
+    channel = load_config("demo", overrides).audio.channel  # also tells mistakes before any work
     if source is None:
         train = fetch_demo(folder).train
     else:
-        recipe = Recipe(channel=load_config("demo", overrides).audio.channel)
-        prepare_shards(source, folder, Packing(recipe, drop_duplicates=True))
+        prepare_shards(source, folder, Packing(Recipe(channel=channel), drop_duplicates=True))
         train = publish_labels(folder, source)
     places = [f"data.train={train}", f"run.folder={run}"]
     config = load_config("demo", [*places, *overrides])
+    run = run_folder(config)
     stopped = pretrain(config, resume=True)
     if stopped:
         print(AGAIN)

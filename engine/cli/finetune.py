@@ -238,7 +238,7 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
     found = []
     num_read = total = 0
     # Where the lines come on a terminal, they are the progress.
-    progress = not options.quiet and not sys.stdout.isatty()
+    progress = not options.quiet and not (sys.stdout is not None and sys.stdout.isatty())
     windows = timelines(
         loaded,
         options.sources,

@@ -148,7 +148,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _end_at_once(message: str, status: int) -> NoReturn:
     """End the process: an orderly exit could wait for a lost process, or for memory."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # None where it is closed
         sys.stdout.flush()
     print_error(f"ssast: error: {printable(message)}")
     os._exit(status)

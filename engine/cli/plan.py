@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +127,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     for name in ("gpus", "batch", "clips", "price", "order"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} must be positive, got {value:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name} must be positive and finite, got {value:g}")
     if options.png is not None:
         if options.png.suffix.lower() != ".png":
             raise ConfigError(f"--png {options.png}: expected a name that ends in .png")
@@ -187,13 +188,17 @@ def _ledger(config: "Config", gpu: "Gpu", options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from ssast.engine.config import load_config
+    from ssast.engine.config import check_paths, load_config
     from ssast.engine.planning.tune import format_results, tune, write_tuned
     from ssast.pipelines.cores import find_cores
 
+    if not 0 < options.seconds < math.inf:
+        raise ConfigError(f"--seconds must be positive and finite, got {options.seconds:g}")
     if options.out is not None:
         check_new([options.out], [options.config])
+        check_writable(options.out.parent)
     config = load_config(options.config, options.overrides)
+    check_paths(config)
     cores = find_cores()
     print(f"{cores.number} cores ({cores.source})", flush=True)
     results = tune(config, seconds=options.seconds, say=lambda text: print(text, flush=True))

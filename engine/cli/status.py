@@ -7,7 +7,8 @@ import signal
 import sys
 from typing import TextIO
 
-from ssast.pipelines.clips.retry import TRANSIENT
+from ssast.pipelines.errors import TRANSIENT
+from ssast.pipelines.text import print_error
 
 USER_ERROR = 2
 SOME_UNREADABLE = 3
@@ -23,8 +24,9 @@ def files_status(num_read: int, total: int) -> int:
     """Return the exit status of a command that has read files; say how many it could not."""
     if num_read == total:
         return 0
-    sys.stdout.flush()
-    print(f"ssast: {total - num_read} of {total} files could not be read", file=sys.stderr)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    print_error(f"ssast: {total - num_read} of {total} files could not be read")
     return SOME_UNREADABLE if num_read else USER_ERROR
 
 

@@ -1,6 +1,7 @@
 """Write embeddings of recordings, one vector for each clip or for each column of patches."""
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import holds_clips, read_clips
 from ssast.pipelines.clips.remote import as_path
 from ssast.pipelines.clips.shards import ClipPaths
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.files import check_new, replacing
 from ssast.pipelines.text import NAME_BYTES
 
@@ -59,6 +60,10 @@ class NumpyWriter:
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self._rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        # Else a disk that fills up later ends the process by a signal, without a word.
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
         """See :class:`RowWriter`."""
@@ -214,7 +219,8 @@ def embed_recordings(
         if listing != out:
             _write_listing(listing, paths, counts)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
+        what = f"{out}: cannot be written: {error.strerror or error}"
+        raise data_error(error, what) from error
     cut.warn()
     return WrittenEmbeddings(out, shape, listing, rejected, int((counts > 0).sum()))
 

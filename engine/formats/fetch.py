@@ -88,6 +88,9 @@ def _from_address(text: str) -> Path:
 
 def _download(url: str, path: Path, sha256: str | None) -> Path:
     """Return the file, which is downloaded if it is not there, and checked."""
+    if path.is_file():  # whole, as it gets its name at the end: also in a cache for reading alone
+        _check(path, sha256)
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The other ranks of a machine wait here for the first one.

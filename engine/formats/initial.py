@@ -55,6 +55,11 @@ def open_initial(
     if name is None:
         if weights is not None:
             raise ConfigError(f"--weights {weights}: expected a checkpoint that has them: give one")
+        if metadata not in (None, MissingMetadata()):
+            raise ConfigError(
+                "--frames and --stride are what a published fine-tuned checkpoint does not say: "
+                "give one, or set audio.num_frames and finetune.stride"
+            )
         return None
     return open_encoder(name, metadata, weights)
 

@@ -13,6 +13,7 @@ are fed and what comes out, as strings by name (JSON but for the input and the t
 They are the extra files of ``torch.export``, and the metadata of ONNX.
 """
 
+import io
 import json
 import logging
 import warnings
@@ -33,6 +34,7 @@ from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio
 from ssast.kernels.fbank import fbank_reference
 from ssast.kernels.mel import EPS, PREEMPHASIS, FbankSpec
+from ssast.pipelines.files import write_atomically
 
 Input = Literal["fbank", "waveform"]
 
@@ -150,11 +152,12 @@ def save_program(
     """
     extra = _metadata(model, audio, labels, loss, names, fed)
     path = _made(path)
+    content = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
+    torch.export.save(export_program(model, audio, fed), content, extra_files=extra)
     try:
-        with open(path, "wb") as file:
-            torch.export.save(export_program(model, audio, fed), file, extra_files=extra)
+        write_atomically(path, content.getvalue())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
     return path
 
 

@@ -130,8 +130,12 @@ def write_state(
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # PyTorch's archive writer hides an error of the disk behind one of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be written: {cause.strerror or cause}") from error
 
 
 def describe_foreign(path: Path) -> str | None:

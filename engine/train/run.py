@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import Config, dump_config, from_plain, load_config, to_plain
+from ssast.engine.config import (
+    Config,
+    dump_config,
+    from_plain,
+    is_of_run,
+    load_config,
+    to_plain,
+)
 from ssast.engine.errors import CheckpointError, ConfigError, ReportError, Stopped
 from ssast.engine.evaluation.cut_clips import sampled_cut
 from ssast.engine.monitoring.curves import draw_curves
@@ -340,16 +347,23 @@ def _finish_mark(checkpoints: Checkpoints, found: Path, meta: Mapping[str, Any])
 def _check_new(run: Path, checkpoints: Path, config: Config) -> None:
     """Refuse to begin at step 0 where a run must have saved a checkpoint that is gone.
 
-    A run that was killed before its first checkpoint may begin anew.
+    A run that was killed before its first checkpoint may begin anew. Refuse also to write over a
+    configuration that no run wrote.
 
     Raises:
         CheckpointError: Its metrics go beyond the first checkpoint, or cannot be read.
+        ConfigError: The folder has a ``config.yaml`` of the user.
     """
     try:
         steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
         saving = any(checkpoints.glob(".tmp-*"))  # killed while it wrote the first one
         stored = run / "config.yaml"
-        first = (load_config(stored) if stored.is_file() else config).train.save_every
+        if stored.is_file():
+            config = load_config(stored)
+            # A run that was killed before all else has left what it stored.
+            if not is_of_run(stored) and stored.read_text("utf-8") != dump_config(config):
+                raise ConfigError(f"{stored}: no run has written this: choose another run.folder")
+        first = config.train.save_every
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or run} cannot be read: {error.strerror}"

@@ -19,7 +19,7 @@ from ssast.engine.config import Config
 from ssast.engine.errors import CheckpointError, ConfigError, SaveError
 from ssast.engine.parallel.ranks import World, run_on_main
 from ssast.engine.train.task import run_folder
-from ssast.pipelines.clips.retry import TRANSIENT
+from ssast.pipelines.errors import TRANSIENT
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.locks import FolderLock
 
@@ -252,8 +252,9 @@ def fallback_checkpoints(config: Config) -> Checkpoints | None:
     """
     if config.train.fallback_folder is None:
         return None
-    run, given = run_folder(config).resolve(), Path(config.train.fallback_folder).expanduser()
-    if given.resolve().is_relative_to(run):
+    run = Path(os.path.realpath(run_folder(config)))
+    given = Path(os.path.expanduser(config.train.fallback_folder))
+    if Path(os.path.realpath(given)).is_relative_to(run):
         raise ConfigError(
             f"train.fallback_folder {given} is inside run.folder: expected a folder on another disk"
         )

@@ -39,10 +39,10 @@ from ssast.pipelines.audio.mpeg import FEW_SAMPLES as FEW_OF_MP3
 from ssast.pipelines.audio.parts import Span, SpanFile
 from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.folders import FFMPEG_SUFFIXES
-from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.clips.segment import Segment, span_text
 from ssast.pipelines.clips.shards import ClipPath, ShardClip
 from ssast.pipelines.errors import (
+    TRANSIENT,
     BeyondEndError,
     ChainedError,
     DataError,

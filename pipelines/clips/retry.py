@@ -1,6 +1,5 @@
 """Repeat reads while storage fails: a network that is down for a minute must not end a run."""
 
-import errno
 import logging
 import random
 import threading
@@ -8,20 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ssast.pipelines.errors import StorageError
+from ssast.pipelines.errors import TRANSIENT, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-TRANSIENT = frozenset(
-    {
-        *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE),
-        *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
-        *(errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
-        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO, errno.ENOLINK),
-    }
-)
-"""Error numbers of storage that may work again later."""
 
 PAUSES_S = (0.05, 10.0)  # the first, and the longest; each is about twice the one before
 QUIET_S = 1.0  # shorter failures are not worth a line

@@ -28,12 +28,13 @@ from ssast.pipelines.demo.packages import (
     package_version,
     unpack,
 )
-from ssast.pipelines.demo.publish import FACTS, DemoData, finished, publish
+from ssast.pipelines.demo.publish import FACTS, TASKS, TRAIN, DemoData, finished, publish
 from ssast.pipelines.demo.sounds import STUDY_TASKS
 from ssast.pipelines.demo.tasks import DEMO_TASKS, Clip, Task, divide
 from ssast.pipelines.errors import DataError, UnavailableError
-from ssast.pipelines.files import cache_folder, write_atomically
-from ssast.pipelines.locks import exclusive
+from ssast.pipelines.files import cache_folder, check_new, write_atomically
+from ssast.pipelines.locks import LOCK, exclusive
+from ssast.pipelines.prepare.index import check_own
 from ssast.pipelines.prepare.pack import Packing, pack_recordings
 from ssast.pipelines.prepare.recordings import Recording, file_recording
 
@@ -102,6 +103,9 @@ def fetch_demo(
         "recipe": DEMO_RECIPE.digest(),
         "version": DEMO_VERSION,
     }
+    check_own(out)
+    if not (out / LOCK).exists() and finished(out, settings) is None:  # no run was killed here
+        check_new(out / name for name in (FACTS, TRAIN, TASKS))
     with exclusive(out):
         done = finished(out, settings)
         if done is not None:

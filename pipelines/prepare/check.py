@@ -34,7 +34,7 @@ from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
 from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.datasets.tables import lines, table
 from ssast.pipelines.errors import DataError, UnusableError
-from ssast.pipelines.files import write_atomically
+from ssast.pipelines.files import open_regular, write_atomically
 from ssast.pipelines.text import parse_json, shows_progress
 
 AT_ONCE = 64  # files of a manifest that one thread takes
@@ -358,7 +358,8 @@ def decoded_seconds(clip: ShardClip, expected: dict) -> float:
 def is_report(path: Path) -> bool:
     """Return whether a file is the report of an earlier check, which a new one may replace."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_regular(path) as file:
+            lines = file.read().decode().splitlines()
         keys = ({"where", "problem"}, {"where", "note"})
         return all(set(parse_json(line)) in keys for line in lines)
     except (OSError, ValueError, TypeError):

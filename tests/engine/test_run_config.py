@@ -66,6 +66,28 @@ def test_a_config_yaml_that_lies_in_no_run_is_a_plain_recipe(tmp_path):
     assert load_config(tmp_path / "config.yaml").run.folder == "elsewhere"
 
 
+def test_a_run_does_not_take_the_place_of_a_recipe(tmp_path, data, config_file):
+    recipe = tmp_path / "exp/config.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(config_file.read_text() + "# mine\n")
+    before = recipe.read_text()
+    config = load_config(recipe, [*data, "train.steps=2", f"run.folder={recipe.parent}"])
+    with pytest.raises(ConfigError, match=r"config\.yaml: no run has written this"):
+        pretrain(config)
+    assert recipe.read_text() == before
+
+
+def test_home_is_understood_in_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {mix: {~/a: 3, /b: 1}}\n")
+    config = load_config(path, ["run.folder=~/runs/x", "data.cache_folder=~/cache"])
+    assert config.run.folder == f"{tmp_path}/runs/x"
+    assert config.data.cache_folder == f"{tmp_path}/cache"
+    assert config.data.mix == {f"{tmp_path}/a": 3, "/b": 1}
+    assert load_config(path, ["run.folder=./~/x"]).run.folder == "./~/x"
+
+
 def test_relative_data_is_missed_with_the_working_directory(place):
     config = load_config(place / "runs/x/config.yaml", ["train.steps=6"])
     with pytest.raises(ConfigError, match=f"data.train: train is not in .* {Path.cwd()}, which"):

@@ -1,14 +1,20 @@
 """What a command refuses before it does any work."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from sounds import tone, write
 
 from ssast.engine.cli.main import main
+from ssast.engine.cli.status import files_status
 from ssast.engine.config import load_config
 from ssast.engine.finetune import without_effect
+from ssast.pipelines.errors import DataError, StorageError
+from ssast.pipelines.locks import exclusive
+from ssast.pipelines.text import print_error, shows_progress
 
 REFUSED = {
     "predict RUN a.wav --top 0": "--top must be at least 1, got 0",
@@ -17,7 +23,16 @@ REFUSED = {
     "export RUN out --to hf --push nobody": "--push nobody: expected owner/name",
     "data stats SOUNDS --max-clips 0": "--max-clips is 0, expected a number in [1, inf]",
     "data stats SOUNDS --out TAKEN": "stats.json: exists already",
-    "plan tiny_patch --price nan": "--price must be positive, got nan",
+    "plan tiny_patch --price nan": "--price must be positive and finite, got nan",
+    "plan tiny_patch --clips inf": "--clips must be positive and finite, got inf",
+    "tune tiny_patch --seconds inf": "--seconds must be positive and finite, got inf",
+    "tune tiny_patch data.train=gone.json": "data.train: gone.json is not in the working directory",
+    "tune tiny_patch --out TAKEN/stats.json/x": "stats.json: cannot be written to",
+    "data check SOUNDS --report TAKEN": "expected a file, found a folder",
+    "data check SOUNDS --report TAKEN/stats.json/x": "stats.json: cannot be written to",
+    "data check SOUNDS --report /dev/null": "/dev/null: exists already",
+    "demo train.stepz=9": "train.stepz",
+    "finetune classifier --frames 9": "--frames and --stride are what",
     "plan tiny_patch --png notes.txt": "--png notes.txt: expected a name that ends in .png",
     "plan tiny_patch --png TAKEN/a.png": "a.png: exists already",
     "plan tiny_patch --png TAKEN/stats.json/b.png": "stats.json: cannot be written to",
@@ -113,3 +128,21 @@ def test_prepare_leaves_the_users_own_files(
     assert main(prepare) == 0
     (tmp_path / "out/report.json").unlink()  # as if it had been killed
     assert main([*prepare, "--clip-s", "0.5"]) == 0
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    print_error("lost")
+    assert not shows_progress()
+    assert files_status(1, 2) == 3
+    assert capsys.readouterr().out == "", "a message among the data"
+    monkeypatch.setattr("sys.stdout", None)
+    assert files_status(0, 2) == 2
+
+
+def test_storage_that_fails_is_worth_another_attempt(tmp_path: Path) -> None:
+    """And a full disk is not: what a batch system does follows from the status."""
+    for number, kind in ((errno.EIO, StorageError), (errno.ENOSPC, DataError)):
+        with pytest.raises(DataError) as caught, exclusive(tmp_path):
+            raise OSError(number, os.strerror(number))
+        assert type(caught.value) is kind

@@ -152,6 +152,17 @@ def test_the_five_minutes_of_the_readme(server, tmp_path, monkeypatch, capsys):
     assert len(gets(server)) == 1
 
 
+def test_a_cache_for_reading_alone(server, weights, monkeypatch):
+    """What is there needs no lock, which cannot be made there."""
+    path = local_path(NAME)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(fetch, "in_turn", refused)
+    assert local_path(NAME) == path
+
+
 def test_a_download_that_breaks_off_is_resumed(server, weights):
     server.stop_at = end = len(weights) // 3
     path = local_path(NAME)

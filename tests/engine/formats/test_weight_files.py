@@ -9,10 +9,16 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
+from rank_jobs import small_files
 
 from ssast.engine.cli.main import main
+from ssast.engine.config import from_plain
 from ssast.engine.errors import CheckpointError
+from ssast.engine.evaluation.embedding import NumpyWriter
+from ssast.engine.formats.portable import save_program
+from ssast.engine.formats.published import save_published
 from ssast.engine.formats.weight_files import read_state, write_state
+from ssast.engine.model.objective import MSPM
 
 WEIGHTS = {"a": torch.arange(3.0), "b": torch.zeros(2, 2)}
 
@@ -160,3 +166,19 @@ def test_every_command_says_it(tmp_path, capsys):
                         "--out", tmp_path / "x.npy"]):  # fmt: skip
             assert main(list(map(str, command))) == 2
             assert "is a Git LFS pointer, not the weights: run git" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format_name", ["published", "pt2", "npy"])
+def test_a_disk_that_fills_up_is_named(format_name, tmp_path):
+    """PyTorch's writer hides that behind an error of its own; a sparse file ends in a signal."""
+    config = from_plain({"model": {"size": "tiny", "depth": 1}, "audio": {"num_frames": 32},
+                         "objective": {"num_masked": 4}})  # fmt: skip
+    model, path = MSPM(config), tmp_path / f"x.{format_name}"
+    with small_files(4096), pytest.raises((CheckpointError, OSError), match="too large"):
+        if format_name == "npy":
+            NumpyWriter(path, (10**6, 16))
+        elif format_name == "pt2":
+            save_program(model.encoder, path, config.audio)
+        else:
+            save_published(model, path)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "x.npy"] == []

@@ -25,10 +25,9 @@ from ssast.pipelines.audio.convert import Recipe
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.clips.mix import is_remote, select
 from ssast.pipelines.clips.remote import as_os_error, as_path, is_url, read_range
-from ssast.pipelines.clips.retry import TRANSIENT
 from ssast.pipelines.clips.shards import ShardClip, ShardIndex
 from ssast.pipelines.clips.subset import draw_clips
-from ssast.pipelines.errors import DataError, StorageError
+from ssast.pipelines.errors import TRANSIENT, DataError, StorageError
 from ssast.pipelines.prepare.check import check_data
 from ssast.pipelines.prepare.pack import Packing, prepare_shards
 from ssast.pipelines.stream.stream import AudioStream

@@ -19,6 +19,7 @@ from ssast.pipelines.clips.shards import ShardIndex
 from ssast.pipelines.demo.corpora import fetch_sounds
 from ssast.pipelines.demo.publish import clips_of
 from ssast.pipelines.demo.tasks import DEMO_TASKS, Label, is_held
+from ssast.pipelines.errors import DataError
 from ssast.pipelines.prepare import pack
 
 
@@ -171,6 +172,18 @@ def test_what_the_demo_evaluates_on_is_not_heard_with_more_recordings(
     more = manifests(tmp_path / "more")
     assert evaluated - more["language_eval.json"]  # others were drawn
     assert not evaluated & more["train.json"]
+
+
+@pytest.mark.parametrize("name", ["train.json", "tasks/mine.json", "demo.json", "shards/0.tar"])
+def test_a_folder_of_the_user_is_left_alone(name: str, tmp_path: Path, repo: Path) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    found = mine.parent if name.startswith("tasks") else mine
+    with pytest.raises(DataError, match=f"{found}: (exists|not of)"):
+        demo(tmp_path)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
 
 
 def test_an_interrupted_demo_ends_the_same(
