@@ -236,9 +236,10 @@ def write_folds(
         "mean": dict(zip(names, table.mean(0).tolist(), strict=True)),
         "std": dict(zip(names, table.std(0, ddof=1).tolist(), strict=True)),
     }
-    clips = {number: read_predictions(folder / PREDICTIONS) for number, folder in folders.items()}
-    pairs = [pair for rows in clips.values() for pair in rows]
-    if "accuracy" in names:
+    if "accuracy" in names:  # of clips with one label each
+        pairs = [
+            pair for folder in folders.values() for pair in read_predictions(folder / PREDICTIONS)
+        ]
         found["pooled"] = {"accuracy": float(np.mean([label == name for label, name in pairs]))}
         # In the order of the runs; a run without a table of classes knows only those it has seen.
         classes = list(
@@ -248,7 +249,9 @@ def write_folds(
         labels, predicted = np.array([[index[label], index[name]] for label, name in pairs]).T
         draw_confusion(run / "confusion.png", predicted, labels, classes)
     write_atomically(run / "metrics.json", json.dumps(found, indent=1) + "\n")
-    counts = {n: (len(rows), folds[n].get("num_clips", len(rows))) for n, rows in clips.items()}
+    counts = {
+        n: (int(values["num_scored"]), int(values["num_clips"])) for n, values in folds.items()
+    }
     config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
     text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
     write_atomically(run / REPORT, text)

@@ -116,14 +116,14 @@ def _power(plan: Plan, cells: Cells) -> list[str]:
     ):
         found = variation(cells, names, tasks)
         if found is not None:
-            here, elsewhere = (found.shown_by(n, clips=clips) for clips in (False, True))
+            shown = [f"{100 * found.shown_by(n, clips=clips):.1f}" if n > 1 else ""
+                     for clips in (False, True)]  # fmt: skip
             rows.append([
                 what,
                 f"{100 * found.seeds:.1f}",
                 f"{100 * found.clips:.1f}",
                 str(found.seeds_for(SHOWN)),
-                f"{100 * here:.1f}",
-                f"{100 * elsewhere:.1f}",
+                *shown,
             ])  # fmt: skip
     if not rows:
         return []

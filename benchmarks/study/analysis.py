@@ -169,7 +169,8 @@ def gain(cells: Cells, name: str, family: str, tasks: Sequence[str]) -> Gain | N
 def gain_curve(plan: Plan, cells: Cells, family: str) -> list[tuple[int, Gain]]:
     """Return (clips seen, gain over training from scratch) at the kept steps and at the end.
 
-    Nothing without one of the kept steps.
+    Only points at which all tasks are finished: a mean over fewer is another curve. Nothing without
+    one of the kept steps.
     """
     kept = [(model.step, model.name) for model in kept_models(plan) if model.family == family]
     batch = pretraining_config(plan, MODELS[family], Path()).train.batch_size
@@ -177,6 +178,7 @@ def gain_curve(plan: Plan, cells: Cells, family: str) -> list[tuple[int, Gain]]:
         ((step or 0) * batch, found)
         for step, name in [*kept, (plan.steps, family)]
         if (found := gain(cells, name, family, plan.tasks)) is not None
+        and len(found.by_task) == len(plan.tasks)
     ]
     return points if len(points) > 1 else []
 

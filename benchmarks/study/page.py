@@ -28,7 +28,7 @@ from ssast.benchmarks.study.pictures import (
     draw_learning,
     draw_pretraining,
 )
-from ssast.benchmarks.study.plan import VALID_SHARE, FineTuning, Plan
+from ssast.benchmarks.study.plan import VALID_SHARE, FineTuning, Plan, kept_models
 from ssast.benchmarks.study.probes import probes, read_reports
 from ssast.benchmarks.study.tables import (
     chance_of,
@@ -70,19 +70,24 @@ def summary(plan: Plan, cells: Cells) -> list[str]:
             + listed("Significantly worse on", lower)
             + listed("Not significantly different on", neither)
         )
-    return [*lines, *_trade(cells), *_ablation_claims(plan, cells), ""]
+    return [*lines, *_trade(plan, cells), *_ablation_claims(plan, cells), ""]
 
 
-def _trade(cells: Cells) -> list[str]:
+def _trade(plan: Plan, cells: Cells) -> list[str]:
     both = [task for name, task in cells if name == "patch" and ("frame", task) in cells]
     if not both:
         return []
     patch, frame, neither = compare(cells, "patch", "frame", both)
     sounds = SOUND_TASKS & set(both)
-    as_claimed = set(patch) == sounds and set(frame) == set(both) - sounds
+    speech = set(both) - sounds
+    as_claimed = set(patch) == sounds and set(frame) == speech
     verdict = "**reproduced**" if as_claimed else "**not reproduced**"
     if not sounds:
         verdict = f"for speech {verdict}, for sounds there is no task"
+    if not speech:
+        verdict = f"for sounds {verdict}, for speech there is no task"
+    if len(both) < len(plan.tasks):
+        verdict += f" ({len(both)} of {len(plan.tasks)} tasks are finished)"
     return [
         f"- *Patches are better for sounds, frames for speech*: {verdict}."
         + listed("Patch model significantly better on", patch)
@@ -142,7 +147,7 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
                 MODELS[name].what: curves_of(
                     (
                         FineTuning(MODELS[name], task, cells[name, task].rate, seed)
-                        for seed in range(plan.seeds)
+                        for seed in cells[name, task].seeds
                     ),
                     out,
                     plan.epochs,
@@ -208,9 +213,11 @@ def write_page(out: Path, docs: Path) -> Path:
         name: [line for path in paths for line in (f"![{path.stem}](results/{path.name})", "")]
         for name, paths in drawn.items()
     }
+    # Of the kept steps, those of which something is finished.
+    begun = [model for model in kept_models(plan) if any(name == model.name for name, _ in cells)]
     waiting = [
         f"{model.name}, {task}"
-        for model in MODELS.values()
+        for model in (*MODELS.values(), *begun)
         for task in plan.tasks_of(model)
         if (model.name, task) not in cells and model not in OBJECTIVES  # marked in their section
     ]

@@ -1,5 +1,6 @@
 """Figures of the results page."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain
             lower.plot(*_percent([(n, gain.by_task[task]) for n, gain in there]), "o-", **line)
         lower.errorbar(
             *_percent([(n, gain.mean) for n, gain in points]),
-            [100 * (gain.margin or 0) for _, gain in points],
+            [math.nan if gain.margin is None else 100 * gain.margin for _, gain in points],
             color="black",
             capsize=3,
             lw=2.5,

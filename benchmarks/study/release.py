@@ -19,7 +19,7 @@ from ssast.benchmarks.study.plan import Plan, weights_of
 from ssast.benchmarks.study.probes import read_reports
 from ssast.benchmarks.study.reproduce import DATA
 from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
-from ssast.benchmarks.study.tables import chance_of, mean_and_std, table, what
+from ssast.benchmarks.study.tables import chance_of, of_seeds, table, what
 from ssast.engine.checkpoints.weights import export_weights
 from ssast.engine.config import Config
 from ssast.engine.errors import CheckpointError
@@ -132,8 +132,8 @@ def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Pat
         [
             f"{task}: {what(task)}",
             f"{100 * chance_of(plan, task)[0]:.1f}",
-            mean_and_std(cells[f"{family}-scratch", task].accuracies),
-            mean_and_std(cells[family, task].accuracies),
+            of_seeds(plan, cells[f"{family}-scratch", task], MODELS[f"{family}-scratch"]),
+            of_seeds(plan, cells[family, task], MODELS[family]),
         ]
         for task in plan.tasks
         if (family, task) in cells and (f"{family}-scratch", task) in cells

@@ -107,11 +107,10 @@ def of_seeds(plan: Plan, cell: Cell | None, model: Model) -> str:
     """Format the test accuracies of a cell, and how many seeds diverged or are not finished."""
     if cell is None:
         return ""
-    if cell.num_diverged:
-        return f"{mean_and_std(cell.accuracies)} ({cell.num_diverged} diverged)"
     finished, seeds = len(cell.accuracies), plan.seeds_of(model)
-    missing = f" ({finished} of {seeds})" if finished < seeds else ""
-    return mean_and_std(cell.accuracies) + missing
+    notes = [f"{cell.num_diverged} diverged"] if cell.num_diverged else []
+    notes += [f"{finished} of {seeds}"] if finished + cell.num_diverged < seeds else []
+    return mean_and_std(cell.accuracies) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def pretraining(out: Path) -> list[str]:

@@ -87,6 +87,14 @@ class WaveformEncoder(nn.Module):
         found, columns = embed_waveforms(self.loaded, *checked, level, self.layer)
         return found if level == "clip" else found.sum(1) / columns[:, None]
 
+    @property
+    def name(self) -> str:
+        """Name of the model: of the hub owner and name, else that of its file or folder."""
+        path = self.loaded.path
+        if path.parent.name == "snapshots":  # of a commit
+            return path.parents[1].name.removeprefix("models--").replace("--", "_")
+        return path.stem
+
     def fingerprint(self) -> str:
         """Hash the weights, the settings of the input, pooling and layer to 12 hexadecimal digits.
 
@@ -97,6 +105,8 @@ class WaveformEncoder(nn.Module):
         settings = (self.loaded.audio, embed.patch, embed.stride, pooling, self.pooling, self.layer)
         found = hashlib.sha256(repr(settings).encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
+            if name.endswith("mask_embed"):  # nothing is masked; of a file without it, it is random
+                continue
             found.update(f"{name} {list(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
         return found.hexdigest()[:12]

@@ -61,7 +61,7 @@ class MtebEncoder(WaveformEncoder):
         except ImportError as error:
             raise ConfigError('MTEB is not installed: pip install "mteb[audio]"') from error
         known = {
-            "name": f"ssast/{self.loaded.path.stem}",
+            "name": f"ssast/{self.name}",
             "revision": self.fingerprint(),
             "n_parameters": sum(p.numel() for p in self.encoder.parameters()),
             "embed_dim": self.embed_dim,

@@ -53,7 +53,7 @@ class XaresEncoder(WaveformEncoder):
             check_decoding()
         self.sampling_rate, self.output_dim = self.spec.sample_rate_hz, self.embed_dim
         self.hop_size_in_ms = self.hop_ms
-        stem = re.sub(r"\W+", "_", self.loaded.path.stem, flags=re.ASCII)
+        stem = re.sub(r"\W+", "_", self.name, flags=re.ASCII)
         name = f"{stem}_{self.fingerprint()}_Encoder"
         self.__class__ = type(name, (type(self),), {"__doc__": self.__doc__})
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.formats.huggingface import RAW_WEIGHTS
+from ssast.engine.formats.huggingface_config import REMOTE_CODE
 from ssast.engine.settings import Audio
 from ssast.pipelines.text import one_line
 
@@ -104,7 +106,9 @@ def push_to_hub(
     try:
         api = hub.HfApi()
         api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
+        # Else those of a model that was pushed before would count as this one's.
+        stale = [RAW_WEIGHTS, REMOTE_CODE.name]
+        api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=stale)
     except Exception as error:  # as above
         raise CheckpointError(
             f"{repository}: cannot be uploaded, {folder} is written: {one_line(error):.200}"

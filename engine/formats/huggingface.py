@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ssast.engine.checkpoints.store import read_safetensors, save_tensors
-from ssast.engine.checkpoints.weights import check_names, check_tensors, sketch
+from ssast.engine.checkpoints.weights import Weights, check_names, check_tensors, sketch
 from ssast.engine.config import finetune_settings
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.exportable import check_choices, check_classes, check_exportable
@@ -46,7 +46,7 @@ from ssast.pipelines.text import parse_json, read_text, shown
 
 _PREPROCESSOR, _WEIGHTS = "preprocessor_config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_RAW_WEIGHTS = "model.non_ema.safetensors"  # of transformers' variant "non_ema"
+RAW_WEIGHTS = "model.non_ema.safetensors"  # of transformers' variant "non_ema"
 _SAMPLE_RATE_HZ = 16000  # transformers' feature extractor has a window of 400 samples
 
 # Ours -> names in an AST file, of everything but qkv, which AST stores as three.
@@ -153,9 +153,9 @@ def export_huggingface(
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_tensors(convert(model), folder / _WEIGHTS, {"format": "pt"})
         if raw is None:
-            (folder / _RAW_WEIGHTS).unlink(missing_ok=True)  # of an earlier export
+            (folder / RAW_WEIGHTS).unlink(missing_ok=True)  # of an earlier export
         else:
-            save_tensors(convert(raw), folder / _RAW_WEIGHTS, {"format": "pt"})
+            save_tensors(convert(raw), folder / RAW_WEIGHTS, {"format": "pt"})
         if config["model_type"] == OWN:
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     except (OSError, safetensors.SafetensorError) as error:
@@ -165,7 +165,18 @@ def export_huggingface(
 
 def has_raw_weights(folder: Path) -> bool:
     """Return whether a folder has raw weights, beside averaged ones or alone."""
-    return (folder / _RAW_WEIGHTS).is_file()
+    return (folder / RAW_WEIGHTS).is_file()
+
+
+def choose_weights(folder: Path, weights: Weights | None) -> Weights | None:
+    """Return which weights of a folder are taken: the averaged ones, unless one says or has none.
+
+    None where there is but one kind, which nothing names.
+    """
+    if not has_raw_weights(folder):
+        return None
+    averaged = any((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
+    return weights or ("ema" if averaged else "raw")
 
 
 def import_huggingface(folder: str | Path, raw: bool = False) -> Imported:
@@ -188,7 +199,7 @@ def import_huggingface(folder: str | Path, raw: bool = False) -> Imported:
     if kind not in (STOCK, OWN):
         raise CheckpointError(f"{folder / CONFIG}: model_type is {shown(kind)}, expected {STOCK!r}")
     state: dict[str, Tensor] = {}
-    for weights in [folder / _RAW_WEIGHTS] if raw else _weight_files(folder):
+    for weights in [folder / RAW_WEIGHTS] if raw else _weight_files(folder):
         if (foreign := describe_foreign(weights)) is not None:
             raise CheckpointError(f"{weights}: {foreign}")
         try:

@@ -36,9 +36,11 @@ def model_config(model: Classifier | SpectrogramTransformer, audio: Audio) -> di
         "layer_norm_eps": encoder.blocks[0].get_submodule("norm1").eps,
         "dtype": "float32",
     }
-    pooling = model.pooling if isinstance(model, Classifier) else "cls"
+    alone = not isinstance(model, Classifier)
+    pooling = "avgtok" if alone else model.pooling  # what a new classifier begins with
     options = {key: getattr(encoder.settings, key) for key in _PUBLISHED}
-    stock = patch[0] == patch[1] and pooling == "cls" and options == _PUBLISHED
+    # A stock AST pools cls and dist; of an encoder alone nothing is pooled yet.
+    stock = patch[0] == patch[1] and (alone or pooling == "cls") and options == _PUBLISHED
     if stock:
         config |= {
             "model_type": STOCK,
@@ -103,7 +105,7 @@ def find_classes(
             raise CheckpointError(f"{folder / CONFIG}: {key} is {shown(value)}, expected names")
     names = tuple(str(found.get(str(i), f"LABEL_{i}")) for i in range(num_classes))
     # A head that was replaced since has other classes, and then no ids.
-    known = set(names) <= set(ids)
+    known = set(names) == set(ids)
     return tuple(str(ids[name]) for name in names) if known else names, names
 
 

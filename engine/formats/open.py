@@ -23,7 +23,7 @@ from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune_settings import Finetune
 from ssast.engine.formats.exportable import check_choices
 from ssast.engine.formats.fetch import local_path
-from ssast.engine.formats.huggingface import has_raw_weights, import_huggingface
+from ssast.engine.formats.huggingface import choose_weights, has_raw_weights, import_huggingface
 from ssast.engine.formats.huggingface_config import CONFIG, Loss
 from ssast.engine.formats.published import (
     build_pretrained,
@@ -304,7 +304,7 @@ def _open(
             "ssast weights lists what has a name"
         )
     if (path / CONFIG).is_file():
-        return _open_transformers(path, metadata, (weights or "ema") if both else None)
+        return _open_transformers(path, metadata, choose_weights(path, weights))
     loaded = _open_run(path, metadata, weights)
     if loaded.weights is not None and purpose != "encoder":
         _log.warning("%s: %s", path, WEIGHTS[loaded.weights])

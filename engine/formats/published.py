@@ -388,8 +388,10 @@ def save_published(
 
     Raises:
         CheckpointError: It cannot be written.
-        ConfigError: See :func:`published_state`.
+        ConfigError: See :func:`published_state`; or the name is that of another format.
     """
+    if Path(path).suffix == ".safetensors":
+        raise ConfigError(f"{path}: the published format is a file of PyTorch: name it .pth")
     write_state(published_state(model, audio, heads), Path(path), metadata)
 
 

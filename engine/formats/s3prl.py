@@ -20,6 +20,7 @@ from ssast.engine.data.clips import fbank_spec
 from ssast.engine.data.waveforms import fbank_windows
 from ssast.engine.errors import ConfigError
 from ssast.engine.formats.open import MissingMetadata, open_model
+from ssast.engine.model.backbones import build_encoder
 from ssast.engine.model.encoder import (
     SpectrogramTransformer,
     layer_states,
@@ -249,6 +250,6 @@ def _resized(
     if (stride, frames) == (encoder.embed.stride, audio.num_frames):
         return encoder, audio
     new = Audio(**vars(audio) | {"num_frames": frames})
-    resized = SpectrogramTransformer(model_settings(encoder), new, stride)
+    resized = build_encoder(model_settings(encoder), new, stride)
     fill_encoder(resized, encoder)
     return resized.eval(), new

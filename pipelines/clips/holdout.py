@@ -7,7 +7,7 @@ fixed seed: the order in which the clips are listed does not matter.
 
 import itertools
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,10 @@ def hold_out(
     """Choose the clips to hold out; those of one recording stay together.
 
     Recordings are taken in a drawn order until a class has its share of clips, rare classes first.
-    One that would bring a class to more than twice its share is passed over, unless there are only
-    such: then it is the smallest. Every class keeps a recording to train on. With one label a
-    recording, every class that has two recordings has one that is held out as well; with several
-    labels that is not always possible.
+    One that would bring a class, this or another, to more than twice its share is passed over,
+    unless there are only such: then it is that which exceeds it least. Every class keeps a
+    recording to train on. With one label a recording, every class that has two recordings has one
+    that is held out as well; with several labels that is not always possible.
 
     Args:
         recordings: Number or name of each clip's recording, [n].
@@ -134,26 +134,33 @@ def hold_out(
     table = _Classes.of(recordings, labels)
     held = np.zeros(table.num_recordings, bool)
     trained = np.array([len(members) for members, _ in table.classes])  # recordings of each class
+    totals = [int(sizes.sum()) for _, sizes in table.classes]
+    wanted = np.array([max(1, round(share * total)) for total in totals])  # clips of each class
+    have = np.zeros_like(wanted)
+
+    def excess(recording: int) -> float:
+        """Return how many times its share a class would have held out with this one, at most."""
+        classes, sizes = table.classes_of(recording)
+        return float(((have[classes] + sizes) / wanted[classes]).max())
 
     def hold(recording: int) -> bool:
         """Hold a recording out unless a class would have none left to train on."""
-        classes = table.classes_of(recording)
+        classes, sizes = table.classes_of(recording)
         if held[recording] or (trained[classes] < 2).any():
             return False
         held[recording] = True
         trained[classes] -= 1
+        have[classes] += sizes
         return True
 
-    for members, sizes in table.rare_first():
-        wanted = max(1, round(share * int(sizes.sum())))
-        have = sizes[held[members]].sum()
-        for recording, size in zip(members, sizes, strict=True):
-            if have >= wanted:
+    for number, members in table.rare_first():
+        for recording in members:
+            if have[number] >= wanted[number]:
                 break
-            if have + size <= 2 * wanted and hold(recording):
-                have += size
-        if not have:  # every recording that may be held out is a large one
-            any(map(hold, members[np.argsort(sizes, kind="stable")]))
+            if excess(recording) <= 2:
+                hold(recording)
+        if not have[number]:  # with every recording that may be held out some class has too much
+            any(map(hold, sorted(members, key=excess)))
     if not held.any():
         raise TooFewRecordings(
             "no class has two recordings, expected one to train on and one to hold out"
@@ -181,7 +188,8 @@ def assign_folds(
     table = _Classes.of(recordings, labels)
     fold = np.full(table.num_recordings, -1)
     total = np.zeros(num_folds, np.int64)
-    for members, sizes in table.rare_first():
+    for number, members in table.rare_first():
+        sizes = table.classes[number][1]
         here = fold[members]
         have = np.bincount(here[here >= 0], sizes[here >= 0], num_folds)
         for row in np.argsort(-sizes, kind="stable"):  # the largest first: the others even it out
@@ -207,7 +215,7 @@ class _Classes:
     recordings: np.ndarray
     num_recordings: int
     classes: list[tuple[np.ndarray, np.ndarray]]
-    _by_recording: tuple[np.ndarray, np.ndarray]
+    _by_recording: tuple[np.ndarray, np.ndarray, np.ndarray]  # classes, clips, where each begins
 
     @staticmethod
     def of(keys: Sequence[Any] | np.ndarray, labels: Labels | None) -> "_Classes":
@@ -216,7 +224,8 @@ class _Classes:
             drawn = permutation(SEED, 0, count)
             sizes = np.bincount(recordings, minlength=count)[drawn]
             of_class = np.zeros(count, np.int8)
-            return _Classes(recordings, count, [(drawn, sizes)], (of_class, np.arange(count + 1)))
+            each = (of_class, np.bincount(recordings, minlength=count), np.arange(count + 1))
+            return _Classes(recordings, count, [(drawn, sizes)], each)
         clips, classes = numbered(labels)
         # Each pair of a class and a recording of it once, with the number of clips.
         pairs, sizes = np.unique(classes * count + recordings[clips], return_counts=True)
@@ -228,15 +237,19 @@ class _Classes:
         parts = zip(np.split(of_recording[drawn], ends), np.split(sizes[drawn], ends), strict=True)
         grouped = np.argsort(of_recording, kind="stable")
         starts = np.searchsorted(of_recording[grouped], np.arange(count + 1))
-        return _Classes(recordings, count, list(parts), (of_class[grouped], starts))
+        each = (of_class[grouped], sizes[grouped], starts)
+        return _Classes(recordings, count, list(parts), each)
 
-    def rare_first(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the classes, those of the fewest recordings first."""
-        return iter(sorted(self.classes, key=lambda part: len(part[0])))
+    def rare_first(self) -> list[tuple[int, np.ndarray]]:
+        """Return number and recordings of the classes, those of the fewest recordings first."""
+        numbered = ((number, members) for number, (members, _) in enumerate(self.classes))
+        return sorted(numbered, key=lambda part: len(part[1]))
 
-    def classes_of(self, recording: int) -> np.ndarray:
-        classes, starts = self._by_recording
-        return classes[starts[recording] : starts[recording + 1]]
+    def classes_of(self, recording: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the classes of a recording, and how many of its clips are of each."""
+        classes, sizes, starts = self._by_recording
+        here = slice(starts[recording], starts[recording + 1])
+        return classes[here], sizes[here]
 
 
 def _from_zero(keys: np.ndarray) -> tuple[np.ndarray, int]:

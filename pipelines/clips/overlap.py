@@ -133,7 +133,7 @@ class Contents:
         one, other = self._recordings(one), self._recordings(other)
         sets = self._files(one), self._files(other)
         rows = _equal([found.sizes for found in sets])
-        rows = tuple(part[found.sizes[part] >= 0] for found, part in zip(sets, rows, strict=True))
+        rows = tuple(part[found.sizes[part] > 0] for found, part in zip(sets, rows, strict=True))
         for kind in ("middle", "whole"):
             digests = []
             for found, part in zip(sets, rows, strict=True):

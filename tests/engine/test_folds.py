@@ -16,7 +16,7 @@ from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.report import read_predictions
 from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds
 from ssast.pipelines.clips.holdout import hold_out_clips
-from ssast.pipelines.clips.manifest import read_manifest
+from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.errors import DataError
 
 FOLDS = 3
@@ -182,3 +182,19 @@ def test_what_is_wrong_with_a_fold_is_said_before_the_first(folds, checkpoint, t
     assert not run.exists()
     with pytest.raises(ConfigError, match=r"finetune\.folds and run\.folder must both be set"):
         cross_validate(load_config("classifier"), checkpoint)
+
+
+def test_clips_of_several_labels_have_a_report_of_all_folds(folds, checkpoint, tmp_path):
+    copies = tmp_path / "folds"
+    copies.mkdir()
+    for name in (f"{kind}_{k}.json" for kind in ("train", "eval") for k in (1, 2, 3)):
+        found = read_manifest(folds / name)
+        labels = [[*own, "pitch2"] if own == ("pitch0",) else list(own) for own in found.labels]
+        write_manifest(copies / name, found.paths, labels)
+    given = overrides(finetune__epochs=1, finetune__loss="bce", finetune__folds=str(copies))
+    config = load_config("classifier", [*given, "finetune.fold_role=valid",
+                                        f"run.folder={tmp_path / 'run'}"])  # fmt: skip
+    assert cross_validate(config, checkpoint) == 0
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert found["mean"]["map"] > 0 and "pooled" not in found and len(found["folds"]) == FOLDS
+    assert "3 folds" in (tmp_path / "run/report.md").read_text()

@@ -105,6 +105,9 @@ def test_masked_and_whole_passes_of_a_backbone_agree(run):
     again, _ = model.encoder(fbank, masks)
     assert torch.allclose(again, states)
     assert embed(run, torch.randn(8000) / 10).shape == (192,)
+    upstream = api.ssast_local(str(run))  # other frames and another stride
+    states = upstream([torch.randn(16000) / 10])["hidden_states"]
+    assert all(state.isfinite().all() for state in states)
 
 
 def test_it_is_continued_by_another_objective_and_not_by_another_backbone(run, data, tmp_path):

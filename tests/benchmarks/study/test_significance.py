@@ -81,6 +81,24 @@ def test_clips_of_one_group_are_one_draw():
     assert spread.of_clips == 0 and spread.margin == pytest.approx(spread.seeds_margin)
 
 
+def test_a_task_of_few_groups_is_a_stratum_of_its_own():
+    """Beside a task of many groups: what is not known of three is not known of the mean."""
+    draw, rounds, held = np.random.default_rng(5), 500, 0
+    groups = [np.arange(200), np.repeat(np.arange(3), 50)]
+    for _ in range(rounds):
+        ours, theirs = [], []
+        for number, kinds in enumerate(groups):
+            # Of either model, so that there is no difference: what a group favours is drawn.
+            favours = draw.normal(0, (0.3, 0.9)[number], kinds.max() + 1)[kinds]
+            for cells, sign in ((ours, 1), (theirs, -1)):
+                rate = 1 / (1 + np.exp(-sign * favours))
+                right = draw.random((3, len(kinds))) < rate
+                cells.append(cell(right, [(number, kind) for kind in kinds]))
+        mean, spread = difference(ours, theirs)
+        held += abs(mean) < spread.margin
+    assert held / rounds > 0.87  # as one stratum of 203 groups 0.74
+
+
 def test_seeds_are_paired_by_their_numbers():
     a, b = cell([[1, 1], [0, 0]], seeds=(1, 2)), cell([[1, 0], [1, 1]], seeds=(0, 1))
     assert over_tasks([a, b]) == [1.0]  # of seed 1

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,12 @@ from ssast.engine.api import (
     ConfigError,
     DataError,
     LoadedModel,
+    MissingMetadata,
     MtebEncoder,
     XaresEncoder,
     embed,
     embed_recordings,
+    open_model,
     save_published,
 )
 from ssast.engine.config import from_plain
@@ -120,6 +123,24 @@ def test_xares_keeps_the_scores_of_models_apart(tmp_path):
     assert len(set(names)) == len(models)
     assert names[0] == type(XaresEncoder(make(tmp_path / "a"))).__name__
     assert names[-1].startswith("b_c_") and all(name.isidentifier() for name in names)
+
+
+def test_a_model_from_elsewhere_has_one_name(tmp_path):
+    """Such files have no mask token, which is drawn when they are opened and never used."""
+    save_published(make(tmp_path, pooling="avgtok").model, tmp_path / "tuned.pth")
+    metadata = MissingMetadata(num_frames=64, stride=(16, 16))
+    names = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        names.add(WaveformEncoder(open_model(tmp_path / "tuned.pth", metadata)).fingerprint())
+    assert len(names) == 1
+
+
+def test_a_model_from_the_hub_has_its_name(tmp_path):
+    loaded = make(tmp_path)
+    snapshot = tmp_path / "models--me--mine/snapshots/0123abc"
+    assert WaveformEncoder(replace(loaded, path=snapshot)).name == "me_mine"
+    assert WaveformEncoder(replace(loaded, path=tmp_path / "runs/mine")).name == "mine"
 
 
 def test_xares_pads_with_zeros_and_silence_is_embedded(loaded):

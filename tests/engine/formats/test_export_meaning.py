@@ -22,6 +22,7 @@ from ssast.engine.cli.options import missing_metadata
 from ssast.engine.config import from_plain, to_plain
 from ssast.engine.evaluation.predict import predict
 from ssast.engine.formats.huggingface import import_huggingface
+from ssast.engine.formats.huggingface_config import find_classes
 from ssast.engine.formats.open import LoadedModel, as_classifier, open_classifier, open_model
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
@@ -246,3 +247,7 @@ def test_a_head_that_was_replaced_has_no_old_labels(tmp_path, modules):
     (tmp_path / "fresh" / preprocessor.name).write_bytes(preprocessor.read_bytes())
     numbered = ("LABEL_0", "LABEL_1", "LABEL_2")
     assert import_huggingface(tmp_path / "fresh")[2:4] == (numbered, numbered)
+    # Of two classes with names that the old head had as well.
+    config = json.loads((tmp_path / "fresh/config.json").read_text())
+    config["id2label"] = {"0": NAMES[0], "1": NAMES[1]}
+    assert find_classes(config, 2, tmp_path) == (NAMES[:2], NAMES[:2])

@@ -320,8 +320,9 @@ def test_an_export_is_pushed_with_a_card(tmp_path, monkeypatch, capsys):
         def create_repo(self, repo_id, **options):
             calls.append((repo_id, options))
 
-        def upload_folder(self, *, repo_id, folder_path):
+        def upload_folder(self, *, repo_id, folder_path, delete_patterns):
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            assert delete_patterns == ["model.non_ema.safetensors", "modeling_ssast.py"]
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     arguments = ["export", "tiny_patch", "--to", "hf", str(tmp_path / "out")]

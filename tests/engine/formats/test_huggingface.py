@@ -12,7 +12,7 @@ from sounds import RATE_HZ, tone
 
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
-from ssast.engine.model.classifier import Classifier
+from ssast.engine.model.classifier import Classifier, pool
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.settings import Audio, Model
 from ssast.kernels.fbank import FbankSpec, fbank
@@ -127,8 +127,11 @@ def test_encoders_alone(shape, tmp_path, modules):
     theirs = load(transformers.AutoModel, folder)
     assert type(theirs).__name__ == ("SsastModel" if shape == "frame" else "ASTModel")
     with torch.no_grad():
-        hidden = theirs(ours.embed.normalise(x)).last_hidden_state
+        found = theirs(ours.embed.normalise(x))
+    hidden = found.last_hidden_state
     assert_close(our_states(ours, x)[-1], hidden)
+    if shape == "frame":  # a stock AST pools cls and dist, always
+        assert_close(pool(hidden, "avgtok", ours.num_extra_tokens), found.pooler_output)
     again, audio, labels, *_ = import_huggingface(folder)
     assert isinstance(again, SpectrogramTransformer) and audio == AUDIO and labels == ()
     assert our_states(again, x)[-1].equal(our_states(ours, x)[-1])

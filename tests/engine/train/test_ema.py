@@ -197,6 +197,13 @@ def test_transformers_opens_both(run, tmp_path, capsys):
         state = {n.removeprefix("model."): v for n, v in model.state_dict().items()}
         norm = next(value for name, value in state.items() if name.endswith("layernorm.weight"))
         assert torch.equal(norm, tensors[f"{kind}/encoder.norm.weight"])
+    # The raw weights alone, as transformers saves its variant.
+    model.save_pretrained(tmp_path / "raw", variant="non_ema")
+    preprocessor = tmp_path / "out/preprocessor_config.json"
+    (tmp_path / "raw" / preprocessor.name).write_bytes(preprocessor.read_bytes())
+    alone = open_model(tmp_path / "raw")
+    assert alone.weights == "raw"
+    assert torch.equal(alone.model.norm.weight, tensors["weight/encoder.norm.weight"])
 
 
 def test_a_classifier_is_its_average(classifier, run, splits, capsys):

@@ -141,6 +141,18 @@ def test_rare_classes_come_first() -> None:
     assert sum("dog" in labels[row] for row in np.flatnonzero(held)) == 1
 
 
+def test_a_rare_class_does_not_take_a_common_one_along() -> None:
+    """Of two recordings with the rare class, one has most windows of the common one."""
+    for seed in range(20):
+        names = random.Random(seed).sample(range(1000), 20)
+        sizes = [1500, *[50] * 19]
+        recordings = np.repeat(names, sizes)
+        labels = [("quiet",)] * len(recordings)
+        labels[0] = labels[1500] = ("quiet", "rare")
+        held = hold_out(recordings, 0.1, labels)
+        assert held.mean() <= 0.2 and held[0] + held[1500] == 1
+
+
 def test_a_large_recording_is_not_held_out() -> None:
     for seed in range(20):
         sizes = [98, 1, 1]

@@ -154,3 +154,12 @@ def test_files_of_the_same_path_are_of_one_recording() -> None:
     one, other = ["a", "b", "c", "d"], ["d", "x", "b"]
     assert shared_recordings(one, other) == [("b", "b"), ("d", "d")]
     assert shared_recordings(other, one) == [("d", "d"), ("b", "b")]
+
+
+def test_empty_files_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    """A download that failed leaves one; they hold no sound that could be in two sets."""
+    sets = []
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.wav").touch()
+        sets.append([str(tmp_path / f"{name}.wav")])
+    assert Contents().copies(*sets) == []
