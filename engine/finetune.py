@@ -74,16 +74,13 @@ def finetune(
         TrainingError: Training diverged.
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
-    from ssast.engine.monitoring.loggers import check_loggers
     from ssast.engine.parallel.ranks import expecting_peers, init_world, run_long
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
-    from ssast.engine.train.run import run_training
+    from ssast.engine.train.run import check_start, run_training
     from ssast.engine.train.statistics import with_measured_stats
-    from ssast.engine.train.task import run_folder
 
-    run_folder(config)  # must be set, before anything is read
-    check_loggers(config.run.loggers)
+    check_start(config, resume=resume)
     METRICS.check(finetune_settings(config).metric)
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     notes += without_effect(config)

@@ -25,13 +25,12 @@ from ssast.engine.formats.open import (
     open_raw,
 )
 from ssast.engine.model.objective import PretrainingModel
-from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.objective_settings import OF_GUARD
 from ssast.engine.parallel.ranks import leaving_world
 from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.inputs import of_clips
 from ssast.engine.train.pretraining import Pretraining
-from ssast.engine.train.run import run_training
+from ssast.engine.train.run import check_start, run_training
 from ssast.engine.train.statistics import with_measured_stats
 from ssast.engine.train.task import run_folder
 from ssast.pipelines.files import check_new
@@ -69,8 +68,7 @@ def pretrain(
         CheckpointError: A checkpoint cannot be written or read, or does not fit.
         TrainingError: Training diverged.
     """
-    run_folder(config)  # must be set, before anything is read
-    check_loggers(config.run.loggers)
+    check_start(config, resume=resume)
     if config.finetune is not None:
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"

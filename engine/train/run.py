@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,18 @@ from ssast.engine.errors import CheckpointError, ConfigError, ReportError, Stopp
 from ssast.engine.evaluation.cut_clips import sampled_cut
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.monitoring.flops import peak_flops, step_flops_per_clip
-from ssast.engine.monitoring.loggers import build_loggers
+from ssast.engine.monitoring.loggers import build_loggers, check_loggers
 from ssast.engine.monitoring.monitor import Monitor, environment, read_metrics
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
-from ssast.engine.parallel.ranks import World, expecting_peers, init_world, run_on_main
+from ssast.engine.parallel.ranks import (
+    World,
+    expecting_peers,
+    init_world,
+    read_launch,
+    run_on_main,
+)
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.callbacks import Callback
@@ -43,7 +50,7 @@ from ssast.engine.train.optim import warmup_steps
 from ssast.engine.train.precision import choose_precision
 from ssast.engine.train.saving import check_fallback, fallback_checkpoints
 from ssast.engine.train.state import TrainState
-from ssast.engine.train.task import RunContext, Task, run_folder
+from ssast.engine.train.task import RunContext, Task, check_batch, run_folder
 from ssast.engine.train.trainer import Trainer
 from ssast.kernels.attention import attention_backend, attention_trials
 from ssast.kernels.matmul import fast_matmul, is_fast
@@ -172,6 +179,30 @@ def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
             trainer.close()
 
 
+def check_start(config: Config, *, resume: bool) -> None:
+    """Check what can be known of a run before anything is read.
+
+    Raises:
+        ConfigError: Its folder is not set, is one of data or holds a run that is not resumed, its
+            batch cannot be divided, or a logger is not installed.
+        CheckpointError: All checkpoints in its folder are damaged.
+    """
+    folder = run_folder(config)
+    check_batch(config, read_launch(os.environ).world_size)
+    check_loggers(config.run.loggers)
+    if not resume:
+        _check_free(Checkpoints(folder / "checkpoints").latest())
+
+
+def _check_free(found: Path | None) -> None:
+    """Refuse to begin a run where there is a checkpoint of one."""
+    if found is not None:
+        raise ConfigError(
+            f"{found.parents[1]} holds a run ({found.name}): add --resume to go on with it, "
+            "or choose another run.folder"
+        )
+
+
 def seed_rank(seed: int, step: int, world: World) -> None:
     """Give PyTorch's random numbers of a rank a seed of its own, as far as a checkpoint has none.
 
@@ -287,11 +318,8 @@ def _open_folder(
     found = _newest(checkpoints, fallback)
     if found is None:
         _check_new(run, checkpoints.folder, config)
-    if found is not None and not resume:
-        raise ConfigError(
-            f"{found.parents[1]} holds a run ({found.name}): add --resume to go on with it, "
-            "or choose another run.folder"
-        )
+    if not resume:
+        _check_free(found)
     if found is not None:
         _, meta = Checkpoints.load(found, check=False)
         # What an older version did not know had its default.

@@ -64,6 +64,20 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.folder)
 
 
+def check_batch(config: Config, world_size: int) -> None:
+    """Check that a batch can be divided over processes and micro-batches.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    train = config.train
+    if train.batch_size % (world_size * train.accumulation_steps):
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} cannot be divided over "
+            f"{world_size} processes x train.accumulation_steps {train.accumulation_steps}"
+        )
+
+
 @dataclass
 class Progress:
     """What changes from step to step, besides the weights and the optimizer."""
@@ -124,12 +138,7 @@ class RunContext:
 
     def __post_init__(self) -> None:
         """Check that the batch can be divided."""
-        train, world_size = self.config.train, self.world.world_size
-        if train.batch_size % (world_size * train.accumulation_steps):
-            raise ConfigError(
-                f"train.batch_size {train.batch_size} cannot be divided over "
-                f"{world_size} processes x train.accumulation_steps {train.accumulation_steps}"
-            )
+        check_batch(self.config, self.world.world_size)
 
     @property
     def batch_size(self) -> int:

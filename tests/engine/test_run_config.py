@@ -122,3 +122,12 @@ def test_a_stored_fine_tuning_resumes_from_elsewhere(finetuned, tmp_path, monkey
     assert main(["finetune", str(run / "config.yaml"), "--resume"]) == 0
     assert f"resumed from {run}" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("given", [["train.batch_size=9", "train.accumulation_steps=2"], []])
+def test_mistakes_are_told_before_the_data_is_read(given, place, data, monkeypatch):
+    """A batch that cannot be divided, and a folder that holds a run."""
+    monkeypatch.setattr("ssast.engine.pretrain.find_clips", lambda _: pytest.fail("data is read"))
+    config = load_config(place / "runs/x/config.yaml", [*given, *data])
+    with pytest.raises(ConfigError, match="cannot be divided" if given else "holds a run"):
+        pretrain(config)
