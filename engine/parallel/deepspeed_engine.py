@@ -245,11 +245,11 @@ class TrainEngine:
         self._check_averages()
         return self._state.averaged()
 
-    def copy_averages(self, module: nn.Module, prefix: str = "encoder.") -> None:
-        """Copy the averaged weights into another module, where they are in memory. Collective.
+    def average_into(self, module: nn.Module, prefix: str = "encoder.") -> None:
+        """Keep the averaged weights in another module, in memory as it is. Collective.
 
-        Between optimizer steps only. With one rank that is one read of the averages; ranks gather
-        them in the module's dtype.
+        They are copied now, after each step that is taken, and with each state that is loaded. With
+        one rank that is one read of the averages; ranks gather them in the module's dtype.
 
         Args:
             module: Parameters on the device, in one dtype.
@@ -259,14 +259,6 @@ class TrainEngine:
         Raises:
             RuntimeError: No average is kept.
             ValueError: The trained module has no parameter of a name, or one of another shape.
-        """
-        self._check_averages()
-        self._state.write_copy(self._state.averaged_copy(module, prefix, self._group), fixed=True)
-
-    def average_into(self, module: nn.Module, prefix: str = "encoder.") -> None:
-        """Copy the averages now, after each step that is taken, and with each state that is loaded.
-
-        Arguments and errors as in :meth:`copy_averages`. Collective.
         """
         self._check_averages()
         self._copies.append(self._state.averaged_copy(module, prefix, self._group))

@@ -184,7 +184,8 @@ def averages(world, stage, precision, accumulate=1, offload="none"):
         copies.append(snapshot(copy))
     in_place = addresses == [p.data_ptr() for p in copy.parameters()]
     part = copy_of_toy(world, precision).blocks
-    engine.copy_averages(part, "blocks.")
+    engine.average_into(part, "blocks.")
+    part_now = snapshot(part)
     x, _ = clips(0)
     before = [p.detach().clone() for p in engine.module.parameters()]
     engine.train(False)
@@ -211,7 +212,7 @@ def averages(world, stage, precision, accumulate=1, offload="none"):
         "module": all(map(torch.equal, before, after)),
         "copies": copies,
         "in_place": in_place,
-        "part": snapshot(part),
+        "part": part_now,
         "losses": (losses, expected),
     }
 

@@ -125,7 +125,7 @@ def test_averages_that_are_not_kept_are_left_out(device, world):
 def test_a_module_of_another_form_is_no_copy(world, module, message):
     engine = build_engine(world, averages=True)
     with pytest.raises(ValueError, match=message):
-        engine.copy_averages(module, "head.")
+        engine.average_into(module, "head.")
     engine.close()
 
 
