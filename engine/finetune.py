@@ -74,18 +74,19 @@ def finetune(
         TrainingError: Training diverged.
     """
     # Imported here: a FinetuneEngine that only predicts needs no training code.
-    from ssast.engine.parallel.ranks import expecting_peers, init_world, run_long
+    from ssast.engine.parallel.long_work import run_long
+    from ssast.engine.parallel.ranks import expecting_peers, init_world
     from ssast.engine.train.finetuning import Finetuning, steps_of_epochs
     from ssast.engine.train.inputs import of_splits
     from ssast.engine.train.run import check_start, run_training
     from ssast.engine.train.statistics import with_measured_stats
 
-    check_start(config, resume=resume)
+    begun = check_start(config, resume=resume)
     METRICS.check(finetune_settings(config).metric)
     config, notes = without_recipe_data(with_checkpoint(config, checkpoint, resume))
     notes += without_effect(config)
     check_paths(config)
-    pretrained, config, lines = begin_from(config, checkpoint, metadata, weights, resume=resume)
+    pretrained, config, lines = begin_from(config, checkpoint, metadata, weights, begun=begun)
     notes += lines
     world = init_world(config.train.timeout_s)
     with expecting_peers(world):

@@ -68,14 +68,14 @@ def pretrain(
         CheckpointError: A checkpoint cannot be written or read, or does not fit.
         TrainingError: Training diverged.
     """
-    check_start(config, resume=resume)
+    begun = check_start(config, resume=resume)
     if config.finetune is not None:
         raise ConfigError(
             "this configuration has a section finetune: use ssast finetune, or leave it out"
         )
     config = with_checkpoint(config, checkpoint, resume)
     check_paths(config)
-    pretrained, config, notes = begin_from(config, checkpoint, metadata, weights, resume=resume)
+    pretrained, config, notes = begin_from(config, checkpoint, metadata, weights, begun=begun)
     train_paths, held_out = find_clips(config)
     config, measured = with_measured_stats(config, train_paths, resume=resume)
     # What the weights, the masks or the data order depend on must not change on the way.

@@ -15,6 +15,8 @@ TRANSIENT = frozenset(
 )
 """Error numbers of storage that may work again later."""
 
+PASSING = TRANSIENT | {errno.ENOMEM}
+
 
 class DataError(ValueError):
     """Audio, a manifest or a data folder that cannot be used."""
@@ -42,8 +44,7 @@ class StorageError(DataError):
 
 def data_error(error: OSError, message: str) -> DataError:
     """Return the error to raise for one of the system: another, if it may pass by itself."""
-    passes = error.errno in TRANSIENT | {errno.ENOMEM}
-    return (StorageError if passes else DataError)(message)
+    return (StorageError if error.errno in PASSING else DataError)(message)
 
 
 class UnusableError(Exception):

@@ -236,12 +236,13 @@ def one_line(error: BaseException) -> str:
 
 
 def with_home(value: Any) -> Any:
-    """Expand a leading ``~`` in all text of nested values: a shell leaves that of ``key=~/x``."""
+    """Expand ``~/`` at the start of text in nested values: a shell leaves that of ``key=~/x``."""
     if isinstance(value, dict):
         return {with_home(key): with_home(content) for key, content in value.items()}
     if isinstance(value, list):
         return [with_home(content) for content in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    is_path = isinstance(value, str) and value.startswith("~/")
+    return os.path.expanduser(value) if is_path else value
 
 
 def shown(value: Any) -> str:

@@ -189,11 +189,10 @@ def _ledger(config: "Config", gpu: "Gpu", options: argparse.Namespace) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from ssast.engine.config import check_paths, load_config
-    from ssast.engine.planning.tune import format_results, tune, write_tuned
+    from ssast.engine.planning.tune import check_seconds, format_results, tune, write_tuned
     from ssast.pipelines.cores import find_cores
 
-    if not 0 < options.seconds < math.inf:
-        raise ConfigError(f"--seconds must be positive and finite, got {options.seconds:g}")
+    check_seconds(options.seconds)
     if options.out is not None:
         check_new([options.out], [options.config])
         check_writable(options.out.parent)

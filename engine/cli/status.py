@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import TextIO
 
-from ssast.pipelines.errors import TRANSIENT
+from ssast.pipelines.errors import PASSING
 from ssast.pipelines.text import print_error
 
 USER_ERROR = 2
@@ -38,7 +38,7 @@ def os_error_status(error: OSError) -> int:
     """
     if error.errno == errno.EPIPE and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
         return CLOSED_OUTPUT
-    passing = TRANSIENT - {errno.EPIPE} | {errno.ENOMEM}  # a closed pipe will not open again
+    passing = PASSING - {errno.EPIPE}  # a closed pipe will not open again
     return os.EX_TEMPFAIL if error.errno in passing else USER_ERROR
 
 

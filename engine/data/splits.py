@@ -22,7 +22,7 @@ from ssast.engine.errors import ConfigError
 from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.overlap import Contents
 from ssast.pipelines.clips.subset import draw_clips
-from ssast.pipelines.errors import DataError, TooFewRecordings
+from ssast.pipelines.errors import DataError, StorageError, TooFewRecordings
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def find_splits(
         config: The configuration, with a section ``finetune``.
         num_classes: Expected number of classes; any number if None.
         run_once: Runs the checks that look at every file, which one process of a machine may do for
-            all; see :func:`~ssast.engine.parallel.ranks.run_long`.
+            all; see :func:`~ssast.engine.parallel.long_work.run_long`.
 
     Raises:
         ConfigError: No training data is named, or settings contradict each other.
@@ -169,6 +169,8 @@ def _of_recipe(config: Config, name: str) -> Iterator[None]:
     """Say of clips that do not fit to those of the user that they are a recipe's."""
     try:
         yield
+    except StorageError:
+        raise
     except DataError as error:
         origins = config.stated or {}
         if origins.get("data.train") != OVERRIDE or origins.get(name, OVERRIDE) == OVERRIDE:

@@ -169,9 +169,9 @@ def has_raw_weights(folder: Path) -> bool:
 
 
 def choose_weights(folder: Path, weights: Weights | None) -> Weights | None:
-    """Return which weights of a folder are taken: the averaged ones, unless one says or has none.
+    """Return which weights of a folder are taken: those asked for, else the average if it is there.
 
-    None where there is but one kind, which nothing names.
+    None where the folder has no raw weights, so that there is nothing to choose.
     """
     if not has_raw_weights(folder):
         return None

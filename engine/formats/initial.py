@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssast.engine.checkpoints.adopt import adopt
-from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.checkpoints.weights import Weights
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import CheckpointError, ConfigError
@@ -57,8 +56,8 @@ def open_initial(
             raise ConfigError(f"--weights {weights}: expected a checkpoint that has them: give one")
         if metadata not in (None, MissingMetadata()):
             raise ConfigError(
-                "--frames and --stride are what a published fine-tuned checkpoint does not say: "
-                "give one, or set audio.num_frames and finetune.stride"
+                "--frames, --stride and the like are what a published fine-tuned checkpoint does "
+                "not say: give one, or set audio.num_frames and finetune.stride"
             )
         return None
     return open_encoder(name, metadata, weights)
@@ -70,27 +69,26 @@ def begin_from(
     metadata: MissingMetadata | None,
     weights: Weights | None,
     *,
-    resume: bool,
+    begun: bool,
 ) -> tuple[LoadedModel | None, Config, list[str]]:
     """Open the model that a run begins from, and take the settings that nobody set from it.
 
-    A run that is resumed has its weights already: where the model is gone, the settings that nobody
+    A run that was begun has its weights already: where the model is gone, the settings that nobody
     set are those of the run so far.
 
     Returns:
         The model, if there is one; the configuration; lines for the log.
 
     Raises:
-        CheckpointError: It cannot be opened, or does not fit, or those of the run are damaged.
+        CheckpointError: It cannot be opened, or does not fit.
         ConfigError: See :func:`open_initial`.
     """
     try:
         loaded = open_initial(config, checkpoint, metadata, weights)
     except CheckpointError as error:
-        run = Path(config.run.folder or "")
-        if not resume or Checkpoints(run / "checkpoints").latest() is None:
+        if not begun:
             raise
-        stored = run / "config.yaml"
+        stored = Path(config.run.folder or "") / "config.yaml"
         config, lines = adopt(config, load_config(stored), str(stored))
         return None, config, [f"{error}: not needed, as the run goes on from its own", *lines]
     return (None, config, []) if loaded is None else (loaded, *adopt_from(config, loaded))

@@ -50,5 +50,6 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: f
         if missing and time.monotonic() > end:
             ranks = ", ".join(map(str, sorted(missing)[:8]))
             raise dist.DistError(f"rank {ranks} did not come in {timeout_s:g} s")
-        time.sleep(POLL_S if missing else 0)
+        if missing:
+            time.sleep(POLL_S)
     return name

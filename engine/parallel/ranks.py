@@ -9,7 +9,6 @@ import atexit
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from ssast.engine.parallel.meeting import agree_on_attempt
 from ssast.pipelines.cores import chosen_threads, usable_cores
 
 SET_BY_TORCH_AND_DEEPSPEED = ("DS_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")  # in the environment
-MEET_S = 5.0  # between two meetings of ranks that wait for one of them
 
 T = TypeVar("T")
 
@@ -402,45 +400,3 @@ def run_on_main(function: Callable[[], T], world: World) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
-
-
-def run_long(work: Callable[[Callable[[], None]], T], world: World, *, here: bool) -> T:
-    """Call a function that may take longer than the timeout of a collective on some ranks.
-
-    It calls what it is given often: then the ranks meet every few seconds. Collective.
-
-    Args:
-        work: The function; its result is small and picklable.
-        world: This process's world.
-        here: Whether this rank calls it, as rank 0 does: with local rank 0, once on each machine.
-
-    Returns:
-        The result of rank 0.
-
-    Raises:
-        ValueError: The function raised it (or a subclass) on some rank.
-        OSError: Likewise.
-    """
-    if world.world_size == 1:
-        return work(lambda: None)
-    outcome: tuple[T | None, ValueError | OSError | None] = (None, None)
-    met = time.monotonic()
-
-    def tick() -> None:
-        nonlocal met
-        if time.monotonic() - met > MEET_S:
-            reduce_max([1.0], world)  # not done yet
-            met = time.monotonic()
-
-    if here:
-        try:
-            outcome = (work(tick), None)
-        except (ValueError, OSError) as error:
-            outcome = (None, error)
-    while reduce_max([0.0], world)[0]:
-        pass
-    outcomes = gather_objects(outcome, world)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
-    return outcomes[0][0]  # type: ignore[return-value]

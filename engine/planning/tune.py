@@ -7,6 +7,7 @@ is a line in the table and no more. The batch changes what is learned: among tho
 fastest the smallest is taken.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,16 @@ class Candidate:
         return self.trial.clips_per_s if self.trial and self.trial.outcome == "ok" else 0.0
 
 
+def check_seconds(seconds: float) -> None:
+    """Check the time for all runs.
+
+    Raises:
+        ConfigError: It is not positive and finite.
+    """
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"--seconds must be positive and finite, got {seconds:g}")
+
+
 def tune(
     config: Config,
     *,
@@ -65,8 +76,7 @@ def tune(
         ConfigError: No time, a batch that accumulation does not divide, or an objective or a
             backbone that is registered in this process alone.
     """
-    if seconds <= 0:
-        raise ConfigError(f"--seconds must be positive, got {seconds:g}")
+    check_seconds(seconds)
     if config.train.batch_size % config.train.accumulation_steps:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} cannot be divided by "

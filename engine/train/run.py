@@ -2,12 +2,10 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
@@ -29,10 +27,8 @@ from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
 from ssast.engine.parallel.ranks import (
-    World,
     expecting_peers,
     init_world,
-    read_launch,
     run_on_main,
 )
 from ssast.engine.train.building import build_engine
@@ -49,7 +45,7 @@ from ssast.engine.train.inputs import (
 from ssast.engine.train.optim import warmup_steps
 from ssast.engine.train.precision import choose_precision
 from ssast.engine.train.saving import check_fallback, fallback_checkpoints
-from ssast.engine.train.state import TrainState
+from ssast.engine.train.state import TrainState, seed_rank
 from ssast.engine.train.task import RunContext, Task, check_batch, run_folder
 from ssast.engine.train.trainer import Trainer
 from ssast.kernels.attention import attention_backend, attention_trials
@@ -134,7 +130,8 @@ def run_training(
         state = TrainState(task, build_engine(task), described, inputs)
         if found is not None:
             state.restore(found)
-        seed_rank(config.train.seed, state.progress.step, world)
+        else:
+            seed_rank(config.train.seed, 0, world)
         monitor = _open_monitor(state, found, notes)
         trainer = Trainer(state, checkpoints, monitor, lock, fallback, callbacks)
         # To the end: a signal must not interrupt the writing of the last checkpoint.
@@ -167,7 +164,8 @@ def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
                     state.task.finish(state.engine, state.progress)
                 except Stopped:  # by a signal that came after the last step
                     trainer.saver.check()
-                    stopped = context.stop.signal
+            context.stop.requested(context.world)  # also after the last step: what follows waits
+            stopped = context.stop.signal
         return stopped
     except BaseException as raised:
         error = raised
@@ -179,19 +177,26 @@ def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
             trainer.close()
 
 
-def check_start(config: Config, *, resume: bool) -> None:
-    """Check what can be known of a run before anything is read.
+def check_start(config: Config, *, resume: bool) -> bool:
+    """Check what can be known of a run before anything is read. Collective.
+
+    Returns:
+        Whether there is a checkpoint from which it goes on.
 
     Raises:
         ConfigError: Its folder is not set, is one of data or holds a run that is not resumed, its
             batch cannot be divided, or a logger is not installed.
         CheckpointError: All checkpoints in its folder are damaged.
     """
-    folder = run_folder(config)
-    check_batch(config, read_launch(os.environ).world_size)
+    checkpoints = Checkpoints(run_folder(config) / "checkpoints")
+    world = init_world(config.train.timeout_s)
+    check_batch(config, world.world_size)
     check_loggers(config.run.loggers)
-    if not resume:
-        _check_free(Checkpoints(folder / "checkpoints").latest())
+    with expecting_peers(world):
+        begun = run_on_main(checkpoints.latest, world)
+        if not resume:
+            _check_free(begun)
+    return begun is not None
 
 
 def _check_free(found: Path | None) -> None:
@@ -201,18 +206,6 @@ def _check_free(found: Path | None) -> None:
             f"{found.parents[1]} holds a run ({found.name}): add --resume to go on with it, "
             "or choose another run.folder"
         )
-
-
-def seed_rank(seed: int, step: int, world: World) -> None:
-    """Give PyTorch's random numbers of a rank a seed of its own, as far as a checkpoint has none.
-
-    It has those of rank 0's CPU. They are for modules of others, with dropout: ours draw by clip.
-    """
-    own = int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1, np.uint64)[0] >> 1)
-    if world.rank > 0:
-        torch.manual_seed(own)
-    elif world.device.type == "cuda":
-        torch.cuda.manual_seed(own)
 
 
 def outside_patches(config: Config) -> list[str]:
@@ -333,6 +326,8 @@ def _open_folder(
                 )
         if meta["clips"] != clips:
             named = f"data.train {config.data.train} lists other clips"
+            if config.data.valid is None:
+                named += ", or this version holds out others of them"
             if config.data.mix is not None:
                 named = f"data.mix {config.data.mix} lists other clips or shares"
             if cuts := [change_of(name, differ[name]) for name in SELECTING if name in differ]:

@@ -1,6 +1,5 @@
 """Writes checkpoints while training goes on."""
 
-import errno
 import hashlib
 import logging
 import math
@@ -19,11 +18,9 @@ from ssast.engine.config import Config
 from ssast.engine.errors import CheckpointError, ConfigError, SaveError
 from ssast.engine.parallel.ranks import World, run_on_main
 from ssast.engine.train.task import run_folder
-from ssast.pipelines.errors import TRANSIENT
+from ssast.pipelines.errors import PASSING
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.locks import FolderLock
-
-PASSING = TRANSIENT | {errno.ENOMEM}
 
 _log = logging.getLogger(__name__)
 

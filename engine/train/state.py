@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import from_plain, to_plain
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
-from ssast.engine.parallel.ranks import broadcast_object, run_on_main
+from ssast.engine.parallel.ranks import World, broadcast_object, run_on_main
 from ssast.engine.train.inputs import changed, changed_settings, versions
 from ssast.engine.train.optim import Plateau
 from ssast.engine.train.task import Progress, Task
@@ -89,6 +90,7 @@ class TrainState:
         self.restored, self.best = path, meta.get("best")
         plateau = Plateau(**meta["progress"].pop("plateau"))
         vars(self.progress).update(meta["progress"], plateau=plateau)
+        seed_rank(self.task.context.config.train.seed, self.progress.step, world)
 
 
 def _average_notes(stored: bool, *, kept: bool) -> list[str]:
@@ -97,3 +99,16 @@ def _average_notes(stored: bool, *, kept: bool) -> list[str]:
     if stored and not kept:
         return ["train.ema is null: the averaged weights of the checkpoint are dropped"]
     return []
+
+
+def seed_rank(seed: int, step: int, world: World) -> None:
+    """Give the random numbers of PyTorch that no checkpoint stores a seed of their own.
+
+    A checkpoint has the state of rank 0's CPU. They are for modules of others, with dropout: ours
+    draw by clip.
+    """
+    own = int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1, np.uint64)[0] >> 1)
+    if world.rank > 0:
+        torch.manual_seed(own)
+    elif world.device.type == "cuda":
+        torch.cuda.manual_seed(own)

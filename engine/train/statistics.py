@@ -7,7 +7,8 @@ from pathlib import Path
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import Config
 from ssast.engine.data.clips import fbank_spec
-from ssast.engine.parallel.ranks import expecting_peers, init_world, run_long
+from ssast.engine.parallel.long_work import run_long
+from ssast.engine.parallel.ranks import expecting_peers, init_world
 from ssast.pipelines.clips.mix import MixedClips
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.prepare.stats import measure

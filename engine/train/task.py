@@ -105,9 +105,6 @@ class Progress:
     below: dict[str, int] = field(default_factory=dict)
     """Log lines in a row in which a metric was below its floor."""
 
-    rollbacks: dict[str, int] = field(default_factory=dict)
-    """How many times training went back to a checkpoint, by its name."""
-
     def update(self, score: float) -> None:
         """Take the score of one more validation."""
         self.since_best += 1

@@ -62,7 +62,7 @@ class Trainer:
         self.spike_guard = SpikeGuard(config.train.spike_factor, progress.losses)
         reports = config.objective.collapse_reports
         self.collapse_guard = CollapseGuard(task.floors, reports, progress.below)
-        self.rollbacks = Counter(progress.rollbacks)
+        self.rollbacks: Counter[str] = Counter()
         self.num_skipped = 0  # steps since the last log line
         self.stop = context.stop
         self.stop.failing = lambda: self.saver.failing
@@ -271,8 +271,8 @@ class Trainer:
     def _save(self, best: float | None, *, last: bool = False) -> None:
         self.context.heartbeat("gathering a checkpoint")
         progress = self.state.progress
-        progress.losses, progress.below = list(self.spike_guard.losses), self.collapse_guard.below
-        progress.rollbacks = dict(self.rollbacks)
+        progress.losses = list(self.spike_guard.losses)
+        progress.below = dict(self.collapse_guard.below)  # copied: a thread writes them
         tensors, meta = self.state.gather()
         self.saver.save(tensors, meta, step=progress.step, best=best, last=last)
         self.monitor.restart_clock(progress.step)

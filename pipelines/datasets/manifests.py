@@ -8,7 +8,7 @@ becomes the same files in an output folder::
     labels.csv            index,mid,display_name of the classes, where there are labels
     missing.txt           clips that belong to a split and are not on disk: split, tab, name
     silence/              Speech Commands V1 only: clips that had to be cut
-    report.json           counts, and the names of all of these files; written last
+    report.json           the names of all of these files, written first; counts, when all are there
 
 The audio itself stays where it is.
 """

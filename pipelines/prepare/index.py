@@ -41,7 +41,7 @@ def place_of(source: str | Path) -> str:
 def check_own(out: Path) -> None:
     """Check that a folder holds nothing that a preparation would replace but did not write.
 
-    Without a report, that of a preparation which was killed has its lock, or behind a URL sidecars.
+    Without a report, that of a preparation which was killed has its lock.
 
     Raises:
         DataError: It holds something else.
@@ -50,7 +50,7 @@ def check_own(out: Path) -> None:
     there = sorted(path.name for path in shards.iterdir()) if shards.exists() else []
     if report.exists():
         others = [] if "shards" in _read_report(out) else [report]
-    elif (out / LOCK).exists() or any(re.fullmatch(r"\d+\.jsonl", name) for name in there):
+    elif (out / LOCK).exists():
         others = []
     else:
         others = [shards / name for name in there]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
+from ssast.pipelines.errors import data_error
+from ssast.pipelines.locks import LOCK
 from ssast.pipelines.prepare.index import LISTS, check_own
 
 
@@ -18,7 +20,10 @@ def local_folder(out: Path) -> Iterator[Path]:
     Raises:
         DataError: ``out`` holds something that was not prepared.
     """
-    check_own(out)
+    try:
+        check_own(out)
+    except OSError as error:
+        raise data_error(error, f"{out}: cannot be read: {error.strerror or error}") from error
     if not is_url(out):
         yield out
         return
@@ -51,6 +56,8 @@ class Mirror:
     def reopen(self) -> None:
         """Mark the data set as unfinished."""
         (self.remote / REPORT).unlink(missing_ok=True)
+        self.remote.mkdir(parents=True, exist_ok=True)
+        (self.remote / LOCK).write_text("")  # for check_own, if this is killed
 
     def move(self, number: int) -> None:
         """Move a finished shard, then its sidecar."""
@@ -74,6 +81,7 @@ class Mirror:
         for path in folder.iterdir():
             if not (self._local / folder.name / path.name).exists():
                 path.unlink()
+        (self.remote / LOCK).unlink(missing_ok=True)
 
     def _upload(self, name: str) -> None:
         target = self.remote / name

@@ -12,7 +12,7 @@ from toy import build_adam, build_engine, build_toy, clips, train
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.errors import CheckpointError
-from ssast.engine.parallel import ranks
+from ssast.engine.parallel import long_work
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, reduce_max, reduce_sum, run_on_main
 
@@ -41,9 +41,9 @@ def once_a_machine(world, fails):
         return "done"
 
     world = replace(world, local_rank=world.rank)
-    with mock.patch.object(ranks, "MEET_S", 0.0):
+    with mock.patch.object(long_work, "MEET_S", 0.0):
         try:
-            return ranks.run_long(work, world, here=world.local_rank == 0), calls
+            return long_work.run_long(work, world, here=world.local_rank == 0), calls
         except CheckpointError as error:
             return str(error), calls
 

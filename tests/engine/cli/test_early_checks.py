@@ -32,7 +32,7 @@ REFUSED = {
     "data check SOUNDS --report TAKEN/stats.json/x": "stats.json: cannot be written to",
     "data check SOUNDS --report /dev/null": "/dev/null: exists already",
     "demo train.stepz=9": "train.stepz",
-    "finetune classifier --frames 9": "--frames and --stride are what",
+    "finetune classifier --frames 9": "--frames, --stride and the like are what",
     "plan tiny_patch --png notes.txt": "--png notes.txt: expected a name that ends in .png",
     "plan tiny_patch --png TAKEN/a.png": "a.png: exists already",
     "plan tiny_patch --png TAKEN/stats.json/b.png": "stats.json: cannot be written to",

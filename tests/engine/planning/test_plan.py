@@ -290,7 +290,7 @@ def test_a_batch_that_is_given_is_planned_with():
     ("arguments", "message"),
     [
         (["--gpu", "h1000"], "--gpu h1000: expected cpu, b200, "),
-        (["--gpus", "0"], "--gpus must be positive, got 0"),
+        (["--gpus", "0"], "--gpus must be positive and finite, got 0"),
         (["--gpu", "l4", "--batch", "99999"], "99999 clips do not fit into 22 GiB of L4"),
         (["--gpu", "missing.yaml"], "missing.yaml: cannot be read as YAML"),
         (["--loader", "missing.json"], "--loader missing.json: cannot be read"),

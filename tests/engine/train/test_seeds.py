@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssast.engine.parallel.ranks import World
-from ssast.engine.train.run import seed_rank
+from ssast.engine.train.state import seed_rank
 
 
 def drawn(seed: int, step: int, rank: int) -> list[float]:
