@@ -172,7 +172,7 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
     assert [path.name for path in paths] == ["tiny_patch", "tiny_frame"]
     for path in paths:
         text = (path / "README.md").read_text()
-        assert "| pitch: pitch | 50.0 | 30.0 | 90.0 |" in text
+        assert "| pitch: pitch | 50.0 | 30.0 (1 of 2) | 90.0 (1 of 2) |" in text
         assert "80 steps, batch size 48" in text and "1.2 h of 24 clips" in text
         model, config = load_pretrained(path)
         number = sum(p.numel() for p in model.parameters())

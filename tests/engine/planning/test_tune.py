@@ -158,7 +158,7 @@ def test_what_is_written_is_a_configuration(config, tmp_path):
 
 
 def test_mistakes_are_named(config, capsys):
-    with pytest.raises(ConfigError, match="--seconds must be positive, got 0"):
+    with pytest.raises(ConfigError, match="--seconds must be positive and finite, got 0"):
         tune(config, seconds=0)
     assert main(["tune", "tiny_patch", "train.accumulation_steps=5"]) == 2
     assert (
