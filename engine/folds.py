@@ -39,11 +39,7 @@ from ssast.engine.formats.open import MissingMetadata
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.long_work import run_long
-from ssast.engine.parallel.ranks import (
-    expecting_peers,
-    init_world,
-    run_on_main,
-)
+from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.callbacks import Callback
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically

@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -339,8 +339,12 @@ def in_notebook() -> bool:
 
 def shows_progress(wanted: bool = True) -> bool:
     """Return whether a progress bar is wanted, and seen: on a terminal or in a notebook."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    return wanted and (terminal or in_notebook())
+    return wanted and (is_terminal(sys.stderr) or in_notebook())
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a standard stream is a terminal; it is None where it is closed."""
+    return stream is not None and stream.isatty()
 
 
 @cache

@@ -26,7 +26,7 @@ from ssast.engine.cli.probe import add_layers, check_options, run_probe
 from ssast.engine.cli.status import FILES_STATUS, files_status
 from ssast.engine.errors import ConfigError
 from ssast.pipelines.files import check_new, check_writable
-from ssast.pipelines.text import printable
+from ssast.pipelines.text import is_terminal, printable
 
 if TYPE_CHECKING:  # imported only when needed: --help answers at once
     from ssast.engine.formats.open import LoadedModel
@@ -238,7 +238,7 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
     found = []
     num_read = total = 0
     # Where the lines come on a terminal, they are the progress.
-    progress = not options.quiet and not (sys.stdout is not None and sys.stdout.isatty())
+    progress = not options.quiet and not is_terminal(sys.stdout)
     windows = timelines(
         loaded,
         options.sources,

@@ -88,17 +88,18 @@ def _from_address(text: str) -> Path:
 
 def _download(url: str, path: Path, sha256: str | None) -> Path:
     """Return the file, which is downloaded if it is not there, and checked."""
-    if path.is_file():  # whole, as it gets its name at the end: also in a cache for reading alone
-        _check(path, sha256)
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The other ranks of a machine wait here for the first one.
-        with in_turn(path.parent, "another process is downloading weights"):
-            if not (cached := path.is_file()):
-                _fetch(url, path, sha256)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    # It gets its name when it is whole: a cache that can only be read needs no lock.
+    cached = path.is_file()
+    if not cached:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The other ranks of a machine wait here for the first one.
+            with in_turn(path.parent, "another process is downloading weights"):
+                if not (cached := path.is_file()):
+                    _fetch(url, path, sha256)
+        except OSError as error:
+            what = f"{path}: cannot be written: {error.strerror or error}"
+            raise CheckpointError(what) from error
     if cached:  # what was just fetched is checked already
         _check(path, sha256)
     return path

@@ -292,8 +292,8 @@ def _open(
     path = local_path(source)
     check_choices(weights=(weights, Weights), pooling=(metadata.pooling, Pooling))
     check_choices(loss=(metadata.loss, Loss))
-    both = has_raw_weights(path)
-    if weights == "ema" and (path.is_file() or (path / CONFIG).is_file()) and not both:
+    has_raw = has_raw_weights(path)
+    if weights == "ema" and (path.is_file() or (path / CONFIG).is_file()) and not has_raw:
         raise CheckpointError(f"{path}: has one kind of weights, no averaged ones (EMA) beside raw")
     if path.is_file():
         return _open_published(path, metadata, purpose)

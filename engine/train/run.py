@@ -9,14 +9,7 @@ from typing import Any
 import torch
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import (
-    Config,
-    dump_config,
-    from_plain,
-    is_of_run,
-    load_config,
-    to_plain,
-)
+from ssast.engine.config import Config, dump_config, from_plain, is_of_run, load_config, to_plain
 from ssast.engine.errors import CheckpointError, ConfigError, ReportError, Stopped
 from ssast.engine.evaluation.cut_clips import sampled_cut
 from ssast.engine.monitoring.curves import draw_curves
@@ -26,11 +19,7 @@ from ssast.engine.monitoring.monitor import Monitor, environment, read_metrics
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.monitoring.watchdog import Watchdog
 from ssast.engine.parallel.agreement import check_agreement, code_version
-from ssast.engine.parallel.ranks import (
-    expecting_peers,
-    init_world,
-    run_on_main,
-)
+from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.building import build_engine
 from ssast.engine.train.caching import check_memory, describe_cache
 from ssast.engine.train.callbacks import Callback
@@ -192,11 +181,14 @@ def check_start(config: Config, *, resume: bool) -> bool:
     world = init_world(config.train.timeout_s)
     check_batch(config, world.world_size)
     check_loggers(config.run.loggers)
-    with expecting_peers(world):
-        begun = run_on_main(checkpoints.latest, world)
+
+    def begun() -> bool:
         if not resume:
-            _check_free(begun)
-    return begun is not None
+            _check_free(checkpoints.latest())
+        return any(checkpoints.folder.glob("step*"))  # verified when it is taken up
+
+    with expecting_peers(world):
+        return run_on_main(begun, world)
 
 
 def _check_free(found: Path | None) -> None:

@@ -47,13 +47,11 @@ def check_own(out: Path) -> None:
         DataError: It holds something else.
     """
     report, shards = out / REPORT, (out / SHARD).parent
-    there = sorted(path.name for path in shards.iterdir()) if shards.exists() else []
+    others: list[Path] = []
     if report.exists():
         others = [] if "shards" in _read_report(out) else [report]
-    elif (out / LOCK).exists():
-        others = []
-    else:
-        others = [shards / name for name in there]
+    elif not (out / LOCK).exists():
+        others = sorted(shards.iterdir()) if shards.exists() else []
         others += [out / name for name in LISTS if (out / name).exists()]
     if others:
         raise DataError(f"{others[0]}: not of ssast data prepare: choose another output folder")
