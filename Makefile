@@ -1,7 +1,8 @@
 # make demo                    pretrain a tiny model on real recordings, in minutes, and see what came out
 # make demo DATA=/my/folder    the same on your own audio
 # make reproduce               check the method's claims at small scale; stop and go on at any time
-# make reproduce HOURS=3       in about so many hours (8)
+# make reproduce HOURS=3       in about so many hours (8); STORE=/folder keeps what another machine can go
+#                              on from, KEPT=1 fine-tunes from the weights kept on the way, too
 # make performance             measure the training step, the loader and short runs; writes docs/performance.md
 # make gpu                     test and measure everything on a GPU; writes docs/gpu.md
 # make gpu DEVICE=cpu          a small dry run of the same commands
@@ -19,7 +20,7 @@ demo: setup
 	$(BIN)/ssast demo $(if $(DATA),--source "$(DATA)")
 
 reproduce: setup
-	$(BIN)/ssast bench reproduce $(if $(HOURS),--hours $(HOURS))
+	$(BIN)/ssast bench reproduce $(if $(HOURS),--hours $(HOURS)) $(if $(STORE),--store "$(STORE)") $(if $(KEPT),--kept)
 
 performance: setup
 	$(BIN)/ssast bench performance

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssast.benchmarks.study.models import MODELS
+from ssast.benchmarks.study.models import MODELS, Model
 from ssast.benchmarks.study.plan import (
     FineTuning,
     Plan,
@@ -110,6 +110,11 @@ def gather(plan: Plan, out: Path) -> dict[tuple[str, str], Cell]:
     return cells
 
 
+def is_complete(plan: Plan, model: Model, cell: Cell | None) -> bool:
+    """Return whether each seed of a model on a task is finished, or diverged."""
+    return cell is not None and len(cell.seeds) + cell.num_diverged >= plan.seeds_of(model)
+
+
 @dataclass(frozen=True)
 class Gain:
     """Relative gain of a pretrained model over the same one from scratch.
@@ -169,17 +174,18 @@ def gain(cells: Cells, name: str, family: str, tasks: Sequence[str]) -> Gain | N
 def gain_curve(plan: Plan, cells: Cells, family: str) -> list[tuple[int, Gain]]:
     """Return (clips seen, gain over training from scratch) at the kept steps and at the end.
 
-    Only points at which all tasks are finished: a mean over fewer is another curve. Nothing without
-    one of the kept steps.
+    Only points at which all tasks are finished: a mean over fewer is another curve, and one over
+    fewer seeds has another interval. Nothing without one of the kept steps.
     """
-    kept = [(model.step, model.name) for model in kept_models(plan) if model.family == family]
+    kept = [model for model in kept_models(plan) if model.family == family]
     batch = pretraining_config(plan, MODELS[family], Path()).train.batch_size
-    points = [
-        ((step or 0) * batch, found)
-        for step, name in [*kept, (plan.steps, family)]
-        if (found := gain(cells, name, family, plan.tasks)) is not None
-        and len(found.by_task) == len(plan.tasks)
-    ]
+    points = []
+    for model in (*kept, MODELS[family]):
+        needed = (model, MODELS[f"{family}-scratch"])
+        if all(is_complete(plan, m, cells.get((m.name, t))) for m in needed for t in plan.tasks):
+            found = gain(cells, model.name, family, plan.tasks)
+            if found is not None and len(found.by_task) == len(plan.tasks):
+                points.append(((model.step or plan.steps) * batch, found))
     return points if len(points) > 1 else []
 
 
@@ -211,9 +217,13 @@ def significant_sign(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
 def compare(
     cells: Cells, one: str, other: str, tasks: Sequence[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Split tasks by whether a model is significantly better than another, worse, or neither."""
-    signs = {t: significant_sign([cells[one, t]], [cells[other, t]]) for t in tasks}
-    higher, lower, neither = ([t for t in tasks if signs[t] == sign] for sign in (1, -1, 0))
+    """Split tasks by whether a model is significantly better than another, worse, or neither.
+
+    Tasks on which one of them has fewer than two seeds are left out.
+    """
+    pairs = {t: ([cells[one, t]], [cells[other, t]]) for t in tasks}
+    signs = {t: significant_sign(*pair) for t, pair in pairs.items() if difference(*pair)}
+    higher, lower, neither = ([t for t in signs if signs[t] == sign] for sign in (1, -1, 0))
     return higher, lower, neither
 
 

@@ -6,7 +6,6 @@ released model as it is. Runs that are finished are kept.
 """
 
 import argparse
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from ssast.benchmarks.study.kept import check_kept
 from ssast.benchmarks.study.plan import accuracy
-from ssast.benchmarks.study.tables import PLUS_MINUS
+from ssast.benchmarks.study.tables import mean_and_std, table
 from ssast.engine.config import load_config
 from ssast.engine.finetune import finetune
 from ssast.engine.monitoring.monitor import read_metrics, scalars
@@ -28,10 +27,14 @@ from ssast.pipelines.demo.corpora import fetch_demo
 from ssast.pipelines.demo.prompts import PROMPT_PACKAGES, PROMPT_TASKS
 
 RELEASED = "tiny_patch"
-# name: what it begins from, recipe and settings
+# name: what it begins from, recipe and settings; those of the fresh one as of the released one
 PRETRAINING = {
     "continued": (RELEASED, "continue", ()),
-    "fresh": (None, "demo", ("objective.num_masked=50", "objective.mask=official")),
+    "fresh": (
+        None,
+        "demo",
+        ("objective.num_masked=50", "objective.mask=official", "audio.ignore_padding=true"),
+    ),
 }
 
 # A run of few steps: a head that learns fast, and clips as they are.
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/prompts"), help="folder of the recordings")
     add("--out", type=Path, default=Path("runs/continued"), help="folder of the runs")
-    add("--steps", type=int, default=100, help="of pretraining, 24 clips each (%(default)s)")
+    add("--steps", type=int, default=1200, help="of pretraining, 24 clips each (%(default)s)")
     add("--epochs", type=int, default=4, help="of fine-tuning (%(default)s)")
     add("--labels", type=int, default=40, help="labelled clips of each class (%(default)s)")
     add("--seeds", type=int, default=3, help="of fine-tuning (%(default)s)")
@@ -107,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in (*before.values(), *(run for runs in seeds for run in runs)):
         if stopped := run.train():
             return 128 + stopped
-    print(table(before, after))
+    print(scores(before, after))
     return 0
 
 
@@ -161,20 +164,16 @@ def finetuning_runs(
     }
 
 
-def table(before: dict[str, Run], after: dict[str, list[Run]]) -> str:
+def scores(before: dict[str, Run], after: dict[str, list[Run]]) -> str:
     """Format held-out losses and test accuracies of finished runs as a Markdown table."""
-    lines = ["| begins from | held-out loss | pretext accuracy % | test accuracy % |"]
-    lines += ["| :-- | --: | --: | --: |"]
+    rows = []
     for name, runs in after.items():
         released = name not in before  # as the continued one before its first step
         found = _last(before["continued" if released else name].folder, 0 if released else -1)
-        scores = [
-            100 * score for run in runs if (score := accuracy(run.folder, "test")) is not None
-        ]
-        spread = f"{PLUS_MINUS}{statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-        shown = f"{statistics.mean(scores):.1f}{spread}" if scores else ""
-        lines.append(f"| {name} | {found[0]:.3f} | {100 * found[1]:.1f} | {shown} |")
-    return "\n".join(lines)
+        tested = [each for run in runs if (each := accuracy(run.folder, "test")) is not None]
+        rows.append([name, f"{found[0]:.3f}", f"{100 * found[1]:.1f}", mean_and_std(tested)])
+    header = ["begins from", "held-out loss", "pretext accuracy %", "test accuracy %"]
+    return "\n".join(table(header, rows))
 
 
 def _last(run: Path, number: int) -> tuple[float, float]:

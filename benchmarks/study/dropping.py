@@ -17,7 +17,7 @@ import torch
 from ssast.benchmarks.study.kept import check_kept
 from ssast.benchmarks.study.plan import accuracy
 from ssast.benchmarks.study.sounds import write_sounds
-from ssast.benchmarks.study.tables import PLUS_MINUS
+from ssast.benchmarks.study.tables import mean_and_std
 from ssast.engine.config import Config, load_config
 from ssast.engine.finetune import finetune
 from ssast.engine.parallel.ranks import World
@@ -112,9 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_kept(config)
             if not is_finished(folder) and (stopped := finetune(config, resume=True)):
                 return 128 + stopped
-            scores[name].append(100 * (accuracy(folder, "test") or 0.0))
+            scores[name].append(accuracy(folder, "test") or 0.0)
     print("\n| dropped | test accuracy % |\n| :-- | --: |")
     for name, found in scores.items():
-        spread = f"{PLUS_MINUS}{statistics.stdev(found):.1f}" if len(found) > 1 else ""
-        print(f"| {name} | {statistics.mean(found):.1f}{spread} |")
+        print(f"| {name} | {mean_and_std(found)} |")
     return 0

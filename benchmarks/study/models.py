@@ -75,7 +75,7 @@ def _latent(
 
 GROUPS: tuple[tuple[Model, ...], ...] = (
     (
-        Model("patch", "patch, pretrained", probed=True),
+        Model("patch", "patch, pretrained", probed=True, untrained=True),
         Model("patch-scratch", "patch, from scratch", share=0.0),
     ),
     (
@@ -96,7 +96,7 @@ GROUPS: tuple[tuple[Model, ...], ...] = (
         _latent("latent-scratch", "encoder of latent targets, from scratch", share=0.0),
     ),
     (
-        _ablation("short", "joint, 400 of 512 masked, as published"),
+        _ablation("short", "joint, 400 of 512 masked"),
         _ablation("generative", "generative only", "objective.kind=generative"),
         _ablation("discriminative", "discriminative only", "objective.kind=discriminative"),
         _ablation("masked-100", "100 of 512 masked", num_masked=100),

@@ -38,7 +38,12 @@ def objectives(plan: Plan, out: Path, cells: Cells, reports: Reports) -> list[st
     """Describe and tabulate what came out; say so if nothing of this group was run."""
     if not any((out / kind / m.name).exists() for m in OBJECTIVES for kind in _FOLDERS):
         names = " ".join(model.name for model in OBJECTIVES)
-        return [f"This group was not run; `ssast bench reproduce --only {names}` runs it.", ""]
+        return [
+            "Not part of these runs; another plan measured it: "
+            "[Which objective](pretraining.md#which-objective). "
+            f"`ssast bench reproduce --only {names}` runs it with this plan.",
+            "",
+        ]
     return [
         "Latent targets (EAT, `eat_demo`) beside the joint objective (SSAST), once with the same "
         "FLOPs and once in the same time; both were chosen before training, the time from the "
@@ -88,7 +93,7 @@ def _scores(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
     for task in plan.tasks:
         for model in COMPARED:
             report = reports.get((model.name, task))
-            tuned = of_seeds(plan, cells.get((model.name, task)), model) or NOT_FINISHED
+            tuned = of_seeds(plan, cells.get((model.name, task)), model)
             probed = best_layer(report), layer_accuracy(report, WEIGHTED)
             rows.append([f"{task}, {model.what}", tuned, *probed])
     return table(["task, model", "fine-tuned", "probe: best layer", "probe: weighted sum"], rows)

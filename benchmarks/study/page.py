@@ -13,9 +13,12 @@ from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
     compare,
+    difference,
     gain,
     gain_curve,
     gather,
+    groups_of,
+    is_complete,
     on_tasks,
     published_gain,
     significant_sign,
@@ -28,8 +31,10 @@ from ssast.benchmarks.study.pictures import (
     draw_learning,
     draw_pretraining,
 )
-from ssast.benchmarks.study.plan import VALID_SHARE, FineTuning, Plan, kept_models
+from ssast.benchmarks.study.plan import VALID_SHARE, FineTuning, Plan, kept_models, stored_plan
 from ssast.benchmarks.study.probes import probes, read_reports
+from ssast.benchmarks.study.runs import fetch_runs
+from ssast.benchmarks.study.significance import Cell, common_seeds
 from ssast.benchmarks.study.tables import (
     chance_of,
     facts,
@@ -40,12 +45,17 @@ from ssast.benchmarks.study.tables import (
     pretraining,
     with_error,
 )
-from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.monitor import read_metrics, scalars
+from ssast.pipelines.demo.sounds import SOUND_TASKS
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.locks import in_turn
 
 OUT = Path("runs/reproduce")
-SOUND_TASKS = frozenset({"events", "drums"})  # the others are speech
+FEW_GROUPS = 10  # of test clips
+RECONSTRUCTED = (*FAMILIES, "generative")
+FIGURES = ("accuracy", "learning", "gain-by-clips", "pretraining", "ablations")
+FIGURES += tuple(f"reconstructions-{name}" for name in RECONSTRUCTED)
+SOUNDS = frozenset(task.name for task in SOUND_TASKS)  # the others are speech
 
 
 def summary(plan: Plan, cells: Cells) -> list[str]:
@@ -56,16 +66,21 @@ def summary(plan: Plan, cells: Cells) -> list[str]:
         if found is None:
             lines.append(f"- *Pretraining improves every task*, {family} model: not finished yet.")
             continue
-        higher, lower, neither = compare(cells, family, f"{family}-scratch", list(found.by_task))
+        told = compare(cells, family, f"{family}-scratch", list(found.by_task))
+        higher, lower, neither = told
+        number = sum(map(len, told))
         verdict = "**not reproduced**" if lower or neither else "**reproduced**"
         if higher and verdict.startswith("**not"):
-            verdict = f"**reproduced on {len(higher)} of {len(found.by_task)} tasks**"
-        if len(found.by_task) < len(plan.tasks):
-            verdict += f" ({len(found.by_task)} of {len(plan.tasks)} tasks are finished)"
+            verdict = f"**reproduced on {len(higher)} of {number} tasks**"
+        if not number:
+            verdict = "not told, by fewer than two seeds"
+        elif number < len(plan.tasks):
+            verdict += f" ({number} of {len(plan.tasks)} tasks are finished)"
         lines.append(
             f"- *Pretraining improves every task*, {family} model: {verdict}. Relative gain over "
             f"training from scratch: {with_error(found)} % on average (paper, with other "
-            f"tasks and base models: {published_gain(family):+.1f} %)."
+            f"tasks and base models: {published_gain(family):+.1f} %, over a patch model)."
+            + without_chance(plan, cells, family)
             + listed("Significantly better on", higher)
             + listed("Significantly worse on", lower)
             + listed("Not significantly different on", neither)
@@ -78,7 +93,10 @@ def _trade(plan: Plan, cells: Cells) -> list[str]:
     if not both:
         return []
     patch, frame, neither = compare(cells, "patch", "frame", both)
-    sounds = SOUND_TASKS & set(both)
+    both = [task for task in both if task in {*patch, *frame, *neither}]
+    if not both:
+        return []
+    sounds = SOUNDS & set(both)
     speech = set(both) - sounds
     as_claimed = set(patch) == sounds and set(frame) == speech
     verdict = "**reproduced**" if as_claimed else "**not reproduced**"
@@ -102,15 +120,46 @@ def _ablation_claims(plan: Plan, cells: Cells) -> list[str]:
     lines = []
     for model in ABLATIONS[1:]:
         ours = on_tasks(cells, model.name, tasks)
-        if not ours or not reference:
+        if not ours or not reference or difference(ours, reference) is None:
             continue
         claimed, full = (PUBLISHED_ABLATIONS[each] for each in (model.name, ABLATIONS[0].name))
         agrees = "" if significant_sign(ours, reference) == -1 else "not "
         lines.append(
             f"- *{model.what}*: {told_apart(ours, reference)} the published setting; worse in the "
-            f"paper ({claimed} and {full}): **{agrees}reproduced**."
+            f"paper ({claimed} and {full}): **{agrees}reproduced**{seeds_so_far(plan, ours)}."
         )
     return lines
+
+
+def without_chance(plan: Plan, cells: Cells, family: str) -> str:
+    """Say what the mean gain is without tasks on which the model from scratch learned nothing."""
+    scratch = {t: cells[f"{family}-scratch", t] for t in plan.tasks if (family, t) in cells}
+    learned = [task for task, cell in scratch.items() if cell.mean > chance_of(plan, task)[0]]
+    nothing = [task for task in scratch if task not in learned]
+    rest = gain(cells, family, family, learned)
+    if not nothing or rest is None:
+        return ""
+    return (
+        f" From scratch it is not above the largest class on {', '.join(nothing)}, which gives no "
+        f"scale for a gain; without, the mean is {with_error(rest)} %."
+    )
+
+
+def seeds_so_far(plan: Plan, cells: Sequence[Cell]) -> str:
+    """Say how many seeds an ablation has, where that is not all."""
+    number = len(common_seeds(cells))
+    return "" if number >= plan.replicas else f" (with {number} of {plan.replicas} seeds)"
+
+
+def small_samples(plan: Plan) -> list[str]:
+    """Say of which tasks the test clips are too few groups for an interval over groups."""
+    numbers = {task: len(set(groups_of(plan, task))) for task in plan.tasks}
+    return [
+        f"- The test clips of {task} are of {number} groups, hardly a sample: its intervals are in "
+        "effect over seeds alone."
+        for task, number in numbers.items()
+        if number < FEW_GROUPS
+    ]
 
 
 def curves_of(
@@ -128,15 +177,16 @@ def curves_of(
 
 def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, list[Path]]:
     """Draw all figures that there is data for; return PNGs by section of the page."""
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier page may have had other figures
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:  # an earlier page may have had others
+        (folder / f"{name}.png").unlink(missing_ok=True)
     found: dict[str, list[Path]] = {
         "gains": [], "learning": [], "pretraining": [], "reconstructions": [], "ablations": [],
         "clips": [],
     }  # fmt: skip
-    headline = [f"{family}{kind}" for family in FAMILIES for kind in ("-scratch", "")]
+    main = [f"{family}{kind}" for family in FAMILIES for kind in ("-scratch", "")]
     bars = {
-        task: {MODELS[n].what: cells[n, task].accuracies for n in headline if (n, task) in cells}
+        task: {MODELS[n].what: cells[n, task].accuracies for n in main if (n, task) in cells}
         for task in plan.tasks
     }
     if any(bars.values()):
@@ -152,7 +202,7 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
                     out,
                     plan.epochs,
                 )
-                for name in headline
+                for name in main
                 if (name, task) in cells
             }
             for task in plan.tasks
@@ -171,25 +221,12 @@ def pictures(plan: Plan, out: Path, cells: Cells, folder: Path) -> dict[str, lis
         logs = {title: lines for title, lines in logs.items() if lines}
         if logs:
             found[section].append(draw_pretraining(folder / f"{section}.png", logs))
-    for name in (*FAMILIES, "generative"):
+    for name in RECONSTRUCTED:
         drawn = out / "pretrain" / name / "reconstructions.png"
         if drawn.exists():
             copy = folder / f"reconstructions-{name}.png"
             found["reconstructions"].append(Path(shutil.copyfile(drawn, copy)))
     return found
-
-
-def stored_plan(out: Path) -> Plan:
-    """Read the plan of a folder of runs.
-
-    Raises:
-        ConfigError: There is no plan.
-        DataError: The plan is damaged.
-    """
-    plan = Plan.read(out)
-    if plan is None:
-        raise ConfigError(f"{out}: no runs of ssast bench reproduce there: plan.json is missing")
-    return plan
 
 
 def write_page(out: Path, docs: Path) -> Path:
@@ -206,7 +243,11 @@ def write_page(out: Path, docs: Path) -> Path:
         ConfigError: There are no runs.
         DataError: The plan or a manifest is damaged.
     """
-    plan = stored_plan(out)
+    with in_turn(out, "another process writes the page"):
+        return _write_page(stored_plan(out), out, docs)
+
+
+def _write_page(plan: Plan, out: Path, docs: Path) -> Path:
     cells = gather(plan, out)
     drawn = pictures(plan, out, cells, docs / "results")
     images = {
@@ -215,17 +256,20 @@ def write_page(out: Path, docs: Path) -> Path:
     }
     # Of the kept steps, those of which something is finished.
     begun = [model for model in kept_models(plan) if any(name == model.name for name, _ in cells)]
-    waiting = [
-        f"{model.name}, {task}"
-        for model in (*MODELS.values(), *begun)
-        for task in plan.tasks_of(model)
-        if (model.name, task) not in cells and model not in OBJECTIVES  # marked in their section
-    ]
+    waiting = []
+    for model in (*MODELS.values(), *begun):
+        tasks = [
+            task
+            for task in plan.tasks_of(model)
+            if not is_complete(plan, model, cells.get((model.name, task)))
+        ]
+        if tasks and model not in OBJECTIVES:  # marked in their section
+            waiting.append(f"{model.what} ({', '.join(tasks)})")
     clips, reports = gains_by_clips(plan, cells), read_reports(out)
     sections = [
         ("# Results", [
-            "The claims of the paper, tested with tiny models, a few hours of recordings and a few "
-            "hours of training. `make reproduce` repeats the study; `ssast bench results` "
+            "The claims of the paper, tested with tiny models, a few hours of recordings and some "
+            "hours of training. `make reproduce` runs such a study; `ssast bench results` "
             "generates this page from the files of the runs.", "",
             *([f"Not finished yet: {'; '.join(waiting)}.", ""] if waiting else []),
         ]),
@@ -247,16 +291,25 @@ def write_page(out: Path, docs: Path) -> Path:
         ("## Gain against clips", clips and [
             "Test accuracy in percent after fine-tuning from weights kept during pretraining, each "
             "with its own learning rate; in brackets the relative gain in percent over training "
-            "from scratch, whose mean is given with half of its 95 % interval.", "",
+            "from scratch, whose mean is given with half of its 95 % interval. All points but the "
+            "last are of one run whose learning rate had not fallen yet: a pretraining of that "
+            "length may score higher. All share the runs from scratch and the test clips, so "
+            "overlapping intervals do not say whether two points differ.", "",
             *clips, *images["clips"],
         ]),
-        ("## Learning curves", images["learning"]),
+        ("## Learning curves", images["learning"] and [
+            "Accuracy on held-out clips: seeds thin, their mean thick.", "", *images["learning"],
+        ]),
         ("## Pretraining", [
-            "On validation clips, at the last step. Chance is the pretext accuracy of a random "
-            "choice among the masked patches of a clip.", "",
+            "On validation clips, at the last step, with seed 0. Chance is the pretext accuracy of "
+            "a random choice among the masked patches of a clip; blank where it was not logged.",
+            "",
             *pretraining(out), *images["pretraining"],
         ]),
-        ("## Reconstructions", images["reconstructions"]),
+        ("## Reconstructions", images["reconstructions"] and [
+            "Clips that were held out: grey is hidden, white is padding.", "",
+            *images["reconstructions"],
+        ]),
         ("## Frozen features", probes(plan, cells, reports)),
         ("## Joint objective and latent targets", objectives(plan, out, cells, reports)),
         ("## Ablations", [*ablations(plan, cells), *images["ablations"]]),
@@ -271,8 +324,9 @@ def write_page(out: Path, docs: Path) -> Path:
             "sound or drum kit: validation is easier.",
             "- The recordings have few voices and many recording channels: `voice` and `language` "
             "can in part be predicted from the channel.",
-            "- Models, data and training are thousands of times smaller than the published ones: a "
-            "claim that is not reproduced here is not refuted.", "",
+            *small_samples(plan),
+            "- Models, data and training are far smaller than the published ones: a claim that is "
+            "not reproduced here is not refuted.", "",
         ]),
     ]  # fmt: skip
     return write_sections(docs / "results.md", sections)
@@ -290,6 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("ssast bench results", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs ({OUT})")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page (docs)")
+    parser.add_argument("--store", type=Path, help="folder of a store: fetch its runs first")
     options = parser.parse_args(arguments)
+    if options.store:
+        fetch_runs(options.out, options.store)
     print(write_page(options.out, options.docs))
     return 0

@@ -68,6 +68,7 @@ def draw_learning(path: Path, tasks: Mapping[str, Mapping[str, Sequence[Curve]]]
             ]
             if mean:
                 axis.plot(*_percent(mean), color=_colour(name), lw=2, label=name)
+        axis.locator_params("x", nbins=5, integer=True)
         _label(axis, task, "epoch", "validation accuracy, %")
     if axes.flat[0].has_data():
         axes.flat[0].legend(fontsize=8)
@@ -103,15 +104,20 @@ def draw_gain_curves(path: Path, families: Mapping[str, Sequence[tuple[int, Gain
             color="black",
             capsize=3,
             lw=2.5,
-            label="mean",
+            elinewidth=1.2,
+            fmt="s-",
+            ms=4,
+            label="mean, with its 95 % interval",
         )
-        lower.axhline(0, color="black", ls="--", lw=0.8)
+        lower.axhline(0, color="black", ls="--", lw=0.8, label="0: training from scratch")
         lower.set_xscale("log")
         lower.set_xticks([n for n, _ in points], [f"{n:,}" for n, _ in points])
         lower.minorticks_off()
         _label(upper, family, "", "test accuracy, % (dashed: from scratch)")
         _label(lower, "", "clips seen in pretraining", "gain over training from scratch, %")
-        lower.legend(fontsize=8)
+    if shown:
+        handles, names = axes[1, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     return save_figure(figure, path)
 
 
@@ -133,6 +139,7 @@ def draw_pretraining(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]
             points = [(step, scale * value) for step, value in scalars(lines, key)]
             # A model without this metric still takes its colour: the same in all panels.
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, lw=1.5)
+        axis.locator_params("x", nbins=5, integer=True)
         _label(axis, title, "step", "")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)

@@ -34,7 +34,7 @@ LISTS = ("tasks", "ablation_tasks", "rates", "overrides")  # of a plan
 STEP_TIME = 0.8  # fraction of the time in training steps; the rest is validation and start-up
 IGNORE_PADDING = "audio.ignore_padding=true"  # of all models: many clips end early
 BATCH = {"pretrain": 48, "finetune": 16}
-LR = 1.4e-3  # of pretraining: the best of the tuning at batch size 24, times the root of 2
+LR = 1.4e-3  # of pretraining: the demo's at batch size 24, times the root of 2
 SAVE_EVERY = 500  # steps; divides those whose weights are kept
 
 
@@ -122,6 +122,19 @@ class Plan:
             return cls(**{**raw, **lists})
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: not a plan of ssast bench reproduce: {error}") from error
+
+
+def stored_plan(out: Path) -> Plan:
+    """Read the plan of a folder of runs.
+
+    Raises:
+        ConfigError: There is no plan.
+        DataError: The plan is damaged.
+    """
+    plan = Plan.read(out)
+    if plan is None:
+        raise ConfigError(f"{out}: no runs of ssast bench reproduce there: plan.json is missing")
+    return plan
 
 
 @dataclass(frozen=True)

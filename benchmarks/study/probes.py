@@ -75,7 +75,7 @@ def probes(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
                 layer_accuracy(report, str(last)),
                 best_layer(report),
                 layer_accuracy(report, WEIGHTED),
-                of_seeds(plan, cells.get((model.name, task)), model) or NOT_FINISHED,
+                of_seeds(plan, cells.get((model.name, task)), model),
             ])  # fmt: skip
     if not rows:
         return []
@@ -85,11 +85,20 @@ def probes(plan: Plan, cells: Cells, reports: Reports) -> list[str]:
         "Test accuracy in percent of a linear head on frozen features, the mean of the patch "
         "tokens: of the last layer, of the layer that is best on held-out training clips (its "
         "number; 0 is the patch embedding) and of the learned weighted sum of all layers. Beside "
-        "it, all weights fine-tuned; untrained encoders are trained from scratch there.",
+        "it, all weights fine-tuned; of untrained encoders, trained from scratch.",
         "",
         *([*advice, ""] if advice else []),
         *table(header, rows),
     ]
+
+
+def layer_to_take(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the layer that is best over some tasks together, on held-out training clips."""
+    inner = [_scores(report, "inner") for report in reports.values()]
+    return max(
+        (name for name in inner[0] if name != WEIGHTED),
+        key=lambda name: statistics.mean(scores[name] for scores in inner),
+    )
 
 
 def _advice(plan: Plan, cells: Cells, reports: Reports, family: str) -> list[str]:
@@ -97,19 +106,18 @@ def _advice(plan: Plan, cells: Cells, reports: Reports, family: str) -> list[str
     found = {task: reports[family, task] for task in plan.tasks if (family, task) in reports}
     if not found:
         return []
-    inner = [_scores(report, "inner") for report in found.values()]
-    layer = max(
-        (name for name in inner[0] if name != WEIGHTED),
-        key=lambda name: statistics.mean(scores[name] for scores in inner),
+    text = (
+        f"- {family} model: layer {layer_to_take(found)} is best over the tasks together, on "
+        "training clips."
     )
-    text = f"- {family} model: layer {layer} is best over the tasks together, on training clips."
     both = [task for task in found if (family, task) in cells]
     if both:
         ours = {task: found[task]["best_accuracy"] for task in both}
         tuned = {task: cells[family, task].mean for task in both}
         means = (f"{100 * statistics.mean(scores.values()):.1f}" for scores in (ours, tuned))
         text += (
-            f" The probe of the best layer scores {' %, fine-tuning '.join(means)} % on average, "
-            f"and more on {sum(ours[task] > tuned[task] for task in both)} of {len(both)} tasks."
+            f" The probe of the best layer scores {' %, fine-tuning '.join(means)} % on average; "
+            f"the probe is above on {sum(ours[task] > tuned[task] for task in both)} of "
+            f"{len(both)} tasks."
         )
     return [text]

@@ -14,9 +14,9 @@ import torch
 
 from ssast.benchmarks.study.analysis import Cells, gather
 from ssast.benchmarks.study.models import FAMILIES, MODELS
-from ssast.benchmarks.study.page import OUT, stored_plan
-from ssast.benchmarks.study.plan import Plan, weights_of
-from ssast.benchmarks.study.probes import read_reports
+from ssast.benchmarks.study.page import OUT
+from ssast.benchmarks.study.plan import Plan, stored_plan, weights_of
+from ssast.benchmarks.study.probes import layer_to_take, read_reports
 from ssast.benchmarks.study.reproduce import DATA
 from ssast.benchmarks.study.sounds import NUM_CLASSES, write_sounds
 from ssast.benchmarks.study.tables import chance_of, of_seeds, table, what
@@ -99,6 +99,7 @@ def layers(out: Path, plan: Plan, family: str) -> list[str]:
     found = {task: reports[family, task] for task in plan.tasks if (family, task) in reports}
     if not found:
         return []
+    best = layer_to_take(found)
     names = [score["layer"] for score in next(iter(found.values()))["scores"]]
     rows = []
     for number, name in enumerate(names):
@@ -114,7 +115,8 @@ def layers(out: Path, plan: Plan, family: str) -> list[str]:
     return [
         "Test accuracy in percent of a linear head on frozen features, the mean of the patch "
         "tokens, by layer: 0 is the patch embedding, `weighted` the learned sum of all layers. "
-        "Bold: the layer that is best on held-out training clips; `ssast embed --layer` takes it.",
+        "Bold: the layer that is best on held-out training clips of the task. Over the tasks "
+        f"together that is layer {best}: `ssast embed --layer {best}`.",
         "",
         *table(["layer", *found], rows),
     ]
@@ -178,7 +180,8 @@ def card(out: Path, plan: Plan, cells: Cells, family: str, steps: int, path: Pat
         *table(["task", "largest class", "from scratch", "from these weights"], scores),
         *layers(out, plan, family),
         *checked(path),
-        "More: docs/results.md, docs/pretraining.md. `make reproduce` trains such weights again.",
+        "More: docs/results.md, and the command that trains such weights again in "
+        "docs/pretraining.md.",
         "",
         "## Limitations",
         "",

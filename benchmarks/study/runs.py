@@ -5,10 +5,10 @@ Each run is claimed by one process. What others are at is left to them, and wait
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ssast.benchmarks.study.models import GROUPS, Model
+from ssast.benchmarks.study.models import GROUPS, MODELS, Model
 from ssast.benchmarks.study.plan import (
     FineTuning,
     Plan,
@@ -20,6 +20,7 @@ from ssast.benchmarks.study.plan import (
     pretraining_config,
     probe_folder,
     runs_of,
+    stored_plan,
     weights_of,
 )
 from ssast.benchmarks.study.store import KeepWeights, Store, keep_weights, weights_folder
@@ -73,15 +74,31 @@ class Study:
 
         Raises:
             Interrupted: A signal stopped a run.
+            ConfigError: The learning rates of the patch model are missing, and nobody tries them.
             ConfigError, DataError, CheckpointError, TrainingError: A run failed; fine-tuning runs
                 that diverge are recorded as such.
         """
         self.only, told = frozenset(only), False
+        self._check_rates()
         while not self._round():
             if not told:
                 print("waiting for the runs of other processes", flush=True)
             told = True
             time.sleep(POLL_S)
+
+    def _check_rates(self) -> None:
+        """Fetch the patch model's learning rates where others need them and nobody tries them."""
+        named = [m for group in self.groups for m in group if m.run() in self.only]
+        needed = [m for m in named if not m.tuned and "patch" not in self.only]
+        for model in needed:
+            for task in self.plan.tasks_of(model):
+                for rate in self.plan.rates:
+                    self.store.fetch(FineTuning(MODELS["patch"], task, rate, 0).folder(self.out))
+                if chosen_rate(self.plan, model, task, self.out) is None:
+                    raise ConfigError(
+                        f"--only {model.name}: needs the learning rates of patch on {task}, which "
+                        "is not finished"
+                    )
 
     def _round(self) -> bool:
         """Run what no other process is at; return whether everything is finished."""
@@ -195,18 +212,11 @@ class Study:
 
         Returns:
             Whether it is finished.
-
-        Raises:
-            ConfigError: The learning rates of the patch model are missing, and nobody tries them.
         """
         tried = [self.finetune(FineTuning(model, task, rate, seed)) for rate in rates]
         chosen = chosen_rate(self.plan, model, task, self.out)
-        if not all(tried) or (chosen is None and (model.tuned or "patch" in self.only)):
+        if not all(tried) or chosen is None:
             return False
-        if chosen is None:
-            raise ConfigError(
-                f"--only {model.name}: needs the learning rates of patch, which is not finished"
-            )
         return self.finetune(FineTuning(model, task, chosen, seed), test=True)
 
     def finetune(self, run: FineTuning, test: bool = False) -> bool:
@@ -236,6 +246,36 @@ class Study:
                 print(f"{what}: test accuracy {values:.4f}")
 
         return self._once(folder, is_done, work)
+
+
+def folders_of(plan: Plan, out: Path) -> Iterator[Path]:
+    """Yield the folders of all runs that the plan can have."""
+    for model in (*MODELS.values(), *kept_models(plan)):
+        yield probe_folder(out, model)
+        for seed in range(plan.seeds_of(model)):
+            yield out / "pretrain" / model.run(seed)
+            for task in plan.tasks_of(model):
+                for rate in plan.rates:
+                    yield FineTuning(model, task, rate, seed).folder(out)
+
+
+def fetch_runs(out: Path, folder: Path) -> None:
+    """Fetch plan and runs of a store, as far as they are not in the folder of the runs.
+
+    Args:
+        out: Folder of the runs.
+        folder: Folder of the store.
+
+    Raises:
+        ConfigError: There is no plan in either.
+        DataError: A file is damaged.
+    """
+    plan = Plan.read(out) or stored_plan(folder)
+    plan.write(out)
+    store = Store(out, folder)
+    for run in dict.fromkeys(folders_of(plan, out)):
+        if store.has(run):
+            store.fetch(run)
 
 
 def _go(name: str, train: Callable[[], int]) -> None:

@@ -73,7 +73,7 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
         average = gain(cells, family, family, plan.tasks)
         row += ["", "", "" if average is None else f"**{with_error(average)}**"]
     columns = [f"{f}, {kind}" for f in FAMILIES for kind in ("scratch", "pretrained", "gain %")]
-    lines = table(["task", "test clips", "chance", *columns], [*rows, row])
+    lines = table(["task", "test clips", "largest class", *columns], [*rows, row])
     lines += [
         "Published results of base models (the paper gives 60.9 % on average; from scratch it has "
         "a patch model only):",
@@ -106,7 +106,7 @@ def chance_of(plan: Plan, task: str) -> tuple[float, int]:
 def of_seeds(plan: Plan, cell: Cell | None, model: Model) -> str:
     """Format the test accuracies of a cell, and how many seeds diverged or are not finished."""
     if cell is None:
-        return ""
+        return NOT_FINISHED
     finished, seeds = len(cell.accuracies), plan.seeds_of(model)
     notes = [f"{cell.num_diverged} diverged"] if cell.num_diverged else []
     notes += [f"{finished} of {seeds}"] if finished + cell.num_diverged < seeds else []
@@ -190,7 +190,7 @@ def gains_by_clips(plan: Plan, cells: Cells) -> list[str]:
 def exceeding(family: str, curve: Sequence[tuple[int, Gain]]) -> str:
     """Say at how many clips the mean gain of a family is told apart from zero."""
     found = [f"{n:,}" for n, gain in curve if gain.margin is not None and gain.mean > gain.margin]
-    where = f"at {', '.join(found)} of these clips" if found else "nowhere"
+    where = f"after {', '.join(found)} clips" if found else "at none of these points"
     return f"- {family} model: the 95 % interval of the mean gain lies above 0 {where}."
 
 
@@ -242,6 +242,11 @@ def facts(plan: Plan, out: Path) -> list[str]:
             f"{plan.epochs} epochs, batch size {batches[1]}, {plan.seeds} seeds, "
             f"{plan.replicas} of ablations",
         ),
+    ]
+    masks = "patch models: clusters, as published; frame models: single patches"
+    rows += [
+        ("masks", masks),
+        ("padding", "ignored in all runs (`audio.ignore_padding`); the published code takes it in"),
     ]
     if config is not None:
         audio, model = config.audio, config.model

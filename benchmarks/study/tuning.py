@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from ssast.benchmarks.study.models import LATENT_ENCODER, LATENT_MASKED, Model
-from ssast.benchmarks.study.plan import FineTuning, Plan, accuracy, chosen_rate
+from ssast.benchmarks.study.plan import FineTuning, Plan, accuracy, chosen_rate, stored_plan
 from ssast.benchmarks.study.runs import Interrupted, Study
 from ssast.benchmarks.study.tables import table
-from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.monitor import read_metrics, scalars
 from ssast.pipelines.clips.manifest import read_clips, write_manifest
 from ssast.pipelines.clips.shards import ShardIndex
@@ -174,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ConfigError: A setting is wrong, or a run in the folder had other settings.
     """
     options = _parser().parse_args(arguments)
+    if options.page:
+        print("\n".join(scores(stored_plan(options.out), options.out)))
+        return 0
     data = options.out / "data"
     plan = Plan(
         str(data),
@@ -185,41 +187,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides=tuple(options.overrides),
     )
     with in_turn(options.out, "another process makes the data"):
-        if options.page and not data.exists():
-            raise ConfigError(f"{options.out}: no runs of ssast bench tuning there")
-        if not options.page:
-            check_plan(plan, options.out)
-            plan.write(options.out)
+        plan = check_plan(plan, options.out)
+        plan.write(options.out)
         if not data.exists():
             fetch_sounds(options.sounds)
             fetch_demo(options.prompts, packages=PROMPT_PACKAGES, tasks=PROMPT_TASKS)
             with replacing(data) as new:
                 write_data(new, options.sounds, options.prompts)
-    names = options.only or tuple(VARIATIONS)
-    if not options.page:
-        even = evenly(data)
-        models = tuple(
-            replace(model, changes=(*model.changes, *even)) if name.endswith("-even") else model
-            for name, model in VARIATIONS.items()
-        )
-        study = Study(plan, options.out, groups=(models,))
-        try:
-            study.run(names)
-        except Interrupted as stopped:
-            return 128 + stopped.number
+    even = evenly(data)
+    models = tuple(
+        replace(model, changes=(*model.changes, *even)) if name.endswith("-even") else model
+        for name, model in VARIATIONS.items()
+    )
+    study = Study(plan, options.out, groups=(models,))
+    try:
+        study.run(options.only or tuple(VARIATIONS))
+    except Interrupted as stopped:
+        return 128 + stopped.number
     print("\n".join(scores(plan, options.out)))
     return 0
 
 
-def check_plan(plan: Plan, out: Path) -> None:
-    """Check that earlier runs in the folder were of this plan; seeds may be added.
+def check_plan(plan: Plan, out: Path) -> Plan:
+    """Check that earlier runs in the folder were of this plan; return it with all seeds so far.
 
     Raises:
         ConfigError: They had other settings.
     """
     stored = Plan.read(out)
-    if stored is not None:
-        stored.check_same({k: v for k, v in vars(plan).items() if k != "seeds"}, out)
+    if stored is None:
+        return plan
+    stored.check_same({k: v for k, v in vars(plan).items() if k != "seeds"}, out)
+    return replace(plan, seeds=max(plan.seeds, stored.seeds))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,6 +55,7 @@ def finetune_twice(
     given += [
         f"finetune.epochs={EPOCHS}",
         f"optim.lr={RATE}",
+        "audio.ignore_padding=true",  # as the released weights: else they alone would have it
         f"data.num_threads={json.dumps(num_threads)}",
     ]
     starts = {"from scratch": None, "from released weights": pretrained}

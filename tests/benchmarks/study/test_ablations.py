@@ -72,7 +72,7 @@ def test_where_a_difference_holds():
     ours, theirs = [cell(many)], [cell(few)]
     mean, spread = difference(ours, theirs)
     assert mean == pytest.approx(0.05) and spread.of_seeds == 0 and spread.of_clips > 0.1
-    where = "significantly {} on these test clips, not on others, than"
+    where = "{} on these test clips (over seeds alone; not shown for other clips) than"
     assert told_apart(ours, theirs) == where.format("better")
     assert told_apart(theirs, ours) == where.format("worse")
     assert significant_sign(ours, theirs) == 0

@@ -6,11 +6,12 @@ from collections import Counter
 from ssast.benchmarks.study.continued import (
     finetuning_runs,
     pretraining_runs,
-    table,
+    scores,
     write_first,
 )
 from ssast.benchmarks.study.tables import PLUS_MINUS
 from ssast.engine.config import load_config
+from ssast.engine.formats.open import load_pretrained
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.demo.corpora import SOUND_PACKAGES
 from ssast.pipelines.demo.prompts import PROMPT_PACKAGES, prompt_label
@@ -40,6 +41,9 @@ def test_the_runs_have_one_budget_and_the_table_what_came_out(tmp_path):
         load_config(run.recipe, run.overrides)
     steps = {load_config(run.recipe, run.overrides).train.steps for run in before.values()}
     assert steps == {7}
+    padding = [load_config(run.recipe, run.overrides).audio for run in before.values()]
+    released = load_pretrained("tiny_patch")[1].audio
+    assert padding[1].ignore_padding == released.ignore_padding
     assert [run.checkpoint for run in before.values()] == ["tiny_patch", None]
     assert "--checkpoint tiny_patch" in before["continued"].command
     for name, losses in {"continued": (3.5, 3.25), "fresh": (7.0, 4.5)}.items():
@@ -53,7 +57,7 @@ def test_the_runs_have_one_budget_and_the_table_what_came_out(tmp_path):
     for run, score in zip(after["continued"], (0.5, 0.6), strict=True):
         (run.folder / "test").mkdir(parents=True)
         (run.folder / "test" / "metrics.json").write_text(json.dumps({"accuracy": score}))
-    shown = table(before, after)
+    shown = scores(before, after)
     assert "| released | 3.500 | 25.0 |  |" in shown
     assert f"| continued | 3.250 | 25.0 | 55.0{PLUS_MINUS}7.1 |" in shown
     assert "| fresh | 4.500 | 25.0 |  |" in shown

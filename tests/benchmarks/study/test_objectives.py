@@ -72,7 +72,7 @@ def test_the_section_marks_what_is_not_finished(tmp_path) -> None:
         fake(plan, tmp_path, "patch-scratch", "pitch", rate, 0, 0.5, 5)
     page = write_page(tmp_path, tmp_path / "docs").read_text()
     section = page[page.index("## Joint objective and latent targets") :].split("\n## ")[0]
-    assert "This group was not run; `ssast bench reproduce --only joint joint-encoder " in section
+    assert "`ssast bench reproduce --only joint joint-encoder " in section
     assert "Not finished yet" in page and not any(name in page.split("##")[0] for name in LATENT)
 
     for rate in plan.rates:

@@ -24,5 +24,5 @@ def test_the_section_says_which_layer_to_take(tmp_path) -> None:
     section = "\n".join(probes(plan, gather(plan, tmp_path), read_reports(tmp_path)))
     assert "| pitch, patch, pretrained | 70.0 | 90.0 (1) | 80.0 | 70.0 (1 of 2) |" in section
     assert "- patch model: layer 1 is best over the tasks together, on training clips. " in section
-    assert "75.0 %, fine-tuning 70.0 % on average, and more on 1 of 2 tasks." in section
+    assert "75.0 %, fine-tuning 70.0 % on average; the probe is above on 1 of 2 tasks." in section
     assert "frame model" not in section

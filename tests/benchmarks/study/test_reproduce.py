@@ -115,8 +115,10 @@ def test_gains_and_differences(plan, tmp_path):
     plus_minus = "\N{PLUS-MINUS SIGN}"
     interval = f"+142.9 {plus_minus} {100 * found.margin:.1f}"
     assert f"| 35.0 {plus_minus} 7.1 | 85.0 {plus_minus} 7.1 | {interval} |" in page
-    assert "Not finished yet: patch, tone; " in page
+    assert "Not finished yet: patch, pretrained (tone); patch, from scratch (tone); " in page
+    assert "The test clips of pitch are of 8 groups, hardly a sample" in page
     assert "**reproduced** (1 of 2 tasks are finished)" in page
+    assert "From scratch it is not above the largest class on pitch" not in page
 
 
 def test_the_work_is_shared(plan, tmp_path, monkeypatch):
@@ -127,11 +129,13 @@ def test_the_work_is_shared(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(Study, "score", lambda self, model, task, rates, seed: True)
     monkeypatch.setattr(Study, "probe", lambda self, model: True)
     study = Study(plan, tmp_path)
+    with pytest.raises(ConfigError, match="--only short: needs the learning rates of patch"):
+        study.run(["frame", "short"])
+    assert not done  # before any work
+    for rate in plan.rates:
+        fake(plan, tmp_path, "patch", "pitch", rate, 0, 0.5)
     study.run(["frame", "frame-scratch", "short"])
     assert done == ["frame", "short", "short", "short-seed1"]  # one for each seed
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match="--only short: needs the learning rates of patch"):
-        study.score(MODELS["short"], "pitch", (), 0)
 
 
 def test_a_test_clip_in_the_pretraining_is_refused(plan):

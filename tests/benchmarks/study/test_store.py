@@ -10,9 +10,9 @@ import pytest
 import torch
 from study_runs import SMALL, fake, small_plan
 
+from ssast.benchmarks.study import page, reproduce, runs, store
 from ssast.benchmarks.study import plan as planning
-from ssast.benchmarks.study import reproduce, runs, store
-from ssast.benchmarks.study.analysis import Gain
+from ssast.benchmarks.study.analysis import Gain, gain_curve, gather
 from ssast.benchmarks.study.models import MODELS
 from ssast.benchmarks.study.page import write_page
 from ssast.benchmarks.study.plan import (
@@ -120,21 +120,68 @@ def test_gain_against_clips(tmp_path) -> None:
     for name, right in rights.items():
         for rate in plan.rates:
             fake(plan, tmp_path, name, "pitch", rate, 0, 0.5, right)
-        page = write_page(tmp_path, tmp_path / "docs").read_text()
-        assert ("## Gain against clips" in page) == (name == "patch-step1000")
-        assert (tmp_path / "docs/results/gain-by-clips.png").exists() == ("## Gain ag" in page)
-    assert "| model, task | from scratch | 48,000 clips | 168,000 clips |" in page
-    assert "| patch, pitch | 40.0 | 30.0 (-25.0) | 80.0 (+100.0) |" in page
+        text = write_page(tmp_path, tmp_path / "docs").read_text()
+        assert ("## Gain against clips" in text) == (name == "patch-step1000")
+        assert (tmp_path / "docs/results/gain-by-clips.png").exists() == ("## Gain ag" in text)
+    assert "| model, task | from scratch | 48,000 clips | 168,000 clips |" in text
+    assert "| patch, pitch | 40.0 | 30.0 (-25.0) | 80.0 (+100.0) |" in text
     mean = "**patch, relative gain on average, %**"
-    assert f"| {mean} |  | **-25.0** | **+100.0** |" in page  # one seed: no error is known
-    assert "the 95 % interval of the mean gain lies above 0 nowhere" in page
+    assert f"| {mean} |  | **-25.0** | **+100.0** |" in text  # one seed: no error is known
+    assert "the 95 % interval of the mean gain lies above 0 at none of these points" in text
+
+
+def test_a_point_with_seeds_to_come_is_not_drawn(tmp_path) -> None:
+    plan = replace(small_plan(tmp_path / "data"), steps=3500, tasks=("pitch",), seeds=2)
+    names = ("patch-scratch", "patch", "patch-step1000")
+    for seed in (0, 1):
+        for name in names:
+            cells = gather(plan, tmp_path)
+            assert not gain_curve(plan, cells, "patch")
+            for rate in plan.rates:
+                fake(plan, tmp_path, name, "pitch", rate, seed, 0.5, 5 + seed)
+    points = gain_curve(plan, gather(plan, tmp_path), "patch")
+    assert [clips for clips, _ in points] == [48_000, 168_000]
+
+
+def test_the_page_of_a_store(tmp_path) -> None:
+    plan = replace(small_plan(tmp_path / "data"), tasks=("pitch",), seeds=1)
+    here, there, shared = (tmp_path / name for name in ("here", "there", "store"))
+    plan.write(shared)
+    for name, right in {"patch-scratch": 4, "patch": 8}.items():
+        for rate in plan.rates:
+            fake(plan, there, name, "pitch", rate, 0, 0.5, right)
+            Store(there, shared).put(FineTuning(MODELS[name], "pitch", rate, 0).folder(there))
+    others = tmp_path / "docs" / "results" / "mine.png"
+    write(others.parent, "mine.png", "ablations.png")
+    where = ["--out", str(here), "--docs", str(tmp_path / "docs")]
+    assert page.main([*where, "--store", str(shared)]) == 0
+    assert "| 40.0 | 80.0 | +100.0 |" in (tmp_path / "docs" / "results.md").read_text()
+    # Pictures of an earlier page go, what others wrote there stays.
+    assert others.exists() and not others.with_name("ablations.png").exists()
+    with pytest.raises(ConfigError, match=r"plan.json is missing"):
+        page.main(["--out", str(tmp_path / "x"), "--store", str(tmp_path / "y")])
+
+
+def test_rates_chosen_on_another_machine_are_fetched(tmp_path, monkeypatch) -> None:
+    plan = replace(small_plan(tmp_path / "data"), tasks=("pitch",))
+    here, there, shared = (tmp_path / name for name in ("here", "there", "store"))
+    monkeypatch.setattr(Study, "_round", lambda self: True)
+    study = Study(plan, here, shared)
+    with pytest.raises(ConfigError, match="--only short: needs the learning rates of patch"):
+        study.run(["short"])
+    for rate in plan.rates:
+        fake(plan, there, "patch", "pitch", rate, 0, 0.5)
+        Store(there, shared).put(FineTuning(MODELS["patch"], "pitch", rate, 0).folder(there))
+    study.run(["short"])
 
 
 def test_a_gain_that_is_told_apart_from_zero() -> None:
     scores = {"pitch": (0.4, 0.6)}
     curve = [(24, Gain(scores, 0.6)), (72, Gain(scores, 0.4)), (240, Gain(scores, 0.2))]
-    assert exceeding("frame", curve).endswith("above 0 at 72, 240 of these clips.")
-    assert exceeding("frame", [(24, Gain(scores, None))]).endswith("above 0 nowhere.")
+    assert exceeding("frame", curve).endswith("above 0 after 72, 240 clips.")
+    assert exceeding("frame", [(24, Gain(scores, None))]).endswith(
+        "above 0 at none of these points."
+    )
 
 
 @pytest.mark.slow

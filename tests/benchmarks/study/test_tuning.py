@@ -96,7 +96,7 @@ def test_the_table(tmp_path):
 
 
 def test_what_is_not_there_is_said(tmp_path):
-    with pytest.raises(ConfigError, match=r"run: no runs of ssast bench tuning there"):
+    with pytest.raises(ConfigError, match=r"run: no runs of ssast bench reproduce there"):
         main(["--out", str(tmp_path / "run"), "--page"])
 
 
