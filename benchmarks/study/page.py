@@ -53,8 +53,10 @@ from ssast.pipelines.locks import in_turn
 OUT = Path("runs/reproduce")
 FEW_GROUPS = 10  # of test clips
 RECONSTRUCTED = (*FAMILIES, "generative")
-FIGURES = ("accuracy", "learning", "gain-by-clips", "pretraining", "ablations")
-FIGURES += tuple(f"reconstructions-{name}" for name in RECONSTRUCTED)
+FIGURES = (
+    *("accuracy", "learning", "gain-by-clips", "pretraining", "ablations"),
+    *(f"reconstructions-{name}" for name in RECONSTRUCTED),
+)
 SOUNDS = frozenset(task.name for task in SOUND_TASKS)  # the others are speech
 
 

@@ -99,7 +99,7 @@ def layers(out: Path, plan: Plan, family: str) -> list[str]:
     found = {task: reports[family, task] for task in plan.tasks if (family, task) in reports}
     if not found:
         return []
-    best = layer_to_take(found)
+    layer = layer_to_take(found)
     names = [score["layer"] for score in next(iter(found.values()))["scores"]]
     rows = []
     for number, name in enumerate(names):
@@ -116,7 +116,7 @@ def layers(out: Path, plan: Plan, family: str) -> list[str]:
         "Test accuracy in percent of a linear head on frozen features, the mean of the patch "
         "tokens, by layer: 0 is the patch embedding, `weighted` the learned sum of all layers. "
         "Bold: the layer that is best on held-out training clips of the task. Over the tasks "
-        f"together that is layer {best}: `ssast embed --layer {best}`.",
+        f"together that is layer {layer}: `ssast embed --layer {layer}`.",
         "",
         *table(["layer", *found], rows),
     ]

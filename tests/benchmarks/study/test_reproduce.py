@@ -184,6 +184,7 @@ def test_weights_are_released_with_a_card(plan, tmp_path, capsys):
         layers = "| 1 | **90.0** |\n| 2 | 70.0 |\n| weighted | 80.0 |\n"
         layers += "| untrained, best layer | 45.0 |"
         assert (layers in text) == (path.name == "tiny_patch")
+        assert ("layer 1: `ssast embed --layer 1`" in text) == (path.name == "tiny_patch")
         assert "| pretext accuracy | 0." in text
         assert config.model.patch == ((16, 16) if path.name == "tiny_patch" else (128, 2))
 
