@@ -1,6 +1,6 @@
 """Fine-tune a classifier, then evaluate it and predict with it.
 
-engine = FinetuneEngine.from_checkpoint("SSAST-Base-Patch-400.pth", num_classes=50)
+engine = FinetuneEngine.from_checkpoint("SSAST-Base-Patch-400", num_classes=50)
 engine.fit("train.json", "valid.json")
 engine.evaluate("test.json")
 engine.predict(["dog.wav"])

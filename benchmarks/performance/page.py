@@ -56,8 +56,9 @@ def write_page(docs: Path) -> Path:
         ]),
         ("## The training step, one change after the other", [
             "Each row adds one change to the row before it; the first is the published step "
-            "(`benchmarks/training/baseline.py`), the bold one what `ssast pretrain` does by "
-            "default, and the rows below it add one option each to the bold one. \"Only what the "
+            "(`benchmarks/training/baseline.py`, written anew), the bold one what `ssast pretrain` "
+            "does in fp32, and the rows below it add one option each to the bold one; bf16 is the "
+            "default where a trial finds it faster. \"Only what the "
             "losses need\": masked patches are not projected, the masked tokens, which all clips "
             "share, pass the first block's norm and projections once, and the last block computes "
             "its output for masked tokens alone.", "",

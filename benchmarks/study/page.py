@@ -270,8 +270,8 @@ def _write_page(plan: Plan, out: Path, docs: Path) -> Path:
     clips, reports = gains_by_clips(plan, cells), read_reports(out)
     sections = [
         ("# Results", [
-            "The claims of the paper, tested with tiny models, a few hours of recordings and some "
-            "hours of training. `make reproduce` runs such a study; `ssast bench results` "
+            "The claims of the paper, tested with tiny models, some hours of recordings and of "
+            "training. `make reproduce` runs such a study; `ssast bench results` "
             "generates this page from the files of the runs.", "",
             *([f"Not finished yet: {'; '.join(waiting)}.", ""] if waiting else []),
         ]),

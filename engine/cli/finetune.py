@@ -40,7 +40,7 @@ examples:
   ssast finetune classifier --checkpoint runs/mine data.train=train.json
   ssast finetune classifier --checkpoint runs/mine data.train=train.json --resume
   ssast finetune classifier data.train=train.json model.size=tiny         from scratch
-  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth        5-fold cross-validation
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400            5-fold cross-validation
 """
 
 

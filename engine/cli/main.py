@@ -57,7 +57,7 @@ EXAMPLES = """examples:
   ssast pretrain base_patch --resume          resume a run
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
   ssast finetune classifier --checkpoint runs/base_patch data.train=train.json
-  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400.pth
+  ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400
   ssast evaluate runs/classifier test.json
   ssast predict runs/classifier dog.wav /my/recordings
   ssast embed runs/base_patch /my/recordings --out embeddings.npy
