@@ -160,9 +160,9 @@ def test_what_is_written_is_a_configuration(config, tmp_path):
 def test_mistakes_are_named(config, capsys):
     with pytest.raises(ConfigError, match="--seconds must be positive and finite, got 0"):
         tune(config, seconds=0)
-    assert main(["tune", "tiny_patch", "train.accumulation_steps=5"]) == 2
+    assert main(["tune", "tiny_patch", "train.accumulation_steps=7"]) == 2
     assert (
-        "train.batch_size 24 cannot be divided by train.accumulation_steps 5"
+        "train.batch_size 120 cannot be divided by train.accumulation_steps 7"
         in capsys.readouterr().err
     )
 
