@@ -65,6 +65,7 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
         DataError: Nothing is there, it is of no such kind, or an archive is compressed.
     """
     labels: tuple[tuple[str, ...], ...] | None = None
+    is_listed = False
     segments: dict[int, Segment] = {}  # by row of the manifest
     recordings: list[Recording] = []
     if is_url(source):
@@ -91,7 +92,7 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
         manifest = read_manifest(source, table=table)
         if isinstance(manifest.paths, ShardIndex):
             raise DataError(f"{source}: lists clips that are prepared: train on it as it is")
-        clips, labels = list(manifest.paths), manifest.labels
+        clips, labels, is_listed = list(manifest.paths), manifest.labels, True
         segments = {row: clip for row, clip in enumerate(clips) if isinstance(clip, Segment)}
         paths = [clip.path if isinstance(clip, Segment) else str(clip) for clip in clips]
         base = os.path.dirname(os.path.abspath(source))
@@ -114,10 +115,9 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
                 raise DataError(f"{folder}: is prepared already: leave it out of {source}")
             say_unused(path, table)
             recordings += tar_recordings(name, Path(path))
-        elif suffix(name) == ".parquet" and labels is None:
-            if _has_sounds(Path(path)):
-                recordings += parquet_recordings(name, Path(path), table)
-        elif suffix(name) in SOUNDS or labels is not None:
+        elif suffix(name) == ".parquet" and labels is None and _has_sounds(Path(path)):
+            recordings += parquet_recordings(name, Path(path), table)
+        elif suffix(name) in SOUNDS or is_listed:
             names = labels[place] if labels else ()
             recordings.append(file_recording(name, Path(path), names, segments.get(place)))
     if not recordings:
