@@ -10,7 +10,7 @@ from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
 from ssast.pipelines.errors import data_error
 from ssast.pipelines.locks import LOCK
-from ssast.pipelines.prepare.index import LISTS, check_own
+from ssast.pipelines.prepare.index import LISTS, check_own, is_numbered
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ class Mirror:
                 (self.remote / name).unlink(missing_ok=True)
         folder = (self.remote / SHARD).parent
         for path in folder.iterdir():
-            if not (self._local / folder.name / path.name).exists():
+            if is_numbered(path) and not (self._local / folder.name / path.name).exists():
                 path.unlink()
         (self.remote / LOCK).unlink(missing_ok=True)
 
