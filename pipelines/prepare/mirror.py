@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
-from ssast.pipelines.errors import data_error
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.locks import LOCK
 from ssast.pipelines.prepare.index import LISTS, check_own, is_numbered
 
@@ -54,10 +54,19 @@ class Mirror:
                 os.truncate(copy, path.stat().st_size)
 
     def reopen(self) -> None:
-        """Mark the data set as unfinished."""
-        (self.remote / REPORT).unlink(missing_ok=True)
-        self.remote.mkdir(parents=True, exist_ok=True)
-        (self.remote / LOCK).write_text("")  # for check_own, if this is killed
+        """Mark the data set as unfinished.
+
+        Raises:
+            DataError: Nothing can be written there.
+        """
+        try:
+            (self.remote / REPORT).unlink(missing_ok=True)
+            self.remote.mkdir(parents=True, exist_ok=True)
+            (self.remote / LOCK).write_text("")  # for check_own, if this is killed
+        except NotImplementedError as error:
+            raise DataError(
+                f"{self.remote}: a URL that cannot be written to: expected one as s3:// or gs://"
+            ) from error
 
     def move(self, number: int) -> None:
         """Move a finished shard, then its sidecar."""

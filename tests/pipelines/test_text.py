@@ -79,9 +79,7 @@ def test_long_cells() -> None:
     """Python refuses those of more than 131,072 characters, unless it is told otherwise."""
     rows = [(1, ["a", "x" * 300_000]), (2, ["b", "y\n" * 100_000])]
     assert list(csv_rows(f'a,{"x" * 300_000}\nb,"{rows[1][1][1]}"\n', "t.csv")) == rows
-    with pytest.raises(
-        DataError, match="line 2: not CSV: a quote that is not closed, or a cell"
-    ):
+    with pytest.raises(DataError, match="line 2: not CSV: a quote that is not closed, or a cell"):
         list(csv_rows(f"a\n{'x' * (LONGEST_CELL + 1)}\n", "t.csv"))
 
 
