@@ -42,6 +42,8 @@ YAML_WORD = 10_000  # characters without quotes: a number may take the square of
 
 SCANNED_BYTES = 2**20  # of a table at once, to find its encoding
 SHOWN = 200  # characters of a value in a message
+LONGEST_CELL = 2**24  # characters of CSV: a quote that is not closed takes all that follows
+csv.field_size_limit(LONGEST_CELL)  # of this process; csv refuses cells that are valid
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 60
@@ -268,7 +270,7 @@ def csv_rows(
         The line in which a row begins, and its cells.
 
     Raises:
-        DataError: A quote is not closed, or is followed by other text.
+        DataError: A quote is not closed, or is followed by other text, or a cell is too long.
     """
     lines = io.StringIO(text, newline="") if isinstance(text, str) else text
     reader = csv.reader(lines, strict=True, **settings)
@@ -280,8 +282,10 @@ def csv_rows(
             return
         except csv.Error as error:
             reason = str(error)
-            if "unexpected end" in reason or "field limit" in reason:
+            if "unexpected end" in reason:
                 reason = "a quote that begins here is not closed"
+            elif "field limit" in reason:
+                reason = f"a quote that is not closed, or a cell of over {LONGEST_CELL} characters"
             elif "expected after" in reason:
                 mark = settings.get("delimiter", ",")
                 name = {",": "a comma", "\t": "a tab"}.get(mark, repr(mark))

@@ -108,10 +108,7 @@ def decode(
                 )
             part = _extent(segment, frames, rate_hz, spec, crop)
             wanted = (part.last or frames) - part.first
-            if segment is not None or not sound.seekable():
-                go_to(sound, part.first)
-            elif part.first:
-                sound.seek(part.first)
+            go_to(sound, part.first)
             samples = sound.read(wanted, dtype="float32", always_2d=True)
             few = FEW_OF_MP3 if sound.format == "MP3" else FEW_SAMPLES
     except BeyondEndError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import soundfile
 
+from ssast.pipelines.audio.sndfile import is_mp3
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.errors import BeyondEndError
 
@@ -124,12 +125,13 @@ def report_missing(segment: Segment, beyond_s: float) -> None:
 def go_to(sound: soundfile.SoundFile, frame: int) -> None:
     """Go to a sample of an open recording: by seeking, or by decoding to there.
 
-    The first samples after a seek in an MP3 file depend on frames before it; GSM 6.10, G.72x and
-    NMS ADPCM cannot seek.
+    A frame of MP3 needs those before it, of which a second is decoded: from there on samples differ
+    by the rounding of float32. GSM 6.10, G.72x and NMS ADPCM cannot seek.
     """
-    if frame and sound.format != "MP3" and sound.seekable():
-        sound.seek(frame)
-        return
+    start = max(0, frame - sound.samplerate) if is_mp3(sound) else frame
+    if start and (is_mp3(sound) or sound.seekable()):
+        sound.seek(start)
+        frame -= start
     while frame > 0:
         frame -= (done := len(sound.read(min(frame, BLOCK), dtype="float32", always_2d=True)))
         if not done:

@@ -18,6 +18,23 @@ FORMATS = (  # bytes at the start, and bytes 8 to 11 where they tell as well
 )
 
 
+class _Sound(soundfile.SoundFile):
+    """A sound, of which MP3 is read on from where it is.
+
+    In what can seek, soundfile seeks to the end of each read; and after a seek in MP3 samples are
+    wrong for up to 0.4 s, as its frames hold bits of the frames behind them.
+    """
+
+    def seekable(self) -> bool:
+        """Return whether a seek changes no sample."""
+        return not is_mp3(self) and super().seekable()
+
+
+def is_mp3(sound: soundfile.SoundFile) -> bool:
+    """Return whether a sound is MP3, as a file of its own or in a WAV file."""
+    return sound.subtype == "MPEG_LAYER_III"
+
+
 def open_sound(
     source: str | bytes | int | IO[bytes], *, closefd: bool = True
 ) -> soundfile.SoundFile:
@@ -38,7 +55,7 @@ def open_sound(
         _check(source)
     if not isinstance(source, str | bytes | int):
         source = _Seekable(source)  # type: ignore[assignment]
-    return soundfile.SoundFile(source, closefd=closefd)
+    return _Sound(source, closefd=closefd)
 
 
 def _check(file: int | IO[bytes]) -> None:

@@ -276,7 +276,7 @@ def _swallows(cells: list[str], delimiter: str, place: int | None = None) -> boo
     if len(cells) < 2 or "\n" not in "".join(cells):
         return False
     rows = [line.split(delimiter) for line in delimiter.join(cells).splitlines()]
-    return all(
+    return len(rows) > 1 and all(
         len(row) == len(cells) and (place is None or _looks_like_sound(row[place])) for row in rows
     )
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, data_error
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +42,16 @@ def audio_files(
         folder: Folder to search.
         leave_out: A folder to skip.
         suffixes: Suffixes of the files to look for, in lower case.
-        on_error: Called for a folder that cannot be read; such folders are skipped.
+        on_error: Called for a folder that cannot be read, which is then skipped.
 
     Raises:
-        DataError: There are no such files.
+        DataError: There are no such files, or a folder cannot be read and ``on_error`` is None.
     """
     files: list[str] = []
     foreign: Counter[str] = Counter()
     visited: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     top = os.path.abspath(folder)
-    for root, folders, names in os.walk(top, onerror=on_error, followlinks=True):
+    for root, folders, names in os.walk(top, onerror=on_error or _raise, followlinks=True):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
@@ -76,3 +76,8 @@ def audio_files(
     if foreign:
         log.warning("%s: %d files are read; left out are %s", folder, len(files), advice)
     return sorted(files)
+
+
+def _raise(error: OSError) -> None:
+    why = error.strerror or str(error)
+    raise data_error(error, f"{error.filename}: cannot be read: {why}") from error

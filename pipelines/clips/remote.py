@@ -14,11 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.clips.retry import Retry
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.text import one_line
 
 T = TypeVar("T")
 REFUSED = (400, 401, 403, 404, 405, 410, 416)  # HTTP statuses that another attempt cannot change
+
+RETRY_S = 60.0  # for which storage may fail where a data set is opened
+CHANGING = frozenset(  # what storages say that changes with a file
+    (
+        *("size", "etag", "mtime", "lastmodified", "last_modified", "last-modified", "created"),
+        *("updated", "generation", "content-md5", "md5hash", "versionid"),
+    )
+)
 
 
 def is_url(place: object) -> bool:
@@ -92,6 +101,11 @@ def file_facts(url: str) -> dict[str, Any]:
     return dict(as_os_error(lambda: system.info(path), url))
 
 
+def changing(facts: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return those of :func:`file_facts` that change with the file."""
+    return tuple(sorted((key, str(facts[key])) for key in facts if key.lower() in CHANGING))
+
+
 def matching(pattern: str) -> list[str]:
     """Return the URLs of the files that a URL with ``*``, ``?`` and ``[...]`` stands for.
 
@@ -129,6 +143,19 @@ def on_disk(place: object) -> Iterator[Path]:
         local = Path(folder) / f"recording{os.path.splitext(path)[1]}"
         as_os_error(lambda: system.get_file(path, os.fspath(local)), str(place))
         yield local
+
+
+def fetched(action: Callable[[], T], url: object) -> T:
+    """Return what ``action`` finds behind a URL; it is repeated while storage fails.
+
+    Raises:
+        StorageError: Storage kept failing.
+        DataError: The action failed for another reason.
+    """
+    try:
+        return Retry(RETRY_S).call(lambda: as_os_error(action, str(url)), url)
+    except OSError as error:
+        raise data_error(error, f"{url}: cannot be read: {error.strerror or error}") from error
 
 
 def as_os_error(action: Callable[[], T], url: str) -> T:

@@ -31,11 +31,11 @@ from typing import Any, overload
 import numpy as np
 
 from ssast.pipelines.clips.labels import is_name
-from ssast.pipelines.clips.remote import as_path, is_url, read_range
+from ssast.pipelines.clips.remote import as_path, fetched, is_url, read_range
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shared import Identity, state_of
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.files import open_regular
 from ssast.pipelines.text import one_line, parse_json
 
@@ -269,12 +269,13 @@ class ShardIndex(Sequence[ShardClip]):
         return bool(dropped) or not self._report("duplicates")
 
     def _report(self, *keys: str) -> Any:
+        content = _content(self.folder / REPORT)
         try:
-            found = parse_json(read_small(self.folder / REPORT))
+            found = parse_json(content)
             for key in keys:
                 found = found[key]
             return found
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise DataError(f"{self.folder / REPORT}: damaged: prepare the data again") from error
 
     def sidecar_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -295,7 +296,8 @@ class ShardIndex(Sequence[ShardClip]):
                 for row in rows:
                     yield int(row), lines[int(table[row, 1])]
             except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+                why = error.strerror or error
+                raise data_error(error, f"{path}: cannot be read: {why}") from error
             except KeyError as error:
                 why = f"has no clip at byte {error}, which {INDEX} lists: prepare the data again"
                 raise DataError(f"{path}: {why}") from error
@@ -351,15 +353,22 @@ def is_prepared(folder: Path) -> bool:
     """Return whether a folder holds prepared shards.
 
     Raises:
-        DataError: It does, but is not finished.
+        DataError: It does, but is not finished; or a URL cannot be read.
     """
-    if not (folder / SHARD).parent.is_dir():
-        return False
-    if (folder / REPORT).exists() and (folder / INDEX).exists():
-        return True
-    if not (folder / ".lock").exists():  # a folder of somebody else's shards
-        return False
-    raise DataError(f"{folder}: prepared in part only: run the same ssast data prepare once more")
+
+    def look() -> bool | None:
+        if not (folder / SHARD).parent.is_dir():
+            return False
+        if (folder / REPORT).exists() and (folder / INDEX).exists():
+            return True
+        return None if (folder / ".lock").exists() else False  # somebody else's shards
+
+    found = fetched(look, folder) if is_url(folder) else look()
+    if found is None:
+        raise DataError(
+            f"{folder}: prepared in part only: run the same ssast data prepare once more"
+        )
+    return found
 
 
 def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | None:
@@ -369,20 +378,35 @@ def read_labels(folder: Path, num_clips: int) -> tuple[tuple[str, ...], ...] | N
         DataError: The file is damaged, or belongs to another index.
     """
     path = folder / LABELS
-    if not path.exists():
+    if not (fetched(path.exists, path) if is_url(path) else path.exists()):
         return None
+    data = _content(path)
     try:
-        content = parse_json(read_small(path))
+        content = parse_json(data)
         names = content["names"]
         if not isinstance(names, list) or not all(map(is_name, names)):
             raise ValueError("names that are none")
         name_of = dict(enumerate(names))  # unlike a list, it has no number below 0
         labels = tuple(tuple(name_of[n] for n in numbers) for numbers in content["clips"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: damaged: prepare the data again") from error
     if len(labels) != num_clips:
         raise DataError(f"{path}: expected labels of {num_clips} clips, found {len(labels)}")
     return labels
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    if is_url(path):
+        return fetched(path.read_bytes, path)
+    try:
+        return read_small(path)
+    except OSError as error:
+        raise data_error(error, f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _array(data: bytes) -> np.ndarray:
@@ -400,9 +424,10 @@ def _array(data: bytes) -> np.ndarray:
 
 
 def _load_array(path: Path, dimensions: int) -> np.ndarray:
+    data = _content(path) if is_url(path) else None
     try:
-        if is_url(path):
-            array = _array(path.read_bytes())
+        if data is not None:
+            array = _array(data)
         else:
             open_regular(path).close()
             array = np.load(path, mmap_mode="r")

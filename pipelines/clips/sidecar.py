@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.pipelines.clips.labels import is_name
-from ssast.pipelines.clips.remote import is_url
+from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import open_regular
 from ssast.pipelines.text import parse_json
@@ -83,6 +83,6 @@ def read_small(path: Path) -> bytes:
         OSError: It cannot be read, or is a pipe or a device.
     """
     if is_url(path):
-        return path.read_bytes()
+        return as_os_error(path.read_bytes, str(path))
     with open_regular(path) as file:
         return file.read()

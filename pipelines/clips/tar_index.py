@@ -12,24 +12,25 @@ import numpy as np
 
 from ssast.pipelines.clips.listed import FileList, write_files
 from ssast.pipelines.clips.members import Contents, Sound, Window, read_tar
-from ssast.pipelines.clips.remote import as_path, file_facts, file_size, is_url, read_range
+from ssast.pipelines.clips.remote import (
+    RETRY_S,
+    as_path,
+    changing,
+    file_facts,
+    file_size,
+    is_url,
+    read_range,
+)
 from ssast.pipelines.clips.retry import Retry
 from ssast.pipelines.clips.segment import Files
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, shared_arrays, state_of
-from ssast.pipelines.errors import DataError, StorageError
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.files import open_regular
 
 FORMAT = 1  # to be raised when an index holds something else
 LARGEST = 2**30  # bytes of a sound: it is read as a whole
 WINDOW_BYTES = 2**18  # of a remote archive: where sounds are longer, their middles are not fetched
-RETRY_S = 60.0
 SHOWN_PROBLEMS = 3  # in a warning
-CHANGING = frozenset(  # what storages say that changes with a file
-    (
-        *("size", "etag", "mtime", "lastmodified", "last_modified", "created", "updated"),
-        *("generation", "content-md5", "md5hash", "versionid"),
-    )
-)
 
 
 def open_tar(path: str) -> tuple[Any, int]:
@@ -52,10 +53,9 @@ def state_of_tar(path: str) -> tuple[str, Any]:
             return path, state_of(path)
         as_path(path)  # says which package is missing
         facts = Retry(RETRY_S).call(lambda: file_facts(path), path)
-    except (OSError, StorageError) as error:
-        raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
-    changing = sorted((key, str(facts[key])) for key in facts if key.lower() in CHANGING)
-    return path, tuple(changing)
+    except OSError as error:
+        raise data_error(error, f"{path}: cannot be read: {_reason(error)}") from error
+    return path, changing(facts)
 
 
 def index_tar(path: str, state: tuple[str, Any], suffixes: frozenset[str]) -> Arrays:

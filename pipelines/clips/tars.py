@@ -28,7 +28,7 @@ from ssast.pipelines.clips.shards import ShardClip
 from ssast.pipelines.clips.shared import Arrays, ArrayWriter, Identity, shared_arrays
 from ssast.pipelines.clips.tar_index import FORMAT, index_tar, state_of_tar, write_index
 from ssast.pipelines.cores import usable_cores
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.text import shows_progress
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,9 @@ def _matches(pattern: str) -> list[str]:
     try:
         return matching(pattern)
     except OSError as error:
-        raise DataError(f"{pattern}: cannot be listed: {error.strerror or error}") from error
+        raise data_error(
+            error, f"{pattern}: cannot be listed: {error.strerror or error}"
+        ) from error
 
 
 class TarIndex(Sequence[TarClip]):

@@ -197,8 +197,13 @@ def remove_others(out: Path, num_shards: int) -> None:
     """Remove files of an earlier run with other settings, or of a killed one."""
     wanted = {Path(kind.format(n)).name for n in range(num_shards) for kind in (SHARD, SIDECAR)}
     for path in (out / SHARD).parent.iterdir():
-        if path.name not in wanted and path.name.removeprefix(".tmp-").split(".")[0].isdigit():
+        if path.name not in wanted and is_numbered(path):
             path.unlink()
+
+
+def is_numbered(path: Path) -> bool:
+    """Return whether a file has the name of a shard, of its sidecar or of a part of one."""
+    return path.name.removeprefix(".tmp-").split(".")[0].isdigit()
 
 
 def remarks(report: dict[str, Any], out: Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ssast.kernels.fbank import FbankSpec, fbank
 from ssast.pipelines.audio.convert import resampled
 from ssast.pipelines.audio.decode import Item, length_note, length_s, open_item, read_blocks
+from ssast.pipelines.audio.encoded import read_clip
 from ssast.pipelines.audio.sndfile import open_sound
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.manifest import read_manifest
@@ -219,9 +220,10 @@ def listened(clip: ClipPath) -> Heard:
 
     Raises:
         OSError: It cannot be read.
-        DataError: It cannot be read from its shard.
+        DataError: Training cannot use it.
         UnusableError: It cannot be decoded, or holds no samples.
     """
+    read_clip(clip, FbankSpec())  # what training will say of it, at 16 kHz
     item = Item.of(clip)
     count, squares, peak, full, rate_hz = 0, 0.0, 0.0, 0, 0
     levels: list[np.ndarray] = []

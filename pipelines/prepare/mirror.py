@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
-from ssast.pipelines.errors import data_error
+from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.locks import LOCK
-from ssast.pipelines.prepare.index import LISTS, check_own
+from ssast.pipelines.prepare.index import LISTS, check_own, is_numbered
 
 
 @contextlib.contextmanager
@@ -54,10 +54,19 @@ class Mirror:
                 os.truncate(copy, path.stat().st_size)
 
     def reopen(self) -> None:
-        """Mark the data set as unfinished."""
-        (self.remote / REPORT).unlink(missing_ok=True)
-        self.remote.mkdir(parents=True, exist_ok=True)
-        (self.remote / LOCK).write_text("")  # for check_own, if this is killed
+        """Mark the data set as unfinished.
+
+        Raises:
+            DataError: Nothing can be written there.
+        """
+        try:
+            (self.remote / REPORT).unlink(missing_ok=True)
+            self.remote.mkdir(parents=True, exist_ok=True)
+            (self.remote / LOCK).write_text("")  # for check_own, if this is killed
+        except NotImplementedError as error:
+            raise DataError(
+                f"{self.remote}: a URL that cannot be written to: expected one as s3:// or gs://"
+            ) from error
 
     def move(self, number: int) -> None:
         """Move a finished shard, then its sidecar."""
@@ -79,7 +88,7 @@ class Mirror:
                 (self.remote / name).unlink(missing_ok=True)
         folder = (self.remote / SHARD).parent
         for path in folder.iterdir():
-            if not (self._local / folder.name / path.name).exists():
+            if is_numbered(path) and not (self._local / folder.name / path.name).exists():
                 path.unlink()
         (self.remote / LOCK).unlink(missing_ok=True)
 

@@ -45,7 +45,7 @@ from ssast.pipelines.prepare.parquet import read_cell
 from ssast.pipelines.prepare.recordings import Recording, find_recordings, with_unique_names
 from ssast.pipelines.text import shows_progress
 
-FORMAT = 3  # raise it when other bytes come out of the same recordings
+FORMAT = 4  # raise it when other bytes come out of the same recordings
 STEM = 64  # characters of a recording's name in a clip's: a member's name has at most 100
 PROBES = 64  # recordings whose headers are read to estimate how much will come out
 FLAC_SHARE = 0.65  # bytes of 16 bit FLAC for one of samples, of speech and music with little noise

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ssast.pipelines.audio.parts import Cell
-from ssast.pipelines.clips.columns import PLAIN, TableFormat, find_columns
+from ssast.pipelines.clips.columns import PLAIN, Columns, TableFormat, find_columns, say_once
 from ssast.pipelines.clips.labels import is_name, label_form, parse_labels
 from ssast.pipelines.clips.parquet import parquet_file, sound_column
 from ssast.pipelines.errors import DataError, UnusableError
@@ -50,6 +50,8 @@ def parquet_rows(path: Path, table: TableFormat = PLAIN) -> tuple[list[Row], boo
     others = [name for name in schema.names if name != column]
     given = {key: name for key, name in table.columns.items() if key == "labels"}
     label = find_columns(others, TableFormat(given), path).labels
+    read = Columns(column, label, unused=tuple(name for name in others if name != label))
+    say_once(str(path.with_name("*.parquet")), f"Parquet: {read.describe()}")
     classes = None if label is None else _classes(schema, label)
     form = label_form(label, table.label_separator)
     fields = {field.name for field in schema.field(column).type}

@@ -1,10 +1,12 @@
 """Finds the recordings of a folder, a manifest or plain tar archives. Nothing is unpacked."""
 
+import contextlib
 import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat, say_unused
 from ssast.pipelines.clips.folders import AUDIO_SUFFIXES, FFMPEG_SUFFIXES, audio_files
 from ssast.pipelines.clips.manifest import read_manifest
 from ssast.pipelines.clips.members import PACKED, read_tar, sample_key
-from ssast.pipelines.clips.remote import is_url
+from ssast.pipelines.clips.remote import as_os_error, changing, fetched, is_url
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ShardIndex, is_prepared
 from ssast.pipelines.clips.tables import SUFFIXES, is_table
@@ -26,6 +28,7 @@ from ssast.pipelines.prepare.parquet import has_sounds, parquet_rows
 log = logging.getLogger(__name__)
 
 SOUNDS = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
+AT_ONCE = 16  # files behind a URL that are asked for
 SEGMENT_BYTES_PER_S = 96_000  # about, of 16 bit samples at 48 kHz
 
 
@@ -65,6 +68,7 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
         DataError: Nothing is there, it is of no such kind, or an archive is compressed.
     """
     labels: tuple[tuple[str, ...], ...] | None = None
+    is_listed = False
     segments: dict[int, Segment] = {}  # by row of the manifest
     recordings: list[Recording] = []
     if is_url(source):
@@ -91,7 +95,7 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
         manifest = read_manifest(source, table=table)
         if isinstance(manifest.paths, ShardIndex):
             raise DataError(f"{source}: lists clips that are prepared: train on it as it is")
-        clips, labels = list(manifest.paths), manifest.labels
+        clips, labels, is_listed = list(manifest.paths), manifest.labels, True
         segments = {row: clip for row, clip in enumerate(clips) if isinstance(clip, Segment)}
         paths = [clip.path if isinstance(clip, Segment) else str(clip) for clip in clips]
         base = os.path.dirname(os.path.abspath(source))
@@ -114,10 +118,9 @@ def find_recordings(source: Path, out: Path, table: TableFormat = PLAIN) -> list
                 raise DataError(f"{folder}: is prepared already: leave it out of {source}")
             say_unused(path, table)
             recordings += tar_recordings(name, Path(path))
-        elif suffix(name) == ".parquet" and labels is None:
-            if _has_sounds(Path(path)):
-                recordings += parquet_recordings(name, Path(path), table)
-        elif suffix(name) in SOUNDS or labels is not None:
+        elif suffix(name) == ".parquet" and labels is None and _has_sounds(Path(path)):
+            recordings += parquet_recordings(name, Path(path), table)
+        elif suffix(name) in SOUNDS or is_listed:
             names = labels[place] if labels else ()
             recordings.append(file_recording(name, Path(path), names, segments.get(place)))
     if not recordings:
@@ -140,17 +143,20 @@ def remote_recordings(source: Path) -> list[Recording]:
     if is_prepared(source):
         raise DataError(f"{source}: is prepared already: train on it as it is")
     system, base = source.fs, source.path  # type: ignore[attr-defined]
-    try:
-        found = system.find(base, detail=True)
-    except OSError as error:
-        raise DataError(f"{source}: cannot be listed: {error.strerror or error}") from error
-    recordings = []
-    for path, facts in sorted(found.items()):
-        name = os.path.relpath(path, base)
-        if suffix(name) in SOUNDS and "/." not in f"/{name}":
-            signature = f"{facts['size']}-{system.ukey(path)}"
-            item = Item(name, source / name)
-            recordings.append(Recording(item, signature, facts["size"]))
+    found = fetched(lambda: system.find(base, detail=True), source)
+
+    def recording(path: str) -> Recording:
+        facts, name = found[path], os.path.relpath(path, base)
+        if not isinstance(facts.get("size"), int):  # lists of http have no sizes
+            with contextlib.suppress(OSError):  # which is said when it is fetched
+                facts = facts | as_os_error(lambda: system.info(path), path)
+        signature = f"{system.ukey(path)}-{changing(facts)}"
+        return Recording(Item(name, source / name), signature, facts.get("size") or 0)
+
+    names = ((path, os.path.relpath(path, base)) for path in sorted(found))
+    paths = [path for path, name in names if suffix(name) in SOUNDS and "/." not in f"/{name}"]
+    with ThreadPoolExecutor(AT_ONCE, "recordings") as pool:
+        recordings = list(pool.map(recording, paths))
     if not recordings:
         raise DataError(f"{source}: no recordings in there (archives must be on a disk)")
     return recordings

@@ -11,7 +11,15 @@ from hypothesis import given
 from names import AWKWARD, TEXTS
 
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.text import csv_rows, json_line, markdown, printable, read_text, say
+from ssast.pipelines.text import (
+    LONGEST_CELL,
+    csv_rows,
+    json_line,
+    markdown,
+    printable,
+    read_text,
+    say,
+)
 
 TEXT = "wav,label\r\ncaf\u00e9.wav,\U0001f600\n"
 
@@ -65,6 +73,14 @@ def test_quotes_that_are_not_closed(text: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         list(csv_rows(text, "t.csv"))
     assert message in str(caught.value)
+
+
+def test_long_cells() -> None:
+    """Python refuses those of more than 131,072 characters, unless it is told otherwise."""
+    rows = [(1, ["a", "x" * 300_000]), (2, ["b", "y\n" * 100_000])]
+    assert list(csv_rows(f'a,{"x" * 300_000}\nb,"{rows[1][1][1]}"\n', "t.csv")) == rows
+    with pytest.raises(DataError, match="line 2: not CSV: a quote that is not closed, or a cell"):
+        list(csv_rows(f"a\n{'x' * (LONGEST_CELL + 1)}\n", "t.csv"))
 
 
 @given(TEXTS)

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from sounds import bad_files, tone, write
 
 from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.audio import decode as blocks
 from ssast.pipelines.audio import encoded as clip
+from ssast.pipelines.audio.decode import Item, read_blocks
 from ssast.pipelines.audio.encoded import (
     decode,
     plain_samples,
@@ -25,6 +27,7 @@ from ssast.pipelines.audio.encoded import (
     wav_bytes,
 )
 from ssast.pipelines.audio.lengths import examine
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.errors import DataError, StorageError
 
 SPEC = FbankSpec(num_frames=100)  # 16240 samples
@@ -272,6 +275,48 @@ def test_a_crop_is_a_part_of_the_whole(
     # Vorbis blocks overlap: a decoder that starts in the middle rounds differently.
     tolerance = 1e-4 if suffix == "ogg" else 0
     np.testing.assert_allclose(got, whole[start : start + len(got)], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "channels", "mode", "level", "table"),
+    [
+        (16000, 1, "VARIABLE", 0.5, True),
+        (22050, 1, "CONSTANT", 0.9, True),
+        (48000, 2, "AVERAGE", 0.9, True),
+        (16000, 2, "VARIABLE", 0.5, False),
+        (8000, 1, "VARIABLE", 0.9, False),
+    ],
+)
+def test_parts_of_an_mp3_file_are_those_of_the_whole(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rate_hz: int,
+    channels: int,
+    mode: str,
+    level: float,
+    table: bool,
+) -> None:
+    """Crops, segments and blocks: frames of few bits hold those of the frames behind them."""
+    sound = np.stack([tone(9 * rate_hz, seed=k, rate_hz=rate_hz) for k in range(channels)], 1)
+    path = tmp_path / "a"
+    form = {"format": "MP3", "bitrate_mode": mode}
+    write(path, sound, rate_hz, compression_level=level, **form)  # type: ignore[arg-type]
+    if not table:  # which is the first frame
+        data = path.read_bytes()
+        path.write_bytes(data[data.index(data[:2], 100) :])
+    item = Item("a", path)
+    whole = np.concatenate([block for block, _ in read_blocks(item)])
+    monkeypatch.setattr(blocks, "BLOCK_SAMPLES", 5000)
+    found = np.concatenate([block for block, _ in read_blocks(item)])
+    np.testing.assert_array_equal(found, whole)
+    spec = FbankSpec(num_frames=100, sample_rate_hz=rate_hz)
+    for crop in (0.1, 0.37, 0.5, 0.8, 0.95):
+        start = int(crop * (len(whole) - spec.num_samples + 1))
+        want = whole[start : start + spec.num_samples]
+        for clip_, at in ((path, crop), (Segment(str(path), start / rate_hz, 9), 0.0)):
+            data = read_clip(clip_, spec, crop=at).tobytes()
+            got = soundfile.read(io.BytesIO(data), dtype="float32")[0]
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_a_crop_of_a_short_clip_is_the_clip(tmp_path: Path) -> None:

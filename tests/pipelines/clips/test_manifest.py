@@ -1,5 +1,6 @@
 """Manifests: what is read, what is refused and how it is said, and what is written."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from names import CLASSES, FILES
 
 from ssast.pipelines.clips.folders import audio_files
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
-from ssast.pipelines.errors import DataError
+from ssast.pipelines.errors import DataError, StorageError
 
 
 def write(path: Path, text: str) -> Path:
@@ -154,6 +155,31 @@ def test_folder_follows_links_and_leaves_out(tmp_path: Path) -> None:
     (tmp_path / "mine/link").symlink_to(tmp_path / "elsewhere")
     found = audio_files(tmp_path / "mine", leave_out=tmp_path / "mine/out")
     assert found == [str(tmp_path / "mine/link/x.wav")]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, DataError), (errno.EIO, StorageError)])
+def test_folders_that_cannot_be_read_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
+) -> None:
+    """Half of the clips is no data set; what may pass by itself keeps its own status."""
+    for name in ("a/1.wav", "b/2.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if path == str(tmp_path / "b"):
+            raise OSError(number, os.strerror(number), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError) as caught:
+        read_manifest(tmp_path)
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"{tmp_path}/b: cannot be read: {os.strerror(number)}"
+    skipped: list[OSError] = []
+    assert audio_files(tmp_path, on_error=skipped.append) == [str(tmp_path / "a/1.wav")]
+    assert [error.filename for error in skipped] == [str(tmp_path / "b")]
 
 
 def test_folder_without_audio(tmp_path: Path) -> None:

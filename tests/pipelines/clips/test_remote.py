@@ -134,6 +134,7 @@ def test_goes_on_after_a_failure(source: Path, tmp_path: Path, storage: Storage)
 
 def test_other_settings_leave_nothing_old(source: Path, tmp_path: Path, storage: Storage) -> None:
     prepared(source, "memory://bucket/out", shard_mib=0.01)
+    MemoryFileSystem().pipe("/bucket/out/shards/README.txt", b"of the user")
     storage.fails_at = 5
     with pytest.raises(DataError, match="503 slow down"):
         prepared(source, "memory://bucket/out", shard_mib=0.01, codec="wav")
@@ -142,7 +143,9 @@ def test_other_settings_leave_nothing_old(source: Path, tmp_path: Path, storage:
         read_manifest("memory://bucket/out")
     prepared(source, "memory://bucket/out", shard_mib=1.0, codec="wav")
     prepared(source, tmp_path / "out", shard_mib=1.0, codec="wav")
-    assert contents("memory://bucket/out") == contents(tmp_path / "out")
+    there = contents("memory://bucket/out")
+    assert there.pop("shards/README.txt") == b"of the user"
+    assert there == contents(tmp_path / "out")
 
 
 def test_recordings_behind_a_url(source: Path, tmp_path: Path, storage: Storage) -> None:

@@ -228,6 +228,8 @@ def test_quotes_that_are_text_swallow_no_rows(end: str, folder: Path) -> None:
         text = "".join(f"{n}.wav{mark}{c}{mark}x\n" for n, c in zip("ab", cells, strict=True))
         (folder / f"n.{suffix}").write_text(f"path{mark}text{mark}label\n{text}")
         assert read_manifest(folder / f"n.{suffix}").labels == (("x",), ("x",))
+        (folder / f"o.{suffix}").write_text(f'path{mark}label\na.wav{mark}"x\n"\nb.wav{mark}y\n')
+        assert read_manifest(folder / f"o.{suffix}").labels == (("x",), ("y",))  # one ends with it
 
 
 def test_a_column_that_is_not_there(folder: Path) -> None:

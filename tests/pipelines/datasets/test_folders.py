@@ -44,6 +44,22 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     assert lines[-1] == "1 sounds in no folder of a class are left out"
 
 
+def test_splits_beside_other_folders(tmp_path: Path) -> None:
+    """Two that are named like splits are no classes: the data set would be of train and test."""
+    for name in ("train/dog/a", "test/dog/b", "extra/dog/c", "unused/d"):
+        sound(tmp_path / "in" / f"{name}.wav")
+    with pytest.raises(DataError, match=r"in: test, train are splits, .* 'extra', 'unused'"):
+        write_dataset("folders", tmp_path / "in", tmp_path / "out", silent)
+    assert not (tmp_path / "out/clips.json").exists()
+
+
+def test_validate_is_a_split(tmp_path: Path) -> None:
+    for name in ("train/dog/a", "validate/dog/b", "validation/dog/c"):
+        sound(tmp_path / "in" / f"{name}.wav")
+    paths = write_dataset("folders", tmp_path / "in", tmp_path / "out", silent)
+    assert [path.name for path in paths] == ["train.json", "validate.json", "validation.json"]
+
+
 def test_no_folders(tmp_path: Path) -> None:
     sound(tmp_path / "in" / "a.wav")
     with pytest.raises(DataError, match="expected folders of sounds, one for each class, found no"):

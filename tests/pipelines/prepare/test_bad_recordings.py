@@ -100,6 +100,20 @@ def test_bad_files_are_reported_by_name_and_the_rest_is_trained_on(tmp_path: Pat
     assert [clip.read() for clip in again] == [clip.read() for clip in index]
 
 
+@pytest.mark.parametrize("labels", ["", ",dog"])
+def test_listed_files_are_taken_whatever_their_suffix(tmp_path: Path, labels: str) -> None:
+    """A list without labels names what to prepare as one with labels does."""
+    for name in ("a.wav", "b.sound", "c"):
+        write(tmp_path / name, tone(16000), format="WAV", subtype="PCM_16")
+    (tmp_path / "d.doc").write_text("no sound")
+    lines = [f"{name}{labels}\n" for name in ("a.wav", "b.sound", "c", "d.doc", "e.dat")]
+    header = "wav,labels\n" if labels else "wav\n"
+    (tmp_path / "list.csv").write_text(header + "".join(lines))
+    index = prepared(tmp_path / "list.csv", tmp_path / "out")
+    assert sorted(line["name"] for _, line in index.sidecar_lines()) == ["a.wav", "b.sound", "c"]
+    assert set(rejected(tmp_path / "out")) == {"d.doc", "e.dat"}
+
+
 def test_what_breaks_off_late_leaves_nothing(tmp_path: Path) -> None:
     """Clips of a recording that were packed before its damage are taken back, byte for byte."""
     (tmp_path / "in").mkdir()

@@ -128,6 +128,21 @@ def test_what_is_heard(tmp_path: Path) -> None:
     assert [suggested_share(n) for n in (10, 20_000, 200_000, 10**8)] == [0.1, 0.1, 0.01, 0.001]
 
 
+def test_what_training_rejects_is_unusable(tmp_path: Path) -> None:
+    """It can be decoded, and some of it be heard."""
+    write(tmp_path / "a.wav", tone(9000))
+    write(tmp_path / "short.wav", tone(100), subtype="PCM_16")
+    loud = tone(9000)
+    loud[77] = 1e30
+    write(tmp_path / "loud.wav", loud, subtype="FLOAT")
+    found = look_at(tmp_path, progress=False)
+    assert [Path(str(one.clip)).name for one in found.heard] == ["a.wav"]
+    assert [(Path(str(clip)).name, why) for clip, why in found.bad] == [
+        ("loud.wav", "holds samples that are NaN, infinite or absurdly large"),
+        ("short.wav", "too short: 100 samples, one window is 400"),
+    ]
+
+
 def test_nothing_to_look_at(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", 9) + b"WAVE")
     with pytest.raises(DataError, match=r"none of 1 clips can be used; the first: .*a\.wav: "):

@@ -149,3 +149,24 @@ def test_several_labels_in_a_text(sounds: list[bytes], tmp_path: Path) -> None:
     given = [labels for *_, labels in parquet_rows(path, TableFormat(label_separator=";"))[0]]
     assert given == [("a", "b"), ("c",), ()]
     assert [labels for *_, labels in parquet_rows(path)[0]] == [("a;b",), ("c",), ()]
+
+
+def test_what_the_labels_are_read_from_is_said_once(
+    sounds: list[bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(3):
+        write_parquet(tmp_path / f"in/{n}.parquet", list(sounds[:2]), [0, 1])
+    other = TableFormat({"labels": "file"})
+    for table in (TableFormat(), other, TableFormat({"labels": ""})):
+        for n in range(3):
+            parquet_rows(tmp_path / f"in/{n}.parquet", table)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/in/*.parquet: Parquet: clips in 'audio', {read}"
+        for read in (
+            "labels in 'label'; not used: 'file'",
+            "labels in 'file'; not used: 'label' ('label' may be labels: data.columns={labels: "
+            "NAME} takes another column)",
+            "no labels; not used: 'file', 'label' ('label' may be labels: data.columns={labels: "
+            "NAME} takes another column)",
+        )
+    ]
