@@ -20,9 +20,9 @@ from ssast.engine.settings import Precision
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows
-from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.audio.decode import Item, read_blocks, unreadable
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
-from ssast.pipelines.errors import UnusableError
+from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.text import json_line
 
@@ -102,9 +102,14 @@ class Windows:
         shorter than a window makes a shorter one.
 
         Raises:
-            UnusableError: It cannot be decoded.
+            UnusableError: It cannot be read or decoded.
         """
-        item = Item.of(path)
+        try:
+            item = Item.of(path)
+        except OSError as error:
+            raise unreadable(error) from error
+        except DataError as error:
+            raise UnusableError(str(error)) from error
         sound = read_blocks(item, spec.channel, spec.sample_rate_hz)
         blocks = resampled(sound, spec.sample_rate_hz, item.segment)
         before: np.ndarray | None = None

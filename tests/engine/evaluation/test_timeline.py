@@ -1,12 +1,14 @@
 """Prediction window by window."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from finetune_runs import RATE_HZ, make_sounds, overrides
+from shards import make_recordings, prepare
 from sounds import tone, write
 
 from ssast.engine.checkpoints.classifier import build_classifier, save_chosen
@@ -107,6 +109,26 @@ def test_the_command_line_writes_lines_and_pictures(run, tmp_path, capsys):
     assert "cannot be decoded" in lines[-1]["reason"]
     assert main(["predict", str(run), *sources, *options[:4]]) == 3
     assert "0.20-0.60 s  " in capsys.readouterr().out
+
+
+def test_a_damaged_clip_of_a_prepared_folder_costs_no_other(run, tmp_path, capsys):
+    make_recordings(tmp_path / "in", 3)
+    index = prepare(tmp_path / "in", tmp_path / "out", clip_s=1.0)
+    assert len(index) == 9
+    shard = Path(index[0].path)
+    data = bytearray(shard.read_bytes())
+    data[index[1].offset - 512 : index[1].offset] = bytes(512)
+    shard.write_bytes(data[: index[8].offset + 9])
+    assert main(["predict", str(run), str(tmp_path / "out"), "--hop-s", "0.4", "--json"]) == 3
+    shown = capsys.readouterr()
+    reasons = [json.loads(line).get("reason") for line in shown.out.splitlines()]
+    assert shown.err.splitlines()[-1] == "ssast: 2 of 9 files could not be read"
+    overwritten, truncated = (reason for reason in reasons if reason)
+    assert "the shard was overwritten" in overwritten and "the shard is truncated" in truncated
+    shard.unlink()
+    assert main(["predict", str(run), str(tmp_path / "out"), "--hop-s", "0.2", "--json"]) == 2
+    reasons = [json.loads(line)["reason"] for line in capsys.readouterr().out.splitlines()]
+    assert reasons == 9 * ["cannot be read: No such file or directory"]
 
 
 @pytest.mark.parametrize(
