@@ -24,6 +24,7 @@ from ssast.pipelines.audio.decode import Item, read_blocks, unreadable
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.figures import save_figure, subplots
+from ssast.pipelines.files import append
 from ssast.pipelines.text import json_line
 
 LONGEST_STEM = 200  # bytes in the name of a figure, before its number and ending
@@ -245,25 +246,31 @@ def _batches(
         yield batch
 
 
-def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> list[Path]:
-    """Write windows.jsonl and a figure of each recording, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    listing = folder / "windows.jsonl"
-    with listing.open("wb") as file:
-        for found in timelines:
-            file.writelines(map(json_line, found.lines(top)))
-    written = [listing]
-    for found in timelines:
+class TimelineWriter:
+    """A writer of windows.jsonl and of a figure of each recording, one after the other.
+
+    Attributes:
+        written: Paths of the files so far.
+    """
+
+    def __init__(self, folder: Path, top: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._top = folder, top
+        self.written = [folder / "windows.jsonl"]
+        self.written[0].write_bytes(b"")
+
+    def put(self, found: Timeline) -> None:
+        """Write all of a recording; a command that is killed leaves whole lines."""
+        append(self.written[0], b"".join(map(json_line, found.lines(self._top))))
         if found.reason is not None:
-            continue
+            return
         stem = os.fsdecode(os.fsencode(Path(found.path).stem)[:LONGEST_STEM])
-        path, number = folder / f"{stem}.png", 1
-        while path in written:
+        path, number = self._folder / f"{stem}.png", 1
+        while path in self.written:
             number += 1
-            path = folder / f"{stem}-{number}.png"
+            path = self._folder / f"{stem}-{number}.png"
         draw_timeline(path, found)
-        written.append(path)
-    return written
+        self.written.append(path)
 
 
 def draw_timeline(path: Path, found: Timeline, max_classes: int = 10) -> None:

@@ -24,7 +24,7 @@ from ssast.engine.data.labels import read_labelled
 from ssast.engine.evaluation.embedding import ParquetWriter, _write_listing
 from ssast.engine.evaluation.predict import predict
 from ssast.engine.evaluation.report import read_predictions, write_predictions
-from ssast.engine.evaluation.timeline import Timeline, write_timelines
+from ssast.engine.evaluation.timeline import Timeline, TimelineWriter
 from ssast.engine.finetune import FinetuneEngine
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
 from ssast.engine.formats.open import open_classifier
@@ -144,8 +144,10 @@ def test_long_names_of_recordings(tmp_path: Path) -> None:
         probabilities=np.full((1, 2), 0.5),
         spectrogram=np.zeros((2, 4)),
     )
-    written = write_timelines(tmp_path, [found, found], 2)
-    assert len(written) == 3 and all(path.is_file() for path in written)
+    writer = TimelineWriter(tmp_path, 2)
+    for _ in range(2):
+        writer.put(found)
+    assert len(writer.written) == 3 and all(path.is_file() for path in writer.written)
     lines = (tmp_path / "windows.jsonl").read_bytes().decode().split("\n")[:-1]
     assert {name for line in lines for name, _ in json.loads(line)["classes"]} == set(found.classes)
 

@@ -15,6 +15,7 @@ from ssast.engine.checkpoints.classifier import build_classifier, save_chosen
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation import timeline
 from ssast.engine.evaluation.timeline import SLICE, Windows, _columns
 from ssast.engine.finetune import FinetuneEngine
 from ssast.kernels.fbank import FbankSpec
@@ -109,6 +110,26 @@ def test_the_command_line_writes_lines_and_pictures(run, tmp_path, capsys):
     assert "cannot be decoded" in lines[-1]["reason"]
     assert main(["predict", str(run), *sources, *options[:4]]) == 3
     assert "0.20-0.60 s  " in capsys.readouterr().out
+
+
+def test_what_is_done_is_written_when_the_command_ends_early(run, tmp_path, monkeypatch):
+    """The lines and the picture of a recording, before the next one begins."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "in" / f"{name}.flac", tone(20000))
+    blocks, out = timeline.read_blocks, tmp_path / "out"
+
+    def read(item, *settings):
+        if item.name.endswith("b.flac"):
+            raise RuntimeError("killed")
+        return blocks(item, *settings)
+
+    monkeypatch.setattr(timeline, "read_blocks", read)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(["predict", str(run), str(tmp_path / "in"), "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "windows.jsonl").read_text().splitlines()]
+    assert lines[-1]["end_s"] == 1.25 and {Path(line["path"]).name for line in lines} == {"a.flac"}
+    assert {path.name for path in out.iterdir()} == {"windows.jsonl", "a.png"}
 
 
 def test_a_damaged_clip_of_a_prepared_folder_costs_no_other(run, tmp_path, capsys):
