@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
 from ssast.engine.checkpoints.weights import Weights, filled, read_weights
-from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
+from ssast.engine.config import Config, finetune_settings, from_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune_settings import Finetune
@@ -30,6 +30,7 @@ from ssast.engine.formats.published import (
     build_published_classifier,
     detect_layout,
     imagenet_heads,
+    input_metadata,
     read_published_state,
 )
 from ssast.engine.model.classifier import Classifier, Pooling
@@ -275,11 +276,9 @@ def load_pretrained(path: str | Path) -> tuple[PretrainingModel, Config]:
 
 def published_metadata(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a published file does not say of a model, to be stored in it all the same."""
-    found: dict[str, Any] = {"audio": to_plain(loaded.audio)}
+    found = input_metadata(loaded.model, loaded.audio)
     if loaded.is_classifier:
-        settings, stride = finetune_settings(loaded.config), list(loaded.encoder.embed.stride)
-        found |= {"pooling": settings.pooling, "loss": settings.loss, "stride": stride}
-        found |= {"classes": list(loaded.classes), "names": list(loaded.names)}
+        found |= {"loss": loaded.loss, "classes": list(loaded.classes), "names": list(loaded.names)}
     return found
 
 
