@@ -22,7 +22,7 @@ def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
 
     Args:
         run: Folder of the run.
-        num_clips: Number of clips.
+        num_clips: Number of clips, evenly drawn; all if there are fewer.
 
     Returns:
         Paths of the pictures.
@@ -34,7 +34,8 @@ def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
     run = Path(run)
     model, config = load_pretrained(run)
     paths = find_clips(config)[1]
-    chosen = [paths[i * len(paths) // num_clips] for i in range(min(num_clips, len(paths)))]
+    count = min(num_clips, len(paths))
+    chosen = [paths[i * len(paths) // count] for i in range(count)]
     device = torch.device("cpu")
     with one_pass(chosen, config.audio, device, batch_size=len(chosen)) as batches:
         batch = next(batches)
