@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -14,6 +15,7 @@ from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.pretrain import pretrain
 from ssast.kernels.masking import draw_masks
+from ssast.pipelines.errors import DataError
 
 
 def small(patch):
@@ -90,6 +92,21 @@ def test_no_clip_is_drawn_twice(num_clips, run, drawn):
     held_out = find_clips(load_pretrained(run)[1])[1]
     visualize(run, num_clips)
     assert len(drawn) == len(set(drawn)) == min(num_clips, len(held_out))
+
+
+def test_clips_that_cannot_be_read_are_not_drawn(run, drawn, caplog):
+    """They are named with the reason; the last test that reads the clips of this run."""
+    held_out = [Path(path) for path in find_clips(load_pretrained(run)[1])[1]]
+    held_out[1].write_bytes(b"no sound")
+    visualize(run)
+    assert drawn == [path.name for path in (held_out[0], *held_out[2:])]
+    (said,) = [line for line in caplog.messages if "drawn" in line]
+    assert said.startswith(f"cannot be drawn: {held_out[1]}: ")
+    for path in held_out:
+        path.write_bytes(b"")
+    message = f"none of the {len(held_out)} held-out clips to be drawn can be read: {held_out[0]}"
+    with pytest.raises(DataError, match=message):
+        visualize(run)
 
 
 def test_curves_of_a_run_that_has_just_begun(tmp_path):
