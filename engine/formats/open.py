@@ -361,10 +361,8 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     keys = ("sample_rate_hz", "channel", "mean", "std", "ignore_padding")
     assumed = tuple(f"audio.{key}" for key in keys if key not in audio)
     if layout.num_classes is None or purpose == "pretrained":
-        if metadata.num_frames is not None or metadata.stride is not None:
-            raise ConfigError(f"{path} is pretrained and knows its frames and its stride")
-        if metadata.labels is not None:
-            raise ConfigError(f"{path} is pretrained and has no classes: leave out the labels")
+        why = "is pretrained, knows its frames and stride and has no pooling, loss or labels"
+        _check_known(path, replace(metadata, mean=None, std=None), why)
         model, config = build_pretrained(state, layout, path, **audio)
         heads = imagenet_heads(state)
         return LoadedModel(model, config, path, "published", assumed=assumed, imagenet_heads=heads)
@@ -432,11 +430,13 @@ def _with_labels(loaded: LoadedModel, labels: str | Path | None) -> LoadedModel:
     return replace(loaded, classes=classes, names=class_names(classes, labels))
 
 
-def _check_known(path: Path, metadata: MissingMetadata) -> None:
+def _check_known(
+    path: Path, metadata: MissingMetadata, why: str = "knows its own settings and labels"
+) -> None:
     """Refuse metadata of a model that knows its own."""
     if given := metadata.given():
         shown = ", ".join(f"{key}={value}" for key, value in given.items())
-        raise ConfigError(f"{path} knows its own settings and labels: leave out {shown}")
+        raise ConfigError(f"{path} {why}: leave out {shown}")
 
 
 def _describe(
