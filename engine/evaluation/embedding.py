@@ -15,6 +15,7 @@ from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_ba
 from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
+from ssast.engine.formats.exportable import check_choices
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.settings import Precision
 from ssast.kernels.matmul import fast_matmul
@@ -163,10 +164,12 @@ def embed_recordings(
 
     Raises:
         CheckpointError: There is no model at the path.
-        ConfigError: A package for the format is missing, or the model has no such layer.
+        ConfigError: A package for the format is missing, the model has no such layer, or there is
+            no such level.
         DataError: The source is wrong, none of its clips can be read, or ``out`` has another
             ending, exists already or cannot be written.
     """
+    check_choices(level=(level, Level))
     out = Path(out)
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
