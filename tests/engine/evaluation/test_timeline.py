@@ -19,6 +19,8 @@ from ssast.engine.evaluation import timeline
 from ssast.engine.evaluation.timeline import SLICE, Windows, _columns
 from ssast.engine.finetune import FinetuneEngine
 from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.clips.manifest import write_manifest
+from ssast.pipelines.clips.segment import Segment
 
 SPEC = FbankSpec(n_mels=32, num_frames=48)
 LONGEST_S = SPEC.num_samples / RATE_HZ
@@ -130,6 +132,27 @@ def test_what_is_done_is_written_when_the_command_ends_early(run, tmp_path, monk
     lines = [json.loads(line) for line in (out / "windows.jsonl").read_text().splitlines()]
     assert lines[-1]["end_s"] == 1.25 and {Path(line["path"]).name for line in lines} == {"a.flac"}
     assert {path.name for path in out.iterdir()} == {"windows.jsonl", "a.png"}
+
+
+def test_windows_of_segments_have_the_times_of_their_recording(run, tmp_path):
+    """And its path, so that a table of windows finds the sound again."""
+    path = write(tmp_path / "a.wav", tone(64000))
+    write_manifest(
+        tmp_path / "a.json", [Segment(str(path), 1.5, 1.0), Segment(str(path), 9.0, 1.0)]
+    )
+    out = tmp_path / "out"
+    given = ["--window-s", "0.4", "--hop-s", "0.3", "--out", str(out)]
+    assert main(["predict", str(run), str(tmp_path / "a.json"), *given]) == 3
+    lines = [json.loads(line) for line in (out / "windows.jsonl").read_text().splitlines()]
+    assert {line["path"] for line in lines} == {str(path)}
+    times = [(line["start_s"], line["end_s"]) for line in lines[:-1]]
+    assert times == [(1.5, 1.9), (1.8, 2.2), (2.1, 2.5)]
+    assert lines[-1]["reason"].startswith("segment [9-10 s]: ")
+    assert {path.name for path in out.iterdir()} == {"windows.jsonl", "a.png"}
+    (found, _) = timeline.timelines(run, tmp_path / "a.json", 0.4, 0.3)
+    whole = write(tmp_path / "part.wav", soundfile.read(path, dtype="float32")[0][24000:40000])
+    (alone,) = timeline.timelines(run, whole, 0.4, 0.3)
+    np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-4)
 
 
 def test_a_damaged_clip_of_a_prepared_folder_costs_no_other(run, tmp_path, capsys):
