@@ -32,6 +32,7 @@ _HOMES = {
     "open_model": "ssast.engine.formats.open",
     "open_classifier": "ssast.engine.formats.open",
     "load_pretrained": "ssast.engine.formats.open",
+    "published_metadata": "ssast.engine.formats.open",
     "Prediction": "ssast.engine.evaluation.predict",
     "predict": "ssast.engine.evaluation.predict",
     "Timeline": "ssast.engine.evaluation.timeline",
@@ -130,6 +131,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
         load_pretrained,
         open_classifier,
         open_model,
+        published_metadata,
     )
     from ssast.engine.formats.portable import save_onnx, save_program
     from ssast.engine.formats.published import (

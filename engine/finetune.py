@@ -273,7 +273,11 @@ class FinetuneEngine:
         return self
 
     def evaluate(
-        self, manifest: str | Path, out: Path | None = None, *, precision: Precision = "fp32"
+        self,
+        manifest: str | Path,
+        out: str | Path | None = None,
+        *,
+        precision: Precision = "fp32",
     ) -> dict[str, float]:
         """Compute the metrics on the clips of a manifest.
 

@@ -233,9 +233,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
-    from ssast.engine.evaluation.timeline import timelines, write_timelines
+    from ssast.engine.evaluation.timeline import TimelineWriter, timelines
 
-    found = []
     num_read = total = 0
     # Where the lines come on a terminal, they are the progress.
     progress = not options.quiet and not is_terminal(sys.stdout)
@@ -248,6 +247,7 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
         table=table_format(options),
         progress=progress,
     )
+    writer = None if options.out is None else TimelineWriter(options.out, options.top)
     for timeline in windows:
         for line in timeline.lines(options.top):
             if options.json:
@@ -259,11 +259,10 @@ def _predict_windows(loaded: "LoadedModel", options: argparse.Namespace) -> int:
                     shown.insert(1, f"{line['start_s']:.2f}-{line['end_s']:.2f} s")
                 print(*shown, sep="  ", flush=True)
         num_read, total = num_read + (timeline.reason is None), total + 1
-        if options.out is not None:
-            found.append(timeline)
-    if options.out is not None:
-        for path in write_timelines(options.out, found, options.top):
-            print(path)
+        if writer is not None:
+            writer.put(timeline)
+    for path in () if writer is None else writer.written:
+        print(path)
     return files_status(num_read, total)
 
 

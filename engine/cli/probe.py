@@ -16,7 +16,7 @@ from ssast.engine.cli.options import (
     table_format,
 )
 from ssast.engine.errors import ConfigError
-from ssast.pipelines.files import check_new
+from ssast.pipelines.files import check_new, check_writable
 
 
 def add_probe_command(commands: Any) -> None:
@@ -79,14 +79,15 @@ def _probe(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         check_new([options.out], [options.tasks])
+        check_writable(options.out)
     return run_probe(options, find_tasks(options.tasks))
 
 
 def run_probe(options: argparse.Namespace, tasks: Mapping[str, tuple[Path, Path | None]]) -> int:
     """Probe the checkpoint of a command line on tasks, print the tables and write them."""
     with imports():
-        from ssast.engine.evaluation import layer_probe
-        from ssast.engine.evaluation.probe import format_scores, probe_model, write_scores
+        from ssast.engine.checkpoints.store import META
+        from ssast.engine.evaluation import layer_probe, probe
         from ssast.engine.formats.open import open_model
 
     check_options(options)
@@ -99,9 +100,13 @@ def run_probe(options: argparse.Namespace, tasks: Mapping[str, tuple[Path, Path 
     }
     out = options.out
     if out is None and loaded.origin == "run" and not hasattr(options, "probe"):
-        out = loaded.path
+        # A checkpoint or exported weights have this file, and are nobody's to write into.
+        out = None if (loaded.path / META).exists() else loaded.path
+    path = None
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
+        path = out / (layer_probe.REPORTS if options.layers else probe.SCORES)
+        probe.read_rows(path)
     if options.layers:
         poolings: tuple[Any, ...] = ("mean", "attentive") if options.attentive else ("mean",)
         reports = []
@@ -109,11 +114,11 @@ def run_probe(options: argparse.Namespace, tasks: Mapping[str, tuple[Path, Path 
         for report in found:
             print(layer_probe.format_report(report), flush=True)
             reports.append(report)
-        if out is not None:
-            print(layer_probe.write_reports(reports, out / layer_probe.REPORTS))
+        if path is not None:
+            print(layer_probe.write_reports(reports, path))
         return 0
-    scores = probe_model(loaded, tasks, options.max_rejected, **given)
-    print(format_scores(scores))
-    if out is not None:
-        print(write_scores(scores, out / "probe.json"))
+    scores = probe.probe_model(loaded, tasks, options.max_rejected, **given)
+    print(probe.format_scores(scores))
+    if path is not None:
+        print(probe.write_scores(scores, path))
     return 0

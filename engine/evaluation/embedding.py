@@ -15,12 +15,14 @@ from ssast.engine.evaluation.features import Layer, Level, check_layer, embed_ba
 from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import clips_at_once, default_device, one_pass
 from ssast.engine.evaluation.progress import with_progress
+from ssast.engine.formats.exportable import check_choices
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.settings import Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
-from ssast.pipelines.clips.manifest import holds_clips, read_clips
+from ssast.pipelines.clips.manifest import clip_columns, holds_clips, read_clips
 from ssast.pipelines.clips.remote import as_path
+from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shards import ClipPaths
 from ssast.pipelines.errors import DataError, data_error
 from ssast.pipelines.files import check_new, replacing
@@ -78,6 +80,8 @@ class NumpyWriter:
 class ParquetWriter:
     """A writer of a table of path, columns and embedding, null where a clip could not be read.
 
+    Where clips are segments, it has their begin and duration in s after the path.
+
     An embedding is a list of D numbers; at the level ``frame`` a list of such lists, one for each
     valid column; of all layers a list of these, one for each layer.
 
@@ -97,15 +101,18 @@ class ParquetWriter:
         self._type = pyarrow.list_(pyarrow.float32(), shape[-1])
         for _ in shape[2:]:
             self._type = pyarrow.list_(self._type)
-        fields = [("path", pyarrow.string()), ("columns", pyarrow.int32())]
-        self._schema = pyarrow.schema([*fields, ("embedding", self._type)])
+        self._times = _time_columns(paths)
+        fields = [("path", pyarrow.string()), *((name, pyarrow.float64()) for name in self._times)]
+        fields += [("columns", pyarrow.int32()), ("embedding", self._type)]
+        self._schema = pyarrow.schema(fields)
         self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
 
     def put(self, first: int, vectors: np.ndarray, held: np.ndarray) -> None:
         """See :class:`RowWriter`."""
-        names = [str(self._paths[first + row]) for row in range(len(vectors))]
+        clips = [clip_columns(self._paths[first + row]) for row in range(len(vectors))]
         # A name need not be valid text; Parquet's strings must: other bytes are escaped.
-        names = [name.encode(errors="backslashreplace").decode() for name in names]
+        names = [clip["wav"].encode(errors="backslashreplace").decode() for clip in clips]
+        times = [[clip.get(name) for clip in clips] for name in self._times]
         if self._level == "frame":
             rows = [row[..., :count, :] for row, count in zip(vectors, held, strict=True)]
         else:
@@ -113,7 +120,8 @@ class ParquetWriter:
         embeddings = [
             _as_list(row) if count else None for row, count in zip(rows, held, strict=True)
         ]
-        columns = [names, held.astype(np.int32), self._arrow.array(embeddings, self._type)]
+        columns = [names, *times, held.astype(np.int32)]
+        columns.append(self._arrow.array(embeddings, self._type))
         self._writer.write_batch(self._arrow.record_batch(columns, schema=self._schema))
 
     def close(self) -> None:
@@ -150,9 +158,10 @@ def embed_recordings(
         out: A .npy file for a float32 array. ``clip``: [clips, D], the model's pooled hidden states
             over its valid columns. ``frame``: [clips, T', D], the mean over the rows of each column
             of patches; NaN after a clip's end. With all layers [clips, L, D] or
-            [clips, L, T', D]. Beside it ``out`` with .csv lists row, path, and
-            valid columns, 0 where a clip could not be read. Or a .parquet file, which
-            holds all of that; see :class:`ParquetWriter`.
+            [clips, L, T', D]. Beside it ``out`` with .csv lists row, path (of segments with begin
+            and duration in s), and valid columns, 0 where a clip could not be read. Or a .parquet
+            file, which holds all of that; see :class:`ParquetWriter`. Both are manifests of these
+            clips, but for those in shards and archives.
         level: ``clip`` or ``frame``.
         layer: Layer whose hidden states are taken, see
             :data:`~ssast.engine.evaluation.features.Layer`.
@@ -163,10 +172,12 @@ def embed_recordings(
 
     Raises:
         CheckpointError: There is no model at the path.
-        ConfigError: A package for the format is missing, or the model has no such layer.
+        ConfigError: A package for the format is missing, the model has no such layer, or there is
+            no such level.
         DataError: The source is wrong, none of its clips can be read, or ``out`` has another
             ending, exists already or cannot be written.
     """
+    check_choices(level=(level, Level))
     out = Path(out)
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: expected a name that ends in .npy or .parquet")
@@ -226,13 +237,21 @@ def embed_recordings(
 
 
 def _write_listing(path: Path, paths: ClipPaths, counts: np.ndarray) -> None:
+    times = _time_columns(paths)
     with (
         replacing(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8", errors=NAME_BYTES) as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(("row", "path", "columns"))
-        writer.writerows((i, p, n) for i, (p, n) in enumerate(zip(paths, counts, strict=True)))
+        writer.writerow(("row", "path", *times, "columns"))
+        for row, (clip, count) in enumerate(zip(paths, counts, strict=True)):
+            entry = clip_columns(clip)
+            writer.writerow((row, entry["wav"], *map(entry.get, times), count))
+
+
+def _time_columns(paths: ClipPaths) -> tuple[str, ...]:
+    """Return the columns of a manifest that segments need beside their path, if there are some."""
+    return ("begin", "duration") if any(isinstance(clip, Segment) for clip in paths) else ()
 
 
 def _paths(source: str | Path, table: TableFormat) -> ClipPaths:

@@ -13,6 +13,7 @@ from ssast.engine.formats.open import LoadedModel, as_classifier
 from ssast.engine.registry import METRICS
 from ssast.engine.settings import Precision
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
+from ssast.pipelines.files import check_writable
 
 NUM_LOGGED = 5  # reasons why clips could not be read
 
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 def evaluate(
     model: LoadedModel | str | Path,
     manifest: str | Path,
-    out: Path | None = None,
+    out: str | Path | None = None,
     max_rejected: float | None = None,
     *,
     precision: Precision = "fp32",
@@ -50,10 +51,12 @@ def evaluate(
         ConfigError: A published file, which lacks metadata: open it with
             :func:`~ssast.engine.formats.open.open_classifier`.
         DataError: The manifest is wrong, has labels the classifier does not know, or too many
-            of its clips cannot be read.
+            of its clips cannot be read; or ``out`` cannot be written to.
     """
     loaded = as_classifier(model)
     clips = read_labelled(str(manifest), loaded.classes, one_label=loaded.loss == "ce", table=table)
+    if out is not None:
+        check_writable(out)
     logits, reasons = score_clips(loaded, clips.paths, default_device(), progress, precision)
     read = np.array([row not in reasons for row in range(len(clips))])
     share = loaded.config.data.max_rejected if max_rejected is None else max_rejected
@@ -68,5 +71,5 @@ def evaluate(
     if out is not None:
         from ssast.engine.evaluation.report import write_split  # matplotlib takes a second
 
-        write_split(out, clips, logits, read, values, loaded.loss)
+        write_split(Path(out), clips, logits, read, values, loaded.loss)
     return clip_counts(read) | values

@@ -12,6 +12,7 @@ from ssast.engine.data.waveforms import fbank_windows
 from ssast.engine.errors import ConfigError
 from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import default_device
+from ssast.engine.formats.exportable import check_choices
 from ssast.engine.formats.open import LoadedModel, open_model
 from ssast.engine.model.classifier import Classifier, embed_clips, pool_clips
 from ssast.engine.model.embedding import PatchEmbed
@@ -58,7 +59,7 @@ def embed(
 
     Raises:
         CheckpointError: There is no model at the path.
-        ConfigError: The model has no such layer.
+        ConfigError: The model has no such layer, or there is no such level.
         DataError: The file cannot be read, or the waveform has another shape or type, NaN or
             infinite samples, or is shorter than one frame.
     """
@@ -205,7 +206,7 @@ def embed_batch(
         [B, L, T', D]; float32 at least, also under autocast. And the number of valid columns [B].
 
     Raises:
-        ConfigError: The model has no such layer.
+        ConfigError: The model has no such layer, or there is no such level.
     """
     pooling = loaded.model.pooling if isinstance(loaded.model, Classifier) else "avgtok"
     return embed_encoder(loaded.encoder, fbank, frames, level, layer, pooling)
@@ -220,6 +221,7 @@ def embed_encoder(
     pooling: Literal["avgtok", "cls"] = "avgtok",
 ) -> tuple[Tensor, Tensor]:
     """Embed a batch of filterbanks by an encoder alone; see :func:`embed_batch`."""
+    check_choices(level=(level, Level))
     held = _columns(encoder.embed, frames)
     if level == "clip" and layer == "last":
         return embed_clips(encoder, fbank, pooling, frames), held

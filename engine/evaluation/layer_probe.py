@@ -5,7 +5,6 @@ recordings of the training clips; the evaluation clips only score the choice.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from ssast.engine.evaluation.features import Level, embed_encoder
 from ssast.engine.evaluation.precision import autocast_in
 from ssast.engine.evaluation.predict import BATCH, default_device, one_pass
-from ssast.engine.evaluation.probe import UNTRAINED, probed_encoders
+from ssast.engine.evaluation.probe import UNTRAINED, probed_encoders, write_rows
 from ssast.engine.evaluation.probe_head import Features, Pooling, fit_head
 from ssast.engine.evaluation.probe_tasks import (
     check_classes,
@@ -33,7 +32,6 @@ from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.holdout import assign_folds
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
 from ssast.pipelines.errors import DataError
-from ssast.pipelines.files import write_atomically
 
 STRENGTHS = (0.1, 1.0, 10.0)
 """Inverse regularisation strengths to choose from, C of scikit-learn; of equal ones the first."""
@@ -335,9 +333,8 @@ def bootstrap_interval(values: np.ndarray, recordings: np.ndarray) -> Interval:
 
 
 def write_reports(reports: Sequence[LayerReport], path: Path) -> Path:
-    """Write the reports as a JSON list, and return its path."""
-    write_atomically(path, json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
-    return path
+    """Write the reports as a JSON list, see :func:`~.probe.write_rows`, and return its path."""
+    return write_rows([dataclasses.asdict(report) for report in reports], path)
 
 
 def format_report(report: LayerReport) -> str:

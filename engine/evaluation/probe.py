@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,11 @@ from ssast.engine.settings import Audio, Data, Precision
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.shards import ClipPath, ClipPaths
+from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
+from ssast.pipelines.text import parse_json
 
+SCORES = "probe.json"
 UNTRAINED = "untrained"  # name of the fresh weights in scores
 MAX_PAIRED = 2000  # clips whose pairs are looked at
 
@@ -253,13 +257,40 @@ def probe_model(
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> Path:
-    """Write the scores as a JSON list, and return its path."""
+    """Write the scores as a JSON list, see :func:`write_rows`, and return its path."""
     rows = [
         {key: None if value != value else value for key, value in vars(score).items()}  # NaN
         for score in scores
     ]
-    write_atomically(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    return write_rows(rows, path)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write what was found of tasks and weights beside what a file has of others; return its path.
+
+    Raises:
+        DataError: See :func:`read_rows`.
+    """
+    found = read_rows(path) | {(row["task"], row["weights"]): row for row in rows}
+    write_atomically(path, json.dumps([*found.values()], indent=1) + "\n")
     return path
+
+
+def read_rows(path: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Read what :func:`write_rows` wrote, by task and weights; nothing if there is no file.
+
+    Raises:
+        DataError: The file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {(row["task"], row["weights"]): row for row in parse_json(path.read_bytes())}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: expected a list of scores by task and weights, found something else: remove "
+            "it, or give --out"
+        ) from error
 
 
 def format_scores(scores: Sequence[Score]) -> str:

@@ -1,7 +1,9 @@
 """Pictures of a run: its curves, and held-out spectrograms as the model completes them."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +13,14 @@ from ssast.engine.evaluation.predict import one_pass
 from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.curves import draw_curves
+from ssast.engine.settings import Audio
 from ssast.kernels.masking import Masks
 from ssast.kernels.patch_embed import cut_patches, join_patches
+from ssast.pipelines.errors import DataError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.stream.batch import Batch
+
+_log = logging.getLogger(__name__)
 
 
 def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
@@ -22,7 +28,7 @@ def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
 
     Args:
         run: Folder of the run.
-        num_clips: Number of clips.
+        num_clips: Number of clips, evenly drawn; all if there are fewer.
 
     Returns:
         Paths of the pictures.
@@ -33,16 +39,39 @@ def visualize(run: str | Path, num_clips: int = 4) -> list[Path]:
     """
     run = Path(run)
     model, config = load_pretrained(run)
-    paths = find_clips(config)[1]
-    chosen = [paths[i * len(paths) // num_clips] for i in range(min(num_clips, len(paths)))]
-    device = torch.device("cpu")
-    with one_pass(chosen, config.audio, device, batch_size=len(chosen)) as batches:
-        batch = next(batches)
-    titles = [Path(str(path)).name for path in chosen]
     pictures = [draw_curves(run)]
     if isinstance(model, MSPM) and config.objective.kind != "discriminative":
+        paths = find_clips(config)[1]
+        count = min(num_clips, len(paths))
+        chosen = [paths[i * len(paths) // count] for i in range(count)]
+        batch = _read(chosen, config.audio)
+        titles = [Path(str(chosen[i])).name for i in batch.clip_ids.tolist()]
         pictures.append(draw_reconstructions(model, batch, run / "reconstructions.png", titles))
     return pictures
+
+
+def _read(paths: Sequence[Any], audio: Audio) -> Batch:
+    """Read clips in a batch without those that cannot be read, which are logged.
+
+    Raises:
+        DataError: None can be read.
+    """
+    device, problems = torch.device("cpu"), []
+    with one_pass(
+        paths,
+        audio,
+        device,
+        batch_size=len(paths),
+        on_reject=lambda _, path, reason: problems.append(f"{path}: {reason}"),
+    ) as batches:
+        batch = next(batches)
+    if not batch.valid.any():
+        raise DataError(
+            f"none of the {len(paths)} held-out clips to be drawn can be read: {problems[0]}"
+        )
+    for problem in problems:
+        _log.warning("cannot be drawn: %s", problem)
+    return Batch(**{name: values[batch.valid] for name, values in vars(batch).items()})
 
 
 @torch.inference_mode()

@@ -69,7 +69,8 @@ def write_predictions(
 ) -> None:
     """Write a CSV of clips, their labels, and their likeliest classes with probabilities.
 
-    Clips and labels are columns of a manifest, as :func:`~.manifest.read_manifest` reads them.
+    Clips and labels are columns of a manifest, as :func:`~.manifest.read_manifest` reads them, but
+    for clips in shards and archives, which have their names as in messages.
 
     Args:
         path: Path of the CSV file.

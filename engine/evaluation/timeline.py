@@ -20,10 +20,12 @@ from ssast.engine.settings import Precision
 from ssast.kernels.fbank import FbankSpec, fbank, num_frames
 from ssast.kernels.matmul import fast_matmul
 from ssast.pipelines.audio.convert import resampled, windows
-from ssast.pipelines.audio.decode import Item, read_blocks
+from ssast.pipelines.audio.decode import Item, read_blocks, unreadable
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
-from ssast.pipelines.errors import UnusableError
+from ssast.pipelines.clips.segment import Segment, span_text
+from ssast.pipelines.errors import DataError, UnusableError
 from ssast.pipelines.figures import save_figure, subplots
+from ssast.pipelines.files import append
 from ssast.pipelines.text import json_line
 
 LONGEST_STEM = 200  # bytes in the name of a figure, before its number and ending
@@ -37,8 +39,9 @@ class Timeline:
     Attributes:
         path: Path of the recording.
         classes: Display names of the C classes.
-        starts_s: [n] start of each window in seconds.
-        ends_s: [n] end of each window in seconds.
+        starts_s: [n] start of each window in seconds, from the beginning of the recording also
+            where only a segment of it is classified.
+        ends_s: [n] end of each window in seconds, likewise.
         probabilities: [n, C] probabilities.
         spectrogram: [K, F] mean log-mel of each 50 ms.
         reason: Why the recording could not be read; it then has no windows.
@@ -102,9 +105,14 @@ class Windows:
         shorter than a window makes a shorter one.
 
         Raises:
-            UnusableError: It cannot be decoded.
+            UnusableError: It cannot be read or decoded.
         """
-        item = Item.of(path)
+        try:
+            item = Item.of(path)
+        except OSError as error:
+            raise unreadable(error) from error
+        except DataError as error:
+            raise UnusableError(str(error)) from error
         sound = read_blocks(item, spec.channel, spec.sample_rate_hz)
         blocks = resampled(sound, spec.sample_rate_hz, item.segment)
         before: np.ndarray | None = None
@@ -163,7 +171,7 @@ def timeline(
 
     Args:
         loaded: A fine-tuned classifier.
-        path: A file, or a clip in a shard.
+        path: A file, a segment of one, or a clip in a shard.
         cutting: Length and hop of the windows.
         device: Device of the classifier.
         precision: Precision of matmuls and attention.
@@ -201,12 +209,18 @@ def timeline(
         reason = f"too short, one window is {spec.window} samples"
     if reason is not None:
         starts, ends, logits, columns = [], [], logits[:1], {}
+    begin_s = 0.0
+    if isinstance(path, Segment):
+        begin_s = path.begin_s
+        if reason is not None:  # there is no window to tell which segment it is
+            reason = f"segment {span_text(path.begin_s, path.duration_s)}: {reason}"
+        path = path.path
     rate = spec.sample_rate_hz
     return Timeline(
         str(path),
         loaded.names,
-        np.array(starts) / rate,
-        np.array(ends) / rate,
+        begin_s + np.array(starts) / rate,
+        begin_s + np.array(ends) / rate,
         probabilities(np.concatenate(logits), loaded.loss),
         np.array([mean for mean, _ in columns.values()]).reshape(-1, audio.n_mels),
         reason,
@@ -240,25 +254,31 @@ def _batches(
         yield batch
 
 
-def write_timelines(folder: Path, timelines: Sequence[Timeline], top: int) -> list[Path]:
-    """Write windows.jsonl and a figure of each recording, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    listing = folder / "windows.jsonl"
-    with listing.open("wb") as file:
-        for found in timelines:
-            file.writelines(map(json_line, found.lines(top)))
-    written = [listing]
-    for found in timelines:
+class TimelineWriter:
+    """A writer of windows.jsonl and of a figure of each recording, one after the other.
+
+    Attributes:
+        written: Paths of the files so far.
+    """
+
+    def __init__(self, folder: Path, top: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._top = folder, top
+        self.written = [folder / "windows.jsonl"]
+        self.written[0].write_bytes(b"")
+
+    def put(self, found: Timeline) -> None:
+        """Write all of a recording; a command that is killed leaves whole lines."""
+        append(self.written[0], b"".join(map(json_line, found.lines(self._top))))
         if found.reason is not None:
-            continue
+            return
         stem = os.fsdecode(os.fsencode(Path(found.path).stem)[:LONGEST_STEM])
-        path, number = folder / f"{stem}.png", 1
-        while path in written:
+        path, number = self._folder / f"{stem}.png", 1
+        while path in self.written:
             number += 1
-            path = folder / f"{stem}-{number}.png"
+            path = self._folder / f"{stem}-{number}.png"
         draw_timeline(path, found)
-        written.append(path)
-    return written
+        self.written.append(path)
 
 
 def draw_timeline(path: Path, found: Timeline, max_classes: int = 10) -> None:
@@ -271,7 +291,7 @@ def draw_timeline(path: Path, found: Timeline, max_classes: int = 10) -> None:
     """
     peaks = found.probabilities.max(0)
     shown = np.argsort(-peaks, kind="stable")[:max_classes]
-    end_s = float(found.ends_s[-1])
+    start_s, end_s = float(found.starts_s[0]), float(found.ends_s[-1])
     centres = (found.starts_s + found.ends_s) / 2
     edges = np.concatenate([found.starts_s[:1], (centres[1:] + centres[:-1]) / 2, [end_s]])
     figure, (above, below) = subplots(
@@ -287,7 +307,7 @@ def draw_timeline(path: Path, found: Timeline, max_classes: int = 10) -> None:
             origin="lower",
             aspect="auto",
             cmap="magma",
-            extent=(0, end_s, 0, found.spectrogram.shape[1]),
+            extent=(start_s, end_s, 0, found.spectrogram.shape[1]),
             vmin=np.percentile(found.spectrogram, 5),
         )
     above.set_ylabel("mel bin")
@@ -298,7 +318,7 @@ def draw_timeline(path: Path, found: Timeline, max_classes: int = 10) -> None:
     )
     below.set_yticks(rows[1:] - 0.5, [found.classes[i] for i in shown], fontsize=8)
     below.invert_yaxis()
-    below.set_xlim(0, end_s)
+    below.set_xlim(start_s, end_s)
     below.set_xlabel("s")
     figure.colorbar(image, ax=below, label="probability")
     save_figure(figure, path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssast.engine.checkpoints.classifier import build_classifier, model_settings
 from ssast.engine.checkpoints.weights import Weights, filled, read_weights
-from ssast.engine.config import Config, finetune_settings, from_plain, to_plain
+from ssast.engine.config import Config, finetune_settings, from_plain
 from ssast.engine.data.labels import class_names
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.finetune_settings import Finetune
@@ -30,6 +30,7 @@ from ssast.engine.formats.published import (
     build_published_classifier,
     detect_layout,
     imagenet_heads,
+    input_metadata,
     read_published_state,
 )
 from ssast.engine.model.classifier import Classifier, Pooling
@@ -275,11 +276,9 @@ def load_pretrained(path: str | Path) -> tuple[PretrainingModel, Config]:
 
 def published_metadata(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a published file does not say of a model, to be stored in it all the same."""
-    found: dict[str, Any] = {"audio": to_plain(loaded.audio)}
+    found = input_metadata(loaded.model, loaded.audio)
     if loaded.is_classifier:
-        settings, stride = finetune_settings(loaded.config), list(loaded.encoder.embed.stride)
-        found |= {"pooling": settings.pooling, "loss": settings.loss, "stride": stride}
-        found |= {"classes": list(loaded.classes), "names": list(loaded.names)}
+        found |= {"loss": loaded.loss, "classes": list(loaded.classes), "names": list(loaded.names)}
     return found
 
 
@@ -362,10 +361,8 @@ def _open_published(path: Path, metadata: MissingMetadata, purpose: Purpose) -> 
     keys = ("sample_rate_hz", "channel", "mean", "std", "ignore_padding")
     assumed = tuple(f"audio.{key}" for key in keys if key not in audio)
     if layout.num_classes is None or purpose == "pretrained":
-        if metadata.num_frames is not None or metadata.stride is not None:
-            raise ConfigError(f"{path} is pretrained and knows its frames and its stride")
-        if metadata.labels is not None:
-            raise ConfigError(f"{path} is pretrained and has no classes: leave out the labels")
+        why = "is pretrained, knows its frames and stride and has no pooling, loss or labels"
+        _check_known(path, replace(metadata, mean=None, std=None), why)
         model, config = build_pretrained(state, layout, path, **audio)
         heads = imagenet_heads(state)
         return LoadedModel(model, config, path, "published", assumed=assumed, imagenet_heads=heads)
@@ -433,11 +430,13 @@ def _with_labels(loaded: LoadedModel, labels: str | Path | None) -> LoadedModel:
     return replace(loaded, classes=classes, names=class_names(classes, labels))
 
 
-def _check_known(path: Path, metadata: MissingMetadata) -> None:
+def _check_known(
+    path: Path, metadata: MissingMetadata, why: str = "knows its own settings and labels"
+) -> None:
     """Refuse metadata of a model that knows its own."""
     if given := metadata.given():
         shown = ", ".join(f"{key}={value}" for key, value in given.items())
-        raise ConfigError(f"{path} knows its own settings and labels: leave out {shown}")
+        raise ConfigError(f"{path} {why}: leave out {shown}")
 
 
 def _describe(

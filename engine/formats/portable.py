@@ -148,7 +148,7 @@ def save_program(
     Raises:
         CheckpointError: It cannot be written.
         ConfigError: The model is wrapped or changed, the audio is not its own, labels or names do
-            not fit the classes, or there is no such loss.
+            not fit the classes, or there is no such loss or input.
     """
     extra = _metadata(model, audio, labels, loss, names, fed)
     path = _made(path)
@@ -227,7 +227,7 @@ def _metadata(
     fed: Input,
 ) -> dict[str, str]:
     check_exportable(model, audio, "an exported program")
-    check_choices(loss=(loss, Loss))
+    check_choices(loss=(loss, Loss), fed=(fed, Input))
     spec = fbank_spec(audio)
     settings = {
         "sample_rate_hz": spec.sample_rate_hz,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssast.engine.checkpoints.weights import check_complete, check_tensors, sketch
 from ssast.engine.config import (
@@ -20,6 +20,7 @@ from ssast.engine.config import (
     from_plain,
     masked_patches,
     section_from_plain,
+    to_plain,
 )
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.formats.exportable import check_whole
@@ -341,11 +342,11 @@ def published_state(
         ConfigError: The patches of a pretrained model overlap, or it has another backbone,
             objective, positions or norms, or one extra token and is not base.
     """
-    _check_options(model.encoder)
     if not isinstance(model, MSPM | Classifier):
         raise ConfigError(
             f"the published format holds the heads of SSAST alone, got {type(model).__name__}"
         )
+    _check_options(model.encoder)
     if isinstance(model, Classifier):
         check_whole(model, "the published format")
     state = {n: p.detach().to("cpu", torch.float32) for n, p in model.state_dict().items()}
@@ -369,6 +370,14 @@ def published_state(
     return {**published, **to_published(state)}
 
 
+def input_metadata(model: nn.Module, audio: Audio) -> dict[str, Any]:
+    """Return what the published format does not hold of a model's input and its pooling."""
+    found: dict[str, Any] = {"audio": to_plain(audio)}
+    if isinstance(model, Classifier):
+        found |= {"pooling": model.pooling, "stride": list(model.encoder.embed.stride)}
+    return found
+
+
 def save_published(
     model: MSPM | Classifier,
     path: str | Path,
@@ -383,7 +392,9 @@ def save_published(
         path: Path of the file, whose folder is created if need be.
         audio: See :func:`published_state`.
         metadata: What the published format does not hold, for our reader; the published code does
-            not see it. See :func:`~ssast.engine.formats.open.published_metadata`.
+            not see it: all of it from :func:`~ssast.engine.formats.open.published_metadata`. If
+            None, and ``audio`` is given: that, and the stride and pooling of a classifier, whose
+            classes and loss are then not stored.
         heads: See :func:`published_state`.
 
     Raises:
@@ -392,7 +403,10 @@ def save_published(
     """
     if Path(path).suffix == ".safetensors":
         raise ConfigError(f"{path}: the published format is a file of PyTorch: name it .pth")
-    write_state(published_state(model, audio, heads), Path(path), metadata)
+    state = published_state(model, audio, heads)
+    if metadata is None and audio is not None:
+        metadata = input_metadata(model, audio)
+    write_state(state, Path(path), metadata)
 
 
 def _check_options(encoder: SpectrogramTransformer) -> None:

@@ -397,7 +397,7 @@ def write_manifest(
 def clip_columns(clip: ClipPath) -> dict[str, Any]:
     """Return the columns of a manifest that stand for a clip; a clip in a shard has its name."""
     if not isinstance(clip, Segment):
-        return {"wav": plain(str(clip))}
+        return {"wav": str(clip) if isinstance(clip, ShardClip) else plain(str(clip))}
     entry: dict[str, Any] = {"wav": plain(clip.path), "begin": clip.begin_s}
     return entry if math.isinf(clip.duration_s) else entry | {"duration": clip.duration_s}
 

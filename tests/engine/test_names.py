@@ -24,14 +24,20 @@ from ssast.engine.data.labels import read_labelled
 from ssast.engine.evaluation.embedding import ParquetWriter, _write_listing
 from ssast.engine.evaluation.predict import predict
 from ssast.engine.evaluation.report import read_predictions, write_predictions
-from ssast.engine.evaluation.timeline import Timeline, write_timelines
+from ssast.engine.evaluation.timeline import Timeline, TimelineWriter
 from ssast.engine.finetune import FinetuneEngine
 from ssast.engine.formats.huggingface import export_huggingface, import_huggingface
 from ssast.engine.formats.open import open_classifier
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.train.task import RejectLog
-from ssast.pipelines.clips.manifest import read_manifest, write_manifest
+from ssast.pipelines.clips.manifest import (
+    clip_columns,
+    read_clips,
+    read_manifest,
+    write_manifest,
+)
 from ssast.pipelines.clips.segment import Segment
+from ssast.pipelines.clips.shards import ShardClip
 
 LABEL_SETS = st.lists(st.lists(CLASSES, max_size=3, unique=True), min_size=1, max_size=6)
 in_a_folder = settings(
@@ -90,6 +96,23 @@ def test_predictions_of_segments(tmp_path: Path) -> None:
     assert list(found.paths) == clips and found.labels == (("a",), ("b",), ("a",))
 
 
+def test_listings_of_segments(tmp_path: Path) -> None:
+    """They are manifests of the same segments, and of whole files among them."""
+    clips = [Segment("/x/a.wav", 1.25, 0.1), "/x/b.wav", Segment("/x/a.wav", 3.0, math.inf)]
+    _write_listing(tmp_path / "x.csv", clips, np.ones(3, np.int64))
+    writer = ParquetWriter(tmp_path / "x.parquet", (3, 2), clips)
+    writer.put(0, np.zeros((3, 2), np.float32), np.array([1, 0, 1]))
+    writer.close()
+    for name in ("x.csv", "x.parquet"):
+        assert list(read_clips(tmp_path / name)) == clips
+
+
+def test_a_clip_in_a_shard_behind_a_url_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardClip, "name", "a.flac")
+    shown = "https://a.org/0.tar: a.flac"
+    assert clip_columns(ShardClip("https://a.org/0.tar", 512, 9)) == {"wav": shown}
+
+
 @given(st.lists(FILES, min_size=1, max_size=5, unique=True))
 @in_a_folder
 def test_listings_of_embeddings(tmp_path: Path, files: list[str]) -> None:
@@ -144,8 +167,10 @@ def test_long_names_of_recordings(tmp_path: Path) -> None:
         probabilities=np.full((1, 2), 0.5),
         spectrogram=np.zeros((2, 4)),
     )
-    written = write_timelines(tmp_path, [found, found], 2)
-    assert len(written) == 3 and all(path.is_file() for path in written)
+    writer = TimelineWriter(tmp_path, 2)
+    for _ in range(2):
+        writer.put(found)
+    assert len(writer.written) == 3 and all(path.is_file() for path in writer.written)
     lines = (tmp_path / "windows.jsonl").read_bytes().decode().split("\n")[:-1]
     assert {name for line in lines for name, _ in json.loads(line)["classes"]} == set(found.classes)
 

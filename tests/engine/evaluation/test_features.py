@@ -6,7 +6,7 @@ import soundfile
 import soxr
 import torch
 
-from ssast.engine.api import DataError, LoadedModel, embed, embed_recordings
+from ssast.engine.api import ConfigError, DataError, LoadedModel, embed, embed_recordings
 from ssast.engine.config import from_plain
 from ssast.engine.evaluation.features import embed_waveforms
 from ssast.engine.formats.s3prl import UpstreamExpert
@@ -51,6 +51,17 @@ def test_one_line_gives_what_the_command_writes(device, level, loaded, tmp_path)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
     assert embed(loaded, wave(0.4), level=level).equal(found)
+
+
+def test_a_misspelt_level(loaded, tmp_path):
+    """It gave vectors of neither level."""
+    message = "level: expected clip or frame, got 'columns'"
+    for layer in ("last", "all"):
+        with pytest.raises(ConfigError, match=message):
+            embed(loaded, wave(0.4), level="columns", layer=layer)
+    soundfile.write(tmp_path / "a.wav", wave(0.4), RATE_HZ)
+    with pytest.raises(ConfigError, match=message):
+        embed_recordings(loaded, tmp_path / "a.wav", tmp_path / "a.npy", level="columns")
 
 
 def test_a_batch_is_its_rows(device, loaded):

@@ -2,6 +2,7 @@
 
 import json
 from fnmatch import fnmatch
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from odd_files import ROWS, some_odd_files
 
 from ssast.engine.cli.main import main
 from ssast.engine.evaluation import predict
+from ssast.engine.evaluation.evaluate import evaluate
 from ssast.engine.evaluation.predict import find_files
 from ssast.engine.finetune import FinetuneEngine
 from ssast.engine.formats.open import open_model
@@ -147,6 +149,19 @@ def test_one_source_alone(finetuned, splits):
     path = find_files([splits["test"]])[0]
     assert find_files(str(path)) == find_files([path]) == [path]
     assert len(predict.predict(finetuned[0], path)) == 1
+
+
+def test_results_of_an_evaluation_from_python(finetuned, splits, tmp_path, monkeypatch):
+    """Their folder may be text, and is tried before any clip is read."""
+    engine = FinetuneEngine.from_checkpoint(finetuned[0])
+    for number, score in enumerate((engine.evaluate, partial(evaluate, finetuned[0]))):
+        values = score(splits["test"], str(tmp_path / str(number)))
+        written = json.loads((tmp_path / str(number) / "metrics.json").read_text())
+        assert written == pytest.approx(values)
+        monkeypatch.setattr("ssast.engine.evaluation.evaluate.score_clips", None)
+        with pytest.raises(DataError, match=r"metrics\.json: cannot be written to"):
+            score(splits["test"], str(tmp_path / "0" / "metrics.json"))
+        monkeypatch.undo()
 
 
 def test_a_model_that_moved_can_be_trained(finetuned, monkeypatch):

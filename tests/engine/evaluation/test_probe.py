@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from shards import prepare
 from sounds import write
 
 from ssast.engine.api import save_published
+from ssast.engine.checkpoints.classifier import save_chosen
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain
 from ssast.engine.evaluation.probe import (
@@ -18,6 +20,7 @@ from ssast.engine.evaluation.probe import (
     write_scores,
 )
 from ssast.engine.evaluation.probe_tasks import find_tasks
+from ssast.engine.finetune_settings import Finetune
 from ssast.engine.model.classifier import Classifier
 from ssast.pipelines.clips.holdout import recordings_of
 from ssast.pipelines.clips.manifest import write_manifest
@@ -155,6 +158,42 @@ def test_any_checkpoint_is_probed_without_training(folder, tmp_path, capsys):
     assert main([*arguments, "--train", str(folder / "pitch_train.json")]) == 0
     with_others = json.loads((tmp_path / "other" / "probe.json").read_text())
     assert (with_others[1]["num_train"], with_others[1]["linear"]) == (12, 1.0)
+
+
+@pytest.mark.parametrize("layers", [[], ["--layers"]])
+def test_a_run_keeps_the_scores_of_all_its_tasks(layers, folder, tmp_path, capsys):
+    """And what is no run's folder is left as it is."""
+    for name in ("high", "low"):
+        tasks = tmp_path / name
+        tasks.mkdir()
+        for split in ("train", "eval"):
+            shutil.copy(folder / f"pitch_{split}.json", tasks / f"{name}_{split}.json")
+    run = tmp_path / "run"
+    state = Classifier(untrained_encoder(CONFIG), 2).state_dict()
+    weights = {f"weight/{name}": value for name, value in state.items()}
+    config = dataclasses.replace(CONFIG, finetune=Finetune(stride=(16, 16)))
+    save_chosen(run, weights, step=1, config=config, classes=["a", "b"], facts={})
+    written = run / ("probe_layers.json" if layers else "probe.json")
+
+    def probed(model, name):
+        return main(["probe", str(model), "--tasks", str(tmp_path / name), *layers])
+
+    for name in ("high", "low", "high"):
+        assert probed(run, name) == 0
+    found = json.loads(written.read_text())
+    assert [(row["task"], row["weights"]) for row in found] == [
+        (task, weights) for task in ("high", "low") for weights in ("untrained", "checkpoint")
+    ]
+    checkpoint = next(path.parent for path in run.rglob("meta.json"))
+    before = sorted(checkpoint.iterdir())
+    assert probed(checkpoint, "low") == 0
+    assert sorted(checkpoint.iterdir()) == before
+    written.write_text('{"mine": 1}')
+    capsys.readouterr()
+    assert probed(run, "low") == 2
+    shown = capsys.readouterr()
+    assert f"{written}: expected a list of scores by task" in shown.err and not shown.out
+    assert written.read_text() == '{"mine": 1}'
 
 
 def test_a_class_of_one_recording_cannot_be_taken_apart(folder, tmp_path):

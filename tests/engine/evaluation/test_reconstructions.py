@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -6,11 +7,15 @@ import torch
 from runs import make_data, overrides, write_config
 
 from ssast.engine.config import from_plain, load_config
-from ssast.engine.evaluation.reconstructions import complete, visualize
+from ssast.engine.data.clips import find_clips
+from ssast.engine.evaluation import reconstructions
+from ssast.engine.evaluation.reconstructions import complete, draw_reconstructions, visualize
+from ssast.engine.formats.open import load_pretrained
 from ssast.engine.model.objective import MSPM
 from ssast.engine.monitoring.curves import draw_curves
 from ssast.engine.pretrain import pretrain
 from ssast.kernels.masking import draw_masks
+from ssast.pipelines.errors import DataError
 
 
 def small(patch):
@@ -47,18 +52,61 @@ def test_what_is_visible_stays_and_what_is_hidden_is_predicted(patch):
     torch.testing.assert_close(block.T, predicted)
 
 
-def test_pictures_of_a_run(tmp_path):
-    data = make_data(tmp_path)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = make_data(folder)
     config = load_config(
-        write_config(tmp_path),
-        [*overrides(train__steps=2), *data, f"run.folder={tmp_path / 'run'}"],
+        write_config(folder),
+        [*overrides(train__steps=2), *data, f"run.folder={folder / 'run'}"],
     )
     pretrain(config)
-    pictures = visualize(tmp_path / "run", num_clips=2)
+    return folder / "run"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Titles of the clips that are drawn."""
+    found = []
+
+    def draw(model, batch, path, titles):
+        found.extend(titles)
+        assert len(batch) == len(titles) and batch.valid.all()
+        return draw_reconstructions(model, batch, path, titles)
+
+    monkeypatch.setattr(reconstructions, "draw_reconstructions", draw)
+    return found
+
+
+def test_pictures_of_a_run(run):
+    pictures = visualize(run, num_clips=2)
     assert [path.name for path in pictures] == ["curves.png", "reconstructions.png"]
     for path in pictures:
         image = matplotlib.image.imread(path)
         assert image.shape[1] > 1000 and image.std() > 0.05
+
+
+@pytest.mark.parametrize("num_clips", [2, 3, 4, 9])
+def test_no_clip_is_drawn_twice(num_clips, run, drawn):
+    """Also where there are fewer than are asked for."""
+    held_out = find_clips(load_pretrained(run)[1])[1]
+    visualize(run, num_clips)
+    assert len(drawn) == len(set(drawn)) == min(num_clips, len(held_out))
+
+
+def test_clips_that_cannot_be_read_are_not_drawn(run, drawn, caplog):
+    """They are named with the reason; the last test that reads the clips of this run."""
+    held_out = [Path(path) for path in find_clips(load_pretrained(run)[1])[1]]
+    held_out[1].write_bytes(b"no sound")
+    visualize(run)
+    assert drawn == [path.name for path in (held_out[0], *held_out[2:])]
+    (said,) = [line for line in caplog.messages if "drawn" in line]
+    assert said.startswith(f"cannot be drawn: {held_out[1]}: ")
+    for path in held_out:
+        path.write_bytes(b"")
+    message = f"none of the {len(held_out)} held-out clips to be drawn can be read: {held_out[0]}"
+    with pytest.raises(DataError, match=message):
+        visualize(run)
 
 
 def test_curves_of_a_run_that_has_just_begun(tmp_path):

@@ -1,21 +1,26 @@
 """Prediction window by window."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from finetune_runs import RATE_HZ, make_sounds, overrides
+from shards import make_recordings, prepare
 from sounds import tone, write
 
 from ssast.engine.checkpoints.classifier import build_classifier, save_chosen
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
+from ssast.engine.evaluation import timeline
 from ssast.engine.evaluation.timeline import SLICE, Windows, _columns
 from ssast.engine.finetune import FinetuneEngine
 from ssast.kernels.fbank import FbankSpec
+from ssast.pipelines.clips.manifest import write_manifest
+from ssast.pipelines.clips.segment import Segment
 
 SPEC = FbankSpec(n_mels=32, num_frames=48)
 LONGEST_S = SPEC.num_samples / RATE_HZ
@@ -107,6 +112,67 @@ def test_the_command_line_writes_lines_and_pictures(run, tmp_path, capsys):
     assert "cannot be decoded" in lines[-1]["reason"]
     assert main(["predict", str(run), *sources, *options[:4]]) == 3
     assert "0.20-0.60 s  " in capsys.readouterr().out
+
+
+def test_what_is_done_is_written_when_the_command_ends_early(run, tmp_path, monkeypatch):
+    """The lines and the picture of a recording, before the next one begins."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "in" / f"{name}.flac", tone(20000))
+    blocks, out = timeline.read_blocks, tmp_path / "out"
+
+    def read(item, *settings):
+        if item.name.endswith("b.flac"):
+            raise RuntimeError("killed")
+        return blocks(item, *settings)
+
+    monkeypatch.setattr(timeline, "read_blocks", read)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(["predict", str(run), str(tmp_path / "in"), "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "windows.jsonl").read_text().splitlines()]
+    assert lines[-1]["end_s"] == 1.25 and {Path(line["path"]).name for line in lines} == {"a.flac"}
+    assert {path.name for path in out.iterdir()} == {"windows.jsonl", "a.png"}
+
+
+def test_windows_of_segments_have_the_times_of_their_recording(run, tmp_path):
+    """And its path, so that a table of windows finds the sound again."""
+    path = write(tmp_path / "a.wav", tone(64000))
+    write_manifest(
+        tmp_path / "a.json", [Segment(str(path), 1.5, 1.0), Segment(str(path), 9.0, 1.0)]
+    )
+    out = tmp_path / "out"
+    given = ["--window-s", "0.4", "--hop-s", "0.3", "--out", str(out)]
+    assert main(["predict", str(run), str(tmp_path / "a.json"), *given]) == 3
+    lines = [json.loads(line) for line in (out / "windows.jsonl").read_text().splitlines()]
+    assert {line["path"] for line in lines} == {str(path)}
+    times = [(line["start_s"], line["end_s"]) for line in lines[:-1]]
+    assert times == [(1.5, 1.9), (1.8, 2.2), (2.1, 2.5)]
+    assert lines[-1]["reason"].startswith("segment [9-10 s]: ")
+    assert {path.name for path in out.iterdir()} == {"windows.jsonl", "a.png"}
+    (found, _) = timeline.timelines(run, tmp_path / "a.json", 0.4, 0.3)
+    whole = write(tmp_path / "part.wav", soundfile.read(path, dtype="float32")[0][24000:40000])
+    (alone,) = timeline.timelines(run, whole, 0.4, 0.3)
+    np.testing.assert_allclose(found.probabilities, alone.probabilities, atol=1e-4)
+
+
+def test_a_damaged_clip_of_a_prepared_folder_costs_no_other(run, tmp_path, capsys):
+    make_recordings(tmp_path / "in", 3)
+    index = prepare(tmp_path / "in", tmp_path / "out", clip_s=1.0)
+    assert len(index) == 9
+    shard = Path(index[0].path)
+    data = bytearray(shard.read_bytes())
+    data[index[1].offset - 512 : index[1].offset] = bytes(512)
+    shard.write_bytes(data[: index[8].offset + 9])
+    assert main(["predict", str(run), str(tmp_path / "out"), "--hop-s", "0.4", "--json"]) == 3
+    shown = capsys.readouterr()
+    reasons = [json.loads(line).get("reason") for line in shown.out.splitlines()]
+    assert shown.err.splitlines()[-1] == "ssast: 2 of 9 files could not be read"
+    overwritten, truncated = (reason for reason in reasons if reason)
+    assert "the shard was overwritten" in overwritten and "the shard is truncated" in truncated
+    shard.unlink()
+    assert main(["predict", str(run), str(tmp_path / "out"), "--hop-s", "0.2", "--json"]) == 2
+    reasons = [json.loads(line)["reason"] for line in capsys.readouterr().out.splitlines()]
+    assert reasons == 9 * ["cannot be read: No such file or directory"]
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_pretrained_file_needs_no_frames(run, tmp_path):
     model = open_model(run)
     save_published(model.model, tmp_path / "a.pth", model.audio)
     assert open_model(tmp_path / "a.pth", MissingMetadata(mean=-5.0, std=4.0)).audio == CONFIG.audio
-    with pytest.raises(ConfigError, match="pretrained and knows its frames"):
+    with pytest.raises(ConfigError, match="is pretrained, knows its frames"):
         open_model(tmp_path / "a.pth", MissingMetadata(num_frames=64))
     with pytest.raises(CheckpointError, match="no run with checkpoints"):
         (tmp_path / "empty").mkdir()

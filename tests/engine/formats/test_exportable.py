@@ -106,6 +106,13 @@ def test_classes_and_loss(kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("save", [save_onnx, save_program])
+def test_a_misspelt_input(save, tmp_path):
+    with pytest.raises(ConfigError, match="fed: expected fbank or waveform, got 'wave'"):
+        save(make(), tmp_path / "out", AUDIO, fed="wave")
+    assert not list(tmp_path.iterdir())
+
+
 def test_labels_may_be_numbers(tmp_path):
     export_huggingface(make(), tmp_path / "out", AUDIO, torch.arange(3).numpy())  # type: ignore[arg-type]
     assert open_model(tmp_path / "out").classes == ("0", "1", "2")

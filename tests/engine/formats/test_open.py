@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from finetune_runs import make_sounds, manifest, overrides
+from finetune_runs import make_sounds, manifest, overrides, pretrained_file
 from golden_model import PATCHES, golden
 
 from ssast.engine.api import ASTModel, save_published
@@ -284,6 +285,21 @@ def test_what_is_not_said_is_asked_for(published, labels, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match="knows its own settings and labels"):
         open_classifier(tmp_path / "run", MissingMetadata(labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ({"pooling": "cls", "loss": "bce", "mean": -6.0}, "pooling=cls, loss=bce"),
+        ({"num_frames": 64, "stride": (10, 10)}, "num_frames=64, stride=(10, 10)"),
+        ({"labels": "classes.csv"}, "labels=classes.csv"),
+    ],
+)
+def test_a_pretrained_file_is_told_nothing_of_a_classifier(given, left_out, tmp_path):
+    path = pretrained_file(tmp_path)
+    with pytest.raises(ConfigError, match=f"is pretrained, .*: leave out {re.escape(left_out)}$"):
+        open_model(path, MissingMetadata(**given))
+    assert open_model(path, MissingMetadata(mean=-6.0)).audio.mean == -6.0
 
 
 def test_weights_that_are_no_numbers_are_refused(classifier, tmp_path):

@@ -205,7 +205,7 @@ def test_a_pretrained_model_is_told_from_others(models, tmp_path):
             load_pretrained(models[kind])
     with pytest.raises(CheckpointError, match="expected a run, a checkpoint or a model, found not"):
         open_model(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="is pretrained and has no classes: leave out the labels"):
+    with pytest.raises(ConfigError, match="leave out labels="):
         open_model(models["file"], MissingMetadata(labels="labels.csv"))
     with pytest.raises(ConfigError, match=r"knows its own settings and labels: leave out mean="):
         open_model(models["transformers"], MissingMetadata(mean=1.0, loss="bce"))

@@ -1,5 +1,6 @@
 """Published checkpoints in and out."""
 
+import dataclasses
 import pickle
 import re
 
@@ -14,13 +15,14 @@ from ssast.engine.api import (
     load_published,
     load_published_classifier,
     open_model,
+    published_metadata,
     published_state,
     read_published,
     save_published,
 )
 from ssast.engine.cli.main import main
 from ssast.engine.config import from_plain
-from ssast.engine.errors import CheckpointError
+from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.model.classifier import Classifier
 from ssast.engine.model.encoder import SpectrogramTransformer
 from ssast.engine.model.objective import MSPM
@@ -277,6 +279,30 @@ def test_pretrained_and_fine_tuned_are_not_mixed_up(tmp_path):
     torch.save(whole_state("patch"), path)
     with pytest.raises(CheckpointError, match="expected a fine-tuned model, found no mlp_head"):
         load_published_classifier(path, num_frames=256, stride=(16, 16))
+
+
+def test_what_is_known_of_the_input_is_stored(tmp_path, caplog):
+    """By all who give it; classes and loss as well with the metadata of a model that was opened."""
+    audio = Audio(num_frames=96, mean=-6.0, std=3.0, ignore_padding=True)
+    torch.manual_seed(0)
+    encoder = SpectrogramTransformer(Model(size="tiny", depth=1), audio, (10, 10))
+    save_published(Classifier(encoder, 3, "cls"), tmp_path / "a.pth", audio)
+    found = open_model(tmp_path / "a.pth")
+    assert found.audio == audio and not found.assumed
+    assert (found.encoder.embed.stride, found.classifier.pooling) == ((10, 10), "cls")
+    assert "as stored in the file" in caplog.text
+    given = {"audio": audio, "finetune": dataclasses.replace(found.config.finetune, loss="bce")}
+    known = dataclasses.replace(
+        found,
+        config=dataclasses.replace(found.config, **given),
+        classes=("a", "b", "c"),
+        names=("A", "B", "C"),
+    )
+    save_published(known.model, tmp_path / "b.pth", audio, published_metadata(known))
+    again = open_model(tmp_path / "b.pth")
+    assert (again.classes, again.names, again.loss) == (known.classes, known.names, "bce")
+    with pytest.raises(ConfigError, match="the heads of SSAST alone, got SpectrogramTransformer"):
+        save_published(encoder, tmp_path / "c.pth", audio)
 
 
 def test_a_fine_tuned_state_names_no_mask():
