@@ -96,7 +96,6 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
         sharex=True,
         sharey=True,
     )
-    num_patches = model.grid[0] * model.grid[1]
     counts = [masks.mask_ids.shape[1]] * len(titles)
     if masks.num_masked is not None:  # fewer of clips with padding
         counts = masks.num_masked.tolist()
@@ -106,7 +105,7 @@ def draw_reconstructions(model: MSPM, batch: Batch, path: Path, titles: Sequence
         low, high = original[row, :end].quantile(0.01).item(), original[row, :end].max().item()
         shown = (
             (title if len(title) < 40 else f"...{title[-36:]}", original[row]),
-            (f"{counts[row]} of {num_patches} patches hidden", hidden[row]),
+            (f"{counts[row]} patches hidden", hidden[row]),
             ("completed by the model", completed[row]),
         )
         for axis, (text, image) in zip(axes[row], shown, strict=True):
