@@ -192,13 +192,15 @@ class Finetuning(Task):
                 fbank, batch.num_frames, batch.other_fbank, batch.other_frames, share
             )
             targets = augment.mix_targets(targets, others, share)
+        whole = torch.full_like(batch.num_frames, fbank.shape[1])
+        frames = batch.num_frames if audio.ignore_padding else whole
         if settings.freq_mask or settings.time_mask:
-            fbank = augment.spec_augment(fbank, draw, settings.freq_mask, settings.time_mask)
+            fbank = augment.spec_augment(
+                fbank, draw, settings.freq_mask, settings.time_mask, frames
+            )
         if settings.noise:
             fbank = augment.add_noise(fbank, draw, 2 * audio.std * settings.noise)
         if settings.roll:
-            whole = torch.full_like(batch.num_frames, fbank.shape[1])
-            frames = batch.num_frames if audio.ignore_padding else whole
             fbank = augment.roll(fbank, draw, settings.roll, frames)
         return fbank, targets
 
