@@ -60,7 +60,8 @@ class Finetune:
     """Number of epochs; replaces `train.steps`."""
 
     layer_decay: float = setting(1.0, 0.0, 1.0)
-    """Layer-wise learning-rate decay: the factor from each transformer block to the one below."""
+    """Layer-wise learning-rate decay: the factor from each transformer block to the one below.
+    From scratch, that of a recipe counts as 1."""
 
     head_lr_scale: float = setting(1.0, 0.0)
     """Learning rate of the head relative to `optim.lr`."""

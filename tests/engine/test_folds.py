@@ -158,11 +158,30 @@ def test_clips_that_the_folds_would_replace_are_refused(role, key, recipe, folds
         cross_validate(config)
 
 
+def test_from_scratch_all_layers_learn_alike(folds, tmp_path, capsys):
+    """A recipe's layer decay is for pretrained layers; also in folds, and when they go on."""
+    path = tmp_path / "decayed.yaml"
+    path.write_text(f"finetune: {{folds: {folds}, layer_decay: 0.75}}\n")
+    given = [*overrides(finetune__epochs=1), f"run.folder={tmp_path / 'run'}"]
+    for resume in (False, True):
+        assert cross_validate(load_config(path, given), resume=resume) == 0
+        stored = [load_config(found) for found in tmp_path.glob("run/*/config.yaml")]
+        assert [config.finetune.layer_decay for config in stored] == [1.0] * FOLDS
+        line = "finetune.layer_decay 0.75 of decayed.yaml is left out: from scratch, "
+        assert capsys.readouterr().out.count(line) == FOLDS
+
+
 def test_the_published_recipes_have_five_folds():
     for name, role in (("esc50", "valid"), ("iemocap", "test")):
         for kind in ("patch", "frame"):
             settings = finetune_settings(load_config(f"{name}_{kind}"))
             assert (settings.folds, settings.fold_role) == (f"data/{name}", role)
+
+
+@pytest.mark.parametrize("kind", ["patch", "frame"])
+def test_keywords_are_drawn_as_published(kind):
+    """S3PRL's sampler of Speech Commands 1 makes all classes equally frequent; SUPERB uses it."""
+    assert finetune_settings(load_config(f"speechcommands_v1_{kind}")).balanced_sampling
 
 
 def test_what_is_wrong_with_a_fold_is_said_before_the_first(folds, checkpoint, tmp_path):
