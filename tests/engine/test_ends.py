@@ -1,11 +1,13 @@
 """How a fine-tuning ends: patience, averages, signals, and what is left to a resumed run."""
 
+import csv
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from finetune_runs import load, plain_file
+from finetune_runs import load, manifest, plain_file
 from runs import lines
 
 from ssast.engine.errors import ConfigError
@@ -90,3 +92,24 @@ def test_other_test_clips_are_evaluated_by_a_resumed_run(splits, tmp_path):
     assert finetune(config, resume=True) == 0
     assert "| test | 9 of 9 |" in (run / "report.md").read_text()
     assert (run / "test" / "metrics.json").is_file() and lines(run, "train") == trained
+
+
+def test_the_report_is_of_the_test_clips_that_are_named_now(splits, tmp_path):
+    """Also after others were, and where the same file lists others."""
+    run, other = tmp_path / "run", tmp_path / "test2.json"
+    clips = sorted((splits["test"].parent / "test").glob("*.wav"))
+
+    def tested(test):
+        config = load(plain_file(tmp_path), splits | {"test": test}, run, finetune__epochs=1)
+        assert finetune(config, resume=True) == 0
+        named = {Path(row["wav"]) for row in csv.DictReader((run / "test/predictions.csv").open())}
+        assert f"| test | {len(named)} of {len(named)} |" in (run / "report.md").read_text()
+        return named
+
+    assert tested(splits["test"]) == set(clips)
+    assert tested(manifest(other, clips[:6])) == set(clips[:6])
+    assert tested(manifest(other, clips[3:7])) == set(clips[3:7])
+    assert tested(splits["test"]) == set(clips)
+    before = (run / "test/metrics.json").stat().st_mtime_ns
+    assert tested(splits["test"]) == set(clips)
+    assert (run / "test/metrics.json").stat().st_mtime_ns == before
