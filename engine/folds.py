@@ -29,18 +29,14 @@ from ssast.engine.evaluation.report import (
     read_predictions,
 )
 from ssast.engine.finetune import finetune
-from ssast.engine.formats.initial import (
-    adopt_from,
-    initial_checkpoint,
-    open_initial,
-    with_checkpoint,
-)
+from ssast.engine.formats.initial import begin_from, initial_checkpoint, with_checkpoint
 from ssast.engine.formats.open import MissingMetadata
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.long_work import run_long
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.callbacks import Callback
+from ssast.engine.train.run import has_begun
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import markdown, say
@@ -146,10 +142,12 @@ def cross_validate(
     if checkpoint is None and settings.checkpoint is None and resume:
         # Folds that have not begun start from the weights that the first did.
         checkpoint = initial_checkpoint(fold_folder(run, folds[0].number))
-    # Read once for all folds.
-    begun = with_checkpoint(config, checkpoint, resume=False)
-    pretrained = open_initial(begun, checkpoint, metadata, weights)
-    adopted = config if pretrained is None else adopt_from(config, pretrained)[0]
+    # Read once for all folds. Where each has begun, it may be gone; settings are the first fold's.
+    first = replace(config, run=replace(config.run, folder=str(fold_folder(run, folds[0].number))))
+    begun = resume and all(has_begun(fold_folder(run, fold.number)) for fold in folds)
+    pretrained, adopted, _ = begin_from(
+        with_checkpoint(first, checkpoint, resume=False), checkpoint, metadata, weights, begun=begun
+    )
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     world = init_world(config.train.timeout_s)
     once = partial(run_long, world=world, here=world.local_rank == 0)
@@ -161,7 +159,12 @@ def cross_validate(
     for fold in folds:
         if world.is_main:
             say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")
-        stopped = finetune(configs[fold.number], pretrained, resume=resume, callbacks=callbacks)
+        stopped = finetune(
+            configs[fold.number],
+            checkpoint if pretrained is None else pretrained,
+            resume=resume,
+            callbacks=callbacks,
+        )
         if stopped:
             return stopped
     split = settings.fold_role

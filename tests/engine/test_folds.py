@@ -1,6 +1,7 @@
 """Cross-validation: a run for each fold, resumable, and one report."""
 
 import json
+import shutil
 import signal
 import statistics
 
@@ -12,7 +13,7 @@ from runs import call, lines, stop_at
 from ssast.engine.cli.main import main
 from ssast.engine.config import finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
-from ssast.engine.errors import ConfigError
+from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import read_predictions
 from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds
 from ssast.pipelines.clips.holdout import hold_out_clips
@@ -108,6 +109,21 @@ def test_a_killed_cross_validation_goes_on(whole, recipe, checkpoint, tmp_path, 
     assert (run / "fold_1" / "report.md").stat().st_mtime_ns == first
     assert lines(run / "fold_2", "train") == lines(whole / "fold_2", "train")
     assert (run / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+
+
+def test_folds_that_have_all_begun_need_no_initial_checkpoint(whole, recipe, tmp_path, capsys):
+    run, gone = tmp_path / "run", tmp_path / "gone.pth"
+    shutil.copytree(whole, run)
+    (run / "report.md").unlink()
+    given = command(recipe, run, gone)[2:-2]
+    for named in ([], [f"finetune.checkpoint={gone}"]):
+        config = load_config(recipe, [*given, *named])
+        assert cross_validate(config, None if named else gone, resume=True) == 0
+        assert capsys.readouterr().out.count("not needed, as the run goes on from its own") == FOLDS
+    assert (run / "report.md").is_file()
+    shutil.rmtree(run / "fold_3")
+    with pytest.raises(CheckpointError, match=r"gone\.pth"):
+        cross_validate(load_config(recipe, given), gone, resume=True)
 
 
 def test_a_fold_is_looked_at_once_or_chosen_on(recipe, folds):
