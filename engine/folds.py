@@ -36,6 +36,7 @@ from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.long_work import run_long
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.callbacks import Callback
+from ssast.engine.train.finetuning import finished_at
 from ssast.engine.train.run import has_begun
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
@@ -252,7 +253,8 @@ def write_folds(
         n: (int(values["num_scored"]), int(values["num_clips"])) for n, values in folds.items()
     }
     config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
-    text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
+    epochs = _epochs([fold_folder(run, number) for number in numbers])
+    text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, epochs, counts, found)
     write_atomically(run / REPORT, text)
     shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
     say(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}")
@@ -267,15 +269,27 @@ def _classes(run: Path) -> list[str]:
     return Checkpoints.load(chosen, check=False)[1]["classes"]
 
 
+def _epochs(runs: Sequence[Path]) -> str:
+    """Return how many epochs the finished folds were trained, which patience may have ended."""
+    steps = [finished_at(run) or 0 for run in runs]
+    each = [load_config(run / "config.yaml").train.validate_every for run in runs]
+    taken = sorted({f"{n / length:.3g}" for n, length in zip(steps, each, strict=True)}, key=float)
+    return f"{' to '.join(dict.fromkeys((taken[0], taken[-1])))} epochs each"
+
+
 def _report(
-    title: str, config: Config, counts: Mapping[int, tuple[int, int]], found: Mapping[str, Any]
+    title: str,
+    config: Config,
+    epochs: str,
+    counts: Mapping[int, tuple[int, int]],
+    found: Mapping[str, Any],
 ) -> str:
     settings, names = finetune_settings(config), list(found["mean"])
     chosen_on = "the fold itself" if settings.fold_role == "valid" else "held-out training clips"
     lines = [
         f"# {markdown(title)}",
         "",
-        f"{describe(config)}, {settings.epochs} epochs each. Weights are chosen on {chosen_on}.",
+        f"{describe(config)}, {epochs}. Weights are chosen on {chosen_on}.",
         "",
         "| fold | scored clips | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),

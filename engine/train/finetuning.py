@@ -319,7 +319,8 @@ class Finetuning(Task):
                 results["test"] = self._evaluate(engine, self.splits.test, "test")
             except DataError as error:
                 raise type(error)(f"{error}; {safe}") from error
-        run_on_main(lambda: self._report(chosen, splits, results, safe), world)
+        epochs = step / self.steps_per_epoch
+        run_on_main(lambda: self._report(chosen, splits, results, safe, epochs), world)
 
     def _test_clips(self) -> dict[str, str] | None:
         """Return which clips are the test clips, if there are any."""
@@ -388,6 +389,7 @@ class Finetuning(Task):
         splits: dict[str, LabelledClips],
         results: dict[str, Evaluation],
         safe: str,
+        epochs: float,
     ) -> None:
         """Write the report of the run, last of all report.md; print the metrics."""
         run = self.context.folder
@@ -408,6 +410,7 @@ class Finetuning(Task):
                 chosen,
                 {split: values for split, (values, _, _) in results.items()},
                 {split: read for split, (_, _, read) in results.items()},
+                epochs,
             )
 
 

@@ -12,6 +12,7 @@ from runs import lines
 
 from ssast.engine.errors import ConfigError
 from ssast.engine.finetune import finetune
+from ssast.engine.monitoring.monitor import read_metrics
 from ssast.engine.train.finetuning import Finetuning
 from ssast.engine.train.task import Progress
 from ssast.engine.train.trainer import Trainer
@@ -26,8 +27,14 @@ def test_patience_goes_by_the_metric_alone(splits, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(Finetuning, "validate", validate)
     config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__epochs=30,
-                  finetune__patience=2, finetune__average_last_epochs=3)  # fmt: skip
+                  finetune__patience=2, finetune__average_last_epochs=3,
+                  train__log_every=2)  # fmt: skip
     assert finetune(config) == 0
+    logged = lines(tmp_path / "run", "train")
+    assert [line["step"] for line in logged] == [2, 4, 6, 8, 9]  # also the last steps
+    rates = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "perf/step_s" in row]
+    assert [row["step"] for row in rates] == [2, 4, 6, 8] and all(r["perf/step_s"] for r in rates)
+    assert ", 3 epochs of 24 clips" in (tmp_path / "run/report.md").read_text()
     assert [line["step"] for line in lines(tmp_path / "run", "valid")] == [0, 3, 6, 9]
     best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
     assert best["step"] == 9

@@ -15,7 +15,7 @@ from ssast.engine.config import finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import read_predictions
-from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds
+from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds, write_folds
 from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.errors import DataError
@@ -83,6 +83,7 @@ def test_the_report_is_of_all_folds(whole, folds):
     assert right / len(pairs) > 0.5  # chance: a third
     report = (whole / "report.md").read_text()
     assert "pretrained.pth, loss ce" in report
+    assert ", 2 epochs each. Weights" in report
     assert "| mean | 36 of 36 |" in report and "| standard deviation |" in report
     assert (whole / "confusion.png").stat().st_size > 1000
     stored = load_config(whole / "fold_2" / "config.yaml")
@@ -233,3 +234,13 @@ def test_clips_of_several_labels_have_a_report_of_all_folds(folds, checkpoint, t
     found = json.loads((tmp_path / "run/metrics.json").read_text())
     assert found["mean"]["map"] > 0 and "pooled" not in found and len(found["folds"]) == FOLDS
     assert "3 folds" in (tmp_path / "run/report.md").read_text()
+
+
+def test_the_report_has_the_epochs_that_were_trained(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run/fold_2/config.yaml"
+    text = path.read_text()
+    assert "validate_every: 3\n" in text
+    path.write_text(text.replace("validate_every: 3\n", "validate_every: 6\n"))
+    write_folds(tmp_path / "run", [1, 2, 3], "valid", "folds")
+    assert ", 1 to 2 epochs each. Weights" in (tmp_path / "run/report.md").read_text()
