@@ -32,6 +32,7 @@ from ssast.engine.settings import (
     Profile,
     Run,
     Train,
+    check_optim,
 )
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown, with_home
@@ -96,8 +97,8 @@ class Config:
                 f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
             )
         data, optim = self.data, self.optim
-        if optim.min_lr > optim.lr:
-            raise ConfigError(f"optim.min_lr must be at most {optim.lr}, got {optim.min_lr}")
+        stated = self.stated or {}
+        check_optim(optim, [name for name, origin in stated.items() if origin == OVERRIDE])
         if data.mix is not None and (data.train is not None or data.sample_weights is not None):
             other = "train" if data.train is not None else "sample_weights"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")

@@ -128,10 +128,12 @@ def finetune(
 def without_effect(config: Config) -> list[str]:
     """Return a line for the log on what the user set that is of pretraining alone."""
     given = [name for name, origin in (config.stated or {}).items() if origin == OVERRIDE]
-    unused = [name for name in given if name == "train.steps" or name.startswith("objective.")]
+    lengths = ("train.steps", "train.validate_every")
+    unused = [name for name in given if name in lengths or name.startswith("objective.")]
     if not unused:
         return []
-    return [f"{', '.join(unused)}: of pretraining, not used; finetune.epochs says how long"]
+    said = "finetune.epochs says how long, and each ends with a validation"
+    return [f"{', '.join(unused)}: of pretraining, not used; {said}"]
 
 
 def without_layer_decay(config: Config, *, begun: bool) -> tuple[Config, list[str]]:

@@ -104,9 +104,10 @@ def test_a_probe_that_knows_its_test(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_settings_of_pretraining_in_a_fine_tuning() -> None:
-    given = ["data.train=x", "train.steps=5", "objective.kind=latent"]
+    given = ["data.train=x", "train.steps=5", "train.validate_every=1", "objective.kind=latent"]
     (line,) = without_effect(load_config("classifier", given))
-    assert line.startswith("train.steps, objective.kind: of pretraining, not used")
+    assert line.startswith("train.steps, train.validate_every, objective.kind: of pretraining, ")
+    assert "not used; finetune.epochs says how long, and each ends with a validation" in line
     assert without_effect(load_config("classifier", given[:1])) == []
 
 
