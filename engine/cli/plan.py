@@ -159,6 +159,12 @@ def _plan(options: argparse.Namespace) -> int:
         write_gpu(gpu, options.calibrate)
     else:
         gpu = plain_cpu(config.train.precision) if options.gpu == CPU else load_gpu(options.gpu)
+    if config.train.precision not in ("auto", gpu.precision):
+        raise ConfigError(
+            f"train.precision {config.train.precision}: --gpu {gpu.name} has its peak in "
+            f"{gpu.precision} alone: expected a YAML file with precision {config.train.precision} "
+            "and the peak_tflops of it"
+        )
     if options.ledger:
         return _ledger(config, gpu, options)
     request = PlanRequest(
