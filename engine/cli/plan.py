@@ -116,12 +116,10 @@ def add_plan_commands(commands: Any) -> None:
 
 def _load(options: argparse.Namespace) -> "Config":
     """Load the configuration; what nobody set is that of the checkpoint it names, as in a run."""
-    from ssast.engine.config import check_paths, load_config
+    from ssast.engine.config import load_config
     from ssast.engine.formats.initial import begin_from
 
     config = load_config(options.config, options.overrides)
-    if options.run is _tune:  # which reads the clips
-        check_paths(config)
     _, config, lines = begin_from(config, None, None, None, begun=False)
     for line in lines:
         print(line, file=sys.stderr if getattr(options, "json", False) else None, flush=True)
@@ -208,6 +206,7 @@ def _ledger(config: "Config", gpu: "Gpu", options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    from ssast.engine.config import check_paths
     from ssast.engine.planning.tune import check_seconds, format_results, tune, write_tuned
     from ssast.pipelines.cores import find_cores
 
@@ -216,6 +215,7 @@ def _tune(options: argparse.Namespace) -> int:
         check_new([options.out], [options.config])
         check_writable(options.out.parent)
     config = _load(options)
+    check_paths(config)
     cores = find_cores()
     print(f"{cores.number} cores ({cores.source})", flush=True)
     results = tune(config, seconds=options.seconds, say=lambda text: print(text, flush=True))
