@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +32,7 @@ from ssast.engine.settings import (
     Profile,
     Run,
     Train,
+    check_optim,
 )
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.text import YAML_BYTES, one_line, parse_yaml, read_text, shown, with_home
@@ -96,8 +97,8 @@ class Config:
                 f"audio.n_mels {self.audio.n_mels} x audio.num_frames {self.audio.num_frames}"
             )
         data, optim = self.data, self.optim
-        if optim.min_lr > optim.lr:
-            raise ConfigError(f"optim.min_lr must be at most {optim.lr}, got {optim.min_lr}")
+        stated = self.stated or {}
+        check_optim(optim, [name for name, origin in stated.items() if origin == OVERRIDE])
         if data.mix is not None and (data.train is not None or data.sample_weights is not None):
             other = "train" if data.train is not None else "sample_weights"
             raise ConfigError(f"data.mix and data.{other} exclude each other: set one to null")
@@ -183,21 +184,21 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
         stated |= dict.fromkeys(named, OVERRIDE)
     if "objective.num_masked" not in stated and "finetune" not in raw:
         raw["objective"] = (raw.get("objective") or {}) | {"num_masked": _default_masked(raw)}
-    config = dataclasses.replace(_build(Config, with_home(raw), ""), stated=stated)
+    config = replace(_build(Config, with_home(raw), ""), stated=stated)
     if config.finetune is not None:
         METRICS.check(config.finetune.metric)
     if config.run.folder is None:
         stem = path.parent.name if path.name == "config.yaml" else path.stem
-        run = dataclasses.replace(config.run, folder=str(Path("runs") / stem))
-        config = dataclasses.replace(config, run=run)
+        config = replace(config, run=replace(config.run, folder=str(Path("runs") / stem)))
     return config
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config | dict[str, Any]) -> str:
     """Return the configuration as YAML, from which ``load_config`` loads it again."""
-    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    plain = to_plain(config) if isinstance(config, Config) else config
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     # PyYAML reads U+0085 as a line break, unless it is escaped.
-    return text if "\x85" not in text else yaml.safe_dump(to_plain(config), sort_keys=False)
+    return text if "\x85" not in text else yaml.safe_dump(plain, sort_keys=False)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def from_plain(raw: dict[str, Any], stated: Mapping[str, str] | None = None) -> Config:
     """Convert nested dicts and lists to a configuration, with every check."""
-    return dataclasses.replace(_build(Config, raw, ""), stated=stated)
+    return replace(_build(Config, raw, ""), stated=stated)
 
 
 def section_from_plain(cls: type[Section], raw: Any, name: str) -> Section:
@@ -227,12 +228,10 @@ def with_data(
     config: Config, train: str | Path, valid: str | Path | None, folder: str | Path | None
 ) -> Config:
     """Return the configuration of a run on other clips; in its own folder if ``folder`` is None."""
-    data = dataclasses.replace(
-        config.data, train=str(train), valid=None if valid is None else str(valid)
-    )
-    run = config.run if folder is None else dataclasses.replace(config.run, folder=str(folder))
+    data = replace(config.data, train=str(train), valid=None if valid is None else str(valid))
+    run = config.run if folder is None else replace(config.run, folder=str(folder))
     stated = {**(config.stated or {}), "data.train": OVERRIDE}  # what the recipe has of its data
-    return dataclasses.replace(config, data=data, run=run, stated=stated)
+    return replace(config, data=data, run=run, stated=stated)
 
 
 def check_paths(config: Config) -> None:

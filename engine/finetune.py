@@ -88,6 +88,8 @@ def finetune(
     check_paths(config)
     pretrained, config, lines = begin_from(config, checkpoint, metadata, weights, begun=begun)
     notes += lines
+    config, lines = without_layer_decay(config, begun=begun)
+    notes += lines
     world = init_world(config.train.timeout_s)
     with expecting_peers(world):
         splits = find_splits(
@@ -126,10 +128,33 @@ def finetune(
 def without_effect(config: Config) -> list[str]:
     """Return a line for the log on what the user set that is of pretraining alone."""
     given = [name for name, origin in (config.stated or {}).items() if origin == OVERRIDE]
-    unused = [name for name in given if name == "train.steps" or name.startswith("objective.")]
+    lengths = ("train.steps", "train.validate_every")
+    unused = [name for name in given if name in lengths or name.startswith("objective.")]
     if not unused:
         return []
-    return [f"{', '.join(unused)}: of pretraining, not used; finetune.epochs says how long"]
+    said = "finetune.epochs says how long, and each ends with a validation"
+    return [f"{', '.join(unused)}: of pretraining, not used; {said}"]
+
+
+def without_layer_decay(config: Config, *, begun: bool) -> tuple[Config, list[str]]:
+    """Let all layers learn alike from scratch, unless the user set ``finetune.layer_decay``.
+
+    A run that was begun with the recipe's keeps it.
+
+    Returns:
+        The configuration, and lines for the log.
+    """
+    settings = finetune_settings(config)
+    origin = (config.stated or {}).get("finetune.layer_decay", OVERRIDE)
+    if settings.checkpoint is not None or origin == OVERRIDE or settings.layer_decay == 1:
+        return config, []
+    stored = Path(config.run.folder or "") / "config.yaml"
+    begun_with = load_config(stored).finetune if begun and stored.is_file() else None
+    if begun_with is not None and begun_with.layer_decay == settings.layer_decay:
+        return config, []
+    line = f"finetune.layer_decay {settings.layer_decay:g} of {origin} is left out: from scratch, "
+    line += "no layer has learned anything yet"
+    return replace(config, finetune=replace(settings, layer_decay=1.0)), [line]
 
 
 def without_recipe_data(config: Config) -> tuple[Config, list[str]]:

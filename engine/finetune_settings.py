@@ -60,7 +60,8 @@ class Finetune:
     """Number of epochs; replaces `train.steps`."""
 
     layer_decay: float = setting(1.0, 0.0, 1.0)
-    """Layer-wise learning-rate decay: the factor from each transformer block to the one below."""
+    """Layer-wise learning-rate decay: the factor from each transformer block to the one below.
+    From scratch, that of a recipe counts as 1."""
 
     head_lr_scale: float = setting(1.0, 0.0)
     """Learning rate of the head relative to `optim.lr`."""
@@ -72,7 +73,8 @@ class Finetune:
     """SpecAugment: maximum width of the frequency mask in mel bins; a share of them below 1."""
 
     time_mask: float = setting(0, 0)
-    """SpecAugment: maximum width of the time mask in frames; a share of the input below 1."""
+    """SpecAugment: maximum width of the time mask in frames; a share of the input below 1. With
+    `audio.ignore_padding` it lies in the clip's own frames, and a share is of these."""
 
     noise: float = setting(0.0, 0.0)
     """Maximum amplitude of uniform noise added to the normalised features (published: 0.1)."""

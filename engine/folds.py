@@ -29,18 +29,15 @@ from ssast.engine.evaluation.report import (
     read_predictions,
 )
 from ssast.engine.finetune import finetune
-from ssast.engine.formats.initial import (
-    adopt_from,
-    initial_checkpoint,
-    open_initial,
-    with_checkpoint,
-)
+from ssast.engine.formats.initial import begin_from, initial_checkpoint, with_checkpoint
 from ssast.engine.formats.open import MissingMetadata
 from ssast.engine.monitoring.loggers import check_loggers
 from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.long_work import run_long
 from ssast.engine.parallel.ranks import expecting_peers, init_world, run_on_main
 from ssast.engine.train.callbacks import Callback
+from ssast.engine.train.finetuning import finished_at
+from ssast.engine.train.run import has_begun
 from ssast.pipelines.errors import DataError
 from ssast.pipelines.files import write_atomically
 from ssast.pipelines.text import markdown, say
@@ -146,10 +143,12 @@ def cross_validate(
     if checkpoint is None and settings.checkpoint is None and resume:
         # Folds that have not begun start from the weights that the first did.
         checkpoint = initial_checkpoint(fold_folder(run, folds[0].number))
-    # Read once for all folds.
-    begun = with_checkpoint(config, checkpoint, resume=False)
-    pretrained = open_initial(begun, checkpoint, metadata, weights)
-    adopted = config if pretrained is None else adopt_from(config, pretrained)[0]
+    # Read once for all folds. Where each has begun, it may be gone; settings are the first fold's.
+    first = replace(config, run=replace(config.run, folder=str(fold_folder(run, folds[0].number))))
+    begun = resume and all(has_begun(fold_folder(run, fold.number)) for fold in folds)
+    pretrained, adopted, _ = begin_from(
+        with_checkpoint(first, checkpoint, resume=False), checkpoint, metadata, weights, begun=begun
+    )
     configs = {fold.number: fold_config(config, fold) for fold in folds}
     world = init_world(config.train.timeout_s)
     once = partial(run_long, world=world, here=world.local_rank == 0)
@@ -161,7 +160,12 @@ def cross_validate(
     for fold in folds:
         if world.is_main:
             say(f"fold {fold.number} of {len(folds)}: {fold.evaluate}")
-        stopped = finetune(configs[fold.number], pretrained, resume=resume, callbacks=callbacks)
+        stopped = finetune(
+            configs[fold.number],
+            checkpoint if pretrained is None else pretrained,
+            resume=resume,
+            callbacks=callbacks,
+        )
         if stopped:
             return stopped
     split = settings.fold_role
@@ -249,7 +253,8 @@ def write_folds(
         n: (int(values["num_scored"]), int(values["num_clips"])) for n, values in folds.items()
     }
     config = load_config(fold_folder(run, numbers[0]) / "config.yaml")
-    text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, counts, found)
+    epochs = _epochs([fold_folder(run, number) for number in numbers])
+    text = _report(f"{run.name}: {len(numbers)} folds of {source}", config, epochs, counts, found)
     write_atomically(run / REPORT, text)
     shown = "  ".join(f"{n} {found['mean'][n]:.4f} +- {found['std'][n]:.4f}" for n in names)
     say(f"{len(numbers)} folds: {shown}\n{run / 'report.md'}")
@@ -264,15 +269,27 @@ def _classes(run: Path) -> list[str]:
     return Checkpoints.load(chosen, check=False)[1]["classes"]
 
 
+def _epochs(runs: Sequence[Path]) -> str:
+    """Return how many epochs the finished folds were trained, which patience may have ended."""
+    steps = [finished_at(run) or 0 for run in runs]
+    each = [load_config(run / "config.yaml").train.validate_every for run in runs]
+    taken = sorted({f"{n / length:.3g}" for n, length in zip(steps, each, strict=True)}, key=float)
+    return f"{' to '.join(dict.fromkeys((taken[0], taken[-1])))} epochs each"
+
+
 def _report(
-    title: str, config: Config, counts: Mapping[int, tuple[int, int]], found: Mapping[str, Any]
+    title: str,
+    config: Config,
+    epochs: str,
+    counts: Mapping[int, tuple[int, int]],
+    found: Mapping[str, Any],
 ) -> str:
     settings, names = finetune_settings(config), list(found["mean"])
     chosen_on = "the fold itself" if settings.fold_role == "valid" else "held-out training clips"
     lines = [
         f"# {markdown(title)}",
         "",
-        f"{describe(config)}, {settings.epochs} epochs each. Weights are chosen on {chosen_on}.",
+        f"{describe(config)}, {epochs}. Weights are chosen on {chosen_on}.",
         "",
         "| fold | scored clips | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),

@@ -4,9 +4,11 @@ The docstrings below the fields are what the settings page of the documentation 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from ssast.engine.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]  # of matmuls and attention
 Switch = Literal["auto", True, False]  # auto: where a trial shows that it is right and faster
@@ -214,7 +216,8 @@ class Optim:
     """Weight decay; L2 penalty of adam."""
 
     schedule: Literal["plateau", "cosine", "multistep", "constant"] = "plateau"
-    """Learning-rate schedule after the warm-up; multistep is for fine-tuning."""
+    """Learning-rate schedule after the warm-up; multistep is for fine-tuning. A key of another
+    schedule is an error on the command line; a recipe may hold it."""
 
     warmup_steps: float = setting(1000, 0)
     """Optimizer steps of linear warm-up; a number below 1 is a fraction of the run's steps."""
@@ -239,6 +242,33 @@ class Optim:
 
     max_grad_norm: float | None = setting(None, 1e-12)
     """Gradients are clipped to this global norm; null: no clipping."""
+
+
+SCHEDULE_OF = {
+    "min_lr": "cosine",
+    **dict.fromkeys(("decay_start", "decay_every", "decay_factor"), "multistep"),
+    **dict.fromkeys(("plateau_factor", "plateau_patience"), "plateau"),
+}
+
+
+def check_optim(optim: Optim, given: Sequence[str]) -> None:
+    """Check what depends on more than one key of the section.
+
+    Args:
+        optim: The section.
+        given: Keys ``section.key`` that the user set; a recipe may hold those of other schedules.
+
+    Raises:
+        ConfigError: The learning rate would rise, or a key is of a schedule that is not chosen.
+    """
+    if optim.min_lr > optim.lr:
+        raise ConfigError(f"optim.min_lr must be at most {optim.lr}, got {optim.min_lr}")
+    for key, schedule in SCHEDULE_OF.items():
+        unused = optim.schedule != schedule and getattr(optim, key) != getattr(Optim(), key)
+        if unused and f"optim.{key}" in given:
+            raise ConfigError(
+                f"optim.{key} is for optim.schedule {schedule}, got {optim.schedule!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

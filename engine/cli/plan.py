@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,19 @@ def add_plan_commands(commands: Any) -> None:
     command.set_defaults(run=_tune)
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _load(options: argparse.Namespace) -> "Config":
+    """Load the configuration; what nobody set is that of the checkpoint it names, as in a run."""
     from ssast.engine.config import load_config
+    from ssast.engine.formats.initial import begin_from
+
+    config = load_config(options.config, options.overrides)
+    _, config, lines = begin_from(config, None, None, None, begun=False)
+    for line in lines:
+        print(line, file=sys.stderr if getattr(options, "json", False) else None, flush=True)
+    return config
+
+
+def _plan(options: argparse.Namespace) -> int:
     from ssast.engine.monitoring.gpus import CPU, load_gpu
     from ssast.engine.planning.calibrate import calibrate, plain_cpu, write_gpu
     from ssast.engine.planning.report import (
@@ -134,7 +146,7 @@ def _plan(options: argparse.Namespace) -> int:
             raise ConfigError(f"--png {options.png}: expected a name that ends in .png")
         check_new([options.png], [options.config])
         check_writable(options.png.parent)
-    config = load_config(options.config, options.overrides)
+    config = _load(options)
     if options.calibrate is not None:
         check_new([options.calibrate], [options.config])
         check_writable(options.calibrate.parent)
@@ -145,6 +157,12 @@ def _plan(options: argparse.Namespace) -> int:
         write_gpu(gpu, options.calibrate)
     else:
         gpu = plain_cpu(config.train.precision) if options.gpu == CPU else load_gpu(options.gpu)
+    if config.train.precision not in ("auto", gpu.precision):
+        raise ConfigError(
+            f"train.precision {config.train.precision}: --gpu {gpu.name} has its peak in "
+            f"{gpu.precision} alone: expected a YAML file with precision {config.train.precision} "
+            "and the peak_tflops of it"
+        )
     if options.ledger:
         return _ledger(config, gpu, options)
     request = PlanRequest(
@@ -188,7 +206,7 @@ def _ledger(config: "Config", gpu: "Gpu", options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from ssast.engine.config import check_paths, load_config
+    from ssast.engine.config import check_paths
     from ssast.engine.planning.tune import check_seconds, format_results, tune, write_tuned
     from ssast.pipelines.cores import find_cores
 
@@ -196,7 +214,7 @@ def _tune(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_new([options.out], [options.config])
         check_writable(options.out.parent)
-    config = load_config(options.config, options.overrides)
+    config = _load(options)
     check_paths(config)
     cores = find_cores()
     print(f"{cores.number} cores ({cores.source})", flush=True)

@@ -74,25 +74,23 @@ def mix_targets(targets: Tensor, others: Tensor, share: Tensor) -> Tensor:
     return share[:, None] * targets + (1 - share[:, None]) * others
 
 
-def mask_width(mask: float, size: int) -> float:
-    """Return the maximum width of a mask, which is given itself or as a share of the size."""
-    return mask if mask >= 1 else mask * size
-
-
-def spec_augment(fbank: Tensor, draw: Draw, freq_mask: float, time_mask: float) -> Tensor:
-    """Mask one band of mel bins and one run of frames in each clip, [B, T, F].
+def spec_augment(
+    fbank: Tensor, draw: Draw, freq_mask: float, time_mask: float, frames: Tensor
+) -> Tensor:
+    """Mask one band of mel bins and one run of the first frames [B] in each clip, [B, T, F].
 
     A width is drawn from [0, mask), then a start where it fits; masked values become 0. Masks below
-    1 are shares of F and T.
+    1 are shares of F and of the frames.
     """
     numbers = draw.uniform(_SHAPES, 4)
     masked = torch.zeros(fbank.shape, dtype=torch.bool, device=fbank.device)
-    for axis, widest, at in ((2, freq_mask, 0), (1, time_mask, 2)):
-        size = fbank.shape[axis]
-        width = numbers[:, at] * mask_width(widest, size)
+    bins = torch.full_like(frames, fbank.shape[2])
+    for axis, mask, size, at in ((2, freq_mask, bins, 0), (1, time_mask, frames, 2)):
+        widest = mask * size.double() if mask < 1 else size.double().clamp(max=mask)
+        width = numbers[:, at] * widest.float()
         begin = (numbers[:, at + 1] * (size - width)).long()[:, None]
-        index = torch.arange(size, device=fbank.device)
-        band = (index >= begin) & (index < begin + width.long()[:, None])  # [B, size]
+        index = torch.arange(fbank.shape[axis], device=fbank.device)
+        band = (index >= begin) & (index < begin + width.long()[:, None])  # [B, T] or [B, F]
         masked |= band[:, None, :] if axis == 2 else band[:, :, None]
     return fbank.masked_fill(masked, 0.0)
 

@@ -117,6 +117,7 @@ def write_report(
     chosen: str,
     results: Mapping[str, Mapping[str, float]],
     read: Mapping[str, np.ndarray],
+    epochs: float,
 ) -> None:
     """Write the report of a fine-tuning run.
 
@@ -127,15 +128,15 @@ def write_report(
         chosen: Which weights were chosen.
         results: Metrics by split.
         read: [n] bool by split, which of its clips could be read; the others are not scored.
+        epochs: Number of epochs that were trained.
     """
-    settings = finetune_settings(config)
     drawn, held_out = len(splits.valid_drawn), len(splits.valid)
     judges = "the" if drawn == held_out else f"{drawn} of the {held_out}"
     names = sorted({name for values in results.values() for name in values})
     lines = [
         f"# {markdown(path.parent.name)}",
         "",
-        f"{describe(config)}, {len(splits.classes)} classes, {settings.epochs} epochs of "
+        f"{describe(config)}, {len(splits.classes)} classes, {epochs:.3g} epochs of "
         f"{len(splits.train)} clips. Weights: {chosen}, chosen on {judges} held-out clips.",
         "",
         "| split | scored clips | " + " | ".join(names) + " |",

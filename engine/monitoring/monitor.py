@@ -142,19 +142,11 @@ class Monitor:
             step: Steps taken.
             values: Metrics without their prefix, such as "loss" and "lr".
         """
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        metrics = {f"train/{name}": value for name, value in values.items()}
+        metrics |= {"perf/memory_gib": peak_memory_gib(self._world.device)}
         num_steps = step - self._since
-        clips_per_s = num_steps * self._batch_size / seconds
-        flops = clips_per_s * self._flops / self._world.world_size
-        metrics = {f"train/{name}": value for name, value in values.items()} | {
-            "perf/clips_per_s": clips_per_s,
-            "perf/step_s": seconds / max(1, num_steps),
-            "perf/tflops_per_device": flops / 1e12,
-            "perf/data_wait_share": self._waited / seconds,
-            "perf/memory_gib": peak_memory_gib(self._world.device),
-        }
-        if self._peak:
-            metrics["perf/mfu"] = flops / self._peak
+        if num_steps:  # else a validation has just restarted the clock
+            metrics |= self._rates(num_steps)
         self.log(step, metrics)
         shown = {
             label: format(metrics[name], spec) for name, label, spec in COLUMNS if name in metrics
@@ -163,11 +155,25 @@ class Monitor:
             self._bar.set_postfix({k: v.strip() for k, v in shown.items()}, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
-            eta = duration((self._steps - step) * metrics["perf/step_s"])
             text = "  ".join(f"{label} {value}" for label, value in shown.items())
-            self.say(f"{self._at(step)}  {text}  ETA {eta}")
+            if num_steps:
+                text += f"  ETA {duration((self._steps - step) * metrics['perf/step_s'])}"
+            self.say(f"{self._at(step)}  {text}")
         self.restart_clock(step)
         return metrics
+
+    def _rates(self, num_steps: int) -> dict[str, float]:
+        """Return the throughput of the steps since the last call."""
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        clips_per_s = num_steps * self._batch_size / seconds
+        flops = clips_per_s * self._flops / self._world.world_size
+        rates = {
+            "perf/clips_per_s": clips_per_s,
+            "perf/step_s": seconds / num_steps,
+            "perf/tflops_per_device": flops / 1e12,
+            "perf/data_wait_share": self._waited / seconds,
+        }
+        return rates | ({"perf/mfu": flops / self._peak} if self._peak else {})
 
     def log_environment(self, **facts: Any) -> None:
         """Write facts about the run to ``environment.json``, besides those that are there."""

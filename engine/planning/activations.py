@@ -27,6 +27,11 @@ def element_bytes(gpu: Gpu) -> int:
     return 2 if gpu.precision == "bf16" else 4
 
 
+def reduced_bytes(config: Config, gpu: Gpu) -> int:
+    """Return the bytes of a gradient on its way between ranks."""
+    return {"fp32": 4, "bf16": 2, "auto": element_bytes(gpu)}[config.train.reduce_dtype]
+
+
 def cpu_attention(gpu: Gpu) -> Backend | None:
     """Return the backend that attention has on this machine's CPU in training; None of a GPU."""
     if not gpu.is_cpu:

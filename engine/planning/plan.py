@@ -28,7 +28,12 @@ from ssast.engine.config import Config
 from ssast.engine.model.objective import PretrainingModel, build_objective
 from ssast.engine.monitoring.gpus import Gpu
 from ssast.engine.parallel.deepspeed_engine import deepspeed_config
-from ssast.engine.planning.activations import activations, cpu_attention, element_bytes
+from ssast.engine.planning.activations import (
+    activations,
+    cpu_attention,
+    element_bytes,
+    reduced_bytes,
+)
 from ssast.engine.planning.work import work
 from ssast.engine.settings import SIZES
 
@@ -241,6 +246,13 @@ def wire_elements(parameters: Parameters, stage: int, micro_steps: int) -> tuple
     return reduced, 2.0 * P * micro_steps if stage == 3 else float(T)
 
 
+def uses_graphs(config: Config, stage: int) -> bool:
+    """Return whether a run launches CUDA graphs, which need no host during the pass."""
+    # Stage 3 gathers weights; with a padding mask the host reads how many patches are valid.
+    needs_host = stage == 3 or config.audio.ignore_padding
+    return config.train.cuda_graphs is not False and not needs_host
+
+
 def step_time(
     config: Config,
     gpu: Gpu,
@@ -263,7 +275,7 @@ def step_time(
         tokens = batch * config.num_tokens
         moved = min(moved, micro_steps * tokens * D * depth * e * COMPILED_TRAFFIC)
         launches = min(launches, depth * COMPILED_LAUNCHES)
-    if config.train.cuda_graphs is not False:
+    if uses_graphs(config, stage):
         launches = GRAPHS
     copied = world_size > 1 or (micro_steps > 1 and e == 2)  # see zero_overrides.py
     launches += COPIES * parameters.tensors * copied
@@ -284,7 +296,8 @@ def step_time(
     if offloaded:  # over PCIe, and on the host
         optimizer_s += (16 + ema_bytes) * parameters.trained / world_size / 20e9
     reduced, gathered = wire_elements(parameters, stage, micro_steps)
-    reduce_s = collective_s(gpu, world_size, e * reduced, 5 * micro_steps)
+    wire = reduced_bytes(config, gpu) * reduced
+    reduce_s = collective_s(gpu, world_size, wire, 5 * micro_steps)
     gather_pieces = depth * 2 * micro_steps if stage == 3 else max(1, math.ceil(gathered / 2e8))
     gather_s = collective_s(gpu, world_size, e * gathered, gather_pieces)
     if parameters.teacher:

@@ -11,7 +11,7 @@ from ssast.engine.config import Config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import step_flops_per_clip
 from ssast.engine.monitoring.gpus import Gpu
-from ssast.engine.planning.activations import element_bytes
+from ssast.engine.planning.activations import element_bytes, reduced_bytes
 from ssast.engine.planning.advice import advise
 from ssast.engine.planning.plan import (
     GIB,
@@ -26,6 +26,7 @@ from ssast.engine.planning.plan import (
     largest_batch,
     memory,
     step_time,
+    uses_graphs,
     wire_elements,
 )
 from ssast.pipelines.figures import save_figure, subplots
@@ -150,7 +151,7 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
         **facts,
         "step": {**vars(time), "total": time.total},
         "communication": {
-            "reduced_gib": e * reduced / GIB,
+            "reduced_gib": reduced_bytes(config, gpu) * reduced / GIB,
             "gathered_gib": e * gathered / GIB,
             "seconds": time.reduce + time.gather,
             "exposed_seconds": time.exposed,
@@ -166,7 +167,12 @@ def make_plan(config: Config, request: PlanRequest) -> dict[str, Any]:
         "memory_table": _memory_table(config, gpu, parameters, W),
         "scaling": _scaling(config, gpu, parameters, choice, sorted({*SCALES, W})),
         "assumptions": _assumptions(
-            config, gpu, per_core, request.clips_per_core is not None, time.convolution > 0
+            config,
+            gpu,
+            choice.stage,
+            per_core,
+            request.clips_per_core is not None,
+            time.convolution > 0,
         ),
     }
 
@@ -230,7 +236,7 @@ def _scaling(
 
 
 def _assumptions(
-    config: Config, gpu: Gpu, per_core: float, measured: bool, convolves: bool
+    config: Config, gpu: Gpu, stage: int, per_core: float, measured: bool, convolves: bool
 ) -> list[str]:
     D_share = f"{gpu.gemm_share:.0%} x D / (D + {gpu.half_width:g})" if gpu.half_width else ""
     return [
@@ -242,7 +248,7 @@ def _assumptions(
         + (f"{gpu.convolution_share:.0%} in grouped convolutions, " if convolves else "")
         + f"{gpu.bandwidth_share:.0%} of the bandwidth; "
         "launches, bytes and FLOPs of the operations as --ledger lists them",
-        _launching(config, gpu),
+        _launching(config, gpu, stage),
         f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
         f"{HIDDEN:.0%} of the backward pass, gathering after the step in the open (ZeRO 1, 2)",
         f"{gpu.base_gib:.3g} GiB for driver and libraries, allocations "
@@ -257,8 +263,8 @@ def _assumptions(
     ]
 
 
-def _launching(config: Config, gpu: Gpu) -> str:
-    if config.train.cuda_graphs is False:
+def _launching(config: Config, gpu: Gpu, stage: int) -> str:
+    if not uses_graphs(config, stage):
         return f"each kernel launched by itself, in {gpu.launch_us:g} us"
     return (
         "masks, forward and backward pass launched as CUDA graphs (train.cuda_graphs), all else "

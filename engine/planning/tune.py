@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ssast.engine.config import Config, dump_config
+from ssast.engine.config import Config, dump_config, to_plain
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.kernels.attention import candidates
@@ -143,7 +144,9 @@ def fastest(tried: list[Candidate]) -> Candidate:
 
 
 def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
-    """Write the configuration with the fastest settings, for ``ssast pretrain``.
+    """Write what was set, and the fastest settings, for ``ssast pretrain``.
+
+    What nobody set is left out, so that a run still takes it from its checkpoint.
 
     Args:
         config: The configuration as given.
@@ -162,7 +165,23 @@ def write_tuned(config: Config, tried: list[Candidate], path: Path) -> None:
         words.append(
             f"# train.batch_size was {config.train.batch_size}: steps and optim.lr are as they were"
         )
-    write_atomically(path, "\n".join(words) + "\n" + dump_config(best.config))
+    settings = dump_config(_set_or_tuned(config, best.config))
+    write_atomically(path, "\n".join(words) + "\n" + settings)
+
+
+def _set_or_tuned(given: Config, best: Config) -> dict[str, Any]:
+    """Return what the user or the recipe set, and what tuning has changed, by section."""
+    before, stated = to_plain(given), given.stated
+    found = {
+        section: {
+            key: value
+            for key, value in values.items()
+            if stated is None or f"{section}.{key}" in stated or value != before[section][key]
+        }
+        for section, values in to_plain(best).items()
+    }
+    # An empty section finetune still says what is trained.
+    return {name: keys for name, keys in found.items() if keys or name == "finetune"}
 
 
 def format_line(candidate: Candidate) -> str:

@@ -56,19 +56,21 @@ def describe_cache(config: Config, world: World, num_clips: int, start: int) -> 
     size = f"{_needed_gib(config, num_clips):.3g} of {config.data.cache_gib:g} GiB"
     where = "in memory" if len(shares) == 1 else f"in memory on each of {len(shares)} machines"
     text = f"filterbanks of {kept:.0%} of the training clips are cached, {size} {where}"
+    mixed = config.finetune is not None and config.finetune.mixup > 0
+    partners = "; mixup's partners, one for each clip, are read anew each time" * mixed
     weighted = config.data.mix is not None or config.data.sample_weights is not None
     if weighted or (config.finetune is not None and config.finetune.balanced_sampling):
-        return text  # how often each clip is drawn depends on its weight
+        return text + partners  # how often each clip is drawn depends on its weight
     epochs = (config.train.steps * config.train.batch_size - start) / num_clips
     if epochs <= 0:
-        return text
+        return text + partners
     hits = expected_hits(kept, shares, epochs)
     text += f"; expected hits: {hits:.0%} over {epochs:.3g} epochs"
     if epochs > 1:
         text += f", {kept * (shares**2).sum():.0%} in the second"
     if hits < FEW_HITS:
         text = f"warning: {text}: data.cache_gib=0 would cost little"
-    return text
+    return text + partners
 
 
 def expected_hits(kept: float, shares: np.ndarray, epochs: float) -> float:

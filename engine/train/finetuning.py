@@ -34,16 +34,19 @@ from ssast.engine.monitoring.reporting import reporting
 from ssast.engine.parallel.deepspeed_engine import TrainEngine
 from ssast.engine.parallel.ranks import broadcast_object, gather_rows, run_on_main
 from ssast.engine.registry import METRICS
+from ssast.engine.train.inputs import of_test
 from ssast.engine.train.step import evaluate
 from ssast.engine.train.task import Progress, RunContext, Task
 from ssast.pipelines.clips.order import rank_positions, read_weights
 from ssast.pipelines.errors import DataError
+from ssast.pipelines.files import write_atomically
 from ssast.pipelines.stream.batch import Batch
 from ssast.pipelines.text import say
 
 Evaluation = tuple[dict[str, float], np.ndarray, np.ndarray]
 """Metrics, logits [n, C], and which clips could be read, [n] bool."""
 
+TEST_CLIPS = "test/clips.json"  # which clips the metrics beside it are of
 AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
 
 
@@ -192,13 +195,15 @@ class Finetuning(Task):
                 fbank, batch.num_frames, batch.other_fbank, batch.other_frames, share
             )
             targets = augment.mix_targets(targets, others, share)
+        whole = torch.full_like(batch.num_frames, fbank.shape[1])
+        frames = batch.num_frames if audio.ignore_padding else whole
         if settings.freq_mask or settings.time_mask:
-            fbank = augment.spec_augment(fbank, draw, settings.freq_mask, settings.time_mask)
+            fbank = augment.spec_augment(
+                fbank, draw, settings.freq_mask, settings.time_mask, frames
+            )
         if settings.noise:
             fbank = augment.add_noise(fbank, draw, 2 * audio.std * settings.noise)
         if settings.roll:
-            whole = torch.full_like(batch.num_frames, fbank.shape[1])
-            frames = batch.num_frames if audio.ignore_padding else whole
             fbank = augment.roll(fbank, draw, settings.roll, frames)
         return fbank, targets
 
@@ -296,7 +301,7 @@ class Finetuning(Task):
         that fails, the resumed run writes the report.
         """
         run, world, step = self.context.folder, self.context.world, progress.step
-        test = self.settings.test
+        test = self._test_clips()
         done, reported = run_on_main(lambda: (finished_at(run), is_reported(run, test)), world)
         if done != step:
             chosen, valid = self._keep_best(engine, progress)
@@ -314,7 +319,14 @@ class Finetuning(Task):
                 results["test"] = self._evaluate(engine, self.splits.test, "test")
             except DataError as error:
                 raise type(error)(f"{error}; {safe}") from error
-        run_on_main(lambda: self._report(chosen, splits, results, safe), world)
+        epochs = step / self.steps_per_epoch
+        run_on_main(lambda: self._report(chosen, splits, results, safe, epochs), world)
+
+    def _test_clips(self) -> dict[str, str] | None:
+        """Return which clips are the test clips, if there are any."""
+        if self.splits.test is None:
+            return None
+        return {"finetune.test": str(self.settings.test), **of_test(self.splits.test)}
 
     def _keep_best(self, engine: TrainEngine, progress: Progress) -> tuple[str, Evaluation]:
         """Save the chosen weights; return which, and their held-out metrics. Collective."""
@@ -377,6 +389,7 @@ class Finetuning(Task):
         splits: dict[str, LabelledClips],
         results: dict[str, Evaluation],
         safe: str,
+        epochs: float,
     ) -> None:
         """Write the report of the run, last of all report.md; print the metrics."""
         run = self.context.folder
@@ -385,8 +398,11 @@ class Finetuning(Task):
             clips = f"{read.sum()} of {len(read)} clips"
             say(f"{split} ({chosen}), {clips}: {shown}")
         with reporting(safe):
+            (run / REPORT).unlink(missing_ok=True)  # no report beside parts of another one
             for split, (values, logits, read) in results.items():
                 write_split(run / split, splits[split], logits, read, values, self.settings.loss)
+            if "test" in results:
+                write_atomically(run / TEST_CLIPS, json.dumps(self._test_clips(), indent=1) + "\n")
             write_report(
                 run / REPORT,
                 self.context.config,
@@ -394,18 +410,14 @@ class Finetuning(Task):
                 chosen,
                 {split: values for split, (values, _, _) in results.items()},
                 {split: read for split, (_, _, read) in results.items()},
+                epochs,
             )
 
 
 def finished_at(run: Path) -> int | None:
     """Return the step at which the classifier of a run was saved; None if it was not."""
-    meta = _finished_meta(run)
-    return None if meta is None else int(meta["step"])
-
-
-def _finished_meta(run: Path) -> dict[str, Any] | None:
     found = Checkpoints(run / CHOSEN).latest()
-    return None if found is None else json.loads((found / META).read_text(encoding="utf-8"))
+    return None if found is None else int(json.loads((found / META).read_text("utf-8"))["step"])
 
 
 def is_finished(run: Path) -> bool:
@@ -413,15 +425,11 @@ def is_finished(run: Path) -> bool:
     return finished_at(run) is not None and (run / REPORT).is_file()
 
 
-def is_reported(run: Path, test: str | None) -> bool:
+def is_reported(run: Path, test: dict[str, str] | None) -> bool:
     """Return whether a finished run has its report, also on these test clips, if there are any."""
-    if not (run / REPORT).is_file():
-        return False
-    meta = _finished_meta(run)
-    return test is None or (
-        (run / "test" / "metrics.json").is_file()
-        and meta is not None
-        and meta["config"]["finetune"]["test"] == test
+    written = run / TEST_CLIPS
+    return (run / REPORT).is_file() and (
+        test is None or (written.is_file() and json.loads(written.read_text("utf-8")) == test)
     )
 
 

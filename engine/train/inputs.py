@@ -80,11 +80,18 @@ def of_splits(config: Config, splits: Splits, pretrained: nn.Module | None) -> F
     for name, clips in (("training", splits.train), ("validation", splits.valid)):
         found[f"labels of the {name} clips"] = _labels(clips)
     if splits.test is not None:
-        found["test clips"] = fingerprint(splits.test.paths)[:16]
-        found["labels of the test clips"] = _labels(splits.test)
+        found |= of_test(splits.test)
     if splits.class_weights is not None:
         found["class weights (finetune.class_weights)"] = _digest([splits.class_weights.tobytes()])
     return found
+
+
+def of_test(clips: LabelledClips) -> Fingerprints:
+    """Return the fingerprints of the test clips and of their labels."""
+    return {
+        "test clips": fingerprint(clips.paths)[:16],
+        "labels of the test clips": _labels(clips),
+    }
 
 
 def versions() -> Fingerprints:

@@ -185,10 +185,15 @@ def check_start(config: Config, *, resume: bool) -> bool:
     def begun() -> bool:
         if not resume:
             _check_free(checkpoints.latest())
-        return any(checkpoints.folder.glob("step*"))  # verified when it is taken up
+        return has_begun(checkpoints.folder.parent)
 
     with expecting_peers(world):
         return run_on_main(begun, world)
+
+
+def has_begun(run: Path) -> bool:
+    """Return whether a run has a checkpoint, which is verified when it is taken up."""
+    return any((run / "checkpoints").glob("step*"))
 
 
 def _check_free(found: Path | None) -> None:

@@ -141,7 +141,10 @@ class Trainer:
                 if self.stop.ends:
                     self._end_early()
                     best = best if validate else self._validate()
-                last = stopped or self._finished()
+                finished = self._finished()
+                if finished and not log:  # by patience or a callback
+                    self._log(lr)
+                last = stopped or finished
                 if best is not None or last or step % settings.save_every == 0:
                     self._save(best, last=last)
                 if stopped:

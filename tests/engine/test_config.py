@@ -114,6 +114,12 @@ def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
         ("run.loggers=[tensorbord]", r"run.loggers\[0\] must be one of .*mean tensorboard?"),
         ("objective.num_masked=511", "objective.num_masked must be at most 510 of the 8 x 64"),
         ("objective={kind: joint, clones: 4}", "objective.clones is for .* latent, got 'joint'"),
+        ("optim.min_lr=1e-6", "optim.min_lr is for optim.schedule cosine, got 'plateau'"),
+        (
+            "optim={schedule: constant, plateau_patience: 5}",
+            "optim.plateau_patience is for optim.schedule plateau, got 'constant'",
+        ),
+        ("optim.decay_every=2", "optim.decay_every is for optim.schedule multistep, got 'plateau'"),
         ("train.zero_stage=0", "train.zero_stage must be 1, 2 or 3, got 0: "),
         ("model=3", "model: expected a mapping"),
         ("train.steps", "expected section.key=value, got 'train.steps'"),
@@ -125,6 +131,13 @@ def test_mistakes_are_named_in_one_line(override, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path, ""), [override])
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_may_hold_the_keys_of_other_schedules(tmp_path):
+    recipe = write(tmp_path, "optim: {plateau_patience: 5, min_lr: 1e-6}")
+    for schedule in ("constant", "cosine", "plateau"):
+        given = [f"optim.schedule={schedule}", "optim.decay_factor=0.5"]  # its default
+        assert load_config(recipe, given).optim.plateau_patience == 5
 
 
 def test_what_needs_the_other_kind_of_training_is_refused(tmp_path):

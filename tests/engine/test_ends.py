@@ -1,15 +1,18 @@
 """How a fine-tuning ends: patience, averages, signals, and what is left to a resumed run."""
 
+import csv
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from finetune_runs import load, plain_file
+from finetune_runs import load, manifest, plain_file
 from runs import lines
 
 from ssast.engine.errors import ConfigError
 from ssast.engine.finetune import finetune
+from ssast.engine.monitoring.monitor import read_metrics
 from ssast.engine.train.finetuning import Finetuning
 from ssast.engine.train.task import Progress
 from ssast.engine.train.trainer import Trainer
@@ -24,8 +27,14 @@ def test_patience_goes_by_the_metric_alone(splits, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(Finetuning, "validate", validate)
     config = load(plain_file(tmp_path), splits, tmp_path / "run", finetune__epochs=30,
-                  finetune__patience=2, finetune__average_last_epochs=3)  # fmt: skip
+                  finetune__patience=2, finetune__average_last_epochs=3,
+                  train__log_every=2)  # fmt: skip
     assert finetune(config) == 0
+    logged = lines(tmp_path / "run", "train")
+    assert [line["step"] for line in logged] == [2, 4, 6, 8, 9]  # also the last steps
+    rates = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "perf/step_s" in row]
+    assert [row["step"] for row in rates] == [2, 4, 6, 8] and all(r["perf/step_s"] for r in rates)
+    assert ", 3 epochs of 24 clips" in (tmp_path / "run/report.md").read_text()
     assert [line["step"] for line in lines(tmp_path / "run", "valid")] == [0, 3, 6, 9]
     best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
     assert best["step"] == 9
@@ -90,3 +99,24 @@ def test_other_test_clips_are_evaluated_by_a_resumed_run(splits, tmp_path):
     assert finetune(config, resume=True) == 0
     assert "| test | 9 of 9 |" in (run / "report.md").read_text()
     assert (run / "test" / "metrics.json").is_file() and lines(run, "train") == trained
+
+
+def test_the_report_is_of_the_test_clips_that_are_named_now(splits, tmp_path):
+    """Also after others were, and where the same file lists others."""
+    run, other = tmp_path / "run", tmp_path / "test2.json"
+    clips = sorted((splits["test"].parent / "test").glob("*.wav"))
+
+    def tested(test):
+        config = load(plain_file(tmp_path), splits | {"test": test}, run, finetune__epochs=1)
+        assert finetune(config, resume=True) == 0
+        named = {Path(row["wav"]) for row in csv.DictReader((run / "test/predictions.csv").open())}
+        assert f"| test | {len(named)} of {len(named)} |" in (run / "report.md").read_text()
+        return named
+
+    assert tested(splits["test"]) == set(clips)
+    assert tested(manifest(other, clips[:6])) == set(clips[:6])
+    assert tested(manifest(other, clips[3:7])) == set(clips[3:7])
+    assert tested(splits["test"]) == set(clips)
+    before = (run / "test/metrics.json").stat().st_mtime_ns
+    assert tested(splits["test"]) == set(clips)
+    assert (run / "test/metrics.json").stat().st_mtime_ns == before

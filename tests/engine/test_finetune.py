@@ -46,7 +46,8 @@ def test_a_run_leaves_what_it_should(finetuned):
     assert "| test | 9 of 9 |" in (run / "report.md").read_text()
     for split in ("valid", "test"):
         names = {path.name for path in (run / split).iterdir()}
-        assert names == {"metrics.json", "predictions.csv", "confusion.png", "classes.png"}
+        written = {"metrics.json", "predictions.csv", "confusion.png", "classes.png"}
+        assert names == written | ({"clips.json"} if split == "test" else set())
     with (run / "test" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 9 and {row["labels"] for row in rows} == {"pitch0", "pitch1", "pitch2"}

@@ -1,6 +1,7 @@
 """Cross-validation: a run for each fold, resumable, and one report."""
 
 import json
+import shutil
 import signal
 import statistics
 
@@ -12,9 +13,9 @@ from runs import call, lines, stop_at
 from ssast.engine.cli.main import main
 from ssast.engine.config import finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
-from ssast.engine.errors import ConfigError
+from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import read_predictions
-from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds
+from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds, write_folds
 from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
 from ssast.pipelines.errors import DataError
@@ -82,6 +83,7 @@ def test_the_report_is_of_all_folds(whole, folds):
     assert right / len(pairs) > 0.5  # chance: a third
     report = (whole / "report.md").read_text()
     assert "pretrained.pth, loss ce" in report
+    assert ", 2 epochs each. Weights" in report
     assert "| mean | 36 of 36 |" in report and "| standard deviation |" in report
     assert (whole / "confusion.png").stat().st_size > 1000
     stored = load_config(whole / "fold_2" / "config.yaml")
@@ -108,6 +110,21 @@ def test_a_killed_cross_validation_goes_on(whole, recipe, checkpoint, tmp_path, 
     assert (run / "fold_1" / "report.md").stat().st_mtime_ns == first
     assert lines(run / "fold_2", "train") == lines(whole / "fold_2", "train")
     assert (run / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+
+
+def test_folds_that_have_all_begun_need_no_initial_checkpoint(whole, recipe, tmp_path, capsys):
+    run, gone = tmp_path / "run", tmp_path / "gone.pth"
+    shutil.copytree(whole, run)
+    (run / "report.md").unlink()
+    given = command(recipe, run, gone)[2:-2]
+    for named in ([], [f"finetune.checkpoint={gone}"]):
+        config = load_config(recipe, [*given, *named])
+        assert cross_validate(config, None if named else gone, resume=True) == 0
+        assert capsys.readouterr().out.count("not needed, as the run goes on from its own") == FOLDS
+    assert (run / "report.md").is_file()
+    shutil.rmtree(run / "fold_3")
+    with pytest.raises(CheckpointError, match=r"gone\.pth"):
+        cross_validate(load_config(recipe, given), gone, resume=True)
 
 
 def test_a_fold_is_looked_at_once_or_chosen_on(recipe, folds):
@@ -158,11 +175,30 @@ def test_clips_that_the_folds_would_replace_are_refused(role, key, recipe, folds
         cross_validate(config)
 
 
+def test_from_scratch_all_layers_learn_alike(folds, tmp_path, capsys):
+    """A recipe's layer decay is for pretrained layers; also in folds, and when they go on."""
+    path = tmp_path / "decayed.yaml"
+    path.write_text(f"finetune: {{folds: {folds}, layer_decay: 0.75}}\n")
+    given = [*overrides(finetune__epochs=1), f"run.folder={tmp_path / 'run'}"]
+    for resume in (False, True):
+        assert cross_validate(load_config(path, given), resume=resume) == 0
+        stored = [load_config(found) for found in tmp_path.glob("run/*/config.yaml")]
+        assert [config.finetune.layer_decay for config in stored] == [1.0] * FOLDS
+        line = "finetune.layer_decay 0.75 of decayed.yaml is left out: from scratch, "
+        assert capsys.readouterr().out.count(line) == FOLDS
+
+
 def test_the_published_recipes_have_five_folds():
     for name, role in (("esc50", "valid"), ("iemocap", "test")):
         for kind in ("patch", "frame"):
             settings = finetune_settings(load_config(f"{name}_{kind}"))
             assert (settings.folds, settings.fold_role) == (f"data/{name}", role)
+
+
+@pytest.mark.parametrize("kind", ["patch", "frame"])
+def test_keywords_are_drawn_as_published(kind):
+    """S3PRL's sampler of Speech Commands 1 makes all classes equally frequent; SUPERB uses it."""
+    assert finetune_settings(load_config(f"speechcommands_v1_{kind}")).balanced_sampling
 
 
 def test_what_is_wrong_with_a_fold_is_said_before_the_first(folds, checkpoint, tmp_path):
@@ -198,3 +234,13 @@ def test_clips_of_several_labels_have_a_report_of_all_folds(folds, checkpoint, t
     found = json.loads((tmp_path / "run/metrics.json").read_text())
     assert found["mean"]["map"] > 0 and "pooled" not in found and len(found["folds"]) == FOLDS
     assert "3 folds" in (tmp_path / "run/report.md").read_text()
+
+
+def test_the_report_has_the_epochs_that_were_trained(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run/fold_2/config.yaml"
+    text = path.read_text()
+    assert "validate_every: 3\n" in text
+    path.write_text(text.replace("validate_every: 3\n", "validate_every: 6\n"))
+    write_folds(tmp_path / "run", [1, 2, 3], "valid", "folds")
+    assert ", 1 to 2 epochs each. Weights" in (tmp_path / "run/report.md").read_text()

@@ -29,7 +29,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # lowest first
         ("demo",),
     ),
     "engine": (
-        ("settings", "errors"),
+        ("errors",),
+        ("settings",),
         ("finetune_settings", "objective_settings"),
         ("registry",),
         ("config",),

@@ -10,8 +10,8 @@ from sounds import tone, write
 
 from ssast.engine.cli.main import main
 from ssast.engine.cli.status import files_status
-from ssast.engine.config import load_config
-from ssast.engine.finetune import without_effect
+from ssast.engine.config import finetune_settings, load_config
+from ssast.engine.finetune import without_effect, without_layer_decay
 from ssast.pipelines.errors import DataError, StorageError
 from ssast.pipelines.locks import exclusive
 from ssast.pipelines.text import print_error, shows_progress
@@ -105,10 +105,27 @@ def test_a_probe_that_knows_its_test(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_settings_of_pretraining_in_a_fine_tuning() -> None:
-    given = ["data.train=x", "train.steps=5", "objective.kind=latent"]
+    given = ["data.train=x", "train.steps=5", "train.validate_every=1", "objective.kind=latent"]
     (line,) = without_effect(load_config("classifier", given))
-    assert line.startswith("train.steps, objective.kind: of pretraining, not used")
+    assert line.startswith("train.steps, train.validate_every, objective.kind: of pretraining, ")
+    assert "not used; finetune.epochs says how long, and each ends with a validation" in line
     assert without_effect(load_config("classifier", given[:1])) == []
+
+
+def test_the_layer_decay_of_a_recipe_is_for_pretrained_layers(tmp_path: Path) -> None:
+    folder = f"run.folder={tmp_path}"
+    left, (line,) = without_layer_decay(load_config("classifier", [folder]), begun=False)
+    assert finetune_settings(left).layer_decay == 1.0 and "0.75 of classifier.yaml" in line
+    for given in ("finetune.layer_decay=0.75", "finetune.checkpoint=x"):
+        kept, lines = without_layer_decay(load_config("classifier", [folder, given]), begun=False)
+        assert finetune_settings(kept).layer_decay == 0.75 and not lines
+    # A run that was begun with it goes on with it, from its own file or from the recipe.
+    stored = tmp_path / "config.yaml"
+    for used in (0.75, 1.0):
+        stored.write_text(f"finetune: {{layer_decay: {used}}}\n")
+        for config in (load_config("classifier", [folder]), load_config(stored, [folder])):
+            kept, _ = without_layer_decay(config, begun=True)
+            assert finetune_settings(kept).layer_decay == used
 
 
 @pytest.mark.parametrize("name", ["shards/00000.tar", "index.npy", "report.json"])

@@ -25,9 +25,13 @@ def labelled(labels, num_classes):
 
 
 def augmented(draw, fbank):
-    shaped = augment.spec_augment(fbank, draw, 8, 12)
+    shaped = augment.spec_augment(fbank, draw, 8, 12, whole(fbank))
     noisy = augment.add_noise(shaped, draw, 0.5)
-    return augment.roll(noisy, draw, 10, torch.full((len(fbank),), fbank.shape[1]))
+    return augment.roll(noisy, draw, 10, whole(fbank))
+
+
+def whole(fbank):
+    return torch.full((len(fbank),), fbank.shape[1])
 
 
 def test_a_clip_is_augmented_the_same_in_any_batch():
@@ -107,7 +111,7 @@ def test_mixtures_are_as_long_as_the_first_clip():
 
 def test_spec_augment_hides_one_band_and_one_run():
     fbank = torch.ones(500, 30, 20)
-    hidden = augment.spec_augment(fbank, draw(500), 8, 12) == 0
+    hidden = augment.spec_augment(fbank, draw(500), 8, 12, whole(fbank)) == 0
     bins, times = hidden.all(1), hidden.all(2)  # [B, F], [B, T]
     assert torch.equal(hidden, bins[:, None, :] | times[:, :, None])
     for flags, widest in ((bins, 8), (times, 12)):
@@ -116,9 +120,22 @@ def test_spec_augment_hides_one_band_and_one_run():
         assert (edges <= 2).all() and width.max() == widest - 1  # below the parameter, as published
         assert width.float().mean().item() == pytest.approx((widest - 1) / 2, abs=0.4)
         assert flags[:, 0].any() and flags[:, -2].any()
-    shares = augment.spec_augment(fbank, draw(500), 8 / 20, 12 / 30)
+    shares = augment.spec_augment(fbank, draw(500), 8 / 20, 12 / 30, whole(fbank))
     assert torch.equal(shares == 0, hidden)
-    assert torch.equal(augment.spec_augment(fbank, draw(500), 0, 0), fbank)
+    assert torch.equal(augment.spec_augment(fbank, draw(500), 0, 0, whole(fbank)), fbank)
+
+
+@pytest.mark.parametrize("mask", [12 / 30, 12])
+def test_spec_augment_hides_of_a_short_clip_what_it_hides_of_a_long_one(mask):
+    fbank = torch.ones(4000, 300, 20)
+    frames = torch.tensor([30, 10] * 2000)
+    hidden = (augment.spec_augment(fbank, draw(4000), 0, mask, frames) == 0).all(2)
+    assert not hidden[0::2, 30:].any() and not hidden[1::2, 10:].any()
+    widths = hidden.sum(1)
+    assert widths[0::2].max() == 11 and widths[1::2].max() == (3 if mask < 1 else 9)
+    assert hidden[1::2, 0].any() and hidden[1::2, 8].any()
+    alone = augment.spec_augment(fbank[:, :30], draw(4000), 0, mask, frames.clamp(min=30))
+    assert torch.equal(hidden[0::2, :30], (alone == 0).all(2)[0::2])
 
 
 def test_noise_is_positive_and_bounded():

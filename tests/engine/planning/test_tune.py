@@ -1,11 +1,14 @@
 """Tuning: what it chooses, what it survives, and that what it writes can be trained with."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace as Memory
 
 import pytest
+from paths import ROOT
 from runs import overrides, write_config
 
+from ssast.engine.checkpoints.adopt import adopt
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import ConfigError
@@ -14,6 +17,7 @@ from ssast.engine.planning import tune as tuning
 from ssast.engine.planning.trial import Trial, try_out
 from ssast.engine.planning.tune import fastest, format_results, tune, write_tuned
 from ssast.engine.registry import BACKBONES, OBJECTIVES
+from ssast.engine.settings import Audio
 
 
 @pytest.fixture
@@ -155,6 +159,37 @@ def test_what_is_written_is_a_configuration(config, tmp_path):
     written = load_config(path)
     best = fastest(results).config
     assert replace(written, run=best.run) == replace(best, run=best.run)
+
+
+def test_what_nobody_set_is_left_to_the_checkpoint(tmp_path, capsys):
+    """The tuned file of a continued run has no defaults that would override the checkpoint."""
+    given = load_config("continue", ["model.size=tiny"])
+    run, _ = machine(overhead_s=1.6)
+    write_tuned(given, tune(given, run=run), tmp_path / "tuned.yaml")
+    tuned = load_config(tmp_path / "tuned.yaml", ["train.checkpoint=runs/ckpt"])
+    assert tuned.train.batch_size == 384 and tuned.optim == given.optim
+    audio = Audio(num_frames=128, mean=-6.5, ignore_padding=True)
+    theirs = replace(given, audio=audio, objective=replace(given.objective, num_masked=16))
+    adopted, _ = adopt(tuned, theirs, "ckpt")
+    assert adopted.audio == audio and adopted.objective.num_masked == 16
+    path = tmp_path / "empty.yaml"
+    path.write_text("finetune: {}\n")
+    given = load_config(path)
+    write_tuned(given, tune(given, run=run), path)
+    assert load_config(path).finetune == given.finetune
+
+
+@pytest.mark.parametrize("recipe", ["continue", "classifier"])
+def test_a_plan_is_of_the_checkpoints_model(recipe, tmp_path, capsys):
+    section = "train" if recipe == "continue" else "finetune"
+    given = f"{section}.checkpoint={ROOT / 'checkpoints/tiny_patch'}"
+    assert main(["plan", recipe, given, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["model"].startswith("tiny, ") and "size tiny" in shown.err
+    for command in ("plan", "tune"):
+        assert main([command, recipe, f"{section}.checkpoint={tmp_path / 'none'}"]) == 2
+        shown = capsys.readouterr()
+        assert not shown.out and f"{tmp_path / 'none'}: " in shown.err
 
 
 def test_mistakes_are_named(config, capsys):

@@ -131,3 +131,14 @@ def test_few_hits_are_warned_of(world, monkeypatch: pytest.MonkeyPatch) -> None:
         text = caching.describe_cache(config, world, 100, 0)
         assert text is not None and text.startswith("warning: ") == warned
         assert ("expected hits" in text) == ("data__sample_weights" not in changed)
+
+
+def test_the_partners_of_mixup_are_said_to_be_read(world, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """The cache serves the training clips alone, however often it is asked."""
+    monkeypatch.setattr(caching, "machines_of", lambda world: ["a"])
+    said = "; mixup's partners, one for each clip, are read anew each time"
+    for steps in ("train.steps=24", "train.steps=1", "finetune.balanced_sampling=true"):
+        for mixup in (0.0, 0.5):
+            changed = [steps, f"finetune.mixup={mixup}", "data.cache_gib=1"]
+            text = caching.describe_cache(load_config("classifier", changed), world, 100, 0)
+            assert text is not None and text.endswith(said) == (mixup > 0)

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+from dataclasses import replace
 
+import finetune_runs
 import noise_runs
 import pytest
 import torch
@@ -121,6 +123,19 @@ def test_dropped_tokens_are_not_computed_and_evaluation_uses_all(world, stride, 
     assert patches < rows * (columns - 1)
     assert lengths == [2 + patches] * 3 + [2 + rows * columns]
     assert config.num_tokens == 2 + patches
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_without_padding_the_time_mask_lies_in_the_clips_own_frames(ignored, world):
+    alone = dict.fromkeys(finetune_runs.AUGMENTED, 0) | {"finetune__time_mask": 0.9}
+    config = noise_runs.configure(finetune=True, audio__ignore_padding=ignored, **alone)
+    fbank = noise(config, config.train.batch_size)
+    task = synthetic_task(SyntheticContext(config, world, fbank=fbank))
+    with task.train_batches(0) as batches:
+        batch = next(batches)
+    batch = replace(batch, num_frames=torch.full_like(batch.num_frames, 16))
+    masked = task.inputs(batch, training=True)[0][0] != batch.fbank
+    assert masked[:, :16].any() and masked[:, 16:].any() == (not ignored)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
