@@ -35,6 +35,7 @@ SOUNDS: tuple[str, ...] = (  # settings of a small model for synthetic sounds
     *("model.size=tiny", "model.depth=2", "finetune.loss=ce", "optim.lr=1e-3"),
     *("optim.warmup_steps=10", "train.batch_size=16", "train.precision=fp32"),
     *("finetune.freq_mask=0", "finetune.time_mask=0", "data.valid_share=0.2"),
+    "finetune.layer_decay=0.75",  # of the recipe, which leaves it out from scratch
 )
 LABELLED: tuple[str, ...] = ("finetune.checkpoint=null",)  # unless another is given
 
