@@ -69,8 +69,21 @@ def variation(cells: Cells, names: Sequence[str], tasks: Sequence[str]) -> Varia
     return Variation(statistics.mean(variances) ** 0.5, statistics.mean(known) ** 0.5)
 
 
+def begun(cells: Cells) -> bool:
+    """Return whether something of an ablation is finished."""
+    return bool({model.name for model in ABLATIONS} & {name for name, _ in cells})
+
+
 def ablations(plan: Plan, cells: Cells) -> list[str]:
-    """Describe the power of the ablations, and tabulate what they showed."""
+    """Describe the power of the ablations, and tabulate what they showed; say so if nothing."""
+    if not begun(cells):
+        names = " ".join(model.name for model in ABLATIONS)
+        return [
+            f"Not run with this plan; `ssast bench reproduce --only {names}` runs them. An earlier "
+            "study, with one to three seeds on two tasks, told none of them apart from the "
+            "published setting.",
+            "",
+        ]
     tasks = plan.ablation_tasks
     lines = [
         "Test accuracy in percent. Each seed of an ablation has a pretraining of its own, of "

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ssast.benchmarks.study.ablations import ablations, told_apart
+from ssast.benchmarks.study.ablations import ablations, begun, told_apart
 from ssast.benchmarks.study.analysis import (
     PUBLISHED_ABLATIONS,
     Cells,
@@ -257,15 +257,16 @@ def _write_page(plan: Plan, out: Path, docs: Path) -> Path:
         for name, paths in drawn.items()
     }
     # Of the kept steps, those of which something is finished.
-    begun = [model for model in kept_models(plan) if any(name == model.name for name, _ in cells)]
+    kept = [model for model in kept_models(plan) if any(name == model.name for name, _ in cells)]
+    own_marks = OBJECTIVES if begun(cells) else (*OBJECTIVES, *ABLATIONS)  # in their sections
     waiting = []
-    for model in (*MODELS.values(), *begun):
+    for model in (*MODELS.values(), *kept):
         tasks = [
             task
             for task in plan.tasks_of(model)
             if not is_complete(plan, model, cells.get((model.name, task)))
         ]
-        if tasks and model not in OBJECTIVES:  # marked in their section
+        if tasks and model not in own_marks:
             waiting.append(f"{model.what} ({', '.join(tasks)})")
     clips, reports = gains_by_clips(plan, cells), read_reports(out)
     sections = [

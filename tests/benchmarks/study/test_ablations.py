@@ -83,6 +83,9 @@ def test_where_a_difference_holds():
 
 
 def test_the_table(plan, tmp_path):
+    assert "--only short generative discriminative masked-100 masked-250` runs" in "\n".join(
+        ablations(plan, {})
+    )
     for rate in plan.rates:
         fake(plan, tmp_path, "patch", "pitch", rate, 0, 0.5, 8)
     for model, rights in ((ABLATIONS[0], (8, 8)), (ABLATIONS[1], (4, 6))):
