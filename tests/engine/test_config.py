@@ -37,7 +37,9 @@ def test_the_recipes_are_as_published(size):
         assert (config.model.size, config.model.patch) == (size, patch)
         assert (config.objective.mask, config.objective.num_masked) == (mask, 400)
         assert (config.audio.mean, config.audio.std) == (-4.2677393, 4.5689974)
-        assert (config.optim.lr, config.optim.betas) == (1e-4, (0.95, 0.999))
+        rate, batch = (5e-4, 120) if size == "tiny" else (1e-4, 24)
+        assert (config.optim.lr, config.optim.betas) == (rate, (0.95, 0.999))
+        assert config.train.batch_size == batch
         assert (config.optim.weight_decay, config.optim.warmup_steps) == (5e-7, 1000)
         assert config.train.steps * config.train.batch_size == 19_200_000
 

@@ -38,7 +38,7 @@ REFUSED = {
     "plan tiny_patch --png TAKEN/stats.json/b.png": "stats.json: cannot be written to",
     "predict RUN a.wav --out TAKEN/stats.json/x": "x: cannot be written to",
     "probe RUN --tasks SOUNDS --out TAKEN/stats.json/x": "x: cannot be written to",
-    "pretrain tiny_patch optim.min_lr=1": "optim.min_lr must be at most 0.0001, got 1",
+    "pretrain tiny_patch optim.min_lr=1": "optim.min_lr must be at most 0.0005, got 1",
 }
 
 

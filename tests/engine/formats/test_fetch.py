@@ -123,11 +123,10 @@ def test_weights_are_fetched_once_by_name(server, weights, tmp_path, caplog):
     ]
 
 
-def test_the_five_minutes_of_the_readme(server, tmp_path, monkeypatch, capsys):
+def test_the_four_lines_of_the_readme(server, tmp_path, monkeypatch, capsys):
     """Its commands, word for word, with a small model under the published name."""
-    text = (
-        (ROOT / "README.md").read_text().partition("## In five minutes\n")[2].partition("\n## ")[0]
-    )
+    readme = (ROOT / "README.md").read_text()
+    text = readme.partition("## A classifier in four lines\n")[2].partition("\n## ")[0]
     shown = re.findall(r"^    (.*)$", text, re.M)
     rows, commands = shown[:3], [line for line in shown if line.startswith("ssast ")]
     assert [line.partition(" ")[0] for line in shown[3:]] == ["ssast"] * len(commands)
