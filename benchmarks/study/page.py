@@ -135,7 +135,8 @@ def _ablation_claims(plan: Plan, cells: Cells) -> list[str]:
 
 def without_chance(plan: Plan, cells: Cells, family: str) -> str:
     """Say what the mean gain is without tasks on which the model from scratch learned nothing."""
-    scratch = {t: cells[f"{family}-scratch", t] for t in plan.tasks if (family, t) in cells}
+    pairs = {t: (cells.get((f"{family}-scratch", t)), (family, t) in cells) for t in plan.tasks}
+    scratch = {task: cell for task, (cell, both) in pairs.items() if cell is not None and both}
     learned = [task for task, cell in scratch.items() if cell.mean > chance_of(plan, task)[0]]
     nothing = [task for task in scratch if task not in learned]
     rest = gain(cells, family, family, learned)
@@ -245,8 +246,9 @@ def write_page(out: Path, docs: Path) -> Path:
         ConfigError: There are no runs.
         DataError: The plan or a manifest is damaged.
     """
+    plan = stored_plan(out)
     with in_turn(out, "another process writes the page"):
-        return _write_page(stored_plan(out), out, docs)
+        return _write_page(plan, out, docs)
 
 
 def _write_page(plan: Plan, out: Path, docs: Path) -> Path:

@@ -260,7 +260,7 @@ def folders_of(plan: Plan, out: Path) -> Iterator[Path]:
 
 
 def fetch_runs(out: Path, folder: Path) -> None:
-    """Fetch plan and runs of a store, as far as they are not in the folder of the runs.
+    """Fetch the plan of a store, and the runs that are not in the folder of the runs.
 
     Args:
         out: Folder of the runs.
@@ -274,7 +274,7 @@ def fetch_runs(out: Path, folder: Path) -> None:
     plan.write(out)
     store = Store(out, folder)
     for run in dict.fromkeys(folders_of(plan, out)):
-        if store.has(run):
+        if not run.exists():
             store.fetch(run)
 
 

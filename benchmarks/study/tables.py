@@ -243,9 +243,8 @@ def facts(plan: Plan, out: Path) -> list[str]:
             f"{plan.replicas} of ablations",
         ),
     ]
-    masks = "patch models: clusters, as published; frame models: single patches"
     rows += [
-        ("masks", masks),
+        ("masks", "patches: clusters, as published; frames and latent targets: single patches"),
         ("padding", "ignored in all runs (`audio.ignore_padding`); the published code takes it in"),
     ]
     if config is not None:

@@ -116,11 +116,12 @@ def add_plan_commands(commands: Any) -> None:
 
 def _load(options: argparse.Namespace) -> "Config":
     """Load the configuration; what nobody set is that of the checkpoint it names, as in a run."""
-    from ssast.engine.config import load_config
+    from ssast.engine.config import is_of_run, load_config
     from ssast.engine.formats.initial import begin_from
 
     config = load_config(options.config, options.overrides)
-    _, config, lines = begin_from(config, None, None, None, begun=False)
+    begun = is_of_run(Path(options.config))
+    _, config, lines = begin_from(config, None, None, None, begun=begun)
     for line in lines:
         print(line, file=sys.stderr if getattr(options, "json", False) else None, flush=True)
     return config
@@ -159,7 +160,7 @@ def _plan(options: argparse.Namespace) -> int:
         gpu = plain_cpu(config.train.precision) if options.gpu == CPU else load_gpu(options.gpu)
     if config.train.precision not in ("auto", gpu.precision):
         raise ConfigError(
-            f"train.precision {config.train.precision}: --gpu {gpu.name} has its peak in "
+            f"train.precision {config.train.precision}: {gpu.name} has its peak in "
             f"{gpu.precision} alone: expected a YAML file with precision {config.train.precision} "
             "and the peak_tflops of it"
         )

@@ -23,7 +23,7 @@ from ssast.pipelines.audio.convert import resampled, windows
 from ssast.pipelines.audio.decode import Item, read_blocks, unreadable
 from ssast.pipelines.clips.columns import PLAIN, TableFormat
 from ssast.pipelines.clips.segment import Segment, span_text
-from ssast.pipelines.errors import DataError, UnusableError
+from ssast.pipelines.errors import DataError, StorageError, UnusableError
 from ssast.pipelines.figures import save_figure, subplots
 from ssast.pipelines.files import append
 from ssast.pipelines.text import json_line
@@ -106,11 +106,14 @@ class Windows:
 
         Raises:
             UnusableError: It cannot be read or decoded.
+            StorageError: Storage kept failing.
         """
         try:
             item = Item.of(path)
         except OSError as error:
             raise unreadable(error) from error
+        except StorageError:
+            raise  # the recording is not to blame
         except DataError as error:
             raise UnusableError(str(error)) from error
         sound = read_blocks(item, spec.channel, spec.sample_rate_hz)

@@ -118,7 +118,11 @@ def test_gains_and_differences(plan, tmp_path):
     assert "Not finished yet: patch, pretrained (tone); patch, from scratch (tone); " in page
     assert "The test clips of pitch are of 8 groups, hardly a sample" in page
     assert "**reproduced** (1 of 2 tasks are finished)" in page
+    # From scratch pitch is below chance, 50 %; tone is finished with the pretrained model alone.
     assert "From scratch it is not above the largest class on pitch" not in page
+    for rate in plan.rates:
+        fake(plan, tmp_path, "patch", "tone", rate, 0, 0.5, 9)
+    assert "(tone)" in write_page(tmp_path, tmp_path / "docs").read_text()
 
 
 def test_the_work_is_shared(plan, tmp_path, monkeypatch):

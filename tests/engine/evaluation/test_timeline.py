@@ -21,6 +21,7 @@ from ssast.engine.finetune import FinetuneEngine
 from ssast.kernels.fbank import FbankSpec
 from ssast.pipelines.clips.manifest import write_manifest
 from ssast.pipelines.clips.segment import Segment
+from ssast.pipelines.errors import StorageError
 
 SPEC = FbankSpec(n_mels=32, num_frames=48)
 LONGEST_S = SPEC.num_samples / RATE_HZ
@@ -187,6 +188,15 @@ def test_a_damaged_clip_of_a_prepared_folder_costs_no_other(run, tmp_path, capsy
 def test_impossible_windows_are_refused(window_s, hop_s, message):
     with pytest.raises(ConfigError, match=message):
         Windows.from_seconds(SPEC, window_s, hop_s)
+
+
+def test_storage_that_fails_is_not_the_fault_of_a_recording(monkeypatch):
+    def fail(path):
+        raise StorageError(f"{path}: storage kept failing")
+
+    monkeypatch.setattr(timeline.Item, "of", fail)
+    with pytest.raises(StorageError, match=r"a.wav: storage kept failing"):
+        next(Windows.from_seconds(SPEC, None, None).cut("a.wav", SPEC))
 
 
 def test_windows_are_as_long_as_the_input_by_default():

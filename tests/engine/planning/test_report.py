@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ssast.engine.cli.main import main
-from ssast.engine.config import load_config
+from ssast.engine.config import dump_config, load_config
 from ssast.engine.monitoring.gpus import load_gpu
 from ssast.engine.planning.plan import count_parameters, step_time, uses_graphs
 from ssast.engine.planning.report import PlanRequest, make_plan
@@ -54,7 +54,16 @@ def test_a_precision_without_a_peak_is_refused(more, capsys, tmp_path):
     assert main(given) == 2
     shown = capsys.readouterr()
     assert not shown.out
-    assert "train.precision fp32: --gpu H100 has its peak in bf16 alone" in shown.err
+    assert "train.precision fp32: H100 has its peak in bf16 alone" in shown.err
     machine = tmp_path / "machine.yaml"
     machine.write_text(yaml.safe_dump(asdict(H100) | {"precision": "fp32"}))
     assert main([*given, "--gpu", str(machine)]) == 0
+
+
+def test_a_run_is_planned_without_the_checkpoint_it_began_from(tmp_path):
+    gone = load_config("tiny_patch", ["train.checkpoint=gone", f"run.folder={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(dump_config(gone))
+    given = ["plan", str(tmp_path / "config.yaml"), f"run.folder={tmp_path}"]
+    assert main(given) == 2
+    (tmp_path / "checkpoints").mkdir()
+    assert main(given) == 0
