@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,9 @@ KEPT_STEPS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
 LEFT_OUT = ("checkpoints", CHOSEN)
 LAST = ("metrics.json", "pictures.txt", "diverged.txt", REPORTS)
 """Files that finished runs have; they are written last."""
+
+# Python 3.11.3 and earlier have no filters.
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def weights_folder(run: Path, step: int | None) -> Path:
@@ -143,8 +147,11 @@ class Store:
         unpacked = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.out))
         try:
             with tarfile.open(self._tar(run)) as tar:
-                names = [member.name for member in tar if member.isfile()]
-                tar.extractall(unpacked, filter="data")
+                members = [member for member in tar if member.isfile()]
+                names = [member.name for member in members]
+                if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+                    raise tarfile.TarError("a member leads out of it")
+                tar.extractall(unpacked, members, **SAFELY)
             for name in names:
                 (run / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(unpacked / name, run / name)

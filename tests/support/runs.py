@@ -141,6 +141,6 @@ def stop_at(step: int, number: signal.Signals, run: Path, *arguments: object) ->
                 break
         except json.JSONDecodeError:  # a line that is just being written
             pass
-        time.sleep(0.01)
+        time.sleep(0.002)  # a step of a small model takes little more
     process.communicate(timeout=100)
     return process.returncode

@@ -54,6 +54,10 @@ def test_a_run_is_carried(tmp_path) -> None:
     (one.shared / "finetune-patch-x.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match=r"finetune-patch-x.tar: damaged, expected the tar of a"):
         other.fetch(theirs)
+    with tarfile.open(one.shared / "finetune-patch-x.tar", "w") as tar:
+        tar.add(ours / "config.yaml", "../config.yaml")
+    with pytest.raises(DataError, match=r"finetune-patch-x.tar: damaged, .* leads out of it"):
+        other.fetch(theirs)
     assert not list(tmp_path.glob("*/.tmp-*"))
     alone = Store(tmp_path / "c")
     assert alone.has(ours) and alone.shared == alone.out

@@ -88,9 +88,9 @@ def test_a_closed_pipe_ends_a_command_quietly(arguments, buffered):
         check=False,
     )
     os.close(writer)
-    # argparse ignores that nobody reads its help
-    expected = 0 if arguments == ["--help"] and not buffered else 141
-    assert (done.stderr, done.returncode) == ("", expected)
+    # argparse ignores that nobody reads its help, but in the first versions of Python 3.11
+    expected = {0, 141} if arguments == ["--help"] and not buffered else {141}
+    assert not done.stderr and done.returncode in expected
 
 
 def test_a_full_disk_at_the_end_of_a_command_is_one_line():
