@@ -42,6 +42,11 @@ class StorageError(DataError):
     """Storage that kept failing; the files are not to blame, and it may work again later."""
 
 
+def read_error(error: OSError, name: object) -> DataError:
+    """Return the error to raise for what the system does not read."""
+    return data_error(error, f"{name}: cannot be read: {error.strerror or error}")
+
+
 def data_error(error: OSError, message: str) -> DataError:
     """Return the error to raise for one of the system: another, if it may pass by itself."""
     return (StorageError if error.errno in PASSING else DataError)(message)

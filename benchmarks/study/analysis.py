@@ -208,9 +208,10 @@ def significant_sign(ours: Sequence[Cell], theirs: Sequence[Cell]) -> int:
     hold 0. With fewer than two seeds of either, none is.
     """
     found = difference(ours, theirs)
-    if found is None:
-        return 0
-    mean, spread = found
+    return 0 if found is None else _sign(*found)
+
+
+def _sign(mean: float, spread: Spread) -> int:
     return (mean > spread.margin) - (mean < -spread.margin)
 
 
@@ -221,8 +222,8 @@ def compare(
 
     Tasks on which one of them has fewer than two seeds are left out.
     """
-    pairs = {t: ([cells[one, t]], [cells[other, t]]) for t in tasks}
-    signs = {t: significant_sign(*pair) for t, pair in pairs.items() if difference(*pair)}
+    pairs = {t: difference([cells[one, t]], [cells[other, t]]) for t in tasks}
+    signs = {t: _sign(*found) for t, found in pairs.items() if found is not None}
     higher, lower, neither = ([t for t in signs if signs[t] == sign] for sign in (1, -1, 0))
     return higher, lower, neither
 

@@ -135,11 +135,10 @@ def _ablation_claims(plan: Plan, cells: Cells) -> list[str]:
 
 def without_chance(plan: Plan, cells: Cells, family: str) -> str:
     """Say what the mean gain is without tasks on which the model from scratch learned nothing."""
-    pairs = {t: (cells.get((f"{family}-scratch", t)), (family, t) in cells) for t in plan.tasks}
-    scratch = {task: cell for task, (cell, both) in pairs.items() if cell is not None and both}
-    learned = [task for task, cell in scratch.items() if cell.mean > chance_of(plan, task)[0]]
-    nothing = [task for task in scratch if task not in learned]
-    rest = gain(cells, family, family, learned)
+    scratch = f"{family}-scratch"
+    both = [t for t in plan.tasks if {(family, t), (scratch, t)} <= cells.keys()]
+    nothing = [t for t in both if cells[scratch, t].mean <= chance_of(plan, t)[0]]
+    rest = gain(cells, family, family, [task for task in both if task not in nothing])
     if not nothing or rest is None:
         return ""
     return (

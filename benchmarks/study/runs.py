@@ -88,17 +88,19 @@ class Study:
 
     def _check_rates(self) -> None:
         """Fetch the patch model's learning rates where others need them and nobody tries them."""
+        patch = MODELS["patch"]
         named = [m for group in self.groups for m in group if m.run() in self.only]
-        needed = [m for m in named if not m.tuned and "patch" not in self.only]
-        for model in needed:
-            for task in self.plan.tasks_of(model):
-                for rate in self.plan.rates:
-                    self.store.fetch(FineTuning(MODELS["patch"], task, rate, 0).folder(self.out))
-                if chosen_rate(self.plan, model, task, self.out) is None:
-                    raise ConfigError(
-                        f"--only {model.name}: needs the learning rates of patch on {task}, which "
-                        "is not finished"
-                    )
+        needed = [m for m in named if not m.tuned and patch.name not in self.only]
+        for task in dict.fromkeys(task for model in needed for task in self.plan.tasks_of(model)):
+            if chosen_rate(self.plan, patch, task, self.out) is not None:
+                continue
+            for rate in self.plan.rates:
+                self.store.fetch(FineTuning(patch, task, rate, 0).folder(self.out))
+            if chosen_rate(self.plan, patch, task, self.out) is None:
+                raise ConfigError(
+                    f"--only {needed[0].name}: needs the learning rates of patch on {task}, which "
+                    "is not finished"
+                )
 
     def _round(self) -> bool:
         """Run what no other process is at; return whether everything is finished."""

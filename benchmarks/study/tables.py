@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from ssast.benchmarks.study.analysis import (
@@ -96,6 +97,7 @@ def headline(plan: Plan, cells: Cells) -> list[str]:
     )
 
 
+@cache
 def chance_of(plan: Plan, task: str) -> tuple[float, int]:
     """Return the fraction of the largest class among the test clips, and their number."""
     classes = find_classes(str(plan.labelled(task, "train")), None)

@@ -301,8 +301,9 @@ class Finetuning(Task):
         that fails, the resumed run writes the report.
         """
         run, world, step = self.context.folder, self.context.world, progress.step
-        test = self._test_clips()
-        done, reported = run_on_main(lambda: (finished_at(run), is_reported(run, test)), world)
+        done, reported = run_on_main(
+            lambda: (finished_at(run), is_reported(run, self._test_clips())), world
+        )
         if done != step:
             chosen, valid = self._keep_best(engine, progress)
         elif not reported:

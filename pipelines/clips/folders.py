@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from ssast.pipelines.errors import DataError, data_error
+from ssast.pipelines.errors import DataError, read_error
 
 log = logging.getLogger(__name__)
 
@@ -79,5 +79,4 @@ def audio_files(
 
 
 def _raise(error: OSError) -> None:
-    why = error.strerror or str(error)
-    raise data_error(error, f"{error.filename}: cannot be read: {why}") from error
+    raise read_error(error, error.filename) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ssast.pipelines.clips.retry import Retry
-from ssast.pipelines.errors import DataError, data_error
+from ssast.pipelines.errors import DataError, read_error
 from ssast.pipelines.text import one_line
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ def fetched(action: Callable[[], T], url: object) -> T:
     try:
         return Retry(RETRY_S).call(lambda: as_os_error(action, str(url)), url)
     except OSError as error:
-        raise data_error(error, f"{url}: cannot be read: {error.strerror or error}") from error
+        raise read_error(error, url) from error
 
 
 def as_os_error(action: Callable[[], T], url: str) -> T:

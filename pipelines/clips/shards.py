@@ -35,7 +35,7 @@ from ssast.pipelines.clips.remote import as_path, fetched, is_url, read_range
 from ssast.pipelines.clips.segment import Segment
 from ssast.pipelines.clips.shared import Identity, state_of
 from ssast.pipelines.clips.sidecar import BLOCK, Sidecar, read_small
-from ssast.pipelines.errors import DataError, data_error
+from ssast.pipelines.errors import DataError, read_error
 from ssast.pipelines.files import open_regular
 from ssast.pipelines.text import one_line, parse_json
 
@@ -296,8 +296,7 @@ class ShardIndex(Sequence[ShardClip]):
                 for row in rows:
                     yield int(row), lines[int(table[row, 1])]
             except OSError as error:
-                why = error.strerror or error
-                raise data_error(error, f"{path}: cannot be read: {why}") from error
+                raise read_error(error, path) from error
             except KeyError as error:
                 why = f"has no clip at byte {error}, which {INDEX} lists: prepare the data again"
                 raise DataError(f"{path}: {why}") from error
@@ -406,7 +405,7 @@ def _content(path: Path) -> bytes:
     try:
         return read_small(path)
     except OSError as error:
-        raise data_error(error, f"{path}: cannot be read: {error.strerror or error}") from error
+        raise read_error(error, path) from error
 
 
 def _array(data: bytes) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssast.pipelines.clips.remote import as_os_error, is_url
 from ssast.pipelines.clips.shards import REPORT, SHARD, SIDECAR
-from ssast.pipelines.errors import DataError, data_error
+from ssast.pipelines.errors import DataError, read_error
 from ssast.pipelines.locks import LOCK
 from ssast.pipelines.prepare.index import LISTS, check_own, is_numbered
 
@@ -23,7 +23,7 @@ def local_folder(out: Path) -> Iterator[Path]:
     try:
         check_own(out)
     except OSError as error:
-        raise data_error(error, f"{out}: cannot be read: {error.strerror or error}") from error
+        raise read_error(error, out) from error
     if not is_url(out):
         yield out
         return
