@@ -230,7 +230,8 @@ def with_data(
     """Return the configuration of a run on other clips; in its own folder if ``folder`` is None."""
     data = replace(config.data, train=str(train), valid=None if valid is None else str(valid))
     run = config.run if folder is None else replace(config.run, folder=str(folder))
-    stated = {**(config.stated or {}), "data.train": OVERRIDE}  # what the recipe has of its data
+    given = dict.fromkeys(("data.train", "data.valid"), OVERRIDE)  # not what the recipe has
+    stated = {**(config.stated or {}), **given}
     return replace(config, data=data, run=run, stated=stated)
 
 

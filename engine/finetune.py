@@ -139,14 +139,15 @@ def without_effect(config: Config) -> list[str]:
 def without_layer_decay(config: Config, *, begun: bool) -> tuple[Config, list[str]]:
     """Let all layers learn alike from scratch, unless the user set ``finetune.layer_decay``.
 
-    A run that was begun with the recipe's keeps it.
+    A run that was begun with the recipe's keeps it, and the ``config.yaml`` of a run repeats it.
 
     Returns:
         The configuration, and lines for the log.
     """
     settings = finetune_settings(config)
     origin = (config.stated or {}).get("finetune.layer_decay", OVERRIDE)
-    if settings.checkpoint is not None or origin == OVERRIDE or settings.layer_decay == 1:
+    set_by_user = origin in (OVERRIDE, "config.yaml")
+    if settings.checkpoint is not None or set_by_user or settings.layer_decay == 1:
         return config, []
     stored = Path(config.run.folder or "") / "config.yaml"
     begun_with = load_config(stored).finetune if begun and stored.is_file() else None

@@ -339,7 +339,7 @@ class Train:
     """Random seed of weights, masks, clip order and augmentation."""
 
     log_every: int = setting(10, 1)
-    """Steps between log lines."""
+    """Steps between log lines; several GPUs look for a request to stop as often."""
 
     validate_every: int = setting(4000, 1)
     """Steps between validations; fine-tuning validates after each epoch."""

@@ -18,8 +18,9 @@
 MAX_RESTARTS=100
 
 # SIGUSR1 is sent 180 s before the time limit: processes save a checkpoint and exit with 138.
-# --kill-on-bad-exit ends the job step when one process fails.
-srun --kill-on-bad-exit=1 ssast pretrain "$@" --resume
+# Processes end by themselves when another fails. Slurm must not kill them: its 137 would hide the
+# status 2 of an error that comes again after a restart.
+srun --kill-on-bad-exit=0 ssast pretrain "$@" --resume
 status=$?
 
 # 75: a process hung or was lost, storage failed, or the run before still lives. 137: SIGKILL.

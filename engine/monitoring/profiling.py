@@ -110,7 +110,8 @@ class StepProfiler:
             self._finish(recorded)
         else:
             self._stop()
-            self._say(f"profile.steps: no profile, the run ended within {self._warmup_steps} steps")
+            how = "was interrupted" if recorded > 0 else f"ended within {self._warmup_steps} steps"
+            self._say(f"profile.steps: no profile, the run {how}")
 
     def mark(self, part: str) -> None:
         """Begin a part of the step, one of :data:`PARTS`."""

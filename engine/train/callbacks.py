@@ -64,7 +64,7 @@ class RunState:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Log metrics at this step, under their own names, in metrics.jsonl and the run logs."""
-        self._monitor.log(self.step, dict(metrics))
+        self._monitor.log(self.step, {name: float(value) for name, value in metrics.items()})
 
 
 class Callback:

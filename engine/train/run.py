@@ -117,6 +117,7 @@ def run_training(
             notes = [*notes, f"train.precision auto: {choice.precision}: {choice.reason}"]
         notes = [*notes, *outside_patches(config)]
         state = TrainState(task, build_engine(task), described, inputs)
+        run_on_main(lambda: _store_config(folder, config), world)  # once it is known to work
         if found is not None:
             state.restore(found)
         else:
@@ -126,6 +127,8 @@ def run_training(
         # To the end: a signal must not interrupt the writing of the last checkpoint.
         with context.stop.listening():
             stopped = _train(trainer, watchdog, lock)
+            context.stop.requested(world)  # while the logs were closed: what follows waits
+            stopped = stopped or context.stop.signal
         if world.is_main:
             try:
                 with reporting(f"ssast visualize {folder} draws the curves again"):
@@ -248,7 +251,7 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         flops_per_clip=step_flops_per_clip(config),
-        peak_flops=peak_flops(facts["device"]) if world.device.type == "cuda" else None,
+        peak_flops=peak_flops(facts["device"]) if dtype == torch.bfloat16 else None,
         loggers=build_loggers(config, run),
     )
     matmul = "matmul by oneDNN, " if is_fast() else ""
@@ -339,11 +342,15 @@ def _open_folder(
                 f"{' and '.join(others)} changed since {run} began: choose another run.folder"
             )
         _finish_mark(checkpoints, found, meta)
+    return found
+
+
+def _store_config(run: Path, config: Config) -> None:
+    """Store the configuration of a run, from which it is resumed."""
     try:
         write_atomically(run / "config.yaml", dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.folder {run}: cannot be written to: {error.strerror}") from error
-    return found
 
 
 def _newest(checkpoints: Checkpoints, fallback: Checkpoints | None) -> Path | None:

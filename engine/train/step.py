@@ -133,10 +133,20 @@ class Totals:
         count = valid.sum()
         values = [count, *(value.detach() * count for value in means.values())]
         row = torch.stack([v.to(torch.float64) for v in values])
-        if not self._names:
+        if self._names != list(means):
             self._names, self._sums = list(means), torch.zeros_like(row)
         if counts:
             self._sums += row
+
+    def gather(self, world: World) -> tuple[list[str], list[float]]:
+        """Return the names and the sums over all ranks, for a checkpoint. Collective."""
+        return self._names, reduce_sum(self._sums.tolist(), world)
+
+    def load(self, names: list[str], sums: list[float], world: World) -> None:
+        """Go on from what :meth:`gather` returned, on any number of ranks."""
+        self._names = list(names)
+        own = torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
+        self._sums = own if world.is_main else torch.zeros_like(own)
 
     def read(self, world: World, **latest: Tensor | float) -> dict[str, float]:
         """Return means over the clips of all ranks since the last call, NaN of none. Collective.

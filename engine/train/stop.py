@@ -21,7 +21,8 @@ class Stop:
     is not stopped by them.
 
     Attributes:
-        signal: Number of the signal; 0 if there was none.
+        signal: Number of the signal that a rank has caught, as of the last :meth:`requested`; 0 if
+            there was none.
         failing: Whether this process must give the run up; replaced by whoever can tell.
         ending: Whether this process wants training to end here; likewise.
         ends: Whether any rank does, as of the last :meth:`requested`.
@@ -30,7 +31,7 @@ class Stop:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = self._caught = 0
         self._before: dict[int, Any] = {}
         self.failing: Callable[[], bool] = lambda: False
         self.ending: Callable[[], bool] = lambda: False
@@ -50,12 +51,12 @@ class Stop:
                 signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._caught = number
         signal.signal(number, self._before[number] if in_notebook() else signal.SIG_DFL)
 
     def requested(self, world: World) -> bool:
         """Return whether any rank has been asked to stop, or must give the run up. Collective."""
-        flags = [self.signal, self.failing(), self.ending()]
+        flags = [self._caught, self.failing(), self.ending()]
         signal, failing, ending = reduce_max(flags, world)
         self.signal, self.ends = int(signal), ending != 0
         return signal != 0 or failing != 0

@@ -105,6 +105,12 @@ class Progress:
     below: dict[str, int] = field(default_factory=dict)
     """Log lines in a row in which a metric was below its floor."""
 
+    skipped: int = 0
+    """Steps since the last log line that were skipped."""
+
+    totals: tuple[list[str], list[float]] = field(default_factory=lambda: ([], []))
+    """Names and sums of what the next log line averages, over all ranks."""
+
     def update(self, score: float) -> None:
         """Take the score of one more validation."""
         self.since_best += 1

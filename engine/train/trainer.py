@@ -55,6 +55,7 @@ class Trainer:
             fallback=fallback,
         )
         self.totals = Totals(world.device)
+        self.totals.load(*state.progress.totals, world)
         self.skip_log = SkipLog(
             context.folder / "skipped.jsonl", world.rank, lambda row: str(task.train_paths[row])
         )
@@ -63,7 +64,6 @@ class Trainer:
         reports = config.objective.collapse_reports
         self.collapse_guard = CollapseGuard(task.floors, reports, progress.below)
         self.rollbacks: Counter[str] = Counter()
-        self.num_skipped = 0  # steps since the last log line
         self.stop = context.stop
         self.stop.failing = lambda: self.saver.failing
         self.callbacks = Callbacks(callbacks, RunState(state, monitor))
@@ -127,7 +127,9 @@ class Trainer:
                 if log:
                     values = self._log(lr)
                     self._check_collapse(values)
-                    if self.spike_guard.spiked(values["loss"]) and self._roll_back():
+                    # The mean of a few last steps varies more than those before.
+                    whole = step % settings.log_every == 0
+                    if whole and self.spike_guard.spiked(values["loss"]) and self._roll_back():
                         continue
                 validate = step % settings.validate_every == 0 or step == settings.steps
                 best = self._validate() if validate else None
@@ -207,7 +209,7 @@ class Trainer:
         if updated:
             self.skip_log.taken()
         else:
-            self.num_skipped += 1
+            progress.skipped += 1
             self._record_skip(micro_batches)
 
     def _record_skip(self, micro_batches: list[MicroBatch]) -> None:
@@ -228,10 +230,10 @@ class Trainer:
     def _log(self, lr: float) -> dict[str, float]:
         """Log the steps since the last line; return their means over all ranks. Collective."""
         values = self.totals.read(self.context.world, grad_norm=self.state.engine.grad_norm)
-        step, skipped = self.state.progress.step, self.num_skipped
-        named = {**values, "lr": lr, "skipped_steps": skipped}
-        metrics = self.monitor.log_train(step, named)
-        self.num_skipped = 0
+        progress = self.state.progress
+        named = {**values, "lr": lr, "skipped_steps": progress.skipped}
+        metrics = self.monitor.log_train(progress.step, named)
+        progress.skipped = 0
         self.callbacks.call("on_log", metrics)
         return values
 
@@ -276,6 +278,7 @@ class Trainer:
         progress = self.state.progress
         progress.losses = list(self.spike_guard.losses)
         progress.below = dict(self.collapse_guard.below)  # copied: a thread writes them
+        progress.totals = self.totals.gather(self.context.world)
         tensors, meta = self.state.gather()
         self.saver.save(tensors, meta, step=progress.step, best=best, last=last)
         self.monitor.restart_clock(progress.step)
@@ -324,6 +327,7 @@ class Trainer:
                 f"{step}: lower optim.lr or set optim.max_grad_norm, then --resume"
             )
         self.state.restore(found)
+        self.totals.load(*progress.totals, world)
         for note in self.state.notes:
             self.monitor.say(note)
         progress.position = position  # past the clips with which it happened

@@ -133,6 +133,9 @@ def test_clips_of_a_recipe_that_are_not_there_are_left_out_for_others(
     named = load_config(path, [*given, "finetune.test=gone.json", f"run.folder={tmp_path / 'two'}"])
     with pytest.raises(ConfigError, match=r"finetune\.test: gone\.json"):
         finetune(named, pretrained)
+    engine = FinetuneEngine.from_checkpoint(pretrained, 3, path, given)
+    with pytest.raises(ConfigError, match=r"data\.valid: misspelt\.json"):
+        engine.fit(splits["train"], "misspelt.json", folder=tmp_path / "three")
 
 
 def test_clips_of_a_recipe_that_do_not_fit_to_the_users_are_named(splits, tmp_path):

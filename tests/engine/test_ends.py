@@ -80,7 +80,7 @@ def test_a_signal_after_the_last_step_leaves_the_report_to_a_resumed_run(
     config = load(plain_file(tmp_path), splits, run, finetune__epochs=1)
 
     def signalled(self):
-        self.stop.signal = signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as late:
         late.setattr(Trainer, "tell_checkpoints", signalled)

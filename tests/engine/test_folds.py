@@ -7,7 +7,14 @@ import statistics
 
 import numpy as np
 import pytest
-from finetune_runs import make_sounds, manifest, overrides, pretrained_file
+from finetune_runs import (
+    data_overrides,
+    make_sounds,
+    manifest,
+    overrides,
+    plain_file,
+    pretrained_file,
+)
 from runs import call, lines, stop_at
 
 from ssast.engine.cli.main import main
@@ -15,6 +22,7 @@ from ssast.engine.config import finetune_settings, load_config
 from ssast.engine.data.splits import find_splits
 from ssast.engine.errors import CheckpointError, ConfigError
 from ssast.engine.evaluation.report import read_predictions
+from ssast.engine.finetune import finetune
 from ssast.engine.folds import cross_validate, find_folds, fold_config, uses_folds, write_folds
 from ssast.pipelines.clips.holdout import hold_out_clips
 from ssast.pipelines.clips.manifest import read_manifest, write_manifest
@@ -186,6 +194,16 @@ def test_from_scratch_all_layers_learn_alike(folds, tmp_path, capsys):
         assert [config.finetune.layer_decay for config in stored] == [1.0] * FOLDS
         line = "finetune.layer_decay 0.75 of decayed.yaml is left out: from scratch, "
         assert capsys.readouterr().out.count(line) == FOLDS
+
+
+def test_the_configuration_of_a_run_repeats_its_layer_decay(splits, tmp_path):
+    """Which a user had set, as a recipe's is left out from scratch."""
+    given = [*data_overrides(splits), *overrides(finetune__epochs=1, finetune__layer_decay=0.6)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert finetune(load_config(plain_file(tmp_path), [*given, f"run.folder={one}"])) == 0
+    assert finetune(load_config(one / "config.yaml", [f"run.folder={two}"])) == 0
+    assert load_config(two / "config.yaml").finetune.layer_decay == 0.6
+    assert lines(one, "train") == lines(two, "train")
 
 
 def test_the_published_recipes_have_five_folds():

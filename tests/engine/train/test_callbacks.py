@@ -3,6 +3,7 @@
 import re
 
 import callback_jobs
+import numpy as np
 import pytest
 from callback_jobs import Recorder, StopAt
 from finetune_runs import data_overrides
@@ -34,7 +35,9 @@ class OwnMetric(Callback):
     def on_validation(self, state, metrics):
         assert "valid/loss" in metrics and state.folder.is_dir() and state.world_size == 1
         norm = sum(p.detach().norm().item() for p in state.module.parameters())
-        state.log({"own/norm": norm, "own/share": state.step / state.config.train.steps})
+        state.log(
+            {"own/norm": np.float32(norm), "own/share": state.step / state.config.train.steps}
+        )
 
 
 def test_a_run_calls_each_method_when_it_says(config_file, data, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from runs import call, environment, lines, overrides
 from ssast.engine.cli.main import main
 from ssast.engine.config import load_config
 from ssast.engine.errors import CheckpointError, ConfigError
+from ssast.engine.monitoring.guard import SpikeGuard
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train import trainer
+from ssast.engine.train.callbacks import Callback
 from ssast.engine.train.step import train_step
 from ssast.pipelines.errors import FolderInUse
 from ssast.pipelines.locks import OWNER
@@ -227,3 +230,39 @@ def test_the_command_ends_with_status_2(run, config_file, data, capsys):
         .err.splitlines()[-1]
         .startswith(f"ssast: error: {run}/checkpoints: every checkpoint is damaged")
     )
+
+
+def test_a_stop_between_log_lines_leaves_them_as_they_are(config_file, data, tmp_path):
+    """Each is the mean of all steps since the one before, some of them from before the stop."""
+
+    class StopAt(Callback):
+        def on_step(self, state):
+            if state.step == 6:
+                signal.raise_signal(signal.SIGTERM)
+
+    def load(name):
+        given = overrides(train__log_every=4, train__save_every=4, train__spike_factor=1e9)
+        return load_config(config_file, [*given, *data, f"run.folder={tmp_path / name}"])
+
+    assert pretrain(load("whole")) == 0
+    assert pretrain(load("stopped"), callbacks=[StopAt()]) == signal.SIGTERM
+    assert [line["step"] for line in lines(tmp_path / "stopped", "train")] == [4]
+    assert pretrain(load("stopped"), resume=True) == 0
+    assert lines(tmp_path / "stopped", "train") == lines(tmp_path / "whole", "train")
+
+
+def test_a_last_line_of_few_steps_is_no_jump(config_file, data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(SpikeGuard, "spiked", lambda self, loss: seen.append(loss))
+    given = overrides(train__log_every=5, train__spike_factor=10.0)
+    assert pretrain(load_config(config_file, [*given, *data, f"run.folder={tmp_path}/run"])) == 0
+    found = lines(tmp_path / "run", "train")
+    assert [line["step"] for line in found] == [5, 10, 12]
+    assert seen == [line["loss"] for line in found[:2]]
+
+
+def test_settings_that_cannot_work_are_not_stored(run, load):
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"train\.cuda_graphs"):
+        pretrain(load(train__cuda_graphs=True), resume=True)
+    assert (run / "config.yaml").read_bytes() == before

@@ -11,8 +11,14 @@ from runs import lines, make_data, overrides, write_config
 
 from ssast.engine.checkpoints.store import Checkpoints
 from ssast.engine.config import load_config
+from ssast.engine.parallel.ranks import World
 from ssast.engine.pretrain import pretrain
+from ssast.engine.train import stop
 from ssast.engine.train.pretraining import Pretraining
+from ssast.engine.train.stop import Stop
+from ssast.engine.train.trainer import Trainer
+
+WORLD = World(0, 0, 1, "single", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 4])
@@ -86,3 +92,36 @@ def test_a_signal_does_not_interrupt_the_last_checkpoint(
     assert outside == [], "it reached the handler of before, which ends a process"
     latest = Checkpoints(tmp_path / "run/checkpoints").latest()
     assert latest is not None and latest.name == "step000000002"
+
+
+def test_a_signal_while_the_logs_are_closed_stops_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(
+        write_config(tmp_path),
+        [*overrides(train__steps=2), *make_data(tmp_path), f"run.folder={tmp_path / 'run'}"],
+    )
+    honest = Trainer.close
+
+    def close(self: Trainer) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        honest(self)
+
+    monkeypatch.setattr(Trainer, "close", close)
+    assert pretrain(config) == signal.SIGTERM
+
+
+def test_a_signal_while_other_ranks_are_asked_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ranks' answers, that of this one is from before it."""
+    honest, requests = stop.reduce_max, Stop()
+
+    def slow(values: list[float], world: World) -> list[float]:
+        found = honest(values, world)
+        if not any(found):
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(stop, "reduce_max", slow)
+    with requests.listening():
+        assert [requests.requested(WORLD) for _ in range(2)] == [False, True]
+    assert requests.signal == signal.SIGTERM
