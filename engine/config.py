@@ -230,8 +230,7 @@ def with_data(
     """Return the configuration of a run on other clips; in its own folder if ``folder`` is None."""
     data = replace(config.data, train=str(train), valid=None if valid is None else str(valid))
     run = config.run if folder is None else replace(config.run, folder=str(folder))
-    given = dict.fromkeys(("data.train", "data.valid"), OVERRIDE)  # not what the recipe has
-    stated = {**(config.stated or {}), **given}
+    stated = {**(config.stated or {}), "data.train": OVERRIDE, "data.valid": OVERRIDE}
     return replace(config, data=data, run=run, stated=stated)
 
 
@@ -251,10 +250,10 @@ def check_paths(config: Config) -> None:
     for key, path in paths:
         if path is None or "://" in path or Path(path).is_absolute() or Path(path).exists():
             continue
-        raise ConfigError(
-            f"{key}: {path} is not in the working directory {Path.cwd()}, which relative paths "
-            "start from: change to another directory, or give an absolute path"
-        )
+        how = "change to another directory, or give an absolute path"
+        how = "ssast data demo makes it" if path.startswith("data/demo/") else how
+        where = f"the working directory {Path.cwd()}, which relative paths start from"
+        raise ConfigError(f"{key}: {path} is not in {where}: {how}")
 
 
 def is_of_run(path: Path) -> bool:

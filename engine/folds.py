@@ -186,7 +186,8 @@ def _check_free(run: Path, folds: Sequence[Fold]) -> None:
         folder = fold_folder(run, fold.number)
         if Checkpoints(folder / "checkpoints").latest() is not None:
             raise ConfigError(
-                f"{folder} holds a run: add --resume to resume it, or choose another run.folder"
+                f"{folder} holds a run: add --resume (in Python resume=True) to resume it, or "
+                "choose another run.folder"
             )
 
 

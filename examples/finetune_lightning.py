@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lightning.seed_everything(0)
     loaded = open_model(options.checkpoint)
     audio = loaded.audio  # how its input is made
-    spec = FbankSpec(audio.sample_rate_hz, audio.n_mels, audio.num_frames)
+    spec = FbankSpec(audio.sample_rate_hz, audio.n_mels, audio.num_frames, channel=audio.channel)
     data = Recordings(options.sounds, spec)
     classifier = Classifier(loaded.encoder, len(data.classes)).train()
     trainer = lightning.Trainer(

@@ -5,7 +5,8 @@
     ssast predict out dog.wav
 
 ``sounds/dog/1.wav`` is of the class dog. Nothing of ``ssast`` is imported: the feature extractor
-and the model are those of the folder.
+and the model are those of the folder. An encoder of 16 x 16 patches is a plain AST there: its
+classifier pools the CLS and the distillation token, not the mean of the patches.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Recordings(options.sounds, extractor)
     model = AutoModelForAudioClassification.from_pretrained(
         options.checkpoint,
-        trust_remote_code=True,  # the model file that the export carries
+        trust_remote_code=True,  # the model file that the export carries, if it is no plain AST
         id2label=dict(enumerate(data.classes)),
         label2id={name: number for number, name in enumerate(data.classes)},
         problem_type="single_label_classification",

@@ -1,6 +1,6 @@
 """Classify recordings with an exported ONNX file, by what the file says of itself alone.
 
-    ssast export runs/mine --to onnx model.onnx --input waveform
+    ssast export runs/classifier --to onnx model.onnx --input waveform
     python predict_onnx.py model.onnx dog.wav cat.wav
 
 Needs numpy, onnxruntime, soundfile and soxr. A file that is fed waveforms has the filterbank

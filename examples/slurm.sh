@@ -20,7 +20,8 @@ MAX_RESTARTS=100
 # SIGUSR1 is sent 180 s before the time limit: processes save a checkpoint and exit with 138.
 # Processes end by themselves when another fails. Slurm must not kill them: its 137 would hide the
 # status 2 of an error that comes again after a restart.
-srun --kill-on-bad-exit=0 ssast pretrain "$@" --resume
+# Some versions of srun give a process one core unless they are told.
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" ssast pretrain "$@" --resume
 status=$?
 
 # 75: a process hung or was lost, storage failed, or the run before still lives. 137: SIGKILL.

@@ -23,7 +23,12 @@ def submit(folder: Path, status: int, **variables: str) -> tuple[int, list[str],
         tool.chmod(0o755)
     done = subprocess.run(
         ["bash", EXAMPLES / "slurm.sh", "base_patch", "data.train=/a b"],
-        env={"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables},
+        env={
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "12",
+            **variables,
+        },
         check=False,
     )
     calls = folder / "scontrol.log"
@@ -35,7 +40,8 @@ def submit(folder: Path, status: int, **variables: str) -> tuple[int, list[str],
 def test_slurm_requeues_what_can_go_on(status, tmp_path):
     code, given, calls = submit(tmp_path, status)
     assert code == status
-    assert given[1:4] == ["ssast", "pretrain", "base_patch"]
+    assert given[:3] == ["--kill-on-bad-exit=0", "--cpus-per-task=12", "ssast"]
+    assert given[3:5] == ["pretrain", "base_patch"]
     assert given[-1] == "--resume"
     assert calls == (["requeue 7"] if status > 2 else [])
 

@@ -54,7 +54,7 @@ EXAMPLES = """examples:
   ssast data prepare /my/recordings data/mine
   ssast data manifests esc50 /my/ESC-50-master --out data/esc50
   ssast pretrain base_patch data.train=/my/recordings train.steps=10000
-  ssast pretrain base_patch --resume          resume a run
+  ssast pretrain runs/base_patch/config.yaml --resume
   torchrun --nproc-per-node 8 -m ssast.engine.cli pretrain base_patch data.train=clips.json
   ssast finetune classifier --checkpoint runs/base_patch data.train=train.json
   ssast finetune esc50_patch --checkpoint SSAST-Base-Patch-400

@@ -6,6 +6,7 @@ DeepSpeed.
 """
 
 import atexit
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +26,12 @@ from ssast.engine.errors import ConfigError, LostPeer
 from ssast.engine.parallel.meeting import agree_on_attempt
 from ssast.pipelines.cores import chosen_threads, usable_cores
 
+DRIVER = Path("/proc/driver/nvidia/version")  # where NVIDIA's kernel module is loaded
 SET_BY_TORCH_AND_DEEPSPEED = ("DS_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")  # in the environment
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,13 @@ def _set_environment(**variables: str) -> None:
 def _pick_device(launch: Launch) -> tuple[torch.device, int]:
     """Return the device of this process and its index; make it the current one."""
     if not torch.cuda.is_available():
+        if launch.local_rank == 0 and DRIVER.exists():
+            built = torch.version.cuda
+            _log.warning(
+                "there is an NVIDIA driver, but PyTorch %s, %s, can use no GPU: the CPU is used",
+                torch.__version__,
+                f"which needs a driver of CUDA {built}" if built else "which is built without CUDA",
+            )
         return torch.device("cpu"), launch.local_rank
     count, index = torch.cuda.device_count(), launch.local_rank
     if launch.launcher == "slurm" and count == 1:

@@ -203,8 +203,8 @@ def _check_free(found: Path | None) -> None:
     """Refuse to begin a run where there is a checkpoint of one."""
     if found is not None:
         raise ConfigError(
-            f"{found.parents[1]} holds a run ({found.name}): add --resume to go on with it, "
-            "or choose another run.folder"
+            f"{found.parents[1]} holds a run ({found.name}): add --resume (in Python resume=True) "
+            "to go on with it, or choose another run.folder"
         )
 
 

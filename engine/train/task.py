@@ -70,11 +70,13 @@ def check_batch(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    train = config.train
-    if train.batch_size % (world_size * train.accumulation_steps):
+    size, steps = config.train.batch_size, config.train.accumulation_steps
+    if size % (world_size * steps):
+        counts = [str(n) for n in range(1, size + 1) if size % (n * steps) == 0]
+        where = f"on {', '.join(counts)} processes it can" if counts else "on none it can"
         raise ConfigError(
-            f"train.batch_size {train.batch_size} cannot be divided over "
-            f"{world_size} processes x train.accumulation_steps {train.accumulation_steps}"
+            f"train.batch_size {size} cannot be divided over {world_size} processes x "
+            f"train.accumulation_steps {steps}: {where}"
         )
 
 

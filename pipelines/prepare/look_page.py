@@ -3,9 +3,11 @@
 import base64
 import html
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -53,10 +55,16 @@ pre { background: #f6f7f9; border: 1px solid var(--line); padding: .8rem 1rem; o
 """
 
 Rows = Iterable[Sequence[object]]
+Recipe = Mapping[str, Mapping[str, Any]]
 
 
-def write_look(look: Look, out: Path) -> list[Path]:
+def write_look(look: Look, out: Path, recipe: Recipe) -> list[Path]:
     """Write the page, its figures and the configurations to a folder.
+
+    Args:
+        look: What was found.
+        out: The folder.
+        recipe: Settings of fine-tuning by section, beside those that the data suggest.
 
     Returns:
         The page, then the other files.
@@ -74,12 +82,12 @@ def write_look(look: Look, out: Path) -> list[Path]:
         figures["classes"] = draw_classes(look.counts, out / "classes.png")
     else:
         (out / "classes.png").unlink(missing_ok=True)  # of an earlier look
-    configs = configurations(look)
+    configs = configurations(look, recipe)
     if "finetune.yaml" not in configs:
         (out / "finetune.yaml").unlink(missing_ok=True)
     for name, text in configs.items():
         write_atomically(out / name, text)
-    write_atomically(out / "index.html", page(look, figures, configs))
+    write_atomically(out / "index.html", page(look, figures, out, configs))
     return [out / "index.html", *figures.values(), *(out / name for name in configs)]
 
 
@@ -91,20 +99,22 @@ def is_look(out: Path) -> bool:
         return False
 
 
-def configurations(look: Look) -> dict[str, str]:
-    """Return the configurations that are suggested, by file name."""
+def configurations(look: Look, recipe: Recipe) -> dict[str, str]:
+    """Return the configurations that are suggested, by file name; see :func:`write_look`."""
     found = suggestions(look)
     finetune = found.pop("finetune", None)
     sets = {"pretrain.yaml": found}
     if finetune is not None:
-        sets["finetune.yaml"] = found | {"finetune": finetune}
+        suggested = {**found, "finetune": finetune}
+        names = [*suggested, *(name for name in recipe if name not in suggested)]
+        sets["finetune.yaml"] = {n: {**recipe.get(n, {}), **suggested.get(n, {})} for n in names}
     return {
         name: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         for name, settings in sets.items()
     }
 
 
-def page(look: Look, figures: dict[str, Path], configs: dict[str, str]) -> str:
+def page(look: Look, figures: dict[str, Path], out: Path, configs: dict[str, str]) -> str:
     """Return the page as HTML; all text of the data set is escaped."""
     seconds = np.array([clip.seconds for clip in look.heard])
     is_all = look.num_drawn == look.num_clips
@@ -127,7 +137,7 @@ def page(look: Look, figures: dict[str, Path], configs: dict[str, str]) -> str:
         + (f", of each at most {LONGEST_S:g} s" if seconds.max() > LONGEST_S else "")
         + ".</p>",
         "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{_text(v)}</dd></div>" for k, v in facts) + "</dl>",
-        *_settings(look, configs),
+        *_settings(look, out, configs),
         "<h2>Lengths</h2>",
         f"<p>{_lengths(look, seconds)}</p>",
         _image(figures["lengths"], "Histogram of the lengths"),
@@ -154,7 +164,7 @@ def page(look: Look, figures: dict[str, Path], configs: dict[str, str]) -> str:
     )
 
 
-def _settings(look: Look, configs: dict[str, str]) -> list[str]:
+def _settings(look: Look, out: Path, configs: dict[str, str]) -> list[str]:
     stats, share = look.stats, suggested_share(look.num_clips)
     held = f"{share * look.num_clips:,.0f}"
     frames = (
@@ -172,9 +182,14 @@ def _settings(look: Look, configs: dict[str, str]) -> list[str]:
         f"<p>{frames}. Mean and standard deviation of the log-mel are of {measured}. About {held} "
         "clips are held out for validation.</p>",
     ]
+    commands = {
+        "pretrain.yaml": ("ssast plan {0}", "ssast pretrain {0}"),
+        "finetune.yaml": ("ssast finetune {0} --checkpoint runs/pretrain",),
+    }
     for name, text in configs.items():
-        command = "pretrain" if name == "pretrain.yaml" else "finetune"
-        found.append(f"<p><code>ssast {command} {_text(name)}</code></p><pre>{_text(text)}</pre>")
+        lines = [_text(line.format(shlex.quote(str(out / name)))) for line in commands[name]]
+        found += [f"<p><code>{line}</code></p>" for line in lines]
+        found.append(f"<pre>{_text(text)}</pre>")
     return found
 
 
@@ -184,7 +199,7 @@ def _lengths(look: Look, seconds: np.ndarray) -> str:
     return (
         f"From {seconds.min():.2f} s to {seconds.max():.2f} s; 5 % are below {low:.2f} s, half "
         f"below {middle:.2f} s, 95 % below {high:.2f} s. {_share(longer)} are longer than "
-        "num_frames: of these training takes a crop."
+        "num_frames: of these training hears the beginning, unless data.random_crop is true."
     )
 
 

@@ -169,6 +169,17 @@ def test_each_process_gets_its_own_gpu(monkeypatch, launcher, local_rank, expect
         assert not torch.backends.cudnn.allow_tf32, "fp32 is rounded to 10 bits"
 
 
+def test_a_gpu_that_cannot_be_used_is_said_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for driver, count in ((tmp_path / "none", 0), (tmp_path, 1)):
+        monkeypatch.setattr(distributed, "DRIVER", driver)
+        for rank in range(2):
+            found = distributed._pick_device(Launch("torchrun", rank, rank, 2))
+            assert found == (torch.device("cpu"), rank)
+        assert len(caplog.records) == count
+    assert "there is an NVIDIA driver, but PyTorch" in caplog.text
+
+
 def test_collectives_agree_on_every_rank(two_ranks):
     for rank, result in enumerate(two_ranks.run(rank_jobs.exchange)):
         assert result["sum"] == [3, 0.2, 2**53 - 1], "counters are exact"

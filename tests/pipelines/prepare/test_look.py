@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,10 @@ def test_the_page_and_the_configurations(
     config = load_config(out / "finetune.yaml")
     assert config.finetune is not None and config.finetune.class_weights == "balanced"
     assert (config.finetune.loss, config.data.valid_share) == ("ce", 0.1)
+    recipe = load_config("classifier")  # whose other settings it has
+    assert replace(config.finetune, class_weights="none", metric="auto") == recipe.finetune
+    assert (config.optim, config.train) == (recipe.optim, recipe.train)
+    assert f"ssast finetune {out}/finetune.yaml --checkpoint runs/pretrain" in page
 
 
 def test_every_source_and_a_draw_of_it(folder: Path, tmp_path: Path) -> None:
