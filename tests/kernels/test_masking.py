@@ -350,6 +350,23 @@ def test_the_kernel_draws_the_same_bits_at_full_size(kind: MaskKind) -> None:
         assert torch.equal(draw(clips, kind, (8, 64), 400), want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_draws_the_same_bits_with_few_valid_columns(kind: MaskKind) -> None:
+    """Of fewer columns than a cluster is wide, a cluster wraps over several rows."""
+    clips, own = torch.arange(16), torch.arange(16) % 4 + 1
+
+    def run() -> Masks:
+        return draw_masks(
+            clips, clips, seed=3, kind=kind, grid=(8, 16), num_masked=75, valid_columns=own
+        )
+
+    want = run()
+    with on_triton(_draw_masks):
+        got = run()
+    assert torch.equal(got.mask_ids, want.mask_ids)
+    assert torch.equal(got.visible_ids, want.visible_ids)
+
+
 def test_the_kernel_of_an_empty_batch() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     with on_triton(_draw_masks):
