@@ -20,7 +20,7 @@ Where clips have different numbers of masked patches, M is the largest of them a
 says how many rows of a clip are valid. The others may hold anything, and their gradient is 0.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from ssast.kernels.operation import custom_op, on_first_call
 
 SoftmaxAxis = Literal["official", "paper"]
+_AXES: tuple[str, ...] = get_args(SoftmaxAxis)
 
 
 def info_nce_reference(
@@ -272,8 +273,12 @@ def info_nce(
         where no row is valid.
 
     Raises:
-        ValueError: The shapes do not match.
+        ValueError: The axis is unknown, or the shapes do not match.
     """
+    if softmax_axis not in _AXES:
+        raise ValueError(
+            f"info_nce: softmax_axis must be {' or '.join(_AXES)}, got {softmax_axis!r}"
+        )
     _check(targets, predictions, num_masked, "info_nce")
     nce, accuracy, _ = _info_nce(targets, predictions, softmax_axis == "paper", num_masked)
     return nce, accuracy

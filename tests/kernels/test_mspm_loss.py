@@ -332,3 +332,9 @@ def test_error_messages(loss) -> None:
     message = f"{loss.__name__}: num_masked must be [B], [2], got [3]"
     with pytest.raises(ValueError, match=re.escape(message)):
         loss(torch.zeros(2, 6, 4), torch.zeros(2, 6, 4), num_masked=torch.ones(3).long())
+
+
+def test_an_axis_has_one_of_two_names() -> None:
+    message = "info_nce: softmax_axis must be official or paper, got 'columns'"
+    with pytest.raises(ValueError, match=message):
+        info_nce(torch.zeros(2, 6, 4), torch.zeros(2, 6, 4), "columns")
