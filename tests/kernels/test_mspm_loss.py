@@ -272,6 +272,23 @@ def test_gradients_are_scaled_by_clip() -> None:
         assert weighted.equal(once * weights[:, None, None])
 
 
+def test_float16_keeps_the_small_gradient_of_the_mse(device: str) -> None:
+    """Of 400 x 256 values each gradient is below what float16 holds, but for the loss scale."""
+
+    def derivatives(dtype: torch.dtype) -> list[Tensor]:
+        pair = (x.to(device, torch.float16) for x in random_inputs(*shape, regime="std_1e-3"))
+        targets, predictions = (x.to(dtype) for x in pair)
+        loss = 2**14 * mse(targets, predictions.requires_grad_()).sum()
+        (first,) = torch.autograd.grad(loss, predictions, create_graph=True)
+        (second,) = torch.autograd.grad(first.double().square().sum(), predictions)
+        assert first.dtype == second.dtype == dtype
+        return [first.double(), second.double()]
+
+    shape = [(1, 400, 256)] * 2
+    for got, want in zip(derivatives(torch.float16), derivatives(torch.float64), strict=True):
+        assert (got - want).norm() < 1e-3 * want.norm()
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_huge_logits_stay_finite(axis: SoftmaxAxis, device: str) -> None:
     targets, predictions = random_inputs((2, 9, 4), (2, 9, 4), regime="unit")
