@@ -81,11 +81,29 @@ def _add_norm_backward_torch(
         dout, total, weight.shape, mean, rstd, w, w, [True, is_exact, is_exact]
     )
     if not is_exact:
-        dweight = (total - mean).mul_(rstd).mul_(dout).flatten(0, -2).sum(0).to(weight.dtype)
-        dshift = dout.flatten(0, -2).sum(0)
+        dweight = _sum_rows((total - mean).mul_(rstd).mul_(dout)).to(weight.dtype)
+        dshift = _sum_rows(dout)
     if dtotal is not None:
         dx += dtotal
-    return dx, dx.flatten(0, -2).sum(0), dweight, dshift
+    return dx, _sum_rows(dx), dweight, dshift
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+def _add_norm_backward_plain(
+    dout: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the same by PyTorch's operation alone, which differentiates the statistics too."""
+    out, x, w = (t.to(_statistics_dtype(total)) for t in (dout, total, weight))
+    dx, dweight, dshift = torch.ops.aten.native_layer_norm_backward(
+        out, x, weight.shape, mean[..., None], rstd[..., None], w, w, [True, True, True]
+    )
+    if dtotal is not None:
+        dx = dx + dtotal
+    dbias, dweight, dshift = (t.to(weight.dtype) for t in (_sum_rows(dx), dweight, dshift))
+    return dx.to(total.dtype), dbias, dweight, dshift
 
 
 def _add_norm_backward_fake(
@@ -101,6 +119,7 @@ _add_norm_backward = custom_op(
     cuda=on_first_call("add_norm_kernels", "backward"),
     fake=_add_norm_backward_fake,
     autocast="none",
+    plain=_add_norm_backward_plain,
 )
 
 

@@ -53,7 +53,7 @@ def noise_rows(
 ) -> Tensor:
     """Draw a row of a table of noise for each patch of each row of a batch.
 
-    Autocast: none, these are integers. There are no derivatives, and no ``torch.vmap``.
+    Autocast: none, these are integers. There are no derivatives.
 
     Args:
         clip_ids: [R] int64, which clip of the data set.

@@ -22,7 +22,7 @@ from ssast.kernels.operation import custom_op, is_transformed, on_first_call
 
 
 def _sum_rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2).sum(0)
+    return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 def _gelu_backward_torch(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +84,10 @@ def joined_view(chunks: Sequence[Tensor]) -> Tensor | None:
 
 
 def _gradients(ctx: Any, dh: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    rows = dh.flatten(0, -2)
+    rows = dh.reshape(-1, dh.shape[-1])
     with autocast_off(dh.device.type):  # as in the forward pass
         dx = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-        dweight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        dweight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
     return dx, dweight
 
 

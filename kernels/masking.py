@@ -27,7 +27,7 @@ own columns, and padding is neither masked nor visible: it fills up both lists.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from ssast.kernels.operation import custom_op, on_first_call
 
 MaskKind = Literal["official", "uniform", "random", "inverse_blocks"]
 
+_KINDS: tuple[str, ...] = get_args(MaskKind)
 MOST_PATCHES = 1 << 16  # of a grid: keys of patches hold an id in 16 bits
 CENTRES = MOST_PATCHES  # the first draw of inverse_blocks that is no key of a patch
 _WORD = 0xFFFFFFFF
@@ -309,8 +310,11 @@ def draw_masks(
             as in a grid of its own size. Where that grid is too small for a mask, nothing is.
 
     Raises:
-        ValueError: The grid cannot hold that many masked patches, or the streams are not [B].
+        ValueError: The kind is unknown, the grid cannot hold that many masked patches, or there is
+            not a number for each clip.
     """
+    if kind not in _KINDS:
+        raise ValueError(f"draw_masks: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     N = grid[0] * grid[1]
     most = N - 2 if kind == "official" else N
     if not 1 <= num_masked <= most:
@@ -320,12 +324,16 @@ def draw_masks(
         )
     if N > MOST_PATCHES:
         raise ValueError(f"draw_masks: a grid may have {MOST_PATCHES} patches at most, got {N}")
+    if clip_ids.ndim != 1:
+        raise ValueError(f"draw_masks: clip_ids must be [B], got {list(clip_ids.shape)}")
     streams, stream = (stream, 0) if isinstance(stream, Tensor) else (None, stream)
-    if streams is not None and streams.shape != clip_ids.shape:
-        raise ValueError(
-            f"draw_masks: expected a stream for each of {len(clip_ids)} clips, got "
-            f"{list(streams.shape)}"
-        )
+    given = {"epoch": epochs, "stream": streams, "number of valid columns": valid_columns}
+    for name, numbers in given.items():
+        if numbers is not None and numbers.shape != clip_ids.shape:
+            raise ValueError(
+                f"draw_masks: expected one {name} for each of {len(clip_ids)} clips, got "
+                f"{list(numbers.shape)}"
+            )
     counts = None
     if valid_columns is not None:
         valid = grid[0] * valid_columns

@@ -77,7 +77,9 @@ def _covered(
     while count < need:
         if OFFICIAL:
             offset = ids - _draw_below(N, seed, d, clip, epoch, stream)
-            on |= (offset >= 0) & (offset // columns < C) & (offset % columns < C)
+            # Where columns < C, several (i, j) are one offset: the last i has the smallest j.
+            i = tl.minimum(offset // columns, C - 1)
+            on |= (offset >= 0) & (offset - i * columns < C)
             on &= (ids > 0) & (ids < N)
         else:
             corners = (ROWS + C - 1) * (columns + C - 1)

@@ -11,7 +11,8 @@ reconstructions r (SSAST, equations 1 and 2):
 
 The upstream gradient of a loss is one number per clip, so the forward pass computes the gradient
 already: d InfoNCE / d c_j = 1/M sum_i (softmax(S)_ij - delta_ij) t_i. It is saved, and the backward
-pass scales it. On CUDA, S and its softmax exist in tiles alone.
+pass scales it; that of the MSE, divided by all M P values, in float32 where predictions are
+float16. On CUDA, S and its softmax exist in tiles alone.
 
 Second derivatives are those of the saved gradient, which is a result of the operation as the loss
 is: that of the MSE is linear in the predictions, that of InfoNCE is computed from the inputs.
@@ -20,7 +21,7 @@ Where clips have different numbers of masked patches, M is the largest of them a
 says how many rows of a clip are valid. The others may hold anything, and their gradient is 0.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from ssast.kernels.operation import custom_op, on_first_call
 
 SoftmaxAxis = Literal["official", "paper"]
+_AXES: tuple[str, ...] = get_args(SoftmaxAxis)
 
 
 def info_nce_reference(
@@ -148,8 +150,8 @@ def _info_nce_plain(
 def _info_nce_fake(
     targets: Tensor, predictions: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, gradient = _mse_fake(targets, predictions)
-    return loss, torch.empty_like(loss), gradient
+    loss, _ = _mse_fake(targets, predictions)
+    return loss, torch.empty_like(loss), predictions.new_empty(predictions.shape)
 
 
 _info_nce = custom_op(
@@ -163,6 +165,12 @@ _info_nce = custom_op(
 )
 
 
+def mse_gradient_dtype(predictions: Tensor) -> torch.dtype:
+    """Return the dtype in which the gradient of the MSE is kept for the backward pass."""
+    # Divided by as many values as a clip has, it would underflow before a loss scale counts.
+    return torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
+
+
 def _mse_torch(
     targets: Tensor, predictions: Tensor, num_masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -172,7 +180,7 @@ def _mse_torch(
     size = _num_valid(num_masked, M, error.dtype) * max(P, 1)
     mse = error.flatten(1).square().sum(1) / size
     error *= 2 / (size if isinstance(size, int) else size[:, None, None])
-    return mse, error.to(predictions.dtype).contiguous()
+    return mse, error.to(mse_gradient_dtype(predictions)).contiguous()
 
 
 def _mse_plain(
@@ -181,7 +189,8 @@ def _mse_plain(
     error = _at_least_fp32(predictions) - _at_least_fp32(targets)
     error = _zero_padding(_valid_rows(num_masked, targets.shape[1]), error)
     size = _mse_size(targets, num_masked, error.dtype)
-    return error.square().sum((1, 2)) / size[:, 0, 0], (error * (2 / size)).to(predictions.dtype)
+    gradient = (error * (2 / size)).to(mse_gradient_dtype(predictions))
+    return error.square().sum((1, 2)) / size[:, 0, 0], gradient
 
 
 def _mse_size(x: Tensor, num_masked: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -192,7 +201,8 @@ def _mse_size(x: Tensor, num_masked: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _mse_fake(targets: Tensor, predictions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(targets.dtype, torch.float32)
-    return targets.new_empty(len(targets), dtype=dtype), predictions.new_empty(predictions.shape)
+    gradient = predictions.new_empty(predictions.shape, dtype=mse_gradient_dtype(predictions))
+    return targets.new_empty(len(targets), dtype=dtype), gradient
 
 
 _mse = custom_op(
@@ -233,6 +243,7 @@ def _info_nce_backward(ctx: Any, dnce: Tensor | None, _: None, more: Tensor | No
 
 
 def _save_mse(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.dtype = inputs[1].dtype
     ctx.save_for_backward(output[1], inputs[2])
     ctx.set_materialize_grads(False)
 
@@ -243,7 +254,8 @@ def _mse_backward(ctx: Any, dmse: Tensor | None, more: Tensor | None) -> Any:
     if more is not None:
         more = _zero_padding(_valid_rows(num_masked, more.shape[1]), more)
         second = (more * (2 / _mse_size(more, num_masked, torch.float64))).to(more.dtype)
-    return None, _add(_scaled(gradient, dmse), second), None
+    total = _add(_scaled(gradient, dmse), second)
+    return None, None if total is None else total.to(ctx.dtype), None
 
 
 _info_nce.register_autograd(_info_nce_backward, setup_context=_save_info_nce)
@@ -272,8 +284,12 @@ def info_nce(
         where no row is valid.
 
     Raises:
-        ValueError: The shapes do not match.
+        ValueError: The axis is unknown, or the shapes do not match.
     """
+    if softmax_axis not in _AXES:
+        raise ValueError(
+            f"info_nce: softmax_axis must be {' or '.join(_AXES)}, got {softmax_axis!r}"
+        )
     _check(targets, predictions, num_masked, "info_nce")
     nce, accuracy, _ = _info_nce(targets, predictions, softmax_axis == "paper", num_masked)
     return nce, accuracy

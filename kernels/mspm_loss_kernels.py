@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssast.kernels.launch import architecture, on_its_device
+from ssast.kernels.mspm_loss import mse_gradient_dtype
 
 
 @triton.jit
@@ -264,7 +265,7 @@ def mse_on_cuda(
     block = 4096
     tiles = triton.cdiv(M * P, block)
     sums = torch.empty(B, tiles, dtype=torch.float32, device=targets.device)
-    gradient = predictions.new_empty(predictions.shape)
+    gradient = predictions.new_empty(predictions.shape, dtype=mse_gradient_dtype(predictions))
     _mse_kernel[(B * tiles,)](
         targets.contiguous(), predictions.contiguous(),
         None if num_masked is None else num_masked.contiguous(),

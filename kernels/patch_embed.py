@@ -239,6 +239,8 @@ def patch_embed(
             f"patch_embed: {f} x {t} patches of {B} x {F} mel bins x {T} frames make "
             f"{rows} x {columns}, but the masks are for {len(masks.mask_ids)} x {num_patches}"
         )
+    if prefix.ndim != 3 or prefix.shape[0] != 1 or prefix.shape[2] != D:
+        raise ValueError(f"patch_embed: prefix must be [1, E, {D}], got {list(prefix.shape)}")
     expected = {
         "bias": (D,),
         "mask_embed": (D,),

@@ -1,8 +1,8 @@
 """Time each operation of a training step against plain PyTorch and the roofline.
 
-Each result is checked against the reference in float64 before it is timed. The providers
-alternate, so that other load on the machine disturbs all alike. The roofline is that of this
-machine: a large copy and a large matmul, measured in the same run.
+Each result is checked against the reference in float64 before it is timed. On a CPU the providers
+alternate, so that other load on the machine disturbs all alike; on a GPU each is timed by itself.
+The roofline is that of this machine: a large copy and a large matmul, measured in the same run.
 
 With --aot nothing is timed: the kernels are compiled for sm_80, sm_90 and sm_100, which needs no
 GPU, and their registers, spills, shared memory and instructions are shown.
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.profiler import ProfilerActivity, profile
 
+from ssast.benchmarks.device import add_device_option, find_device
 from ssast.benchmarks.operations.problems import (
     PROBLEMS,
     Outputs,
@@ -48,6 +49,7 @@ from ssast.engine.parallel.ranks import World
 from ssast.engine.settings import SIZES
 from ssast.kernels.aot import ARCHITECTURES, compile_all, record
 from ssast.kernels.launch import assume_architecture
+from ssast.kernels.matmul import fast_matmul
 from ssast.kernels.roofline import Work
 from ssast.pipelines.text import one_line
 
@@ -284,15 +286,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtypes", nargs="+", choices=list(DTYPES), help="(default fp32, on a GPU both)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=10, help="measured calls of each (default 10)"
+        "--repeats", type=int, default=10, help="measured calls of each on a CPU (default 10)"
     )
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     if args.repeats < 2 or min(args.batches or [1]) < 1:
         parser.error("needs at least 2 repeats and 1 clip")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = find_device(args.device)
+    cuda = device.type == "cuda"
     sizes = args.sizes or (["base", "large"] if args.aot else ["tiny", "small", "base", "large"])
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -316,22 +319,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.smoke:
         sizes, batches, frames, args.repeats = sizes[:1], [2], 128, 2
     torch.manual_seed(0)
-    peaks = measure_peaks(dtypes, device, args.repeats)
     timings: list[Timing] = []
     try:
-        every = problems(args.operations, sizes, batches, dtypes, device, frames)
-        for shape, problem in every:
-            check(problem)
-            timings += time_problem(
-                problem,
-                shape,
-                peaks,
-                repeats=args.repeats,
-                compiled=not args.no_compile,
-                device=device,
-            )
-            what = f"{problem.operation} {shape.size} batch {shape.batch}"
-            print(f"{what}: done", file=sys.stderr, flush=True)
+        with fast_matmul():  # as in training, and the peak with it
+            peaks = measure_peaks(dtypes, device, args.repeats)
+            every = problems(args.operations, sizes, batches, dtypes, device, frames)
+            for shape, problem in every:
+                check(problem)
+                timings += time_problem(
+                    problem,
+                    shape,
+                    peaks,
+                    repeats=args.repeats,
+                    compiled=not args.no_compile,
+                    device=device,
+                )
+                what = f"{problem.operation} {shape.size} batch {shape.batch}"
+                print(f"{what}: done", file=sys.stderr, flush=True)
     except WrongResult as error:
         print(f"ssast bench kernels: {error}; nothing was timed after that", file=sys.stderr)
         return 1

@@ -177,4 +177,5 @@ class Compiled:
     def row(self) -> dict[str, Any]:
         """Flatten it for a line of JSON."""
         own = asdict(self)
-        return {**own, **own.pop("report")}
+        report = own.pop("report")
+        return {**own, **report}

@@ -29,6 +29,7 @@ TUNE_EXAMPLES = """examples:
   ssast tune tiny_patch data.train=clips.json --out tuned.yaml
   ssast pretrain tuned.yaml data.train=clips.json
 """
+NOT_OF_A_STEP = ("clips", "price", "loader", "order", "png")  # refused beside --ledger
 
 
 def add_plan_commands(commands: Any) -> None:
@@ -142,6 +143,11 @@ def _plan(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name} must be positive and finite, got {value:g}")
+    unused = [f"--{name}" for name in NOT_OF_A_STEP if getattr(options, name) is not None]
+    if options.ledger and unused:
+        raise ConfigError(
+            f"--ledger lists one step on one device, expected no {', '.join(unused)} beside it"
+        )
     if options.png is not None:
         if options.png.suffix.lower() != ".png":
             raise ConfigError(f"--png {options.png}: expected a name that ends in .png")

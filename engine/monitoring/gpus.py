@@ -94,10 +94,11 @@ GPUS = (
     ),
     Gpu(name="L40S", peak_tflops=362, memory_gib=44, bandwidth_gb_s=864, **_CARD),
     Gpu(name="L4", peak_tflops=121, memory_gib=22, bandwidth_gb_s=300, **_CARD),
+    Gpu(name="A10G", peak_tflops=70, memory_gib=22, bandwidth_gb_s=600, **_CARD),
     Gpu(name="A10", peak_tflops=125, memory_gib=22, bandwidth_gb_s=600, **_CARD),
     Gpu(name="4090", peak_tflops=165, memory_gib=23, bandwidth_gb_s=1008, **_CARD),
 )  # fmt: skip
-SAME_GPU = {"A10G": "A10", "GB200": "B200"}
+SAME_GPU = {"GB200": "B200"}
 
 
 def find_gpu(device_name: str) -> Gpu | None:

@@ -13,11 +13,23 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def available_gib() -> float:
     """Return the main memory that this process and its children may still take."""
-    left = psutil.virtual_memory().available
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and limit.read_text().strip() != "max":  # psutil knows the machine alone
-        left = min(left, int(limit.read_text()) - int(used.read_text()))
+    left, limit = psutil.virtual_memory().available, _limit()
+    if limit is not None:
+        left = min(left, limit - int((CGROUP / "memory.current").read_text()))
     return left / 2**30
+
+
+def total_gib() -> float:
+    """Return the main memory of this machine, or of its container where that is less."""
+    total, limit = psutil.virtual_memory().total, _limit()
+    return (total if limit is None else min(total, limit)) / 2**30
+
+
+def _limit() -> int | None:
+    """Return the bytes that the control group may take: psutil knows the machine alone."""
+    path = CGROUP / "memory.max"
+    text = path.read_text().strip() if path.exists() else "max"
+    return None if text == "max" else int(text)
 
 
 def machines_of(world: World) -> list[str]:

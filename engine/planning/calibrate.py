@@ -6,7 +6,6 @@ negative; and the memory over what the formulas count is one factor and one cons
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.errors import ConfigError
 from ssast.engine.monitoring.flops import PEAK_SHAPE
 from ssast.engine.monitoring.gpus import CPU, Gpu, find_gpu
+from ssast.engine.parallel.machine import total_gib
 from ssast.engine.planning.activations import activations, cpu_attention, element_bytes
 from ssast.engine.planning.plan import GIB, count_parameters, memory, step_time
 from ssast.engine.planning.trial import Trial, try_out
@@ -56,7 +56,7 @@ def plain_cpu(precision: Literal["auto", "fp32", "bf16"] = "auto") -> Gpu:
     return Gpu(
         name=CPU,
         peak_tflops=flops / matmul_s / 1e12,
-        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
+        memory_gib=total_gib(),
         bandwidth_gb_s=bandwidth_gb_s,
         per_node=1,
         precision=precision,
@@ -102,7 +102,7 @@ def calibrate(
         known = find_gpu(device)
         if known is None:
             raise ConfigError(f"--calibrate: {device} is unknown: describe it in a file for --gpu")
-        gpu = replace(known, launch_us=0.0)
+        gpu = known
     else:
         gpu = plain_cpu(precision)
     configs, trials = [], []

@@ -297,7 +297,8 @@ def step_time(
         optimizer_s += (16 + ema_bytes) * parameters.trained / world_size / 20e9
     reduced, gathered = wire_elements(parameters, stage, micro_steps)
     wire = reduced_bytes(config, gpu) * reduced
-    reduce_s = collective_s(gpu, world_size, wire, 5 * micro_steps)
+    reducing = 1 if stage == 1 else micro_steps  # stage 1 reduces in the last micro-step alone
+    reduce_s = collective_s(gpu, world_size, wire, 5 * reducing)
     gather_pieces = depth * 2 * micro_steps if stage == 3 else max(1, math.ceil(gathered / 2e8))
     gather_s = collective_s(gpu, world_size, e * gathered, gather_pieces)
     if parameters.teacher:
@@ -307,7 +308,8 @@ def step_time(
     if stage == 3:  # all of it beside computing
         exposed = max(0.0, reduce_s + gather_s - 1.5 * backward_s) if world_size > 1 else 0.0
     else:
-        exposed = max(reduce_s - backward_s, reduce_s / 5) + gather_s
+        hiding_s = backward_s * reducing / micro_steps
+        exposed = max(reduce_s - hiding_s, reduce_s / 5) + gather_s
     groups = 1 + (config.optim.name == "adamw")  # what is decayed, and what is not
     launches = micro_steps * launches + STEP_LAUNCHES + GROUP_LAUNCHES * (groups - 1)
     launches += GROUP_LAUNCHES * groups * clips + averages + 2 * (parameters.teacher > 0)

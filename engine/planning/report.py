@@ -248,7 +248,7 @@ def _assumptions(
         + (f"{gpu.convolution_share:.0%} in grouped convolutions, " if convolves else "")
         + f"{gpu.bandwidth_share:.0%} of the bandwidth; "
         "launches, bytes and FLOPs of the operations as --ledger lists them",
-        _launching(config, gpu, stage),
+        *_launching(config, gpu, stage),
         f"collectives in rings, {1e6 * HOP_S:.0f} us from machine to machine; reductions behind "
         f"{HIDDEN:.0%} of the backward pass, gathering after the step in the open (ZeRO 1, 2)",
         f"{gpu.base_gib:.3g} GiB for driver and libraries, allocations "
@@ -263,13 +263,15 @@ def _assumptions(
     ]
 
 
-def _launching(config: Config, gpu: Gpu, stage: int) -> str:
+def _launching(config: Config, gpu: Gpu, stage: int) -> list[str]:
+    if gpu.is_cpu:
+        return []
     if not uses_graphs(config, stage):
-        return f"each kernel launched by itself, in {gpu.launch_us:g} us"
-    return (
+        return [f"each kernel launched by itself, in {gpu.launch_us:g} us"]
+    return [
         "masks, forward and backward pass launched as CUDA graphs (train.cuda_graphs), all else "
         f"in {gpu.launch_us:g} us each"
-    )
+    ]
 
 
 def clips_per_core(path: Path, gpu: Gpu) -> float:

@@ -52,7 +52,6 @@ def try_out(
     seconds: float = 20.0,
     max_steps: int = 20,
     num_threads: int | None = None,
-    attention: str | None = None,
     memory_gib: float | None = None,
     timeout_s: float = 300.0,
 ) -> Trial:
@@ -65,7 +64,6 @@ def try_out(
             long, are taken all the same.
         max_steps: Largest number of steps that count.
         num_threads: Threads of PyTorch; its own choice if None.
-        attention: A backend of :mod:`ssast.kernels.attention`; the fastest if None.
         memory_gib: What a CPU process may allocate; what is free now, less a tenth, if None.
         timeout_s: Seconds after which the process is killed.
 
@@ -80,7 +78,6 @@ def try_out(
             "config": to_plain(replace(config, run=Run(folder=folder))),
             "seconds": seconds,
             "max_steps": max_steps,
-            "attention": attention,
             "memory_gib": memory_gib or 0.9 * available_gib(),
         }
         return _run(request, num_threads, timeout_s)

@@ -24,7 +24,6 @@ from ssast.engine.train.finetuning import Finetuning
 from ssast.engine.train.pretraining import Pretraining
 from ssast.engine.train.step import train_step
 from ssast.engine.train.task import RunContext, Task
-from ssast.kernels import attention
 from ssast.kernels.matmul import fast_matmul
 from ssast.kernels.memory import keep_freed_memory
 
@@ -40,8 +39,6 @@ def main() -> None:
         limit = int(request["memory_gib"] * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         keep_freed_memory()
-    if request["attention"] is not None:
-        attention.CANDIDATES = dict.fromkeys(attention.CANDIDATES, (request["attention"],))
     with fast_matmul():
         task = trial_task(config, world, WARM_UP + request["max_steps"])
         trial = measure(task, request["seconds"], request["max_steps"])

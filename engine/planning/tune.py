@@ -1,10 +1,10 @@
 """The fastest settings on this machine, found by short real runs.
 
-One setting after another is varied, the others staying at the best so far: the attention backend
-and the precision where there is a choice, threads, the batch, doubled as long as it helps and fits,
-and compilation. Each run is a process of its own, so one that runs out of memory, hangs or crashes
-is a line in the table and no more. The batch changes what is learned: among those within 3 % of the
-fastest the smallest is taken.
+One setting after another is varied, the others staying at the best so far: the precision where
+there is a choice, threads, the batch, doubled as long as it helps and fits, and compilation. Each
+run is a process of its own, so one that runs out of memory, hangs or crashes is a line in the table
+and no more. The batch changes what is learned: among those within 3 % of the fastest the smallest
+is taken.
 """
 
 import math
@@ -20,7 +20,6 @@ import torch
 from ssast.engine.config import Config, dump_config, to_plain
 from ssast.engine.errors import ConfigError
 from ssast.engine.planning.trial import Trial, try_out
-from ssast.kernels.attention import candidates
 from ssast.kernels.matmul import multiplies_bf16
 from ssast.pipelines.cores import usable_cores
 from ssast.pipelines.files import write_atomically
@@ -35,7 +34,6 @@ class Candidate:
 
     config: Config
     num_threads: int | None = None
-    attention: str | None = None
     trial: Trial | None = None
 
     @property
@@ -95,7 +93,6 @@ def tune(
             candidate.config,
             seconds=max(3.0, 0.06 * seconds),
             num_threads=candidate.num_threads,
-            attention=candidate.attention,
             timeout_s=max(left, 2 * _COST_S) if tried else max(0.4 * seconds, 30.0),
         )
         tried.append(replace(candidate, trial=trial))
@@ -118,7 +115,7 @@ def tune(
                 best = done
         return best
 
-    for vary in (_checkpointing, _attentions, _precisions, _threads, _loaders):
+    for vary in (_checkpointing, _precisions, _threads, _loaders):
         best = improve(vary, best)
     # A larger batch must be faster; a smaller one may be as fast, or the first one that runs.
     if not _follow(best, 2, attempt, lambda done, before: done.rate * CLOSE > before.rate):
@@ -194,7 +191,6 @@ def format_line(candidate: Candidate) -> str:
     if candidate.config.data.train is not None:
         settings += f", {candidate.config.data.num_threads or 'default'} DALI threads"
     settings += f", {train.precision}" if train.precision != "auto" else ""
-    settings += f", attention {candidate.attention}" if candidate.attention else ""
     settings += ", compiled" if train.compile is True else ""
     settings += f", every {train.activation_checkpoint_every}. block recomputed" * bool(
         train.activation_checkpoint_every
@@ -237,15 +233,6 @@ def _follow(
             break
         before = done
     return before is not best
-
-
-def _attentions(best: Candidate) -> Iterator[Candidate]:
-    """Vary the backend on GPUs; the first of the candidates is the default."""
-    if torch.cuda.is_available():
-        dtype = torch.float32 if best.config.train.precision == "fp32" else torch.bfloat16
-        for backend in candidates(torch.device("cuda"), dtype):
-            if backend != "math":
-                yield replace(best, attention=backend)
 
 
 def _precisions(best: Candidate) -> Iterator[Candidate]:

@@ -18,6 +18,7 @@ EPS = 1e-6
 SHAPES = {  # of x
     "usual": (3, 7, 24),
     "one_row": (1, 5),
+    "vector": (5,),
     "one_column": (4, 1),
     "flat": (9, 40),
     "wide": (5, 300),
@@ -103,6 +104,22 @@ def test_one_of_the_results_may_be_unused(used: str, device: str) -> None:
 def test_gradients_are_those_of_the_formula() -> None:
     leaves = [t.requires_grad_() for t in case("usual")]
     assert torch.autograd.gradcheck(lambda *t: add_norm(*t, EPS), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    def second(function, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(device, dtype).requires_grad_() for t in case("usual")]
+        total, out = (t.double() for t in function(*leaves, EPS))
+        loss = (total + out.square()).mean()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        penalty = torch.stack([g.double().square().sum() for g in first]).sum()
+        return [g.double() for g in torch.autograd.grad(1e4 * penalty, leaves)]
+
+    for got, want in zip(
+        second(add_norm, dtype), second(add_norm_reference, torch.float64), strict=True
+    ):
+        assert (got - want).norm() < 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

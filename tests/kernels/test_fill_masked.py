@@ -52,6 +52,14 @@ def test_the_kernel_draws_the_same_bits(num_patches: int) -> None:
         assert torch.equal(rows_of(num_patches=num_patches), want)
 
 
+def test_rows_are_drawn_in_a_vmap_too() -> None:
+    clips = torch.stack((CLIPS, CLIPS + 1))
+    settings: dict[str, Any] = {"seed": 7, "num_patches": 9, "table_rows": 100}
+    got = torch.vmap(lambda ids: noise_rows(ids, EPOCHS, STREAMS, **settings))(clips)
+    want = [noise_rows(ids, EPOCHS, STREAMS, **settings) for ids in clips]
+    assert torch.equal(got, torch.stack(want))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_draws_the_same_bits() -> None:

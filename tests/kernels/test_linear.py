@@ -23,6 +23,7 @@ from ssast.kernels.linear import (
 SHAPES = {  # of x, and the width of the result
     "usual": ((3, 7, 10), 24),
     "one_row": ((1, 5), 6),
+    "vector": ((5,), 6),
     "narrow": ((4, 3), 6),
     "wide": ((5, 8), 612),
     "many_rows": ((150, 4), 12),

@@ -3,6 +3,7 @@
 import random
 import re
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_each_clone_of_a_clip_has_the_mask_of_its_stream(kind: MaskKind, on: str
     assert together.mask_ids.equal(torch.cat([m.mask_ids for m in alone]))
     assert together.visible_ids.equal(torch.cat([m.visible_ids for m in alone]))
     assert len({tuple(ids) for ids in together.mask_ids.tolist()}) == 5
-    with pytest.raises(ValueError, match=re.escape("a stream for each of 5 clips, got [4]")):
+    with pytest.raises(ValueError, match=re.escape("one stream for each of 5 clips, got [4]")):
         draw_masks(clips, clips, stream=streams[:4], **settings)
 
 
@@ -237,6 +238,24 @@ def test_too_many_masked_patches(kind: MaskKind) -> None:
     for wrong in (0, most + 1):
         with pytest.raises(ValueError, match=re.escape(message)):
             draw(torch.arange(2), kind, (8, 16), wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"kind": "clusters"},
+            "kind must be one of official, uniform, random, inverse_blocks, got",
+        ),
+        ({"epochs": torch.zeros(1).long()}, "one epoch for each of 2 clips, got [1]"),
+        ({"valid_columns": torch.ones(2, 1).long()}, "one number of valid columns for each of 2"),
+        ({"clip_ids": torch.zeros(1, 2).long()}, "clip_ids must be [B], got [1, 2]"),
+    ],
+)
+def test_error_messages(wrong: dict[str, Any], message: str) -> None:
+    good = {"clip_ids": torch.arange(2), "epochs": torch.arange(2), "kind": "random"}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw_masks(**good | wrong, seed=0, grid=(2, 4), num_masked=3)
 
 
 def test_masks_from_ids() -> None:
@@ -348,6 +367,17 @@ def test_the_kernel_draws_the_same_bits_at_full_size(kind: MaskKind) -> None:
     want = draw(clips, kind, (8, 64), 400)
     with on_triton(_draw_masks):
         assert torch.equal(draw(clips, kind, (8, 64), 400), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_draws_the_same_bits_with_few_valid_columns(kind: MaskKind) -> None:
+    """Of fewer columns than a cluster is wide, a cluster wraps over several rows."""
+    clips, own = torch.arange(16), torch.arange(16) % 4 + 1
+    run = partial(draw_masks, clips, clips, seed=3, kind=kind, grid=(8, 16), num_masked=75)
+    want = run(valid_columns=own)
+    with on_triton(_draw_masks):
+        got = run(valid_columns=own)
+    assert torch.equal(torch.cat(got[:2], 1), torch.cat(want[:2], 1))
 
 
 def test_the_kernel_of_an_empty_batch() -> None:

@@ -272,6 +272,23 @@ def test_gradients_are_scaled_by_clip() -> None:
         assert weighted.equal(once * weights[:, None, None])
 
 
+def test_float16_keeps_the_small_gradient_of_the_mse(device: str) -> None:
+    """Of 400 x 256 values each gradient is below what float16 holds, but for the loss scale."""
+
+    def derivatives(dtype: torch.dtype) -> list[Tensor]:
+        pair = (x.to(device, torch.float16) for x in random_inputs(*shape, regime="std_1e-3"))
+        targets, predictions = (x.to(dtype) for x in pair)
+        loss = 2**14 * mse(targets, predictions.requires_grad_()).sum()
+        (first,) = torch.autograd.grad(loss, predictions, create_graph=True)
+        (second,) = torch.autograd.grad(first.double().square().sum(), predictions)
+        assert first.dtype == second.dtype == dtype
+        return [first.double(), second.double()]
+
+    shape = [(1, 400, 256)] * 2
+    for got, want in zip(derivatives(torch.float16), derivatives(torch.float64), strict=True):
+        assert (got - want).norm() < 1e-3 * want.norm()
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_huge_logits_stay_finite(axis: SoftmaxAxis, device: str) -> None:
     targets, predictions = random_inputs((2, 9, 4), (2, 9, 4), regime="unit")
@@ -332,3 +349,9 @@ def test_error_messages(loss) -> None:
     message = f"{loss.__name__}: num_masked must be [B], [2], got [3]"
     with pytest.raises(ValueError, match=re.escape(message)):
         loss(torch.zeros(2, 6, 4), torch.zeros(2, 6, 4), num_masked=torch.ones(3).long())
+
+
+def test_an_axis_has_one_of_two_names() -> None:
+    message = "info_nce: softmax_axis must be official or paper, got 'columns'"
+    with pytest.raises(ValueError, match=message):
+        info_nce(torch.zeros(2, 6, 4), torch.zeros(2, 6, 4), "columns")

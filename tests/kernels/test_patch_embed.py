@@ -317,3 +317,8 @@ def test_error_messages() -> None:
     message = "patch_embed: pos_embed must be [1, 10, 24], got [1, 9, 24]"
     with pytest.raises(ValueError, match=re.escape(message)):
         run(fbank, *wrong, masks=masks)
+    for shape in ((2, 2, 24), (1, 2, 23), (2, 24)):
+        wrong = [*parameters[:4], torch.zeros(shape)]
+        message = f"patch_embed: prefix must be [1, E, 24], got {list(shape)}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(fbank, *wrong, masks=masks)

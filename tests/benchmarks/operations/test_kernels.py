@@ -1,6 +1,8 @@
 """The kernel benchmark measures, checks first, and writes what it found."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from ssast.benchmarks.operations import kernels
 from ssast.benchmarks.operations.kernels import WrongResult, check, main, peak_bytes
 from ssast.benchmarks.operations.problems import PROBLEMS, Problem, Shape
+from ssast.benchmarks.operations.report import Compiled
+from ssast.kernels.aot import Report
 from ssast.kernels.roofline import Work
 
 CPU = torch.device("cpu")
@@ -78,6 +82,42 @@ def test_the_roofline_is_the_least_time_over_the_measured() -> None:
     for t in found:
         assert t.roofline == pytest.approx(1e-3 / t.median_s)
         assert t.gb_per_s == pytest.approx(1e-6 / t.median_s)
+
+
+@pytest.mark.parametrize("chosen", ["cpu", "auto"])
+def test_a_cpu_multiplies_as_in_training(chosen, monkeypatch, tmp_path) -> None:
+    inside, seen = [False], []
+
+    @contextmanager
+    def fast() -> Iterator[bool]:
+        inside[0] = True
+        yield True
+        inside[0] = False
+
+    def record(name: str, result: object) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            devices = {x for x in arguments if isinstance(x, torch.device)}
+            seen.append((name, inside[0], devices or {options.get("device")}))
+            return result
+
+        return call
+
+    peaks = kernels.Peaks(1e9, {torch.float32: 1e9})
+    timing = kernels.Timing("mse", "eager", "forward", "any", 2, "fp32", *[1.0] * 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: chosen == "cpu")
+    monkeypatch.setattr(kernels, "fast_matmul", fast)
+    monkeypatch.setattr(kernels, "measure_peaks", record("peaks", peaks))
+    monkeypatch.setattr(kernels, "time_problem", record("timing", [timing]))
+    monkeypatch.setattr(kernels, "plot", lambda *arguments: None)
+    arguments = ["--smoke", "--operations", "mse", "--out", str(tmp_path)]
+    assert main([*arguments, "--device", chosen]) == 0
+    assert seen == [("peaks", True, {CPU}), ("timing", True, {CPU})]
+
+
+def test_a_line_of_what_was_compiled_is_flat() -> None:
+    report = Report("_mse_kernel", "sm_90", 8, 40, 0, 0, 227 << 10, 6, 0, 1, 2, 0, 200)
+    row = Compiled("mse", "_mse_kernel", "", "fp32", "any", report).row()
+    assert row["registers"] == 40 and row["size"] == "any" and "report" not in row
 
 
 def test_bad_arguments(capsys) -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from ssast.engine.cli.main import main
 from ssast.engine.config import dump_config, load_config
-from ssast.engine.monitoring.gpus import load_gpu
+from ssast.engine.monitoring.gpus import CPU, Gpu, load_gpu
 from ssast.engine.planning.plan import count_parameters, step_time, uses_graphs
 from ssast.engine.planning.report import PlanRequest, make_plan
 
@@ -25,6 +25,20 @@ def test_gradients_are_reduced_in_their_own_type():
     assert usual == bf16
     assert fp32["reduced_gib"] == 2 * usual["reduced_gib"] > 0
     assert fp32["gathered_gib"] == usual["gathered_gib"] and fp32["seconds"] > usual["seconds"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stage_1_reduces_once_a_step_behind_the_last_micro_step(stage):
+    once, often = (load_config("giant", [f"train.accumulation_steps={n}"]) for n in (1, 8))
+    parameters, slow = count_parameters(once), replace(H100, network_gb_s=1)
+    one, eight = (
+        step_time(config, slow, parameters, world_size=64, batch=8, stage=stage)
+        for config in (once, often)
+    )
+    times = 1 if stage == 1 else 8
+    assert eight.reduce == pytest.approx(times * one.reduce)
+    assert eight.exposed - eight.gather == pytest.approx(times * (one.exposed - one.gather))
+    assert one.exposed - one.gather > one.reduce / 5  # the backward pass does not hide it all
 
 
 def test_graphs_are_planned_where_a_run_has_them():
@@ -46,6 +60,12 @@ def test_graphs_are_planned_where_a_run_has_them():
         plan = make_plan(configs[0], request)
         assert plan["choice"]["train.zero_stage"] == stage
         assert any(said in text for text in plan["assumptions"])
+
+
+def test_a_cpu_launches_nothing():
+    request = PlanRequest(gpus=1, gpu=Gpu(name=CPU, peak_tflops=1, memory_gib=64, bandwidth_gb_s=9))
+    plan = make_plan(load_config("tiny_patch"), request)
+    assert not any("launched" in text for text in plan["assumptions"])
 
 
 @pytest.mark.parametrize("more", [[], ["--ledger", "--batch", "2"]])

@@ -103,6 +103,13 @@ def test_bf16_is_tried_where_a_cpu_multiplies_it(given, native, chosen, config, 
     assert (", bf16" in format_results(results)) == (chosen == "bf16")
 
 
+def test_what_is_tried_on_a_gpu_are_settings(config, monkeypatch):
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    run, _ = machine()
+    tried = [candidate.config for candidate in tune(config, run=run)]
+    assert all(one != other for i, one in enumerate(tried) for other in tried[:i])
+
+
 def test_a_batch_that_does_not_fit_ends_nothing(config):
     run, tried = machine(overhead_s=5.0, fits=20)
     results = tune(config, run=run)
