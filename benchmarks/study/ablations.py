@@ -122,7 +122,9 @@ def _differences(found: tuple[float, Spread] | None) -> list[str]:
 
 
 def _power(plan: Plan, cells: Cells) -> list[str]:
-    tasks, n, rows = plan.ablation_tasks, plan.replicas, []
+    tasks, rows = plan.ablation_tasks, list[list[str]]()
+    finished = [over_tasks(each) for m in ABLATIONS if (each := on_tasks(cells, m.name, tasks))]
+    n = min(map(len, finished), default=plan.replicas)  # of a study that is not finished
     for what, names in (
         ("main models, seeds of fine-tuning", BEFORE),
         ("ablations, seeds of both trainings", tuple(model.name for model in ABLATIONS)),

@@ -1,5 +1,7 @@
 """The ablations of the study: their seeds, their power, their table."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -99,3 +101,6 @@ def test_the_table(plan, tmp_path):
     assert f"-30.0 {plus_minus} {10 * stats.t.ppf(0.975, 1):.1f} | -30.0 {plus_minus}" in text
     assert "| ablations, seeds of both trainings | 10.0 |" in text
     assert "of 2 steps" in text and "shown by 2 seeds" in text
+    # Of what is finished, not of what is planned.
+    planned = replace(plan, replicas=3)
+    assert "shown by 2 seeds" in "\n".join(ablations(planned, gather(planned, tmp_path)))
