@@ -14,6 +14,7 @@ from ssast.benchmarks.study.analysis import (
     Cells,
     difference,
     on_tasks,
+    significant_sign,
 )
 from ssast.benchmarks.study.models import ABLATIONS, MODELS
 from ssast.benchmarks.study.plan import Plan
@@ -95,6 +96,13 @@ def ablations(plan: Plan, cells: Cells) -> list[str]:
         *_power(plan, cells),
     ]
     reference = on_tasks(cells, ABLATIONS[0].name, tasks)
+    scratch = on_tasks(cells, "patch-scratch", tasks)
+    if reference and scratch and significant_sign(reference, scratch) < 1:
+        lines += [
+            "After so few steps the first ablation is not better than training from scratch: what "
+            "the others change where pretraining helps is not shown.",
+            "",
+        ]
     rows = []
     for model in (MODELS["patch-scratch"], *ABLATIONS, MODELS["patch"]):
         ours = on_tasks(cells, model.name, tasks)

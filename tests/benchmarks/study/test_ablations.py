@@ -104,3 +104,17 @@ def test_the_table(plan, tmp_path):
     # Of what is finished, not of what is planned.
     planned = replace(plan, replicas=3)
     assert "shown by 2 seeds" in "\n".join(ablations(planned, gather(planned, tmp_path)))
+
+
+def test_pretraining_too_short_to_help_is_said(plan, tmp_path):
+    for name in ("patch", "patch-scratch"):
+        for rate in plan.rates:
+            fake(plan, tmp_path, name, "pitch", rate, 0, 0.5 if rate == plan.rates[0] else 0.1, 6)
+    for name in ("patch-scratch", ABLATIONS[0].name):
+        for seed in range(2):
+            fake(plan, tmp_path, name, "pitch", plan.rates[0], seed, 0.5, 6)
+    said = "the first ablation is not better than training from scratch"
+    assert said in "\n".join(ablations(plan, gather(plan, tmp_path)))
+    for seed in range(2):
+        fake(plan, tmp_path, ABLATIONS[0].name, "pitch", plan.rates[0], seed, 0.5, 10)
+    assert said not in "\n".join(ablations(plan, gather(plan, tmp_path)))
