@@ -233,6 +233,7 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
     context, step = state.task.context, state.progress.step
     config, world, run = context.config, context.world, context.folder
     dtype = torch.bfloat16 if context.precision == "bf16" else torch.float32
+    bf16_on_gpu = world.device.type == "cuda" and dtype == torch.bfloat16  # what peaks are of
     facts = environment(
         world,
         attention=attention_backend(world.device, dtype),
@@ -251,7 +252,7 @@ def _open_monitor(state: TrainState, found: Path | None, notes: Sequence[str]) -
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         flops_per_clip=step_flops_per_clip(config),
-        peak_flops=peak_flops(facts["device"]) if dtype == torch.bfloat16 else None,
+        peak_flops=peak_flops(facts["device"]) if bf16_on_gpu else None,
         loggers=build_loggers(config, run),
     )
     matmul = "matmul by oneDNN, " if is_fast() else ""
