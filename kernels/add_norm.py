@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssast.kernels.autocast import autocast_dtype
+from ssast.kernels.linear import sum_rows
 from ssast.kernels.operation import custom_op, on_first_call
 
 
@@ -81,15 +82,11 @@ def _add_norm_backward_torch(
         dout, total, weight.shape, mean, rstd, w, w, [True, is_exact, is_exact]
     )
     if not is_exact:
-        dweight = _sum_rows((total - mean).mul_(rstd).mul_(dout)).to(weight.dtype)
-        dshift = _sum_rows(dout)
+        dweight = sum_rows((total - mean).mul_(rstd).mul_(dout)).to(weight.dtype)
+        dshift = sum_rows(dout)
     if dtotal is not None:
         dx += dtotal
-    return dx, _sum_rows(dx), dweight, dshift
-
-
-def _sum_rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).sum(0)
+    return dx, sum_rows(dx), dweight, dshift
 
 
 def _add_norm_backward_plain(
@@ -102,7 +99,7 @@ def _add_norm_backward_plain(
     )
     if dtotal is not None:
         dx = dx + dtotal
-    dbias, dweight, dshift = (t.to(weight.dtype) for t in (_sum_rows(dx), dweight, dshift))
+    dbias, dweight, dshift = (t.to(weight.dtype) for t in (sum_rows(dx), dweight, dshift))
     return dx.to(total.dtype), dbias, dweight, dshift
 
 

@@ -21,13 +21,14 @@ from ssast.kernels.autocast import autocast_off, autocast_rule
 from ssast.kernels.operation import custom_op, is_transformed, on_first_call
 
 
-def _sum_rows(x: Tensor) -> Tensor:
+def sum_rows(x: Tensor) -> Tensor:
+    """Sum [..., D] over all dimensions but the last, as the gradient of a bias is: [D]."""
     return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 def _gelu_backward_torch(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     dh = torch.ops.aten.gelu_backward(grad, h)
-    return dh, _sum_rows(dh)
+    return dh, sum_rows(dh)
 
 
 def _gelu_backward_fake(grad: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ def _join_chunks_torch(
     first: Tensor, second: Tensor, third: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     joined = torch.cat([x for x in (first, second, third) if x is not None], -1)
-    return joined, _sum_rows(joined)
+    return joined, sum_rows(joined)
 
 
 def _join_chunks_fake(first: Tensor, second: Tensor, third: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ class _LinearGelu(torch.autograd.Function):
         x, weight, h = ctx.saved_tensors
         dh, dbias = _gelu_backward(torch.zeros_like(h) if dy is None else dy, h)
         if dh_too is not None:
-            dh, dbias = dh + dh_too, dbias + _sum_rows(dh_too)
+            dh, dbias = dh + dh_too, dbias + sum_rows(dh_too)
         return *_gradients(ctx, dh, x, weight), dbias
 
 
@@ -120,7 +121,7 @@ class _LinearChunks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined = joined_view(grads)
         if joined is not None:
-            dbias = _sum_rows(joined)
+            dbias = sum_rows(joined)
         else:
             joined, dbias = _join_chunks(*grads, *[None] * (3 - len(grads)))
         return *_gradients(ctx, joined, *ctx.saved_tensors), dbias, None

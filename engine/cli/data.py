@@ -342,12 +342,11 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _look(options: argparse.Namespace) -> int:
-    import yaml
-
     from ssast.engine.config import CONFIGS
     from ssast.pipelines.files import check_new, check_writable
     from ssast.pipelines.prepare.look import look_at
     from ssast.pipelines.prepare.look_page import is_look, write_look
+    from ssast.pipelines.text import parse_yaml
 
     if not is_look(options.out):
         check_new([options.out], [options.path])
@@ -361,7 +360,7 @@ def _look(options: argparse.Namespace) -> int:
     )
     bad = f", {len(look.bad)} of them unusable" if look.bad else ""
     print(f"{options.path}: {look.num_drawn} of {look.num_clips} clips were listened to{bad}")
-    recipe = yaml.safe_load((CONFIGS / "classifier.yaml").read_text("utf-8"))
+    recipe = parse_yaml((CONFIGS / "classifier.yaml").read_text("utf-8"))
     for path in write_look(look, options.out, recipe):
         print(path)
     return 0

@@ -99,10 +99,9 @@ def calibrate(
     """
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-        known = find_gpu(device)
-        if known is None:
+        gpu = find_gpu(device)
+        if gpu is None:
             raise ConfigError(f"--calibrate: {device} is unknown: describe it in a file for --gpu")
-        gpu = known
     else:
         gpu = plain_cpu(precision)
     configs, trials = [], []

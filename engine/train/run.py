@@ -126,9 +126,10 @@ def run_training(
         trainer = Trainer(state, checkpoints, monitor, lock, fallback, callbacks)
         # To the end: a signal must not interrupt the writing of the last checkpoint.
         with context.stop.listening():
-            stopped = _train(trainer, watchdog, lock)
-            context.stop.requested(world)  # while the logs were closed: what follows waits
-            stopped = stopped or context.stop.signal
+            _train(trainer, watchdog, lock)
+            # Also of a signal after the last step, or while logs were closed: what follows waits.
+            context.stop.requested(world)
+        stopped = context.stop.signal
         if world.is_main:
             try:
                 with reporting(f"ssast visualize {folder} draws the curves again"):
@@ -140,8 +141,8 @@ def run_training(
         return stopped
 
 
-def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
-    """Train, write what is left, and report; return the signal that stopped the run, or 0."""
+def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> None:
+    """Train, write what is left, and report."""
     state, context = trainer.state, trainer.context
     error: BaseException | None = None
     try:
@@ -156,9 +157,6 @@ def _train(trainer: Trainer, watchdog: Watchdog, lock: FolderLock) -> int:
                     state.task.finish(state.engine, state.progress)
                 except Stopped:  # by a signal that came after the last step
                     trainer.saver.check()
-            context.stop.requested(context.world)  # also after the last step: what follows waits
-            stopped = context.stop.signal
-        return stopped
     except BaseException as raised:
         error = raised
         raise

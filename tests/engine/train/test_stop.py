@@ -10,7 +10,7 @@ import torch
 from runs import lines, make_data, overrides, write_config
 
 from ssast.engine.checkpoints.store import Checkpoints
-from ssast.engine.config import load_config
+from ssast.engine.config import Config, load_config
 from ssast.engine.parallel.ranks import World
 from ssast.engine.pretrain import pretrain
 from ssast.engine.train import stop
@@ -19,6 +19,13 @@ from ssast.engine.train.stop import Stop
 from ssast.engine.train.trainer import Trainer
 
 WORLD = World(0, 0, 1, "single", torch.device("cpu"))
+
+
+def two_steps(folder: Path) -> Config:
+    return load_config(
+        write_config(folder),
+        [*overrides(train__steps=2), *make_data(folder), f"run.folder={folder / 'run'}"],
+    )
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 4])
@@ -70,10 +77,7 @@ def test_a_signal_does_not_interrupt_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes while the thread writes, after the last step."""
-    config = load_config(
-        write_config(tmp_path),
-        [*overrides(train__steps=2), *make_data(tmp_path), f"run.folder={tmp_path / 'run'}"],
-    )
+    config = two_steps(tmp_path)
     honest, outside = Checkpoints.save, list[int]()
 
     def save(self, *args, step, **settings):  # type: ignore[no-untyped-def]
@@ -97,10 +101,7 @@ def test_a_signal_does_not_interrupt_the_last_checkpoint(
 def test_a_signal_while_the_logs_are_closed_stops_what_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(
-        write_config(tmp_path),
-        [*overrides(train__steps=2), *make_data(tmp_path), f"run.folder={tmp_path / 'run'}"],
-    )
+    config = two_steps(tmp_path)
     honest = Trainer.close
 
     def close(self: Trainer) -> None:
